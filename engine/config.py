@@ -246,7 +246,7 @@ def _sentence(cls: type[BaseModel], error: ValidationError) -> str:
         return f"{key} is missing{more}"
     if first["type"] == "value_error":
         return f"{key}: {first['ctx']['error']}{more}"
-    return f"{key}: found {first['input']!r}, but {_lower(first['msg'])}{more}"
+    return f"{key}: found {first['input']!r}, expected {first['msg'].removeprefix('Input should be ')}{more}"
 
 
 def _nearest(cls: type[BaseModel], key: str) -> str | None:
@@ -256,7 +256,3 @@ def _nearest(cls: type[BaseModel], key: str) -> str | None:
         word = key.rsplit(".", 1)[-1]
         close = [c for c in candidates if c.rsplit(".", 1)[-1] == word]
     return close[0] if close else None
-
-
-def _lower(message: str) -> str:
-    return message[:1].lower() + message[1:]

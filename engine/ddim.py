@@ -1,0 +1,57 @@
+"""The DDIM schedule of a run: which timestep a step index stands for, and the three things one does at a step.
+
+It holds the numbers (coefficients, guidance) and hands them to strop.kernels; it draws noise, but never calls a model.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from strop.kernels import DDIMCoefficients, ddim_branch, ddim_log_prob, ddim_x0_hat
+
+
+class DDIMSchedule:
+    """Stochastic DDIM over `num_steps` steps of a model trained with 1000.
+
+    `step` is an index 0..num_steps-1, an int or an (N,) int64 tensor; `t[step]` the training timestep it stands for, with
+    t[num_steps] = 0 for the clean latent. `eps` is the model output (G, N, C, H, W): G = 2 holds the halves without and
+    with the prompt, combined by `guidance`; G = 1 is used as it is. Inside, arithmetic is float32 or wider.
+    """
+
+    def __init__(self, coefficients: DDIMCoefficients, guidance: float, device: torch.device | str = "cpu"):
+        self.num_steps = coefficients.table.shape[1]
+        self.t = coefficients.t
+        self.guidance = guidance
+        self.device = torch.device(device)
+        self._table = coefficients.table.to(device)
+        self._t = torch.tensor(coefficients.t, device=device)
+
+    def timesteps(self, step: int | Tensor, rows: int) -> Tensor:
+        """(rows,) int64 training timesteps."""
+        return self._t[step].expand(rows)
+
+    def prior(self, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+        """Standard normal latents of this shape, the start of every trajectory."""
+        return torch.randn(shape, generator=rng, device=self.device)
+
+    def x0_hat(self, x: Tensor, eps: Tensor, step: int | Tensor) -> Tensor:
+        """Predicted clean latents. x (N, C, H, W), eps (G, N, C, H, W) -> (N, C, H, W)."""
+        return ddim_x0_hat(x, *self._halves(eps), self.guidance, self._coefficients(step, len(x)))
+
+    def branch(self, x: Tensor, eps: Tensor, step: int | Tensor, k: int, rng: torch.Generator) -> Tensor:
+        """k draws from p(x_{t-1} | x_t) for each row. x (N, C, H, W), eps (G, N, C, H, W) -> (k, N, C, H, W)."""
+        noise = torch.randn((k, *x.shape), generator=rng, device=x.device, dtype=x.dtype)
+        branches, _ = ddim_branch(x, *self._halves(eps), self.guidance, self._coefficients(step, len(x)), noise)
+        return branches
+
+    def log_prob(self, x_prev: Tensor, x_t: Tensor, eps: Tensor, step: Tensor) -> Tensor:
+        """Log-densities (2, N) of winner and loser. x_prev (2, N, C, H, W), x_t (R, N, C, H, W), eps (G, R, N, C, H, W)."""
+        return ddim_log_prob(x_prev, x_t, *self._halves(eps), self.guidance, self._coefficients(step, x_t.shape[1]))
+
+    def _halves(self, eps: Tensor) -> tuple[Tensor | None, Tensor]:
+        return (None, eps[0]) if len(eps) == 1 else (eps[0], eps[1])
+
+    def _coefficients(self, step: int | Tensor, rows: int) -> Tensor:
+        chosen = self._table[:, step]  # (5,) or (5, N)
+        return chosen.unsqueeze(-1).expand(-1, rows) if chosen.ndim == 1 else chosen

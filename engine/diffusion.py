@@ -1,0 +1,129 @@
+"""The frozen parts of a latent diffusion model around its UNet: text encoder, VAE, scheduler.
+
+This is the only place that tells one family of base models from another. The UNet belongs to policy.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from strop.engine.ddim import DDIMSchedule
+from strop.engine.errors import UserError
+from strop.kernels import DDIMCoefficients
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """What the models know of the prompts of one iteration.
+
+    text (N, L, D): last hidden states; null (1, L, D): those of the empty prompt; judge (N, E): the judge's text features.
+    """
+
+    text: Tensor
+    null: Tensor
+    judge: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def __getitem__(self, rows: Tensor | slice) -> Conditioning:
+        return Conditioning(self.text[rows], self.null, None if self.judge is None else self.judge[rows])
+
+    def repeat(self, k: int) -> Conditioning:
+        """k copies, one after the other: row j * N + i is prompt i."""
+        judge = None if self.judge is None else self.judge.repeat(k, 1)
+        return Conditioning(self.text.repeat(k, 1, 1), self.null, judge)
+
+    def with_judge(self, features: Tensor) -> Conditioning:
+        return Conditioning(self.text, self.null, features)
+
+
+class LatentDiffusion:
+    """Text encoder, VAE and noise schedule of a Stable Diffusion 1.5 style folder, frozen."""
+
+    def __init__(
+        self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, vae: AutoencoderKL, scheduler: DDIMScheduler
+    ):
+        self.tokenizer = tokenizer
+        self.text_encoder = text_encoder.eval().requires_grad_(False)
+        self.vae = vae.eval().requires_grad_(False)
+        self.scheduler = scheduler
+        self.device = next(vae.parameters()).device
+        self.dtype = next(vae.parameters()).dtype
+
+    @classmethod
+    def load(cls, path: str, dtype: str, device: torch.device) -> LatentDiffusion:
+        """Loads a diffusers folder (safetensors only). Raises UserError where a part is missing."""
+        options = {"torch_dtype": DTYPES[dtype], "use_safetensors": True, "local_files_only": True}
+        return cls(
+            load_part(CLIPTokenizer, path, "tokenizer"),
+            load_part(CLIPTextModel, path, "text_encoder", **_dtype_option(options)).to(device),
+            load_part(AutoencoderKL, path, "vae", **options).to(device),
+            load_part(DDIMScheduler, path, "scheduler"),
+        )
+
+    def schedule(self, num_steps: int, eta: float, guidance: float) -> DDIMSchedule:
+        """The DDIM schedule of this base model."""
+        config = self.scheduler.config
+        coefficients = DDIMCoefficients.build(
+            self.scheduler.alphas_cumprod, num_steps, eta, config.prediction_type, config.steps_offset
+        )
+        return DDIMSchedule(coefficients, guidance, self.device)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Text embeddings of the prompts and of the empty prompt (the negative one). Over-long prompts are cut."""
+        ids = self.tokenizer(
+            [*prompts, ""],
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids.to(self.device)
+        states = self.text_encoder(ids).last_hidden_state
+        return Conditioning(text=states[:-1], null=states[-1:])
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (..., C, h, w) -> images (..., 3, H, W), about [-1, 1] and not clamped."""
+        flat = latents.flatten(0, -4).to(self.dtype) / self.vae.config.scaling_factor
+        images = self.vae.decode(flat).sample
+        return images.unflatten(0, latents.shape[:-3])
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, rng: torch.Generator) -> Tensor:
+        """Images (N, 3, H, W) in [-1, 1] -> one sample of their latents (N, C, h, w), scaled as the UNet sees them."""
+        posterior = self.vae.encode(images.to(self.dtype)).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=rng, device=images.device, dtype=posterior.mean.dtype)
+        return (posterior.mean + posterior.std * noise) * self.vae.config.scaling_factor
+
+    def latent_shape(self, sample_size: int) -> tuple[int, int, int]:
+        """(C, h, w) of one latent of a UNet with this sample_size."""
+        return (self.vae.config.latent_channels, sample_size, sample_size)
+
+
+def load_part(kind: type, path: str, subfolder: str, **options):
+    """kind.from_pretrained(path/subfolder) from local files only; raises UserError naming what is missing."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"model.path: no folder {path}; expected a diffusers folder with unet/, vae/ and text_encoder/")
+    if not (folder / subfolder).is_dir():
+        raise UserError(f"model.path: {path} has no folder {subfolder}/, which every diffusers folder has")
+    try:
+        return kind.from_pretrained(folder / subfolder, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: {folder / subfolder} cannot be loaded ({' '.join(str(error).split())})") from None
+
+
+def _dtype_option(options: dict) -> dict:
+    """transformers calls diffusers' `torch_dtype` `dtype`."""
+    return {("dtype" if key == "torch_dtype" else key): value for key, value in options.items()}

@@ -1,0 +1,87 @@
+"""The policy: a UNet with a LoRA. With the LoRA switched off it is the reference, so there is no second UNet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import cast_training_params
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
+
+from strop.engine.diffusion import DTYPES, Conditioning, load_part
+from strop.engine.errors import UserError
+
+
+class Policy:
+    """UNet2DConditionModel with a LoRA on its attention layers; only the LoRA has gradients, in float32."""
+
+    def __init__(self, unet: UNet2DConditionModel, rank: int, target_modules: tuple[str, ...], seed: int):
+        """Adds a fresh LoRA: A ~ N(0, 1/rank^2) from `seed`, B = 0, alpha = rank, so that policy and reference start equal."""
+        self.unet = unet.requires_grad_(False).eval()
+        self.rank = rank
+        config = PeftLoraConfig(
+            r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(target_modules)
+        )
+        try:
+            with torch.random.fork_rng():
+                torch.random.manual_seed(seed)
+                self.unet.add_adapter(config)
+        except ValueError as error:
+            raise UserError(f"lora.target_modules: found {list(target_modules)}; {error}") from None
+        cast_training_params(self.unet, torch.float32)
+
+    @classmethod
+    def load(
+        cls, path: str, dtype: str, device: torch.device, rank: int, target_modules: tuple[str, ...], seed: int
+    ) -> Policy:
+        """Loads path/unet (diffusers folder, safetensors only). Raises UserError where it is missing."""
+        unet = load_part(UNet2DConditionModel, path, "unet", torch_dtype=DTYPES[dtype], use_safetensors=True)
+        return cls(unet.to(device), rank, target_modules, seed)
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The trainable ones: those of the LoRA."""
+        return [p for p in self.unet.parameters() if p.requires_grad]
+
+    def eps(self, x: Tensor, step_t: Tensor, cond: Conditioning, guided: bool = True) -> Tensor:
+        """Model output for both guidance halves in one forward.
+
+        x (N, C, H, W); step_t (N,) training timesteps; cond of N prompts. Returns (2, N, C, H, W): without the prompt,
+        with the prompt; (1, N, C, H, W) when not guided. DDIMSchedule combines the halves.
+        """
+        halves = 2 if guided else 1
+        text = torch.cat([cond.null.expand_as(cond.text), cond.text]) if guided else cond.text
+        rows = x.repeat(halves, 1, 1, 1).to(text.dtype)
+        out = self.unet(rows, step_t.repeat(halves), encoder_hidden_states=text).sample
+        return out.float().unflatten(0, (halves, len(x)))
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, the policy is the frozen base model: adapters off, no gradient."""
+        self.unet.disable_adapters()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.unet.enable_adapters()
+
+    def lora_state(self) -> dict[str, Tensor]:
+        """The LoRA's tensors under PEFT names."""
+        return get_peft_model_state_dict(self.unet)
+
+    def load_lora_state(self, state: dict[str, Tensor]) -> None:
+        result = set_peft_model_state_dict(self.unet, state)
+        if result.unexpected_keys:
+            raise UserError(f"the LoRA has layers that this UNet lacks, such as {result.unexpected_keys[0]}")
+
+    def save_lora(self, folder: Path) -> Path:
+        """Writes folder/pytorch_lora_weights.safetensors, which `pipeline.load_lora_weights(folder)` opens."""
+        layers = convert_state_dict_to_diffusers(self.lora_state())
+        StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
+        return folder / "pytorch_lora_weights.safetensors"

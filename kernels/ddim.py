@@ -1,0 +1,144 @@
+"""The stochastic DDIM step with classifier-free guidance, its k branches, and its log-probability.
+
+    m       = eps_uncond + guidance * (eps_text - eps_uncond)          model output, epsilon or v
+    x0_hat  = x0_from_x * x_t + x0_from_m * m
+    branch  = mean_from_x * x_t + mean_from_m * m + sigma * noise      ~ p(x_{t-1} | x_t)
+    log p   = mean over C, H, W of -(x_prev - mean)^2 / (2 sigma^2) - log sigma - log(2 pi) / 2
+
+Both the predicted clean latent and the DDIM mean are linear in (x_t, m), for epsilon and for v prediction alike, so a step
+is five numbers: DDIMCoefficients computes them in float64 and stores them in float32.
+Shapes: x_t, eps_* (N, C, H, W); noise, branches (K, N, C, H, W); x_prev (2, N, C, H, W); coefficients (5, N).
+The functions `<op>_ref` are plain PyTorch and define the meaning of each op; they are what runs here.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DDIMCoefficients:
+    """The table of one schedule, a row a number, a column a step (index 0 is the noisiest).
+
+    t: training timesteps, `num_steps` of them and then 0, the timestep of the clean latent.
+    table: (5, num_steps) float32: x0_from_x, x0_from_m, mean_from_x, mean_from_m, sigma; in units of the latents.
+    """
+
+    t: tuple[int, ...]
+    table: Tensor
+
+    @classmethod
+    def build(
+        cls, alphas_cumprod: Tensor, num_steps: int, eta: float, prediction_type: str = "epsilon", steps_offset: int = 1
+    ) -> "DDIMCoefficients":
+        """alphas_cumprod (1000,) in (0, 1); "leading" spacing; prediction_type "epsilon" or "v_prediction".
+
+        As published, the step after the last one ends at alphas_cumprod[0], not at 1 (formula 12 of DDIM,
+        arXiv 2010.02502, with sigma from formula 16). Raises ValueError for an unknown prediction_type.
+        """
+        train_steps = len(alphas_cumprod)
+        if not 1 <= num_steps <= train_steps:
+            raise ValueError(f"num_steps is {num_steps}, expected 1 to {train_steps}")
+        ratio = train_steps // num_steps
+        t = [ratio * i + steps_offset for i in reversed(range(num_steps))]
+        t = torch.tensor(t).clamp(max=train_steps - 1)
+        alphas = alphas_cumprod.detach().cpu().double()
+        a = alphas[t]
+        a_prev = alphas[(t - ratio).clamp(0)]
+        sigma = eta * ((1 - a_prev) / (1 - a) * (1 - a / a_prev)).clamp(min=0).sqrt()
+        toward = (1 - a_prev - sigma**2).clamp(min=0).sqrt()  # weight of eps in the mean
+        if prediction_type == "epsilon":
+            x0_from_x, x0_from_m = a.rsqrt(), -(1 / a - 1).sqrt()
+            eps_from_x, eps_from_m = torch.zeros_like(a), torch.ones_like(a)
+        elif prediction_type == "v_prediction":
+            x0_from_x, x0_from_m = a.sqrt(), -(1 - a).sqrt()
+            eps_from_x, eps_from_m = (1 - a).sqrt(), a.sqrt()
+        else:
+            raise ValueError(f"prediction_type is {prediction_type!r}, expected 'epsilon' or 'v_prediction'")
+        mean_from_x = a_prev.sqrt() * x0_from_x + toward * eps_from_x
+        mean_from_m = a_prev.sqrt() * x0_from_m + toward * eps_from_m
+        table = torch.stack([x0_from_x, x0_from_m, mean_from_x, mean_from_m, sigma])
+        return cls((*t.tolist(), 0), table.float())
+
+
+def guide_ref(eps_uncond: Tensor | None, eps_text: Tensor, guidance: float) -> Tensor:
+    return eps_text if eps_uncond is None else eps_uncond + guidance * (eps_text - eps_uncond)
+
+
+def ddim_x0_hat_ref(
+    x_t: Tensor, eps_uncond: Tensor | None, eps_text: Tensor, guidance: float, coefficients: Tensor
+) -> Tensor:
+    from_x, from_m = _per_row(coefficients[:2], x_t)
+    return from_x * x_t + from_m * guide_ref(eps_uncond, eps_text, guidance)
+
+
+def ddim_branch_ref(
+    x_t: Tensor, eps_uncond: Tensor | None, eps_text: Tensor, guidance: float, coefficients: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    x0_from_x, x0_from_m, from_x, from_m, sigma = _per_row(coefficients, x_t)
+    model_output = guide_ref(eps_uncond, eps_text, guidance)
+    branches = from_x * x_t + from_m * model_output + sigma * noise
+    return branches.to(x_t.dtype), x0_from_x * x_t + x0_from_m * model_output
+
+
+def ddim_log_prob_ref(
+    x_prev: Tensor, x_t: Tensor, eps_uncond: Tensor | None, eps_text: Tensor, guidance: float, coefficients: Tensor
+) -> Tensor:
+    from_x, from_m, sigma = _per_row(coefficients[2:], eps_text)
+    mean = from_x * x_t + from_m * guide_ref(eps_uncond, eps_text, guidance)
+    log_density = -((x_prev - mean) ** 2) / (2 * sigma**2) - sigma.log() - 0.5 * math.log(2 * math.pi)
+    return log_density.flatten(2).mean(-1)
+
+
+def ddim_x0_hat(x_t: Tensor, eps_uncond: Tensor | None, eps_text: Tensor, guidance: float, coefficients: Tensor) -> Tensor:
+    """Predicted clean latent of each row (formula 12 of DDIM, its first term).
+
+    x_t, eps_* (N, C, H, W), eps_uncond None without guidance; coefficients (5, N) float32. Returns (N, C, H, W).
+    """
+    _check_step(x_t, eps_uncond, eps_text, coefficients)
+    return ddim_x0_hat_ref(x_t, eps_uncond, eps_text, guidance, coefficients)
+
+
+def ddim_branch(
+    x_t: Tensor, eps_uncond: Tensor | None, eps_text: Tensor, guidance: float, coefficients: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """K stochastic DDIM steps from each row, and the row's predicted clean latent.
+
+    x_t, eps_* (N, C, H, W), eps_uncond None without guidance; noise (K, N, C, H, W) standard normal; coefficients (5, N).
+    Returns (branches (K, N, C, H, W) in the type of x_t, x0_hat (N, C, H, W)). Raises ValueError naming what does not fit.
+    """
+    _check_step(x_t, eps_uncond, eps_text, coefficients)
+    if noise.shape[1:] != x_t.shape:
+        raise ValueError(f"noise has shape {tuple(noise.shape)}, expected (K, {', '.join(map(str, x_t.shape))})")
+    return ddim_branch_ref(x_t, eps_uncond, eps_text, guidance, coefficients, noise)
+
+
+def ddim_log_prob(
+    x_prev: Tensor, x_t: Tensor, eps_uncond: Tensor | None, eps_text: Tensor, guidance: float, coefficients: Tensor
+) -> Tensor:
+    """Log-density of drawing x_prev from x_t, as published the mean over C, H, W instead of the sum.
+
+    x_prev (2, N, C, H, W); x_t, eps_* (R, N, C, H, W) with R = 1 where winner and loser share x_t, else 2; coefficients
+    (5, N). Differentiable in eps_*. Returns (2, N). Raises ValueError naming what does not fit.
+    """
+    if x_prev.ndim != 5 or x_prev.shape[0] != 2:
+        raise ValueError(f"x_prev has shape {tuple(x_prev.shape)}, expected (2, N, C, H, W)")
+    if x_t.shape[0] not in (1, 2) or x_t.shape[1:] != x_prev.shape[1:]:
+        raise ValueError(f"x_t has shape {tuple(x_t.shape)}, expected (1 or 2, {', '.join(map(str, x_prev.shape[1:]))})")
+    _check_step(x_t, eps_uncond, eps_text, coefficients)
+    return ddim_log_prob_ref(x_prev, x_t, eps_uncond, eps_text, guidance, coefficients)
+
+
+def _per_row(coefficients: Tensor, like: Tensor) -> Tensor:
+    """(..., N) -> (..., N, 1, 1, 1), so that each number meets its row of (N, C, H, W)."""
+    return coefficients[..., None, None, None].to(torch.promote_types(like.dtype, torch.float32))
+
+
+def _check_step(x_t: Tensor, eps_uncond: Tensor | None, eps_text: Tensor, coefficients: Tensor) -> None:
+    for name, eps in (("eps_uncond", eps_uncond), ("eps_text", eps_text)):
+        if eps is not None and eps.shape != x_t.shape:
+            raise ValueError(f"{name} has shape {tuple(eps.shape)}, expected that of x_t, {tuple(x_t.shape)}")
+    if tuple(coefficients.shape) != (5, x_t.shape[-4]):
+        raise ValueError(f"coefficients has shape {tuple(coefficients.shape)}, expected (5, {x_t.shape[-4]})")
