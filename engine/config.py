@@ -35,13 +35,17 @@ class JudgeConfig(Section):
 
 class PromptsConfig(Section):
     train: str = Field(description="Training prompts: a text file, one prompt a line.")
-    heldout: str = Field(description="Prompts kept for the evaluation, in the same form; none may be a training prompt.")
+    heldout: str = Field(
+        description="Prompts kept for the evaluation, in the same form; none may be a training prompt."
+    )
 
 
 class LoraConfig(Section):
     rank: int = Field(4, ge=1, description="Rank of the LoRA; alpha equals the rank, so its scale is 1.")
     target_modules: tuple[str, ...] = Field(
-        ("to_q", "to_k", "to_v", "to_out.0"), min_length=1, description="UNet layers that get a LoRA (PEFT name suffixes)."
+        ("to_q", "to_k", "to_v", "to_out.0"),
+        min_length=1,
+        description="UNet layers that get a LoRA (PEFT name suffixes).",
     )
 
 
@@ -49,7 +53,9 @@ class RolloutConfig(Section):
     prompts: int = Field(10, ge=1, description="Prompts per iteration and process.")
     k: int = Field(4, ge=2, description="Branches drawn from one noisy latent at each judged step.")
     num_steps: int = Field(20, ge=2, le=1000, description="DDIM steps of a rollout.")
-    branch_from: int = Field(4, ge=0, description="First step index that branches; the steps before it are the trunk (t > kappa).")
+    branch_from: int = Field(
+        4, ge=0, description="First step index that branches; the steps before it are the trunk (t > kappa)."
+    )
     eta: float = Field(1.0, gt=0, le=1, description="DDIM eta; 0 has no log-probability and is not allowed here.")
     guidance: float = Field(5.0, ge=1, description="Classifier-free guidance scale; 1 switches guidance off.")
     threshold: float = Field(0.3, ge=0, lt=1, description="A pair is kept when p(winner) - p(loser) exceeds this.")
@@ -57,7 +63,9 @@ class RolloutConfig(Section):
     @model_validator(mode="after")
     def _branches_somewhere(self) -> RolloutConfig:
         if self.branch_from >= self.num_steps:
-            raise ValueError(f"branch_from is {self.branch_from}, but must be smaller than num_steps = {self.num_steps}")
+            raise ValueError(
+                f"branch_from is {self.branch_from}, but must be smaller than num_steps = {self.num_steps}"
+            )
         return self
 
 
@@ -74,7 +82,10 @@ class OptimConfig(Section):
 
 
 class ZeroConfig(Section):
-    stage: Literal[1, 2] = Field(1, description="DeepSpeed ZeRO stage, when started by `deepspeed`: 1 shards the optimizer state, 2 also the gradients.")
+    stage: Literal[1, 2] = Field(
+        1,
+        description="DeepSpeed ZeRO stage, when started by `deepspeed`: 1 shards the optimizer state, 2 also the gradients.",
+    )
 
 
 class EvaluateConfig(Section):
@@ -130,7 +141,9 @@ class SpmOptimConfig(Section):
     weight_decay: float = Field(0.3, ge=0, description="AdamW weight decay.")
     warmup: int = Field(0, ge=0, description="Steps of linear warm-up; a linear decay to zero follows.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm above which gradients are scaled down.")
-    clean_share: float = Field(0.0, ge=0, lt=1, description="Share of pairs shown clean at t = 0 instead of noised (0 in the paper).")
+    clean_share: float = Field(
+        0.0, ge=0, lt=1, description="Share of pairs shown clean at t = 0 instead of noised (0 in the paper)."
+    )
     guidance: float = Field(5.0, ge=1, description="Classifier-free guidance scale of the frozen base model.")
 
     @model_validator(mode="after")
@@ -211,7 +224,9 @@ def _read_yaml(path: Path) -> dict:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a recipe such as configs/tinyworld.yaml") from None
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); give the path of a recipe such as configs/tinyworld.yaml"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(tree, dict):
@@ -241,7 +256,11 @@ def _sentence(cls: type[BaseModel], error: ValidationError) -> str:
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         near = _nearest(cls, key)
-        return f"unknown key {key}; " + (f"did you mean {near}?" if near else "docs/configuration.md lists all keys") + more
+        return (
+            f"unknown key {key}; "
+            + (f"did you mean {near}?" if near else "docs/configuration.md lists all keys")
+            + more
+        )
     if first["type"] == "missing":
         return f"{key} is missing{more}"
     if first["type"] == "value_error":

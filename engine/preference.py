@@ -21,7 +21,9 @@ from strop.engine.pairs import PreferencePairs
 class StepAwarePreferenceModel:
     """Scores images against prompts at a timestep: exp(logit_scale) * cos(text, image), about 100 * cosine."""
 
-    def __init__(self, clip: TimeConditionedCLIP, tokenizer: CLIPTokenizer, mean: Sequence[float], std: Sequence[float]):
+    def __init__(
+        self, clip: TimeConditionedCLIP, tokenizer: CLIPTokenizer, mean: Sequence[float], std: Sequence[float]
+    ):
         """mean, std: per channel, of images in [0, 1], as in the CLIP's preprocessor_config.json."""
         self.clip = clip
         self.tokenizer = tokenizer
@@ -38,8 +40,14 @@ class StepAwarePreferenceModel:
         """
         folder = Path(path)
         if not (folder / "config.json").is_file():
-            raise UserError(f"judge.path: {path} has no config.json; expected a folder written by engine/train_spm.py or a CLIP folder")
-        options = json.loads((folder / "preprocessor_config.json").read_text()) if (folder / "preprocessor_config.json").is_file() else {}
+            raise UserError(
+                f"judge.path: {path} has no config.json; expected a folder written by engine/train_spm.py or a CLIP folder"
+            )
+        options = (
+            json.loads((folder / "preprocessor_config.json").read_text())
+            if (folder / "preprocessor_config.json").is_file()
+            else {}
+        )
         try:
             clip = TimeConditionedCLIP(CLIPModel(CLIPConfig.from_pretrained(folder)))
             clip.reset_modulation(rng or torch.Generator().manual_seed(0))
@@ -57,7 +65,11 @@ class StepAwarePreferenceModel:
         self.tokenizer.save_pretrained(folder)
         state = {name: value.contiguous() for name, value in self.clip.state_dict().items()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        pixels = {"image_mean": self.mean.flatten().tolist(), "image_std": self.std.flatten().tolist(), "size": self.size}
+        pixels = {
+            "image_mean": self.mean.flatten().tolist(),
+            "image_std": self.std.flatten().tolist(),
+            "size": self.size,
+        }
         (folder / "preprocessor_config.json").write_text(json.dumps(pixels, indent=2))
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
@@ -94,7 +106,9 @@ class StepAwarePreferenceModel:
         return ((images / 2 + 0.5).clamp(0, 1) - self.mean) / self.std
 
 
-def pick_pairs(x_t: Tensor, branches: Tensor, scores: Tensor, step: int, threshold: float) -> tuple[PreferencePairs, Tensor]:
+def pick_pairs(
+    x_t: Tensor, branches: Tensor, scores: Tensor, step: int, threshold: float
+) -> tuple[PreferencePairs, Tensor]:
     """Best and worst branch of each prompt become winner and loser where the judge is sure enough.
 
     x_t (B, C, H, W); branches (K, B, C, H, W) drawn from it at `step`; scores (K, B). A pair is kept when
@@ -123,5 +137,7 @@ def _complete(state: dict[str, Tensor], clip: TimeConditionedCLIP, folder: Path)
         state = state | modulation
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unexpected:
-        raise UserError(f"judge.path: {folder}/model.safetensors lacks {missing or 'nothing'} and has unexpected {unexpected or 'nothing'}")
+        raise UserError(
+            f"judge.path: {folder}/model.safetensors lacks {missing or 'nothing'} and has unexpected {unexpected or 'nothing'}"
+        )
     return state

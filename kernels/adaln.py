@@ -19,7 +19,14 @@ def adaln_modulate_ref(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, s
 
 
 def gated_residual_adaln_ref(
-    residual: Tensor, branch: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, scale: Tensor, eps: float
+    residual: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
     h = residual + gate.unsqueeze(1) * branch
     return h, adaln_modulate_ref(h, weight, bias, shift, scale, eps)

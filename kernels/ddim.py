@@ -92,7 +92,9 @@ def ddim_log_prob_ref(
     return log_density.flatten(2).mean(-1)
 
 
-def ddim_x0_hat(x_t: Tensor, eps_uncond: Tensor | None, eps_text: Tensor, guidance: float, coefficients: Tensor) -> Tensor:
+def ddim_x0_hat(
+    x_t: Tensor, eps_uncond: Tensor | None, eps_text: Tensor, guidance: float, coefficients: Tensor
+) -> Tensor:
     """Predicted clean latent of each row (formula 12 of DDIM, its first term).
 
     x_t, eps_* (N, C, H, W), eps_uncond None without guidance; coefficients (5, N) float32. Returns (N, C, H, W).
@@ -126,7 +128,9 @@ def ddim_log_prob(
     if x_prev.ndim != 5 or x_prev.shape[0] != 2:
         raise ValueError(f"x_prev has shape {tuple(x_prev.shape)}, expected (2, N, C, H, W)")
     if x_t.shape[0] not in (1, 2) or x_t.shape[1:] != x_prev.shape[1:]:
-        raise ValueError(f"x_t has shape {tuple(x_t.shape)}, expected (1 or 2, {', '.join(map(str, x_prev.shape[1:]))})")
+        raise ValueError(
+            f"x_t has shape {tuple(x_t.shape)}, expected (1 or 2, {', '.join(map(str, x_prev.shape[1:]))})"
+        )
     _check_step(x_t, eps_uncond, eps_text, coefficients)
     return ddim_log_prob_ref(x_prev, x_t, eps_uncond, eps_text, guidance, coefficients)
 

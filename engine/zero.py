@@ -1,0 +1,138 @@
+"""The optimizer: AdamW over the trainable parameters of a module, its state sharded by DeepSpeed ZeRO over several ranks.
+
+One process runs plain AdamW: there is nothing to shard, and neither DeepSpeed nor a compiler is needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from strop.engine.ranks import Ranks
+
+
+@dataclass(frozen=True, slots=True)
+class AdamWSettings:
+    """lr, betas, eps, weight_decay as in torch.optim.AdamW; max_grad_norm clips; accumulate micro-batches per step."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    max_grad_norm: float
+    accumulate: int
+    micro_batch: int
+    stage: int
+
+
+class LocalAdamW:
+    """AdamW of one process."""
+
+    def __init__(self, module: nn.Module, settings: AdamWSettings):
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.settings = settings
+        self.optimizer = _adamw(self.parameters, settings)
+        self.waiting = 0  # micro-batches since the last optimizer step
+        self.steps = 0
+
+    def backward(self, loss: Tensor) -> None:
+        (loss / self.settings.accumulate).backward()
+
+    def step(self) -> Tensor | float | None:
+        """After every backward. Takes an optimizer step when enough micro-batches wait; returns the gradient norm then."""
+        self.waiting += 1
+        if self.waiting < self.settings.accumulate:
+            return None
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.waiting = 0
+        self.steps += 1
+        return norm
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state held by this rank."""
+        return _bytes(self.optimizer)
+
+    def save(self, folder: Path) -> None:
+        state = {"optimizer": self.optimizer.state_dict(), "waiting": self.waiting, "steps": self.steps}
+        state["grads"] = [p.grad for p in self.parameters] if self.waiting else None
+        torch.save(state, folder / "optimizer.pt")
+
+    def load(self, folder: Path) -> None:
+        state = torch.load(folder / "optimizer.pt", weights_only=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.waiting, self.steps = state["waiting"], state["steps"]
+        for parameter, grad in zip(self.parameters, state["grads"] or [], strict=False):
+            parameter.grad = grad
+
+
+class ZeroAdamW:
+    """AdamW of several ranks through a DeepSpeedEngine, ZeRO stage 1 or 2; the same interface as LocalAdamW."""
+
+    def __init__(self, module: nn.Module, settings: AdamWSettings, ranks: Ranks):
+        import deepspeed
+
+        self.settings = settings
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        self.engine, *_ = deepspeed.initialize(
+            model=module,
+            model_parameters=parameters,
+            optimizer=_adamw(parameters, settings),
+            config={
+                "train_micro_batch_size_per_gpu": settings.micro_batch,
+                "gradient_accumulation_steps": settings.accumulate,
+                "gradient_clipping": settings.max_grad_norm,
+                "zero_optimization": {"stage": settings.stage, "overlap_comm": False},
+                "zero_allow_untested_optimizer": True,
+                "steps_per_print": 10**9,
+            },
+        )
+
+    @property
+    def steps(self) -> int:
+        return self.engine.global_steps
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)
+
+    def step(self) -> Tensor | float | None:
+        boundary = self.engine.is_gradient_accumulation_boundary()
+        self.engine.step()
+        return self.engine.get_global_grad_norm() if boundary else None
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+
+    def state_bytes(self) -> int:
+        return _bytes(self.engine.optimizer.optimizer)
+
+    def save(self, folder: Path) -> None:
+        self.engine.save_checkpoint(str(folder), tag="zero", exclude_frozen_parameters=True)
+
+    def load(self, folder: Path) -> None:
+        self.engine.load_checkpoint(str(folder), tag="zero", load_module_strict=False)
+
+
+def build(module: nn.Module, settings: AdamWSettings, ranks: Ranks) -> LocalAdamW | ZeroAdamW:
+    """The optimizer for as many ranks as there are."""
+    return LocalAdamW(module, settings) if ranks.size == 1 else ZeroAdamW(module, settings, ranks)
+
+
+def _adamw(parameters: list[nn.Parameter], settings: AdamWSettings) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        parameters, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+    )
+
+
+def _bytes(optimizer: torch.optim.Optimizer) -> int:
+    tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors)
