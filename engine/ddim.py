@@ -45,6 +45,11 @@ class DDIMSchedule:
         branches, _ = ddim_branch(x, *self._halves(eps), self.guidance, self._coefficients(step, len(x)), noise)
         return branches
 
+    def mean(self, x: Tensor, eps: Tensor, step: int | Tensor) -> Tensor:
+        """The deterministic step: mean of p(x_{t-1} | x_t). x (N, C, H, W), eps (G, N, C, H, W) -> (N, C, H, W)."""
+        nothing = x.new_zeros((1, *x.shape))
+        return ddim_branch(x, *self._halves(eps), self.guidance, self._coefficients(step, len(x)), nothing)[0][0]
+
     def log_prob(self, x_prev: Tensor, x_t: Tensor, eps: Tensor, step: Tensor) -> Tensor:
         """Log-densities (2, N) of winner and loser. x_prev (2, N, C, H, W), x_t (R, N, C, H, W), eps (G, R, N, C, H, W)."""
         return ddim_log_prob(x_prev, x_t, *self._halves(eps), self.guidance, self._coefficients(step, x_t.shape[1]))

@@ -106,10 +106,6 @@ class LatentDiffusion:
         noise = torch.randn(posterior.mean.shape, generator=rng, device=images.device, dtype=posterior.mean.dtype)
         return (posterior.mean + posterior.std * noise) * self.vae.config.scaling_factor
 
-    def latent_shape(self, sample_size: int) -> tuple[int, int, int]:
-        """(C, h, w) of one latent of a UNet with this sample_size."""
-        return (self.vae.config.latent_channels, sample_size, sample_size)
-
 
 def load_part(kind: type, path: str, subfolder: str, **options):
     """kind.from_pretrained(path/subfolder) from local files only; raises UserError naming what is missing."""

@@ -12,10 +12,14 @@ from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor
 
 from strop.engine.diffusion import DTYPES, Conditioning, load_part
 from strop.engine.errors import UserError
+
+
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 
 
 class Policy:
@@ -43,6 +47,12 @@ class Policy:
         """Loads path/unet (diffusers folder, safetensors only). Raises UserError where it is missing."""
         unet = load_part(UNet2DConditionModel, path, "unet", torch_dtype=DTYPES[dtype], use_safetensors=True)
         return cls(unet.to(device), rank, target_modules, seed)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of a latent at the model's own resolution."""
+        size = self.unet.config.sample_size
+        return (self.unet.config.in_channels, size, size)
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -76,12 +86,26 @@ class Policy:
         return get_peft_model_state_dict(self.unet)
 
     def load_lora_state(self, state: dict[str, Tensor]) -> None:
-        result = set_peft_model_state_dict(self.unet, state)
-        if result.unexpected_keys:
-            raise UserError(f"the LoRA has layers that this UNet lacks, such as {result.unexpected_keys[0]}")
+        """Replaces the LoRA by one of the same layers and rank. Raises UserError where they differ."""
+        own = self.lora_state()
+        odd = sorted(own.keys() ^ state.keys()) or [name for name in own if own[name].shape != state[name].shape]
+        if odd:
+            raise UserError(
+                f"this LoRA does not fit the UNet with rank {self.rank}: {len(odd)} tensors differ, such as {odd[0]}"
+            )
+        set_peft_model_state_dict(self.unet, state)
+
+    def load_lora(self, folder: Path) -> None:
+        """Loads what `save_lora` wrote. Raises UserError where it does not fit."""
+        file = load_file(folder / LORA_FILE)
+        names = {
+            key: key.removeprefix("unet.").replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B.")
+            for key in file
+        }
+        self.load_lora_state({names[key]: value for key, value in file.items()})
 
     def save_lora(self, folder: Path) -> Path:
-        """Writes folder/pytorch_lora_weights.safetensors, which `pipeline.load_lora_weights(folder)` opens."""
+        """Writes folder/LORA_FILE, which `pipeline.load_lora_weights(folder)` opens."""
         layers = convert_state_dict_to_diffusers(self.lora_state())
         StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
-        return folder / "pytorch_lora_weights.safetensors"
+        return folder / LORA_FILE

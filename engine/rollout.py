@@ -34,19 +34,18 @@ def rollout(
     judge,
     schedule: DDIMSchedule,
     cond,
-    shape: tuple[int, ...],
     config,
     rng: torch.Generator,
     clock: Callable[[str], AbstractContextManager],
 ) -> Rollout:
-    """One trajectory per prompt of `cond`, of latents of `shape` (C, H, W); config is the section `rollout`.
+    """One trajectory per prompt of `cond`; config is the section `rollout`.
 
     The forward that scores the branches of step i is the forward that gives eps for step i + 1, so k branches cost one
     fused UNet forward a step. Draws from rng: the prior, then per step the branches' noise and the random choice.
     """
     pairs, sure, scores = [], [], []
     guided = schedule.guidance != 1
-    x = schedule.prior((len(cond), *shape), rng)  # (B, C, H, W)
+    x = schedule.prior((len(cond), *policy.latent_shape), rng)  # (B, C, H, W)
     with clock("rollout/unet"):
         for i in range(config.branch_from):
             eps = policy.eps(x, schedule.timesteps(i, len(x)), cond, guided)

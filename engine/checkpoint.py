@@ -1,0 +1,140 @@
+"""The run folder: opened without overwriting anything, and checkpoints from which a run goes on bit for bit.
+
+A checkpoint holds the LoRA, the optimizer state (sharded as ZeRO has it), the state of the generators and the iteration.
+The frozen base model is not in it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from strop.engine.config import Config, differences, dump, load
+from strop.engine.errors import UserError
+from strop.engine.policy import Policy
+from strop.engine.ranks import Ranks
+from strop.engine.zero import LocalAdamW, ZeroAdamW
+
+MAY_CHANGE = (  # on resume; everything else decides what the run computes
+    "run.dir",
+    "run.iterations",
+    "run.device",
+    "run.log_every",
+    "run.save_every",
+    "run.resume",
+    "evaluate.prompts",
+    "evaluate.num_steps",
+    "evaluate.guidance",
+    "evaluate.batch",
+    "evaluate.seed",
+    "evaluate.pictures",
+    "evaluate.examiner",
+)
+
+
+def open_run(config: Config, ranks: Ranks) -> Path | None:
+    """Makes the run folder, writes config.yaml, and returns the checkpoint to go on from, or None for a new run.
+
+    Raises UserError, on every rank, for a folder that holds something, cannot be written, or does not fit run.resume.
+    """
+    outcome: list = [None, None]  # checkpoint, error
+    if ranks.first:
+        try:
+            outcome[0] = _open(config, ranks)
+        except UserError as error:
+            outcome[1] = str(error)
+    if ranks.size > 1:
+        dist.broadcast_object_list(outcome)
+    if outcome[1]:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
+def _open(config: Config, ranks: Ranks) -> Path | None:
+    run_dir = Path(config.run.dir)
+    checkpoint = _checkpoint_to_resume(config, run_dir, ranks) if config.run.resume else None
+    try:
+        if not config.run.resume and run_dir.exists() and any(run_dir.iterdir()):
+            raise UserError(
+                f"run.dir: {run_dir} is not empty; choose a new folder, or run.resume=true to go on with the run in it"
+            )
+        run_dir.mkdir(parents=True, exist_ok=True)
+        dump(config, run_dir / "config.yaml")
+    except OSError as error:
+        raise UserError(f"run.dir: {run_dir} cannot be written ({error.strerror}); choose another folder") from None
+    return checkpoint
+
+
+def _checkpoint_to_resume(config: Config, run_dir: Path, ranks: Ranks) -> Path:
+    checkpoint = newest(run_dir)
+    if checkpoint is None:
+        raise UserError(f"run.resume: {run_dir} holds no checkpoint; leave run.resume out to begin a run there")
+    changed = differences(load(checkpoint / "config.yaml"), config, MAY_CHANGE)
+    if changed:
+        raise UserError(
+            f"run.resume: {checkpoint} belongs to another configuration ({'; '.join(changed)}); set these keys back or begin a new run"
+        )
+    size = json.loads((checkpoint / "state.json").read_text())["ranks"]
+    if size != ranks.size:
+        raise UserError(
+            f"run.resume: {checkpoint} was written by {size} processes, found {ranks.size}; start as many as then"
+        )
+    return checkpoint
+
+
+def newest(run_dir: Path) -> Path | None:
+    """The checkpoint of the latest iteration; unfinished ones do not count."""
+    finished = sorted(p for p in (run_dir / "checkpoints").glob("[0-9]*") if (p / "state.json").is_file())
+    return finished[-1] if finished else None
+
+
+def save(
+    config: Config,
+    iteration: int,
+    policy: Policy,
+    optimizer: LocalAdamW | ZeroAdamW,
+    rngs: dict[str, torch.Generator],
+    ranks: Ranks,
+) -> Path:
+    """Writes run.dir/checkpoints/<iteration>; it gets its name when it is complete. Every rank calls it."""
+    final = Path(config.run.dir) / "checkpoints" / f"{iteration:06d}"
+    draft = final.with_name(f".{final.name}.draft")
+    if ranks.first:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+    _wait(ranks)
+    optimizer.save(draft)
+    save_file({name: rng.get_state() for name, rng in rngs.items()}, draft / f"generators-{ranks.rank}.safetensors")
+    if ranks.first:
+        policy.save_lora(draft)
+        dump(config, draft / "config.yaml")
+        (draft / "state.json").write_text(json.dumps({"iteration": iteration, "ranks": ranks.size}))
+    _wait(ranks)
+    if ranks.first:
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(draft, final)
+    _wait(ranks)
+    return final
+
+
+def restore(
+    checkpoint: Path, policy: Policy, optimizer: LocalAdamW | ZeroAdamW, rngs: dict[str, torch.Generator], ranks: Ranks
+) -> int:
+    """Puts everything back as `save` found it; returns the iteration."""
+    policy.load_lora(checkpoint)
+    optimizer.load(checkpoint)
+    states = load_file(checkpoint / f"generators-{ranks.rank}.safetensors")
+    for name, rng in rngs.items():
+        rng.set_state(states[name])
+    return json.loads((checkpoint / "state.json").read_text())["iteration"]
+
+
+def _wait(ranks: Ranks) -> None:
+    if ranks.size > 1:
+        dist.barrier()

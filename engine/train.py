@@ -1,0 +1,232 @@
+"""SPO post-training: `python engine/train.py RECIPE [key=value ...]`, or `deepspeed engine/train.py ...` for several ranks.
+
+The whole of it on one page: build the parts, evaluate the base model, run the loop of `train`, evaluate, report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from strop.engine import checkpoint, zero
+from strop.engine.config import Config, load
+from strop.engine.ddim import DDIMSchedule
+from strop.engine.diffusion import Conditioning, LatentDiffusion
+from strop.engine.entrypoint import resolve
+from strop.engine.errors import UserError, exit_on_user_error
+from strop.engine.evaluate import Evaluation, Evaluator
+from strop.engine.figures import before_after
+from strop.engine.metrics import Metrics, Progress, Stopwatch, read_records
+from strop.engine.objective import spo_loss
+from strop.engine.pairs import PreferencePairs
+from strop.engine.policy import Policy
+from strop.engine.preference import StepAwarePreferenceModel
+from strop.engine.prompts import batch_of, read_prompts
+from strop.engine.ranks import Ranks, balance, start
+from strop.engine.report import closing_table, make_report, paired_delta, write_summary
+from strop.engine.rollout import rollout
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Everything that a run is made of, loaded and checked."""
+
+    prompts: list[str]
+    heldout: list[str]
+    policy: Policy
+    diffusion: LatentDiffusion
+    judge: StepAwarePreferenceModel
+    schedule: DDIMSchedule
+    evaluator: Evaluator
+    optimizer: zero.LocalAdamW | zero.ZeroAdamW
+
+
+@exit_on_user_error
+def main(argv: Sequence[str]) -> None:
+    """Trains by a recipe; the last lines on the terminal say what came out and where it lies."""
+    parser = argparse.ArgumentParser(prog="train.py", description=main.__doc__)
+    parser.add_argument("recipe", help="YAML file, such as configs/tinyworld.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as run.dir=runs/mine optim.lr=1e-4")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # given by the deepspeed launcher
+    args = parser.parse_args(argv)
+    begun = time.perf_counter()
+    config = load(args.recipe, args.overrides)
+    ranks = start(config.run.device)
+    clock = Stopwatch(ranks.device)
+    with clock("load"):
+        parts = build(config, ranks)
+        resumed = checkpoint.open_run(config, ranks)
+    with clock("evaluate"):
+        base = evaluate_base(parts)
+    train(config, parts, ranks, clock, resumed)
+    with clock("evaluate"):
+        tuned = parts.evaluator(parts.policy)
+    if ranks.first:
+        close(config, parts, ranks, base, tuned, clock.seconds() | {"total": time.perf_counter() - begun})
+
+
+def build(config: Config, ranks: Ranks) -> Parts:
+    """Loads and checks all parts. Raises UserError for whatever the user has to mend, before anything is written."""
+    prompts = read_prompts(config.prompts.train, "prompts.train")
+    heldout = read_prompts(config.prompts.heldout, "prompts.heldout")
+    both = set(prompts) & set(heldout)
+    if both:
+        raise UserError(f"prompts.heldout: {len(both)} prompts are training prompts too, such as {min(both)!r}")
+    if not ranks.size <= config.evaluate.prompts <= len(heldout):
+        raise UserError(
+            f"evaluate.prompts: found {config.evaluate.prompts}, expected {ranks.size} (the processes) "
+            f"to {len(heldout)} (the prompts in {config.prompts.heldout})"
+        )
+    heldout = heldout[: config.evaluate.prompts]
+    model, device = config.model, ranks.device
+    diffusion = LatentDiffusion.load(model.path, model.dtype, device)
+    lora = config.lora
+    policy = Policy.load(model.path, model.dtype, device, lora.rank, lora.target_modules, config.run.seed)
+    judge = StepAwarePreferenceModel.load(config.judge.path, device)
+    spec = config.evaluate.examiner
+    examine = resolve(spec, "evaluate.examiner")(device) if spec else None
+    optim = config.optim
+    settings = zero.AdamWSettings(
+        optim.lr,
+        optim.betas,
+        optim.eps,
+        optim.weight_decay,
+        optim.max_grad_norm,
+        optim.accumulate,
+        optim.micro_batch,
+        config.zero.stage,
+    )
+    return Parts(
+        prompts,
+        heldout,
+        policy,
+        diffusion,
+        judge,
+        diffusion.schedule(config.rollout.num_steps, config.rollout.eta, config.rollout.guidance),
+        Evaluator(diffusion, judge, examine, heldout, config.evaluate, ranks),
+        zero.build(policy.unet, settings, ranks),
+    )
+
+
+def evaluate_base(parts: Parts) -> Evaluation:
+    """Before anything is trained, so that whatever the examiner cannot do shows at once."""
+    with parts.policy.reference():
+        return parts.evaluator(parts.policy)
+
+
+def train(config: Config, parts: Parts, ranks: Ranks, clock: Stopwatch, resumed: Path | None) -> None:
+    """The loop: roll out, balance, update; log and save now and then. Leaves the last checkpoint and run.dir/lora."""
+    run, policy, optimizer = config.run, parts.policy, parts.optimizer
+    rngs = {  # prior, branches and choices are each rank's own; the shuffle is the same on all
+        "rollout": torch.Generator(ranks.device).manual_seed(run.seed + ranks.rank),
+        "shuffle": torch.Generator(ranks.device).manual_seed(run.seed),
+    }
+    done = checkpoint.restore(resumed, policy, optimizer, rngs, ranks) if resumed else 0
+    labels = {"pairs_per_t": parts.schedule.t[:-1]}
+    metrics = Metrics(run.dir, ranks.device, ranks.first, start=done, iterations=run.iterations, labels=labels)
+    progress = Progress(run.iterations)
+    clock.lap()
+    for iteration in range(done, run.iterations):
+        prompts = share_of(parts.prompts, iteration, config.rollout.prompts, run.seed, ranks)
+        with clock("rollout"):
+            cond = parts.diffusion.encode(prompts).with_judge(parts.judge.encode(prompts))
+            result = rollout(
+                policy, parts.diffusion, parts.judge, parts.schedule, cond, config.rollout, rngs["rollout"], clock
+            )
+        with clock("update"):
+            pairs, cond = balance(result.pairs, cond, ranks, rngs["shuffle"])
+            for batch in pairs.split(config.optim.micro_batch):
+                update(batch, cond, policy, parts.schedule, optimizer, config, metrics)
+        possible = len(prompts) * (config.rollout.num_steps - config.rollout.branch_from)
+        metrics.add_total(prompts=len(prompts), pairs=len(result.pairs))
+        metrics.add_sum(pairs_per_t=result.kept)
+        metrics.add_mean(judge=result.score, kept=result.kept.sum() / possible)
+        last = iteration + 1 == run.iterations
+        if last or (iteration + 1) % run.log_every == 0:
+            record = metrics.flush(iteration + 1, optimizer_steps=optimizer.steps, seconds=clock.lap())
+            if ranks.first:
+                progress.show(record)
+        if last or (iteration + 1) % run.save_every == 0:
+            with clock("save"):
+                checkpoint.save(config, iteration + 1, policy, optimizer, rngs, ranks)
+    metrics.close()
+
+
+def update(
+    batch: PreferencePairs,
+    cond: Conditioning,
+    policy: Policy,
+    schedule: DDIMSchedule,
+    optimizer: zero.LocalAdamW | zero.ZeroAdamW,
+    config: Config,
+    metrics: Metrics,
+) -> None:
+    """One micro-batch: policy and reference on x_t (once where winner and loser share it), the loss, its gradient."""
+    eps = predict(policy, batch, schedule, cond)
+    with policy.reference():
+        eps_ref = predict(policy, batch, schedule, cond)
+    logp = schedule.log_prob(batch.x_prev, batch.x_t, eps, batch.step)  # (2, N)
+    logp_ref = schedule.log_prob(batch.x_prev, batch.x_t, eps_ref, batch.step)  # (2, N)
+    loss, stats = spo_loss(logp, logp_ref, config.optim.beta, config.optim.clip)
+    optimizer.backward(loss)
+    norm = optimizer.step()
+    metrics.add_mean(len(batch), **stats)
+    if norm is not None:
+        metrics.add_mean(grad_norm=norm)
+
+
+def predict(policy: Policy, batch: PreferencePairs, schedule: DDIMSchedule, cond: Conditioning) -> Tensor:
+    """Model output (G, R, N, C, H, W) of a batch of pairs."""
+    shared, rows = batch.x_t.shape[:2]
+    t = schedule.timesteps(batch.step, rows).repeat(shared)
+    eps = policy.eps(batch.x_t.flatten(0, 1), t, cond[batch.prompt].repeat(shared), guided=schedule.guidance != 1)
+    return eps.unflatten(1, (shared, rows))
+
+
+def share_of(prompts: list[str], iteration: int, size: int, seed: int, ranks: Ranks) -> list[str]:
+    """This rank's `size` prompts of an iteration."""
+    everyone = batch_of(prompts, iteration, size * ranks.size, seed)
+    return everyone[ranks.rank * size : (ranks.rank + 1) * size]
+
+
+def close(
+    config: Config, parts: Parts, ranks: Ranks, base: Evaluation, tuned: Evaluation, seconds: dict[str, float]
+) -> None:
+    """Writes the LoRA, summary.json, before_after.png, curves.png and report.html, and prints the closing table."""
+    run_dir = Path(config.run.dir)
+    lora = parts.policy.save_lora(run_dir / "lora")
+    before_after(base.images, tuned.images, parts.heldout[: len(base.images)], run_dir / "before_after.png")
+    last = read_records(run_dir / "metrics.jsonl")[-1]
+    summary = {name: paired_delta(base.scores[name], tuned.scores[name]) for name in base.scores} | {
+        "seconds": seconds,
+        "iterations": config.run.iterations,
+        "prompts": last["prompts"],
+        "pairs": last["pairs"],
+        "optimizer_steps": parts.optimizer.steps,
+        "optimizer_state_bytes_per_rank": parts.optimizer.state_bytes(),
+        "heldout_prompts": len(parts.heldout),
+        "world_size": ranks.size,
+        "device": torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu",
+        "seed": config.run.seed,
+        "version": version("strop"),
+        "paths": {
+            "run": str(run_dir),
+            "report": str(run_dir / "report.html"),
+            "lora": str(lora),
+            "checkpoints": str(run_dir / "checkpoints"),
+        },
+    }
+    write_summary(run_dir, summary)
+    make_report(run_dir)
+    print(f"\n{closing_table(summary)}")
+
+
+if __name__ == "__main__":
+    main()
