@@ -1,8 +1,43 @@
-"""Package map: the folders stay at the top of the repository, the import names are strop.engine, strop.kernels, strop.bench."""
+"""What strop is called, what it needs, and where its packages lie.
 
-from setuptools import setup
+The folders stay at the top of the repository while the import names are strop.engine, strop.kernels and strop.bench: a
+top-level `kernels` in site-packages would collide with Hugging Face's package of that name, which transformers and
+diffusers probe for. Weights and configs are no package data: a wheel holds source files only.
+The version has its one home here; code that wants it asks importlib.metadata.version("strop").
+"""
+
+from setuptools import find_packages, setup
+
+FOLDERS = ("engine", "kernels", "bench")
 
 setup(
-    package_dir={"strop.engine": "engine", "strop.kernels": "kernels", "strop.bench": "bench"},
-    packages=["strop.engine", "strop.kernels", "strop.bench", "strop.bench.tinyworld"],
+    name="strop",
+    version="0.1.0",
+    description="Post-trains Stable Diffusion 1.5 and SDXL with step-by-step preference optimization (SPO) on one node",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10,<3.14",
+    package_dir={f"strop.{folder}": folder for folder in FOLDERS},
+    packages=[f"strop.{name}" for name in find_packages(include=[pattern for f in FOLDERS for pattern in (f, f"{f}.*")])],
+    include_package_data=False,
+    zip_safe=False,
+    install_requires=[
+        "torch>=2.10",
+        "diffusers>=0.36",
+        "transformers>=5,<6",
+        "peft>=0.18",
+        "deepspeed>=0.18",
+        "pydantic>=2,<3",
+        "safetensors>=0.5",
+        "pyyaml>=6",
+        "numpy>=1.26",
+        "pillow>=10",
+        "matplotlib>=3.8",
+        "tensorboard>=2.15",
+    ],
+    extras_require={
+        "cuda": ["xformers>=0.0.35; sys_platform == 'linux'"],
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.12", "setuptools>=77"],
+        "bench": ["pytest>=8", "pytest-benchmark>=5"],
+    },
 )

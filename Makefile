@@ -1,0 +1,56 @@
+# `make` lists the targets. PYTHON chooses the interpreter, VENV the folder of the virtual environment, ARGS adds
+# key=value overrides to the demo: make demo ARGS="run.iterations=5".
+PYTHON ?= python3
+VENV   ?= .venv
+RUN    ?= runs/tinyworld-$(shell date +%Y%m%d-%H%M%S)
+ARGS   ?=
+
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+PIP     = $(BIN)/python -m pip --disable-pip-version-check install --quiet
+TORCH   = $(shell sed -n '/^torch==/p' constraints.txt)
+
+# Leaves the current folder off sys.path (Python 3.11 on), so that `import kernels` never means our folder.
+export PYTHONSAFEPATH = 1
+
+.PHONY: help install test test-slow lint demo tinyworld docs clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# torch first and alone, so that pip takes whichever build of it this machine is set up for (CPU or CUDA) and the
+# second step finds it already there.
+$(STAMP): setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v < (3, 14) or sys.exit("strop needs Python 3.10 \
+	to 3.13, and $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12" % v)'
+	@echo "installing strop and what it needs into $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) -m venv failed: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
+	@$(PIP) $(TORCH)
+	@$(PIP) --constraint constraints.txt --editable ".[test]"
+	@touch $@
+
+install: $(STAMP)  ## create .venv with strop (editable) and the tested versions of what it needs
+
+lint: $(STAMP)  ## ruff
+	@$(BIN)/ruff check --quiet .
+
+test: lint  ## ruff and the fast tests
+	@$(BIN)/pytest -q
+
+test-slow: lint  ## ruff and all tests, the slow ones too
+	@$(BIN)/pytest -q -m "slow or not slow"
+
+demo: $(STAMP)  ## post-train the tiny world, with a report of what it gained: ARGS="key=value ..." RUN=folder
+	$(BIN)/python engine/train.py configs/tinyworld.yaml run.dir=$(RUN) $(ARGS)
+
+tinyworld: $(STAMP)  ## rebuild the tiny world's models from one seed
+	$(BIN)/python -m strop.bench.tinyworld.build
+
+docs: $(STAMP)  ## regenerate docs/configuration.md from engine/config.py
+	@mkdir -p docs
+	$(BIN)/python -m strop.engine.reference > docs/configuration.md
+
+clean:  ## remove what builds and tests leave behind; runs/ and the virtual environment stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
+	find engine kernels bench tests -name __pycache__ -type d -exec rm -rf {} +
