@@ -1,7 +1,7 @@
-"""Shapes and vocabulary of tinyworld's models: the classes of the real thing, made small. Random weights; see train_*.py.
+"""Shapes and vocabulary of tinyworld's models: the classes of the real thing, made small, with random weights.
 
-Every constructor draws its initial weights from a seed of its own, in a forked global RNG, because diffusers and transformers take
-no torch.Generator.
+Every constructor draws its initial weights from a seed of its own, in a forked global RNG, because diffusers and
+transformers take no torch.Generator.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -31,22 +32,23 @@ def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
 def _pieces(word: str, merges: list[tuple[str, str]]) -> list[str]:
     """The word under BPE: the earliest merge first, until none fits."""
     pieces = [*word[:-1], word[-1] + "</w>"]
-    while fitting := [pair for pair in zip(pieces, pieces[1:], strict=False) if pair in merges]:
+    while fitting := [pair for pair in pairwise(pieces) if pair in merges]:
         first = min(fitting, key=merges.index)
-        at = list(zip(pieces, pieces[1:], strict=False)).index(first)
+        at = list(pairwise(pieces)).index(first)
         pieces[at : at + 2] = ["".join(first)]
     return pieces
 
 
 def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """CLIP-style BPE in which every word of the world is one token. Word by word: what earlier merges leave in pieces is joined
-    by new ones; as those rank last, they cannot break up an earlier word."""
-    tokens = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(letter + "</w>" for letter in LETTERS)]
+    """CLIP-style BPE in which every word of the world is one token. Word by word: what earlier merges leave in pieces
+    is joined by new ones; as those rank last, they cannot break up an earlier word."""
+    tokens = [*LETTERS, *(letter + "</w>" for letter in LETTERS)]
     merges: list[tuple[str, str]] = []
     for word in WORDS:
         while len(pieces := _pieces(word, merges)) > 1:
             merges.append((pieces[0], pieces[1]))
             tokens.append(pieces[0] + pieces[1])
+    tokens += ["<|startoftext|>", "<|endoftext|>"]  # the end has the largest id, as in CLIP
     return {token: i for i, token in enumerate(tokens)}, merges
 
 
@@ -57,15 +59,12 @@ def tokenizer() -> CLIPTokenizer:
         (Path(folder) / "vocab.json").write_text(json.dumps(vocabulary))
         (Path(folder) / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
         settings = {"model_max_length": MAX_TOKENS, "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
-        (Path(folder) / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", **settings}))
         return CLIPTokenizer.from_pretrained(folder, **settings)
 
 
 def tokenize(tokens: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     """Token ids (n, 16) int64, padded and cut to 16."""
-    return tokens(
-        captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
-    ).input_ids
+    return tokens(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt").input_ids
 
 
 def _text_config(width: int, layers: int, tokens: CLIPTokenizer) -> dict:
@@ -149,7 +148,7 @@ def pipeline(vae: AutoencoderKL, unet: UNet2DConditionModel, text: CLIPTextModel
 
 
 def clip(tokens: CLIPTokenizer, seed: int) -> CLIPModel:
-    """0.55 M parameters: ViT with patches of 8 on 64x64, width 96, 3 layers; text of width 64, 2 layers; 64 shared dimensions."""
+    """0.48 M parameters: ViT with patches of 8 on 64x64, width 96, 3 layers; text of width 64, 2 layers; 64 shared."""
     vision = {
         "image_size": 64,
         "patch_size": 8,
@@ -163,7 +162,7 @@ def clip(tokens: CLIPTokenizer, seed: int) -> CLIPModel:
 
 
 class Checker(nn.Module):
-    """A small CNN on (n, 3, 64, 64) images in [-1, 1]: one linear head per entry of `heads` (name -> number of classes).
+    """A small CNN on (n, 3, 64, 64) images in [-1, 1], one linear head per entry of `heads` (name -> classes).
     forward returns {name: (n, classes)}."""
 
     def __init__(self, heads: dict[str, int], width: int) -> None:

@@ -2,9 +2,9 @@
 
 High q: shading, a highlight, a drop shadow, a graded background, clean edges. Low q: grain, blotches, banding, edges of
 3-pixel blocks. q has no first-order colour statistics: every field that q scales has zero mean over the region that it
-acts on and scales a colour without turning its hue, so that the mean colour of an object or background does not tell
-q. Layout (position, exact size, colour jitter) is drawn before q is looked at: the same generator state with another q gives
-the same layout. q in (1, 1.5] exaggerates shading, shadow and grading; the examiners learn to call that 1.
+acts on and scales a colour without turning its hue, so that the mean colour of an object or background does not tell q.
+Layout (position, exact size, colour jitter) does not depend on q: the same generator state with another q gives the
+same layout. q in (1, 1.5] exaggerates shading, shadow and grading; the examiners learn to call that 1.
 
 The noise has cells of 4 to 13 pixels, so that an f = 4 autoencoder can carry it.
 """
@@ -28,8 +28,8 @@ BLOCK = 3  # pixels, the steps of a jagged edge at q = 0
 
 @dataclass(frozen=True, slots=True)
 class Objects:
-    """Object slots of n scenes (two each, the second one absent in singles): centre (n, 2, 2) as x, y and radius (n, 2) in
-    pixels, shape (n, 2) int64, colour (n, 2, 3), present (n, 2) bool."""
+    """Two object slots a scene, the second one absent in singles: centre (n, 2, 2) as x, y and radius (n, 2) in pixels,
+    shape (n, 2) int64, colour (n, 2, 3), present (n, 2) bool."""
 
     centre: torch.Tensor
     radius: torch.Tensor
@@ -142,7 +142,7 @@ def render(scenes: list[Scene], q: torch.Tensor, rng: torch.Generator) -> torch.
     for i in range(2):
         cx, cy = objects.centre[:, i, 0, None, None], objects.centre[:, i, 1, None, None]
         r, shape, here = objects.radius[:, i], objects.shape[:, i], objects.present[:, i, None, None]
-        cy = cy + torch.where(shape == 2, 0.22 * r, 0.0 * r)[:, None, None]  # a triangle's box, not its centroid, is centred
+        cy = cy + torch.where(shape == 2, 0.22 * r, 0.0 * r)[:, None, None]  # centre its box, not its centroid
         mask = (0.5 - _distance(jag_x - cx, jag_y - cy, r, shape)).clamp(0, 1) * here
         off = r[:, None, None]
         under = _distance(x - cx - 0.22 * off, y - cy - 0.26 * off, r, shape)

@@ -1,7 +1,7 @@
-"""The autoencoder: f = 4, mean squared error with a little absolute error, and a light KL term, in bf16 autocast on CPU.
+"""The autoencoder: f = 4, squared error with a little absolute error, and a light KL term, in bf16 autocast.
 
-After training the latents are standardised channel by channel; the factors are folded into the two 1x1 convolutions around
-the latent, so that `scaling_factor` is 1 and a diffusion model sees zero mean and unit deviation.
+After training the latents are standardised channel by channel; the factors are folded into the two 1x1 convolutions
+around the latent, so that `scaling_factor` is 1 and a diffusion model sees zero mean and unit deviation.
 """
 
 from __future__ import annotations
@@ -55,6 +55,21 @@ def render_uint8(scenes: list[Scene], q: torch.Tensor, rng: torch.Generator, bat
 
 
 @torch.no_grad()
+def roundtrip(vae: AutoencoderKL, images: torch.Tensor, noise: float, rng: torch.Generator) -> torch.Tensor:
+    """uint8 images (n, 3, 64, 64) through the autoencoder and back, as uint8; each latent gets Gaussian noise of its
+    own deviation, uniform in [0, noise]."""
+    decoded = []
+    for part in images.split(32):
+        with torch.autocast("cpu", torch.bfloat16):
+            latents = encode(vae, to_float(part)).float()
+        amount = noise * torch.rand(len(part), 1, 1, 1, generator=rng)
+        latents = latents + amount * torch.randn(latents.shape, generator=rng)
+        with torch.autocast("cpu", torch.bfloat16):
+            decoded.append(to_uint8(decode(vae, latents).float()))
+    return torch.cat(decoded)
+
+
+@torch.no_grad()
 def standardise(vae: AutoencoderKL, images: torch.Tensor) -> None:
     """Folds the latents' mean and deviation (over `images`) into quant_conv and post_quant_conv; scaling_factor 1."""
     latents = encode(vae, images) / vae.config.scaling_factor
@@ -96,7 +111,8 @@ def train(weights: Path, steps: int = 5000, batch: int = 8) -> None:
     standardise(vae, render(sample_scenes(512, rng), sample_quality(512, rng), rng))
     vae = vae.half()
     vae.save_pretrained(weights / "sd" / "vae")
-    record(weights, "vae", evaluate(vae.float()) | {"steps": steps, "batch": batch, "seconds": time.monotonic() - start})
+    settings = {"steps": steps, "batch": batch, "seconds": time.monotonic() - start}
+    record(weights, "vae", evaluate(vae.float()) | settings)
 
 
 def evaluate(vae: AutoencoderKL, count: int = 512) -> dict[str, float | int]:

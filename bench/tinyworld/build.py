@@ -1,0 +1,67 @@
+"""Builds tinyworld: `python -m strop.bench.tinyworld.build [stage ...] [--out DIR]`; without stages, all of them in order.
+
+Each stage draws from a seed of its own and reads what earlier stages saved, so that stages can be run one by one, with
+the same result. One CPU thread unless --threads says otherwise; bit-equal results need the same thread count and machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from strop.bench.tinyworld import card, train_examiners, train_pickscore, train_unet, train_vae
+from strop.bench.tinyworld.training import record, stage_seed
+from strop.bench.tinyworld.world import write_prompts
+
+HERE = Path(__file__).parent
+
+
+def prompts(weights: Path) -> None:
+    """prompts/train.txt and prompts/heldout.txt, beside the weights folder."""
+    write_prompts(weights.parent / "prompts", stage_seed("prompts"))
+
+
+def judge(weights: Path) -> None:
+    """weights/judge: the step-aware preference model, fine-tuned from weights/pickscore by the engine itself."""
+    config = HERE.parents[1] / "configs" / "spm_tinyworld.yaml"
+    subprocess.run([sys.executable, "-m", "strop.engine.train_spm", str(config)], check=True)
+
+
+def base(weights: Path) -> None:
+    """How well the base model follows held-out captions, and the quality it draws, as the examiners see it."""
+    record(weights, "base", train_unet.evaluate(weights))
+
+
+STAGES = {
+    "prompts": prompts,
+    "vae": train_vae.train,
+    "unet": train_unet.train,
+    "examiners": train_examiners.train,
+    "pickscore": train_pickscore.train,
+    "base": base,
+    "judge": judge,
+    "card": card.write,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Build tinyworld's prompts and weights.")
+    parser.add_argument("stages", nargs="*", metavar="stage", help=f"any of: {', '.join(STAGES)} (default: all)")
+    parser.add_argument("--out", type=Path, default=HERE / "weights", help="the weights folder (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default: %(default)s)")
+    args = parser.parse_args()
+    if unknown := [stage for stage in args.stages if stage not in STAGES]:
+        parser.error(f"no such stage: {', '.join(unknown)}; there are {', '.join(STAGES)}")
+    torch.set_num_threads(args.threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))  # for the judge's subprocess
+    for stage in args.stages or STAGES:
+        STAGES[stage](args.out)
+
+
+if __name__ == "__main__":
+    main()

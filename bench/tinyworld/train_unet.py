@@ -1,0 +1,150 @@
+"""The base model: UNet and text encoder, trained jointly on latents of renders of every quality (mean q 0.45).
+
+Noise prediction with captions dropped one time in ten (for guidance). Timesteps are drawn more often from the noisy
+half, where a picture's layout and colours, and with them its caption, are decided. What is saved is the EMA.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from strop.bench.tinyworld import models
+from strop.bench.tinyworld.render import contact_sheet, to_float
+from strop.bench.tinyworld.train_vae import decode, encode, render_uint8
+from strop.bench.tinyworld.training import (
+    EMA,
+    Progress,
+    batches,
+    cosine,
+    generator,
+    parameters,
+    record,
+    set_lr,
+    stage_seed,
+)
+from strop.bench.tinyworld.world import caption, sample_quality, sample_scenes
+
+CAPTION_DROPOUT = 0.1
+
+
+def make_latents(vae: AutoencoderKL, count: int, rng: torch.Generator) -> tuple[torch.Tensor, list[str]]:
+    """`count` latents (count, 4, 16, 16) in fp16 and their captions, in slices to bound memory."""
+    latents, captions = [], []
+    progress = Progress("unet/latents", count // 1024, every=8)
+    for step in range(count // 1024):
+        scenes = sample_scenes(1024, rng)
+        images = render_uint8(scenes, sample_quality(1024, rng), rng)
+        with torch.autocast("cpu", torch.bfloat16):
+            latents.append(encode(vae, to_float(images), batch=32).half())
+        captions += [caption(scene) for scene in scenes]
+        progress(step)
+    return torch.cat(latents), captions
+
+
+def _timesteps(count: int, rng: torch.Generator) -> torch.Tensor:
+    """(count,) int64 training timesteps, denser towards 999: mean 600."""
+    return (1000 * (1 - torch.rand(count, generator=rng) ** 1.5)).long().clamp(0, 999)
+
+
+def train(weights: Path, steps: int = 8000, batch: int = 32, count: int = 32768, peak: float = 1.2e-3) -> None:
+    """Trains the UNet and the text encoder for the VAE in weights/sd/vae; saves weights/sd every 1000 steps."""
+    start = time.monotonic()
+    rng = generator("unet")
+    vae = AutoencoderKL.from_pretrained(weights / "sd" / "vae").eval()
+    tokens = models.tokenizer()
+    latents, captions = make_latents(vae, count, rng)
+    ids, empty = models.tokenize(tokens, captions), models.tokenize(tokens, [""])
+
+    parts = torch.nn.ModuleDict({"unet": models.unet(stage_seed("unet")), "text": models.text_encoder(tokens, 1)})
+    average = torch.nn.ModuleDict({"unet": models.unet(0), "text": models.text_encoder(tokens, 0)})
+    ema = EMA(parts, average, decay=0.999)
+    optimizer = torch.optim.AdamW(parts.parameters(), betas=(0.9, 0.99), weight_decay=1e-3)
+    signal = models.scheduler().alphas_cumprod[:, None, None, None]
+    rows = batches(count, batch, rng)
+    progress = Progress("unet", steps)
+    for step in range(steps):
+        set_lr(optimizer, cosine(step, steps, peak, warmup=200))
+        row = next(rows)
+        x0, t = latents[row].float(), _timesteps(batch, rng)
+        noise = torch.randn(x0.shape, generator=rng)
+        x_t = signal[t].sqrt() * x0 + (1 - signal[t]).sqrt() * noise
+        dropped = torch.rand(batch, 1, generator=rng) < CAPTION_DROPOUT
+        states = parts["text"](torch.where(dropped, empty, ids[row])).last_hidden_state
+        loss = F.mse_loss(parts["unet"](x_t, t, states).sample, noise)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parts.parameters(), 1.0)
+        optimizer.step()
+        ema.update(step)
+        progress(step, loss=loss)
+        if (step + 1) % 1000 == 0 or step + 1 == steps:
+            save(weights, vae, average)
+    size = parameters(parts["unet"])
+    seconds = time.monotonic() - start
+    record(weights, "unet", {"parameters": size, "steps": steps, "batch": batch, "latents": count, "seconds": seconds})
+
+
+def save(weights: Path, vae: AutoencoderKL, average: torch.nn.ModuleDict) -> None:
+    """weights/sd as an fp16 StableDiffusionPipeline folder; the models themselves stay fp32."""
+    unet, text = models.unet(0), models.text_encoder(models.tokenizer(), 0)
+    unet.load_state_dict(average["unet"].state_dict())
+    text.load_state_dict(average["text"].state_dict())
+    frozen = AutoencoderKL.from_config(vae.config)
+    frozen.load_state_dict(vae.state_dict())
+    models.pipeline(frozen.half(), unet.half(), text.half()).save_pretrained(weights / "sd", safe_serialization=True)
+
+
+def load_pipeline(weights: Path) -> StableDiffusionPipeline:
+    """weights/sd in fp32, quiet."""
+    pipe = StableDiffusionPipeline.from_pretrained(weights / "sd", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _embed(text: CLIPTextModel, tokens: CLIPTokenizer, prompts: list[str]) -> torch.Tensor:
+    return text(models.tokenize(tokens, prompts)).last_hidden_state
+
+
+@torch.no_grad()
+def sample(
+    pipe: StableDiffusionPipeline, prompts: list[str], guidance: float, rng: torch.Generator, steps: int = 20
+) -> torch.Tensor:
+    """Images (n, 3, 64, 64) in [-1, 1]: DDIM, eta 0, classifier-free guidance, 64 prompts at a time."""
+    pipe.scheduler.set_timesteps(steps)
+    images = []
+    for i in range(0, len(prompts), 64):
+        part = prompts[i : i + 64]
+        states = _embed(pipe.text_encoder, pipe.tokenizer, [""] * len(part) + part)
+        x = torch.randn(len(part), 4, 16, 16, generator=rng)
+        for t in pipe.scheduler.timesteps:
+            without, given = pipe.unet(torch.cat([x, x]), t, states).sample.chunk(2)
+            x = pipe.scheduler.step(without + guidance * (given - without), t, x).prev_sample
+        images.append(decode(pipe.vae, x))
+    return torch.cat(images)
+
+
+def evaluate(weights: Path, guidance: float = 4.0, count: int = 384) -> dict[str, float]:
+    """Alignment and quality of samples for held-out prompts, by the examiners; saves a contact sheet."""
+    from PIL import Image
+
+    from strop.bench.tinyworld import examiners
+
+    prompts = (Path(__file__).parent / "prompts" / "heldout.txt").read_text().splitlines()[:count]
+    images = sample(load_pipeline(weights), prompts, guidance, generator("unet/evaluate"))
+    seen = examiners.load("cpu")(images, prompts)
+    Image.fromarray(contact_sheet(images[:48], 12).numpy()).save(weights / "samples.png")
+    quality = seen["quality"]
+    return {
+        "guidance": guidance,
+        "alignment": seen["alignment"].float().mean().item(),
+        "quality_mean": quality.mean().item(),
+        "quality_std": quality.std().item(),
+        "quality_10th": quality.quantile(0.1).item(),
+        "quality_90th": quality.quantile(0.9).item(),
+    }
