@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from strop.engine.config import Config, differences, dump, load
+from strop.engine.config import Config, SpmConfig, differences, dump, load
 from strop.engine.errors import UserError
 from strop.engine.policy import Policy
 from strop.engine.ranks import Ranks
@@ -43,10 +44,23 @@ def open_run(config: Config, ranks: Ranks) -> Path | None:
 
     Raises UserError, on every rank, for a folder that holds something, cannot be written, or does not fit run.resume.
     """
-    outcome: list = [None, None]  # checkpoint, error
+    return _on_first(ranks, lambda: _open(config, ranks))
+
+
+def open_new(config: Config | SpmConfig, ranks: Ranks) -> None:
+    """Makes the run folder and writes config.yaml; nothing is ever overwritten.
+
+    Raises UserError, on every rank, for a folder that holds something or cannot be written.
+    """
+    _on_first(ranks, lambda: _claim(config, "choose a new folder"))
+
+
+def _on_first(ranks: Ranks, action: Callable[[], Path | None]) -> Path | None:
+    """The first rank acts; every rank returns what it returned, or raises the UserError that it raised."""
+    outcome: list = [None, None]  # result, error
     if ranks.first:
         try:
-            outcome[0] = _open(config, ranks)
+            outcome[0] = action()
         except UserError as error:
             outcome[1] = str(error)
     if ranks.size > 1:
@@ -57,18 +71,33 @@ def open_run(config: Config, ranks: Ranks) -> Path | None:
 
 
 def _open(config: Config, ranks: Ranks) -> Path | None:
+    if not config.run.resume:
+        _claim(config, "choose a new folder, or run.resume=true to go on with the run in it")
+        return None
+    checkpoint = _checkpoint_to_resume(config, Path(config.run.dir), ranks)
+    _write_config(config)
+    return checkpoint
+
+
+def _claim(config: Config | SpmConfig, mend: str) -> None:
+    """Takes a new or empty folder."""
     run_dir = Path(config.run.dir)
-    checkpoint = _checkpoint_to_resume(config, run_dir, ranks) if config.run.resume else None
     try:
-        if not config.run.resume and run_dir.exists() and any(run_dir.iterdir()):
-            raise UserError(
-                f"run.dir: {run_dir} is not empty; choose a new folder, or run.resume=true to go on with the run in it"
-            )
+        taken = run_dir.exists() and any(run_dir.iterdir())
+    except OSError as error:
+        raise UserError(f"run.dir: {run_dir} cannot be used ({error.strerror}); choose another folder") from None
+    if taken:
+        raise UserError(f"run.dir: {run_dir} is not empty; {mend}")
+    _write_config(config)
+
+
+def _write_config(config: Config | SpmConfig) -> None:
+    run_dir = Path(config.run.dir)
+    try:
         run_dir.mkdir(parents=True, exist_ok=True)
         dump(config, run_dir / "config.yaml")
     except OSError as error:
         raise UserError(f"run.dir: {run_dir} cannot be written ({error.strerror}); choose another folder") from None
-    return checkpoint
 
 
 def _checkpoint_to_resume(config: Config, run_dir: Path, ranks: Ranks) -> Path:

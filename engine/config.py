@@ -132,6 +132,9 @@ class SpmDataConfig(Section):
     )
     train: int = Field(ge=1, description="Training pairs.")
     heldout: int = Field(512, ge=1, description="Held-out pairs, drawn with another seed.")
+    workers: int = Field(
+        0, ge=0, description="Processes that load training pairs; 0 loads them in the training process."
+    )
 
 
 class SpmOptimConfig(Section):

@@ -65,11 +65,7 @@ class Policy:
         x (N, C, H, W); step_t (N,) training timesteps; cond of N prompts. Returns (2, N, C, H, W): without the prompt,
         with the prompt; (1, N, C, H, W) when not guided. DDIMSchedule combines the halves.
         """
-        halves = 2 if guided else 1
-        text = torch.cat([cond.null.expand_as(cond.text), cond.text]) if guided else cond.text
-        rows = x.repeat(halves, 1, 1, 1).to(text.dtype)
-        out = self.unet(rows, step_t.repeat(halves), encoder_hidden_states=text).sample
-        return out.float().unflatten(0, (halves, len(x)))
+        return unet_eps(self.unet, x, step_t, cond, guided)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -109,3 +105,12 @@ class Policy:
         layers = convert_state_dict_to_diffusers(self.lora_state())
         StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
         return folder / LORA_FILE
+
+
+def unet_eps(unet: UNet2DConditionModel, x: Tensor, step_t: Tensor, cond: Conditioning, guided: bool) -> Tensor:
+    """As Policy.eps, for any UNet: one forward for both guidance halves, (2 or 1, N, C, H, W) in float32."""
+    halves = 2 if guided else 1
+    text = torch.cat([cond.null.expand_as(cond.text), cond.text]) if guided else cond.text
+    rows = x.repeat(halves, 1, 1, 1).to(text.dtype)
+    out = unet(rows, step_t.repeat(halves), encoder_hidden_states=text).sample
+    return out.float().unflatten(0, (halves, len(x)))
