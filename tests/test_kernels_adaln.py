@@ -1,0 +1,142 @@
+"""strop.kernels.adaln against a float64 truth written out, against F.layer_norm bit for bit, and what is refused."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck
+
+from strop.kernels import adaln_modulate, gated_residual_adaln
+
+SHAPES = [(1, 1, 1), (2, 3, 5), (3, 17, 64), (1, 257, 1280), (4, 7, 769)]
+EPS = 1e-5
+
+
+def inputs(rows, length, width, dtype=torch.float32):
+    """residual, branch, gate, weight, bias, shift, scale, in the order of gated_residual_adaln."""
+    rng = torch.Generator().manual_seed(rows * 1000 + width)
+    draw = lambda *shape: torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype)
+    return (
+        draw(rows, length, width) * 3 + 1,
+        draw(rows, length, width),
+        draw(rows, width),
+        draw(width) + 1,
+        draw(width),
+        draw(rows, width),
+        draw(rows, width),
+    )
+
+
+def truth(x, weight, bias, shift, scale):
+    """LayerNorm from its definition, then the modulation, in float64."""
+    x, weight, bias, shift, scale = (each.double() for each in (x, weight, bias, shift, scale))
+    centred = x - x.mean(-1, keepdim=True)
+    normal = centred / (centred.square().mean(-1, keepdim=True) + EPS).sqrt()
+    return (normal * weight + bias) * (1 + scale[:, None]) + shift[:, None]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_modulated_norm_is_the_float64_truth(shape):
+    x, _, _, weight, bias, shift, scale = inputs(*shape)
+    found = adaln_modulate(x, weight, bias, shift, scale, EPS)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), truth(x, weight, bias, shift, scale), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gated_residual_then_norm_is_the_float64_truth(shape):
+    residual, branch, gate, weight, bias, shift, scale = inputs(*shape)
+    h, y = gated_residual_adaln(residual, branch, gate, weight, bias, shift, scale, EPS)
+    expected = residual.double() + gate.double()[:, None] * branch.double()
+    torch.testing.assert_close(h.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(y.double(), truth(expected, weight, bias, shift, scale), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_without_modulation_it_is_layer_norm_bit_for_bit(shape):
+    x, branch, _, weight, bias, shift, _ = inputs(*shape)
+    none, one = torch.zeros_like(shift), torch.ones_like(shift)
+    expected = F.layer_norm(x, x.shape[-1:], weight, bias, EPS)
+    assert torch.equal(adaln_modulate(x, weight, bias, none, none, EPS), expected)
+    h, y = gated_residual_adaln(x, branch, one, weight, bias, none, none, EPS)
+    assert torch.equal(h, x + branch)
+    assert torch.equal(y, F.layer_norm(x + branch, x.shape[-1:], weight, bias, EPS))
+
+
+def test_the_two_ops_agree_where_they_meet():
+    residual, branch, gate, weight, bias, shift, scale = inputs(3, 4, 33)
+    h, y = gated_residual_adaln(residual, branch, gate, weight, bias, shift, scale, EPS)
+    assert torch.equal(y, adaln_modulate(h, weight, bias, shift, scale, EPS))
+
+
+def test_rows_do_not_see_each_other():
+    given = inputs(3, 5, 12)
+    before = gated_residual_adaln(*given, EPS)
+    given[0][1], given[2][1], given[5][1] = 7.0, -1.0, 3.0  # residual, gate and shift of the second row
+    after = gated_residual_adaln(*given, EPS)
+    for old, new in zip(before, after, strict=True):
+        assert torch.equal(old[[0, 2]], new[[0, 2]])
+        assert not torch.equal(old[1], new[1])
+
+
+def test_eps_is_that_of_the_norm():
+    """A constant row has variance 0: only eps keeps it finite, and only eps decides a nearly constant one."""
+    weight, bias, none = torch.ones(4), torch.zeros(4), torch.zeros(1, 4)
+    assert torch.equal(adaln_modulate(torch.full((1, 2, 4), 3.0), weight, bias, none, none, 1e-5), torch.zeros(1, 2, 4))
+    x = torch.tensor([[[1.0, -1.0, 1.0, -1.0]]])
+    torch.testing.assert_close(adaln_modulate(x, weight, bias, none, none, 3.0), x / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_narrow_types_stay_narrow_and_near(dtype):
+    x, _, _, weight, bias, shift, scale = inputs(2, 9, 48, dtype)
+    found = adaln_modulate(x, weight, bias, shift, scale, EPS)
+    assert found.dtype == dtype
+    expected = truth(x, weight, bias, shift, scale)
+    assert (found.double() - expected).norm() / expected.norm() < 2 * torch.finfo(dtype).eps
+
+
+def test_gradients_by_finite_differences():
+    given = [each.requires_grad_() for each in inputs(2, 3, 4, torch.float64)]
+    assert gradcheck(lambda *g: gated_residual_adaln(*g, EPS), given)
+    x, _, _, weight, bias, shift, scale = given
+    assert gradcheck(lambda *g: adaln_modulate(*g, EPS), (x, weight, bias, shift, scale))
+
+
+FITTING = {
+    "residual": (2, 3, 8),
+    "branch": (2, 3, 8),
+    "gate": (2, 8),
+    "weight": (8,),
+    "bias": (8,),
+    "shift": (2, 8),
+    "scale": (2, 8),
+}
+
+
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("residual", (6, 8)),
+        ("branch", (2, 1, 8)),
+        ("gate", (1, 8)),
+        ("gate", (2, 3, 8)),
+        ("weight", (7,)),
+        ("bias", (1,)),
+        ("shift", (2, 7)),
+        ("scale", (8,)),
+    ],
+)
+def test_what_does_not_fit_is_named(name, shape):
+    given = {key: torch.ones(shape if key == name else size) for key, size in FITTING.items()}
+    with pytest.raises(ValueError, match=f"^{name} has shape .*expected"):
+        gated_residual_adaln(**given)
+    if name in ("weight", "bias", "shift", "scale"):
+        x, *rest = (given[key] for key in ("residual", "weight", "bias", "shift", "scale"))
+        with pytest.raises(ValueError, match=f"^{name} has shape .*expected"):
+            adaln_modulate(x, *rest)
+
+
+def test_a_tensor_on_another_device_is_named():
+    given = {key: torch.ones(size) for key, size in FITTING.items()} | {"shift": torch.ones(2, 8, device="meta")}
+    with pytest.raises(ValueError, match=r"^shift is on meta, expected cpu"):
+        gated_residual_adaln(**given)

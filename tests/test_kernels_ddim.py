@@ -1,0 +1,361 @@
+"""strop.kernels.ddim: the golden numbers, the formulas of DDIM in float64, installed diffusers, and what is refused."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from torch.autograd import gradcheck
+
+from strop.kernels import DDIMCoefficients, ddim_branch, ddim_log_prob, ddim_x0_hat
+
+LATENTS = 4e-5  # absolute, at values up to 60
+LOG_PROBS = 5e-6
+GRADIENTS = 2e-5  # relative, 2-norm
+
+PREDICTIONS = ("epsilon", "v_prediction")
+CASES = [
+    pytest.param(prediction, n, eta, id=f"{prediction}-n{n}-eta{eta}")
+    for prediction, n, eta in itertools.product(PREDICTIONS, (20, 50), (1.0, 0.5))
+]
+
+
+@pytest.fixture(scope="module")
+def case1(golden):
+    return golden("case1_ddim")
+
+
+def columns(alphas, case1, n, eta, prediction):
+    """The coefficients (5, 5) of the five timesteps that were recorded."""
+    built = DDIMCoefficients.build(alphas, n, eta, prediction)
+    return built.table[:, [built.t.index(t) for t in case1[f"in/timesteps_n{n}"].tolist()]]
+
+
+def close(found, expected, atol):
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("n", [20, 50])
+def test_timesteps_are_the_published_ones(case1, alphas, n):
+    assert list(DDIMCoefficients.build(alphas, n, 1.0).t) == [*case1[f"schedule/timesteps_list_n{n}"].tolist(), 0]
+
+
+@pytest.mark.parametrize("prediction, n, eta", CASES)
+def test_sigma_is_the_published_one(case1, alphas, prediction, n, eta):
+    expected = case1[f"f32/{prediction}/n{n}/eta{eta}/std_dev_t"]
+    torch.testing.assert_close(columns(alphas, case1, n, eta, prediction)[4], expected, rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("precision", ["f32", "f64"])
+@pytest.mark.parametrize("prediction, n, eta", CASES)
+def test_x0_hat_is_the_published_one(case1, alphas, prediction, n, eta, precision):
+    table = columns(alphas, case1, n, eta, prediction)
+    found = ddim_x0_hat(case1["in/sample"], None, case1["in/model_output"], 1.0, table)
+    close(found, case1[f"{precision}/{prediction}/n{n}/eta{eta}/pred_original_sample"], LATENTS)
+
+
+@pytest.mark.parametrize("precision", ["f32", "f64"])
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("prediction, n, eta", CASES)
+def test_branches_are_the_published_ones(case1, alphas, prediction, n, eta, k, precision):
+    table = columns(alphas, case1, n, eta, prediction)
+    noise = case1[f"in/variance_noise_k{k}"].view(k, *case1["in/sample"].shape)
+    branches, x0_hat = ddim_branch(case1["in/sample"], None, case1["in/model_output"], 1.0, table, noise)
+    expected = f"{precision}/{prediction}/n{n}/eta{eta}"
+    close(branches, case1[f"{expected}/x_prev_k{k}"].view_as(noise), LATENTS)
+    close(x0_hat, case1[f"{expected}/pred_original_sample"], LATENTS)
+
+
+@pytest.mark.parametrize("precision", ["f32", "f64"])
+@pytest.mark.parametrize("prediction, n, eta", CASES)
+def test_log_probs_are_the_published_ones(case1, alphas, prediction, n, eta, precision):
+    expected = f"{precision}/{prediction}/n{n}/eta{eta}"
+    table = columns(alphas, case1, n, eta, prediction)
+    found, _ = log_probs_and_gradient(case1, table, f"f32/{prediction}/n{n}/eta{eta}")
+    # The recorded "other" lies far from the mean, where a log-probability is as large as -1e4. There the float32
+    # implementation is 1.4e-5 (relative) off its own float64 run, because it computes sigma in float32.
+    rtol = {"f32": 2e-5, "f64": 1e-6}[precision]
+    for row, name in enumerate(("own", "other")):
+        recorded = case1[f"{expected}/logprob_{name}"]
+        torch.testing.assert_close(found[row].double(), recorded.double(), rtol=rtol, atol=LOG_PROBS)
+
+
+@pytest.mark.parametrize("precision", ["f32", "f64"])
+@pytest.mark.parametrize("row, name", [(0, "own"), (1, "other")], ids=["own", "other"])
+@pytest.mark.parametrize("prediction, n, eta", CASES)
+def test_gradients_of_the_log_prob_are_the_published_ones(case1, alphas, prediction, n, eta, row, name, precision):
+    recorded = f"{prediction}/n{n}/eta{eta}"
+    table = columns(alphas, case1, n, eta, prediction)
+    _, gradients = log_probs_and_gradient(case1, table, f"f32/{recorded}")
+    expected = case1[f"{precision}/{recorded}/logprob_{name}_grad_model_output"].double()
+    error = (gradients[row] - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+    assert error.max() < GRADIENTS
+
+
+def log_probs_and_gradient(case1, table, recorded):
+    """Log-probabilities (2, 5) of the recorded own and other x_prev, and each one's gradient in the model output."""
+    eps = case1["in/model_output"].expand(2, -1, -1, -1, -1).clone().requires_grad_()
+    x_prev = torch.stack([case1[f"{recorded}/x_prev_k1"], case1["in/prev_sample_other"]])
+    x_t = case1["in/sample"].expand(2, -1, -1, -1, -1)
+    found = ddim_log_prob(x_prev, x_t, None, eps, 1.0, table)
+    found.sum().backward()
+    return found.detach(), eps.grad.double()
+
+
+def test_the_final_alpha_of_the_scheduler_is_never_used(case1, alphas):
+    """As published: the last step ends at alphas_cumprod[0] even where the scheduler says set_alpha_to_one."""
+    table = columns(alphas, case1, 20, 1.0, "epsilon")
+    noise = case1["in/variance_noise_k3"]
+    branches, _ = ddim_branch(case1["in/sample"], None, case1["in/model_output"], 1.0, table, noise)
+    close(branches, case1["f32_alpha_to_one/epsilon/n20/eta1.0/x_prev_k3"], LATENTS)
+    assert table[4, -1] == pytest.approx(0.0206, abs=5e-5)  # and its sigma is not 0, so the last step has a density
+
+
+def test_the_previous_timestep_is_a_subtraction(alphas):
+    """6 steps: 831 goes to 831 - 1000 // 6 = 665, and the last one, 1, to 0, not to -165."""
+    built = DDIMCoefficients.build(alphas, 6, 1.0)
+    assert built.t == (831, 665, 499, 333, 167, 1, 0)
+    a, prev = alphas.double()[list(built.t[:-1])], alphas.double()[[665, 499, 333, 167, 1, 0]]
+    sigma = ((1 - prev) / (1 - a) * (1 - a / prev)).sqrt()
+    torch.testing.assert_close(built.table[4].double(), sigma, rtol=1e-6, atol=0)
+
+
+def test_half_latents_as_published(case1, alphas):
+    table = columns(alphas, case1, 20, 1.0, "epsilon")
+    x_t, noise = case1["in/sample"].half(), case1["in/variance_noise_k1"].half().unsqueeze(0)
+    branches, x0_hat = ddim_branch(x_t, None, case1["in/model_output"], 1.0, table, noise)
+    assert branches.dtype == torch.float16
+    close(x0_hat, case1["fp16lat/pred_original_sample"], LATENTS)
+    # A different rounding before the cast may move a value to the neighbouring half.
+    torch.testing.assert_close(branches[0], case1["fp16lat/x_prev_k1"], rtol=1e-3, atol=0)
+    x_prev = case1["fp16lat/x_prev_k1"].expand(2, -1, -1, -1, -1)
+    for name, eps in (
+        ("logprob_policy_f32pred", case1["in/model_output"]),
+        ("logprob_ref_f16pred", case1["in/model_output_ref"].half()),
+    ):
+        found = ddim_log_prob(x_prev, x_t.unsqueeze(0), None, eps.unsqueeze(0), 1.0, table)
+        assert found.dtype == torch.float32
+        for row in found:
+            torch.testing.assert_close(row, case1[f"fp16lat/{name}"], rtol=1e-5, atol=LOG_PROBS)
+
+
+def truth(alphas, t, t_prev, eta, prediction, x, m, noise):
+    """One step by the formulas of DDIM (arXiv 2010.02502) in float64: x0_hat, mean, sigma, sample."""
+    a, a_prev = alphas[t].double().view(-1, 1, 1, 1), alphas[t_prev].double().view(-1, 1, 1, 1)
+    if prediction == "epsilon":
+        eps = m
+        x0_hat = (x - (1 - a).sqrt() * eps) / a.sqrt()  # formula 12, "predicted x_0"
+    else:
+        x0_hat = a.sqrt() * x - (1 - a).sqrt() * m
+        eps = a.sqrt() * m + (1 - a).sqrt() * x
+    sigma = eta * ((1 - a_prev) / (1 - a)).sqrt() * (1 - a / a_prev).sqrt()  # formula 16
+    mean = a_prev.sqrt() * x0_hat + (1 - a_prev - sigma**2).sqrt() * eps  # formula 12
+    return x0_hat, mean, sigma, mean + sigma * noise
+
+
+def draw(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("eta", [1.0, 0.3])
+@pytest.mark.parametrize("num_steps", [2, 7, 20, 333])
+def test_every_step_of_a_schedule_against_the_formulas(alphas, num_steps, eta, prediction):
+    built = DDIMCoefficients.build(alphas, num_steps, eta, prediction)
+    t = torch.tensor(built.t[:-1])
+    t_prev = (t - 1000 // num_steps).clamp(0)
+    shape = (num_steps, 2, 3, 5)
+    x, m, noise = (draw(*shape, seed=seed) for seed in (1, 2, 3))
+    x0_hat, mean, sigma, sample = truth(alphas, t, t_prev, eta, prediction, x, m, noise)
+
+    branches, found = ddim_branch(x, None, m, 1.0, built.table, noise.unsqueeze(0))
+    scale = x0_hat.abs().max()
+    close(found / scale, x0_hat / scale, 3e-7)
+    close(ddim_x0_hat(x, None, m, 1.0, built.table) / scale, x0_hat / scale, 3e-7)
+    close(branches[0], sample, 1e-5)
+
+    x_prev = torch.stack([sample, sample + 0.5 * sigma])
+    found = ddim_log_prob(x_prev, x.unsqueeze(0), None, m.unsqueeze(0), 1.0, built.table)
+    expected = torch.distributions.Normal(mean, sigma).log_prob(x_prev).flatten(2).mean(-1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_every_step_against_diffusers(alphas, eta, prediction):
+    theirs = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction,
+    )
+    theirs.set_timesteps(20)
+    built = DDIMCoefficients.build(alphas, 20, eta, prediction)
+    assert list(built.t[:-1]) == theirs.timesteps.tolist()
+    x, m, noise = (draw(2, 4, 3, 3, seed=seed, dtype=torch.float32) for seed in (1, 2, 3))
+    for i, t in enumerate(theirs.timesteps):
+        step = theirs.step(m, t, x, eta=eta, variance_noise=noise)
+        branches, x0_hat = ddim_branch(x, None, m, 1.0, built.table[:, i : i + 1].expand(5, 2), noise.unsqueeze(0))
+        close(branches[0], step.prev_sample, 1e-5)
+        close(x0_hat, step.pred_original_sample, LATENTS)
+
+
+@pytest.fixture(scope="module")
+def table(alphas):
+    return DDIMCoefficients.build(alphas, 20, 1.0).table[:, [0, 7, 19]]
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 5.0])
+def test_halves_are_combined_as_guidance_says(table, guidance):
+    x, uncond, text, noise = (draw(3, 4, 5, 3, seed=seed) for seed in range(4))
+    m = (1 - guidance) * uncond + guidance * text
+    noise = torch.stack([noise, -noise])
+    branches, x0_hat = ddim_branch(x, uncond, text, guidance, table, noise)
+    expected, expected_x0 = ddim_branch(x, None, m, 1.0, table, noise)
+    close(branches, expected, 1e-12)
+    close(x0_hat, expected_x0, 1e-12)
+    close(ddim_x0_hat(x, uncond, text, guidance, table), expected_x0, 1e-12)
+    halves = ddim_log_prob(expected, x[None], uncond[None], text[None], guidance, table)
+    torch.testing.assert_close(halves, ddim_log_prob(expected, x[None], None, m[None], 1.0, table), rtol=1e-10, atol=0)
+
+
+def test_without_halves_guidance_has_no_effect(table):
+    x, m = draw(3, 4, 2, 2, seed=0), draw(3, 4, 2, 2, seed=1)
+    assert torch.equal(ddim_x0_hat(x, None, m, 7.5, table), ddim_x0_hat(x, None, m, 1.0, table))
+
+
+def test_shared_x_t_broadcasts_like_its_copy(table):
+    x_prev, x, uncond, text = (draw(2, 3, 4, 3, 3, seed=seed) for seed in range(4))
+    x, uncond, text = x[:1], uncond[:1], text[:1]
+    shared = ddim_log_prob(x_prev, x, uncond, text, 5.0, table)
+    twice = ddim_log_prob(x_prev, *(both.expand(2, -1, -1, -1, -1) for both in (x, uncond, text)), 5.0, table)
+    assert shared.shape == (2, 3)
+    torch.testing.assert_close(shared, twice, rtol=1e-12, atol=0)
+    assert not torch.allclose(shared[0], shared[1])
+
+
+def test_separate_x_t_go_with_their_own_x_prev(table):
+    x_prev, x, m = (draw(2, 3, 4, 3, 3, seed=seed) for seed in range(3))
+    both = ddim_log_prob(x_prev, x, None, m, 1.0, table)
+    for row in range(2):
+        alone = ddim_log_prob(x_prev, x[row : row + 1], None, m[row : row + 1], 1.0, table)
+        torch.testing.assert_close(both[row], alone[row], rtol=1e-12, atol=0)
+
+
+def test_each_row_has_its_own_step(table):
+    x, m, noise = draw(3, 4, 3, 5, seed=0), draw(3, 4, 3, 5, seed=1), draw(2, 3, 4, 3, 5, seed=2)
+    branches, x0_hat = ddim_branch(x, None, m, 1.0, table, noise)
+    log_prob = ddim_log_prob(noise, x[None], None, m[None], 1.0, table)
+    for i in range(3):
+        one = slice(i, i + 1)
+        alone, alone_x0 = ddim_branch(x[one], None, m[one], 1.0, table[:, one], noise[:, one])
+        close(branches[:, one], alone, 1e-12)
+        close(x0_hat[one], alone_x0, 1e-12)
+        density = ddim_log_prob(noise[:, one], x[None, one], None, m[None, one], 1.0, table[:, one])
+        torch.testing.assert_close(log_prob[:, one], density, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("latents", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("eps", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_narrow_types_lose_only_the_rounding_of_their_inputs_and_output(table, latents, eps):
+    x, noise = draw(3, 4, 5, 3, seed=0).to(latents), draw(2, 3, 4, 5, 3, seed=1).to(latents)
+    uncond, text = draw(3, 4, 5, 3, seed=2).to(eps), draw(3, 4, 5, 3, seed=3).to(eps)
+    wide = [each.double() for each in (x, uncond, text)]
+    branches, x0_hat = ddim_branch(x, uncond, text, 2.0, table, noise)
+    expected, expected_x0 = ddim_branch(*wide, 2.0, table, noise.double())
+    step = torch.finfo(latents).eps
+    guide = 8 * torch.finfo(eps).eps  # halves that are narrow are combined in their own type
+    assert branches.dtype == latents
+    torch.testing.assert_close(branches.double(), expected, rtol=step, atol=20 * guide + 1e-5)
+    torch.testing.assert_close(x0_hat.double(), expected_x0, rtol=1e-6, atol=20 * guide + 1e-5)
+
+
+def test_gradient_of_the_log_prob_by_finite_differences(table):
+    x_prev, x = draw(2, 3, 2, 2, 3, seed=0), draw(1, 3, 2, 2, 3, seed=1)
+    uncond, text = draw(1, 3, 2, 2, 3, seed=2).requires_grad_(), draw(1, 3, 2, 2, 3, seed=3).requires_grad_()
+    assert gradcheck(lambda u, c: ddim_log_prob(x_prev, x, u, c, 5.0, table), (uncond, text))
+    separate = draw(2, 3, 2, 2, 3, seed=4).requires_grad_()
+    assert gradcheck(lambda m: ddim_log_prob(x_prev, x.expand_as(x_prev), None, m, 1.0, table), (separate,))
+
+
+def test_log_prob_is_the_mean_over_a_latent_not_the_sum(table):
+    """At the mean itself every element has log-density -log sigma - log(2 pi) / 2, whatever the size of the latent."""
+    for height in (2, 5):
+        x, m = draw(3, 4, height, 3, seed=0), draw(3, 4, height, 3, seed=1)
+        mean, _ = ddim_branch(x, None, m, 1.0, table, torch.zeros(2, *x.shape, dtype=x.dtype))
+        found = ddim_log_prob(mean, x[None], None, m[None], 1.0, table)
+        expected = -table[4].double().log() - 0.5 * math.log(2 * math.pi)
+        torch.testing.assert_close(found, expected.expand(2, 3), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("num_steps", [0, -1, 1001])
+def test_a_schedule_needs_a_possible_number_of_steps(alphas, num_steps):
+    with pytest.raises(ValueError, match=f"num_steps is {num_steps}, expected 1 to 1000"):
+        DDIMCoefficients.build(alphas, num_steps, 1.0)
+
+
+def test_a_schedule_needs_a_known_prediction_type(alphas):
+    with pytest.raises(ValueError, match="prediction_type is 'sample', expected 'epsilon' or 'v_prediction'"):
+        DDIMCoefficients.build(alphas, 20, 1.0, "sample")
+
+
+LATENT = (3, 4, 2, 2)
+FITTING = {
+    "x_t": LATENT,
+    "eps_uncond": LATENT,
+    "eps_text": LATENT,
+    "coefficients": (5, 3),
+    "noise": (2, *LATENT),
+}
+FITTING_LOG_PROB = {
+    "x_prev": (2, *LATENT),
+    "x_t": (1, *LATENT),
+    "eps_uncond": (1, *LATENT),
+    "eps_text": (1, *LATENT),
+    "coefficients": (5, 3),
+}
+
+
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("eps_uncond", (2, 4, 2, 2)),
+        ("eps_text", (3, 4, 2, 3)),
+        ("coefficients", (5, 2)),
+        ("coefficients", (4, 3)),
+        ("noise", LATENT),
+        ("noise", (2, 3, 4, 2, 1)),
+    ],
+)
+def test_branch_names_what_does_not_fit(name, shape):
+    given = {key: torch.ones(shape if key == name else size) for key, size in FITTING.items()}
+    with pytest.raises(ValueError, match=f"^{name} has shape .*expected"):
+        ddim_branch(guidance=5.0, **given)
+    if name != "noise":
+        del given["noise"]
+        with pytest.raises(ValueError, match=f"^{name} has shape .*expected"):
+            ddim_x0_hat(guidance=5.0, **given)
+
+
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("x_prev", (3, *LATENT)),
+        ("x_prev", LATENT),
+        ("x_t", (3, *LATENT)),
+        ("x_t", (1, 3, 4, 2, 1)),
+        ("eps_uncond", (2, *LATENT)),
+        ("eps_text", (2, *LATENT)),
+        ("coefficients", (5, 1)),
+        ("coefficients", (3, 3)),
+    ],
+)
+def test_log_prob_names_what_does_not_fit(name, shape):
+    given = {key: torch.ones(shape if key == name else size) for key, size in FITTING_LOG_PROB.items()}
+    with pytest.raises(ValueError, match=f"^{name} has shape .*expected"):
+        ddim_log_prob(guidance=5.0, **given)
