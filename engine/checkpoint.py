@@ -1,6 +1,6 @@
 """The run folder: opened without overwriting anything, and checkpoints from which a run goes on bit for bit.
 
-A checkpoint holds the LoRA, the optimizer state (sharded as ZeRO has it), the state of the generators and the iteration.
+A checkpoint holds the LoRA, the optimizer state (sharded as ZeRO has it), the generators' states and the iteration.
 The frozen base model is not in it.
 """
 
@@ -107,7 +107,8 @@ def _checkpoint_to_resume(config: Config, run_dir: Path, ranks: Ranks) -> Path:
     changed = differences(load(checkpoint / "config.yaml"), config, MAY_CHANGE)
     if changed:
         raise UserError(
-            f"run.resume: {checkpoint} belongs to another configuration ({'; '.join(changed)}); set these keys back or begin a new run"
+            f"run.resume: {checkpoint} belongs to another configuration ({'; '.join(changed)}); "
+            "set these keys back or begin a new run"
         )
     size = json.loads((checkpoint / "state.json").read_text())["ranks"]
     if size != ranks.size:

@@ -37,7 +37,7 @@ class TimestepEmbedder(nn.Module):
 class TimeConditionedCLIP(nn.Module):
     """CLIPModel plus t_embedder and one adaLN_modulation per vision layer and one after the last.
 
-    A new one is bit for bit the CLIP it was made from, at every timestep: the modulation starts at shift 0, scale 0, gate 1.
+    A new one is bit for bit the CLIP it was made from at every timestep: modulation starts at shift 0, scale 0, gate 1.
     """
 
     def __init__(self, clip: CLIPModel):

@@ -84,7 +84,7 @@ class OptimConfig(Section):
 class ZeroConfig(Section):
     stage: Literal[1, 2] = Field(
         1,
-        description="DeepSpeed ZeRO stage, when started by `deepspeed`: 1 shards the optimizer state, 2 also the gradients.",
+        description="DeepSpeed ZeRO stage with several processes: 1 shards the optimizer state, 2 also the gradients.",
     )
 
 
@@ -97,7 +97,8 @@ class EvaluateConfig(Section):
     pictures: int = Field(10, ge=1, description="Columns of before_after.png.")
     examiner: str | None = Field(
         None,
-        description="Independent examiner as `module:factory`: factory(device) gives examine(images, prompts) -> {name: (N,) scores}.",
+        description="Independent examiner as `module:factory`: factory(device) gives examine(images, prompts) -> "
+        "{name: (N,) scores}.",
     )
 
 

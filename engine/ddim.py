@@ -14,9 +14,9 @@ from strop.kernels import DDIMCoefficients, ddim_branch, ddim_log_prob, ddim_x0_
 class DDIMSchedule:
     """Stochastic DDIM over `num_steps` steps of a model trained with 1000.
 
-    `step` is an index 0..num_steps-1, an int or an (N,) int64 tensor; `t[step]` the training timestep it stands for, with
-    t[num_steps] = 0 for the clean latent. `eps` is the model output (G, N, C, H, W): G = 2 holds the halves without and
-    with the prompt, combined by `guidance`; G = 1 is used as it is. Inside, arithmetic is float32 or wider.
+    `step` is an index 0..num_steps-1, an int or an (N,) int64 tensor; `t[step]` is the training timestep it stands for,
+    with t[num_steps] = 0 for the clean latent. `eps` is the model output (G, N, C, H, W): G = 2 holds the halves without
+    and with the prompt, combined by `guidance`; G = 1 is used as it is. Inside, arithmetic is float32 or wider.
     """
 
     def __init__(self, coefficients: DDIMCoefficients, guidance: float, device: torch.device | str = "cpu"):
@@ -51,7 +51,7 @@ class DDIMSchedule:
         return ddim_branch(x, *self._halves(eps), self.guidance, self._coefficients(step, len(x)), nothing)[0][0]
 
     def log_prob(self, x_prev: Tensor, x_t: Tensor, eps: Tensor, step: Tensor) -> Tensor:
-        """Log-densities (2, N) of winner and loser. x_prev (2, N, C, H, W), x_t (R, N, C, H, W), eps (G, R, N, C, H, W)."""
+        """Log-densities (2, N) of winner and loser: x_prev (2, N, C, H, W), x_t (R, N, ...), eps (G, R, N, ...)."""
         return ddim_log_prob(x_prev, x_t, *self._halves(eps), self.guidance, self._coefficients(step, x_t.shape[1]))
 
     def _halves(self, eps: Tensor) -> tuple[Tensor | None, Tensor]:

@@ -25,7 +25,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Conditioning:
     """What the models know of the prompts of one iteration.
 
-    text (N, L, D): last hidden states; null (1, L, D): those of the empty prompt; judge (N, E): the judge's text features.
+    text (N, L, D): last hidden states; null (1, L, D): those of the empty prompt; judge (N, E): text features of the
+    judge.
     """
 
     text: Tensor

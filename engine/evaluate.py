@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from strop.engine.config import EvaluateConfig
-from strop.engine.ddim import DDIMSchedule
 from strop.engine.diffusion import Conditioning, LatentDiffusion
 from strop.engine.policy import Policy
 from strop.engine.preference import StepAwarePreferenceModel

@@ -1,4 +1,4 @@
-"""The SPO objective: a DPO loss on one denoising step. A pure function of four log-probabilities; no model, no schedule."""
+"""The SPO objective, a DPO loss on one denoising step: a pure function of log-probabilities; no model, no schedule."""
 
 import math
 

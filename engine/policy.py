@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig as PeftLoraConfig
@@ -18,7 +19,6 @@ from torch import Tensor
 from strop.engine.diffusion import DTYPES, Conditioning, load_part
 from strop.engine.errors import UserError
 
-
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 
 
@@ -26,7 +26,7 @@ class Policy:
     """UNet2DConditionModel with a LoRA on its attention layers; only the LoRA has gradients, in float32."""
 
     def __init__(self, unet: UNet2DConditionModel, rank: int, target_modules: tuple[str, ...], seed: int):
-        """Adds a fresh LoRA: A ~ N(0, 1/rank^2) from `seed`, B = 0, alpha = rank, so that policy and reference start equal."""
+        """Adds a fresh LoRA: A ~ N(0, 1/rank^2) from `seed`, B = 0, alpha = rank: policy and reference start equal."""
         self.unet = unet.requires_grad_(False).eval()
         self.rank = rank
         config = PeftLoraConfig(
@@ -103,7 +103,7 @@ class Policy:
     def save_lora(self, folder: Path) -> Path:
         """Writes folder/LORA_FILE, which `pipeline.load_lora_weights(folder)` opens."""
         layers = convert_state_dict_to_diffusers(self.lora_state())
-        StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
+        StableDiffusionLoraLoaderMixin.save_lora_weights(folder, unet_lora_layers=layers)
         return folder / LORA_FILE
 
 

@@ -41,7 +41,7 @@ class StepAwarePreferenceModel:
         folder = Path(path)
         if not (folder / "config.json").is_file():
             raise UserError(
-                f"judge.path: {path} has no config.json; expected a folder written by engine/train_spm.py or a CLIP folder"
+                f"judge.path: {path} has no config.json; expected a judge of engine/train_spm.py or a CLIP folder"
             )
         options = (
             json.loads((folder / "preprocessor_config.json").read_text())
@@ -91,7 +91,7 @@ class StepAwarePreferenceModel:
         return scores.view(images.shape[:2])
 
     def compare(self, pixels: Tensor, text: Tensor, t: Tensor) -> Tensor:
-        """Scores (N,) of normalised pixels (N, 3, S, S) for text features (N, E); t (N,), or (1,) for all. With gradients."""
+        """Scores (N,) of normalised pixels (N, 3, S, S) and text features (N, E); t (N,), or (1,) for all."""
         image = F.normalize(self.clip.image_features(pixels, t), dim=-1)
         return self.clip.logit_scale.exp() * (image * text).sum(-1)
 
@@ -138,6 +138,7 @@ def _complete(state: dict[str, Tensor], clip: TimeConditionedCLIP, folder: Path)
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unexpected:
         raise UserError(
-            f"judge.path: {folder}/model.safetensors lacks {missing or 'nothing'} and has unexpected {unexpected or 'nothing'}"
+            f"judge.path: {folder}/model.safetensors lacks {missing or 'nothing'} "
+            f"and has unexpected {unexpected or 'nothing'}"
         )
     return state

@@ -1,4 +1,4 @@
-"""Prompt files, and which prompts belong to which iteration: a pure function of the seed, so that resuming needs no state."""
+"""Prompt files, and which prompts belong to which iteration: a pure function of the seed: resuming needs no state."""
 
 from __future__ import annotations
 

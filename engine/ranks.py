@@ -1,4 +1,4 @@
-"""The processes of a run: who am I, how many are we, and the few exchanges that SPO needs. One process needs none of it."""
+"""The processes of a run: who am I, how many are we, and the few exchanges that SPO needs. One process needs none."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Ranks:
 def start(device: str) -> Ranks:
     """Joins the processes that `deepspeed` (or torchrun) started: NCCL on GPUs, gloo on CPUs; alone otherwise.
 
-    device is "auto", "cpu" or "cuda". Raises UserError when there is no GPU but one was asked for, or no C++ compiler for
-    the communication op that DeepSpeed builds for several processes on a CPU.
+    device is "auto", "cpu" or "cuda". Raises UserError when a GPU was asked for and there is none, or when several
+    processes on a CPU lack the C++ compiler with which DeepSpeed builds its communication op.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("run.device: found cuda, but PyTorch sees no GPU; use auto or cpu")
@@ -44,7 +44,8 @@ def start(device: str) -> Ranks:
         return Ranks(0, 1, torch.device(kind, 0) if kind == "cuda" else torch.device(kind))
     if kind == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
         raise UserError(
-            f"{size} processes on a CPU need a C++ compiler (DeepSpeed builds its communication op); install g++ or start one process"
+            f"{size} processes on a CPU need a C++ compiler, with which DeepSpeed builds its communication op; "
+            "install g++ or start one process"
         )
     os.environ["DS_ACCELERATOR"] = kind
     import deepspeed
@@ -75,8 +76,8 @@ def balance(
 ) -> tuple[PreferencePairs, Conditioning]:
     """Equal shares of all ranks' pairs, drawn at random; every rank then takes the same number of optimizer steps.
 
-    rng has the same state on every rank. A remainder smaller than the number of ranks is dropped, as published, and so is
-    everything when there are fewer pairs than ranks. Prompt embeddings travel once per prompt, not once per pair.
+    rng has the same state on every rank. A remainder smaller than the number of ranks is dropped, as published, and so
+    is everything when there are fewer pairs than ranks. Prompt embeddings travel once per prompt, not once per pair.
     """
     if ranks.size == 1:
         return pairs.shuffle(rng), cond

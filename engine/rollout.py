@@ -1,6 +1,6 @@
-"""The rollout: from one noisy latent draw k branches, look ahead, judge, keep the best and the worst, go on from a random one.
+"""The rollout: draw k branches from one noisy latent, look ahead, judge, keep best and worst, go on from a random one.
 
-Policy, diffusion, judge and schedule come as arguments; this file knows the order of things and nothing else. A judge here
+Policy, diffusion, judge and schedule come as arguments; this file knows the order of things and nothing else. The judge
 sees decoded predictions; one that scores noisy latents would pick before `look_ahead` and leave the rest as it is.
 """
 
@@ -20,7 +20,7 @@ from strop.engine.preference import pick_pairs
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """pairs: the kept ones, step by step and inside a step by prompt; kept (T,): how many per step; score: mean judge score."""
+    """pairs: the kept ones, by step, then by prompt; kept (T,): how many per step; score: mean score of all branches."""
 
     pairs: PreferencePairs
     kept: Tensor

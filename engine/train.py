@@ -1,4 +1,4 @@
-"""SPO post-training: `python engine/train.py RECIPE [key=value ...]`, or `deepspeed engine/train.py ...` for several ranks.
+"""SPO post-training: `python engine/train.py RECIPE [key=value ...]`, with several ranks `deepspeed engine/train.py`.
 
 The whole of it on one page: build the parts, evaluate the base model, run the loop of `train`, evaluate, report.
 """

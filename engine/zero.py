@@ -1,4 +1,4 @@
-"""The optimizer: AdamW over the trainable parameters of a module, its state sharded by DeepSpeed ZeRO over several ranks.
+"""The optimizer: AdamW over a module's trainable parameters, its state sharded by DeepSpeed ZeRO over several ranks.
 
 One process runs plain AdamW: there is nothing to shard, and neither DeepSpeed nor a compiler is needed.
 """
@@ -42,7 +42,7 @@ class LocalAdamW:
         (loss / self.settings.accumulate).backward()
 
     def step(self) -> Tensor | float | None:
-        """After every backward. Takes an optimizer step when enough micro-batches wait; returns the gradient norm then."""
+        """After every backward: takes an optimizer step when enough micro-batches wait; returns the gradient norm then."""
         self.waiting += 1
         if self.waiting < self.settings.accumulate:
             return None

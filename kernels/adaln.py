@@ -4,11 +4,10 @@
     gated_residual_adaln:  h = residual + gate * branch;  y = LayerNorm(h) * (1 + scale) + shift
 
 Shapes: x, residual, branch, h, y (B, L, D); weight, bias (D,); shift, scale, gate (B, D).
-The functions `<op>_ref` are plain PyTorch and define the meaning of each op; they are what runs here. This file holds no
+The functions `<op>_ref` are plain PyTorch and define the meaning of each op; they are what runs here. There is no
 nn.Module: whoever calls the functions owns the parameters.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -5,8 +5,8 @@
     branch  = mean_from_x * x_t + mean_from_m * m + sigma * noise      ~ p(x_{t-1} | x_t)
     log p   = mean over C, H, W of -(x_prev - mean)^2 / (2 sigma^2) - log sigma - log(2 pi) / 2
 
-Both the predicted clean latent and the DDIM mean are linear in (x_t, m), for epsilon and for v prediction alike, so a step
-is five numbers: DDIMCoefficients computes them in float64 and stores them in float32.
+Both the predicted clean latent and the DDIM mean are linear in (x_t, m), for epsilon and for v prediction alike, so a
+step is five numbers: DDIMCoefficients computes them in float64 and stores them in float32.
 Shapes: x_t, eps_* (N, C, H, W); noise, branches (K, N, C, H, W); x_prev (2, N, C, H, W); coefficients (5, N).
 The functions `<op>_ref` are plain PyTorch and define the meaning of each op; they are what runs here.
 """
@@ -108,8 +108,9 @@ def ddim_branch(
 ) -> tuple[Tensor, Tensor]:
     """K stochastic DDIM steps from each row, and the row's predicted clean latent.
 
-    x_t, eps_* (N, C, H, W), eps_uncond None without guidance; noise (K, N, C, H, W) standard normal; coefficients (5, N).
-    Returns (branches (K, N, C, H, W) in the type of x_t, x0_hat (N, C, H, W)). Raises ValueError naming what does not fit.
+    x_t, eps_* (N, C, H, W), eps_uncond None without guidance; noise (K, N, C, H, W) standard normal; coefficients
+    (5, N). Returns (branches (K, N, C, H, W) in the type of x_t, x0_hat (N, C, H, W)). Raises ValueError naming what
+    does not fit.
     """
     _check_step(x_t, eps_uncond, eps_text, coefficients)
     if noise.shape[1:] != x_t.shape:
