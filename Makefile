@@ -13,7 +13,7 @@ TORCH   = $(shell sed -n '/^torch==/p' constraints.txt)
 # Leaves the current folder off sys.path (Python 3.11 on), so that `import kernels` never means our folder.
 export PYTHONSAFEPATH = 1
 
-.PHONY: help install test test-slow lint demo tinyworld docs clean
+.PHONY: help install lint format test test-slow demo tinyworld docs clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -32,8 +32,13 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 
 install: $(STAMP)  ## create .venv with strop (editable) and the tested versions of what it needs
 
-lint: $(STAMP)  ## ruff
+lint: $(STAMP)  ## ruff: rules and format
 	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet . || { echo "not formatted as ruff does it: run \`make format\`"; exit 1; }
+
+format: $(STAMP)  ## let ruff format the code and mend what it can
+	@$(BIN)/ruff check --quiet --fix . || true
+	@$(BIN)/ruff format .
 
 test: lint  ## ruff and the fast tests
 	@$(BIN)/pytest -q
