@@ -44,9 +44,10 @@ PANELS = (
 )
 
 
-def curves(records: Sequence[dict], path: Path | str) -> None:
+def curves(records: Sequence[dict], path: Path | str, trunk: int = 0) -> None:
     """Draw a run's records (see metrics.RECORD_FIELDS) over iterations into a PNG: six small curves and a heatmap.
 
+    trunk: how many of the first, noisiest timesteps never branch (rollout.branch_from); the heatmap leaves them out.
     Thin lines are the values as logged; where there are enough of them, a thick line is their running mean.
     """
     figure = Figure(figsize=(12, 9.6), dpi=130, facecolor="white", layout="constrained")
@@ -54,7 +55,7 @@ def curves(records: Sequence[dict], path: Path | str) -> None:
     grid = figure.add_gridspec(3, 3, height_ratios=(1, 1, 1.15), hspace=0.06, wspace=0.04)
     for index, panel in enumerate(PANELS):
         _curve(figure.add_subplot(grid[index // 3, index % 3]), records, panel)
-    _heatmap(figure, figure.add_subplot(grid[2, :]), records)
+    _heatmap(figure, figure.add_subplot(grid[2, :]), records, trunk)
     figure.savefig(path, pad_inches=0.2, bbox_inches="tight")
 
 
@@ -120,14 +121,14 @@ def _curve(axes: Axes, records: Sequence[dict], panel: Panel) -> None:
     axes.grid(axis="y", color="#e7e9ec", linewidth=0.8)
 
 
-def _heatmap(figure: Figure, axes: Axes, records: Sequence[dict]) -> None:
+def _heatmap(figure: Figure, axes: Axes, records: Sequence[dict], trunk: int) -> None:
     """Pairs kept: training timesteps (noise at the top) over iterations."""
     _headline(axes, "Pairs kept at each timestep", "healthy: no row stays empty; the judge sees differences at all t")
     rows = [record for record in records if record.get("pairs_per_t")]
-    if not rows:
+    steps = sorted({int(t) for record in rows for t in record["pairs_per_t"]}, reverse=True)[trunk:]
+    if not steps:
         _say_not_measured(axes)
         return
-    steps = sorted({int(t) for record in rows for t in record["pairs_per_t"]}, reverse=True)
     counts = np.array([[record["pairs_per_t"].get(str(t), 0) for record in rows] for t in steps], dtype=float)
     ends = np.array([record["iteration"] for record in rows], dtype=float)
     starts = np.concatenate([[ends[0] - (ends[1] - ends[0] if len(ends) > 1 else 1)], ends[:-1]])

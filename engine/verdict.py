@@ -1,0 +1,142 @@
+"""What the numbers of a run say, in sentences a person can act on.
+
+Held-out scores count first: better or worse only when the whole 95% interval of the paired difference says so. The
+records of the training add the signs of trouble. What was not measured is said to be not measured.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from statistics import fmean, stdev
+from typing import Literal, NamedTuple
+
+NOT_MEASURED = "not measured"
+
+
+class Finding(NamedTuple):
+    """One sentence of the verdict; heldout: the score it compares on held-out prompts, "" when it compares none."""
+
+    kind: Literal["good", "bad", "open"]
+    text: str
+    heldout: str = ""
+
+
+def examined(summary: dict) -> dict[str, dict]:
+    """The held-out comparisons in a summary, by examiner: {"quality": {"base", "tuned", "delta", "ci95"}, ...}."""
+    return {name: value for name, value in summary.items() if isinstance(value, dict) and "delta" in value}
+
+
+def number(value: float | None, sign: str = "") -> str:
+    """Three decimals, two digits for small numbers; with sign "+" positive ones carry it."""
+    if value is None or not math.isfinite(value):
+        return NOT_MEASURED
+    return f"{value:{sign}.2g}" if 0 < abs(value) < 0.00995 else f"{value:{sign},.3f}"
+
+
+def verdict(records: Sequence[dict], summary: dict) -> list[Finding]:
+    """The findings of a run from its records (metrics.RECORD_FIELDS) and its summary ({} for an unfinished run)."""
+    findings = list(_closing(records, summary))
+    if records:
+        findings += _judge_while_training(records)
+        findings += _warnings(records)
+    return findings
+
+
+def headline(findings: Sequence[Finding]) -> str:
+    """The verdict in two sentences: what rose and fell on held-out prompts, and is there anything to look at."""
+    compared = [finding for finding in findings if finding.heldout]
+    rose, fell = (_listed(finding.heldout for finding in compared if finding.kind == kind) for kind in ("good", "bad"))
+    if rose or fell:
+        changes = [f"{names} {verb}" for names, verb in ((rose, "rose"), (fell, "fell")) if names]
+        first = f"On held-out prompts {', but '.join(changes)}, beyond chance."
+    elif compared:
+        first = "No change beyond chance was measured on held-out prompts."
+    else:
+        first = "Whether the tuned model is better on held-out prompts was not measured."
+    warned = any(finding.kind == "bad" for finding in findings)
+    return f"{first} {'There are warning signs.' if warned else 'There are no warning signs.'}"
+
+
+def _closing(records: Sequence[dict], summary: dict) -> Iterator[Finding]:
+    compared = examined(summary)
+    for name, row in compared.items():
+        yield _comparison(name, row, summary.get("heldout_prompts"))
+    if not summary:
+        reached = f"logged iteration {records[-1]['iteration']}" if records else "logged nothing"
+        yield Finding("open", f"The run is not finished: it has {reached} so far. Held-out scores are {NOT_MEASURED}.")
+    elif not compared:
+        yield Finding("open", f"Held-out scores are {NOT_MEASURED}.")
+    others = [name for name in compared if name not in ("judge", "alignment")]
+    pleased = "judge" in compared and _direction(compared["judge"]) > 0
+    if pleased and others and all(_direction(compared[name]) <= 0 for name in others):
+        text = f"The judge's score rose but {_listed(others)} did not"
+        yield Finding("bad", f"{text}: the policy may have learned to please the judge and nothing else.")
+
+
+def _comparison(name: str, row: dict, prompts: int | None) -> Finding:
+    where = f"on {prompts:,} held-out prompts" if prompts else "on held-out prompts"
+    score = "the judge's score" if name == "judge" else name
+    called = score[:1].upper() + score[1:]
+    if row.get("delta") is None:
+        return Finding("open", f"{called} {where} is {NOT_MEASURED}.")
+    change = f"from {number(row.get('base'))} to {number(row.get('tuned'))}"
+    if not row.get("ci95"):
+        return Finding("open", f"{called} went {change} {where}, too few for an interval.", score)
+    low, high = (number(bound, "+") for bound in row["ci95"])
+    detail = f"{change}, by {number(row['delta'], '+')} (95% interval {low} to {high})"
+    direction = _direction(row)
+    if direction == 0:
+        return Finding("open", f"{called} did not change beyond chance {where}: {detail}.", score)
+    kind, verb = ("good", "rose") if direction > 0 else ("bad", "fell")
+    return Finding(kind, f"{called} {verb} {where} {detail}.", score)
+
+
+def _direction(row: dict) -> int:
+    """+1 or -1 when the whole interval lies above or below 0, else 0."""
+    low, high = row.get("ci95") or (0.0, 0.0)
+    return (low > 0) - (high < 0)
+
+
+def _listed(names: Iterable[str]) -> str:
+    *others, last = [*names] or [""]
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def _judge_while_training(records: Sequence[dict]) -> Iterator[Finding]:
+    """First against last fifth of the logged scores; they are of different prompts, so chance has its say."""
+    scores = [record["judge"] for record in records if record.get("judge") is not None]
+    fifth = len(scores) // 5
+    if fifth < 2:
+        return
+    first, last = scores[:fifth], scores[-fifth:]
+    change = fmean(last) - fmean(first)
+    error = math.sqrt((stdev(first) ** 2 + stdev(last) ** 2) / fifth)
+    if abs(change) <= 1.96 * error:
+        kind, verb = "open", "did not clearly change"
+    else:
+        kind, verb = ("good", "rose") if change > 0 else ("bad", "fell")
+    detail = f"{number(fmean(first))} in the first fifth of the records, {number(fmean(last))} in the last"
+    yield Finding(kind, f"While training, the judge's score {verb}: {detail}.")
+
+
+def _warnings(records: Sequence[dict]) -> Iterator[Finding]:
+    """Signs of trouble; "at the end" is the last fifth of the records."""
+    broken = next((record for record in records if record.get("nonfinite")), None)
+    if broken:
+        names = ", ".join(broken["nonfinite"])
+        yield Finding("bad", f"NaN or infinity first appeared at iteration {broken['iteration']}, in {names}.")
+    clipped, accuracy, kept = (_mean_at_end(records, name) for name in ("clipped", "accuracy", "kept"))
+    if clipped is not None and clipped > 0.5:
+        text = f"{clipped:.0%} of the log-ratios are clipped at the end, and a clipped one teaches nothing"
+        yield Finding("bad", f"{text}: try a smaller optim.lr.")
+    if accuracy is not None and accuracy < 0.52 and records[-1]["iteration"] >= 20:
+        text = f"Implicit accuracy is {accuracy:.0%} at the end, no better than a coin"
+        yield Finding("bad", f"{text}: the policy has hardly taken up the judge's preferences.")
+    if kept is not None and kept < 0.02:
+        text = f"Only {kept:.1%} of the possible pairs are kept at the end, so there is hardly anything to learn from"
+        yield Finding("bad", f"{text}: try a smaller rollout.threshold.")
+
+
+def _mean_at_end(records: Sequence[dict], field: str) -> float | None:
+    last = records[-max(1, len(records) // 5) :]
+    values = [record[field] for record in last if record.get(field) is not None]
+    return fmean(values) if values else None
