@@ -49,7 +49,8 @@ def test_parameter_names_are_the_published_ones(trained, spm):
 @torch.no_grad()
 def test_image_features_are_the_published_ones(trained, case2, precision, size):
     found = trained.image_features(case2[f"spm/{size}/pixel_values"], case2["in/timesteps"])
-    torch.testing.assert_close(found.double(), case2[f"{precision}/{size}/image_features"].double(), rtol=0, atol=FEATURES)
+    expected = case2[f"{precision}/{size}/image_features"]
+    torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=FEATURES)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,274 @@
+"""strop.engine.rollout: the golden rollout draw for draw, and a sampler without any shortcut, by value and by count."""
+
+import contextlib
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from strop.engine.ddim import DDIMSchedule
+from strop.engine.diffusion import Conditioning
+from strop.engine.rollout import pick_random, rollout
+from strop.kernels import DDIMCoefficients
+
+LATENTS = 4e-5  # absolute, at values up to 60
+SCORES = 4e-4  # absolute, at values up to 152
+
+
+def no_clock(stage):
+    return contextlib.nullcontext()
+
+
+def settings(**changes):
+    return SimpleNamespace(**{"k": 4, "branch_from": 4, "threshold": 0.3} | changes)
+
+
+class GoldenJudge:
+    """The scoring function of the golden rollout: linear in the image, sharper towards t = 0. It keeps what it saw."""
+
+    def __init__(self, weights):
+        self.weights = weights
+        self.t, self.scores, self.images = [], [], []
+
+    def score(self, images, text, t):
+        sharpness = 1 + 20 * (1 - t / 1000) ** 6 + 60 * torch.tensor(-t / 20).exp()
+        scores = (images.flatten(2) @ self.weights) * sharpness + text[:, 0]  # (K, B)
+        self.t.append(t)
+        self.scores.append(scores)
+        self.images.append(images)
+        return scores
+
+
+class CountingPolicy:
+    """A policy that keeps the number of UNet rows of each forward."""
+
+    def __init__(self, policy):
+        self.policy = policy
+        self.latent_shape = policy.latent_shape
+        self.rows = []
+
+    def eps(self, *args, **kwargs):
+        out = self.policy.eps(*args, **kwargs)
+        self.rows.append(out.shape[0] * out.shape[1])
+        return out
+
+
+@pytest.fixture
+def replayed(golden, alphas, policy, diffusion, monkeypatch):
+    """The golden rollout with its recorded draws in place of torch's."""
+    case6 = golden("case6_sd15_k4_b3")
+    tape = [(name, case6[name]) for name in sorted(case6) if name.startswith("rand/")]
+    schedule = DDIMSchedule(DDIMCoefficients.build(alphas, 20, 1.0), 5.0)
+    features = case6["in/score_E"][case6["in/preference_model_input_ids"][:, 1]].unsqueeze(1)
+    cond = Conditioning(case6["in/prompt_embeds"], case6["in/negative_prompt_embeds"][:1], features)
+
+    def draw(kind, shape):
+        name, value = tape.pop(0)
+        assert name.endswith(kind)
+        assert value.numel() == torch.Size(shape).numel(), name
+        return value.reshape(shape)
+
+    monkeypatch.setattr(torch, "randn", lambda shape, **_: draw("randn", shape))
+    monkeypatch.setattr(torch, "randint", lambda low, high, shape, **_: draw("randint", shape))
+    counting, judge = CountingPolicy(policy), GoldenJudge(case6["in/score_W"])
+    made = rollout(counting, diffusion, judge, schedule, cond, settings(), torch.Generator(), no_clock)
+    return SimpleNamespace(rollout=made, judge=judge, schedule=schedule, cond=cond, rows=counting.rows, left=tape)
+
+
+def test_the_golden_rollout_draw_for_draw(replayed, golden):
+    case6, pairs = golden("case6_sd15_k4_b3"), replayed.rollout.pairs
+    t = torch.tensor(replayed.schedule.t)[pairs.step]
+    assert replayed.left == []
+    assert len(pairs) == 35
+    assert torch.equal(t, case6["f32/out/timesteps"][:, 0])  # also says that they come in the published order
+    assert torch.equal(replayed.cond.text[pairs.prompt], case6["f32/out/prompt_embeds"][:, 0])
+    for precision in ("f32", "f64"):
+        x_t, x_prev = case6[f"{precision}/out/current_latents"], case6[f"{precision}/out/next_latents"]
+        torch.testing.assert_close(pairs.x_t[0].double(), x_t[:, 0].double(), rtol=0, atol=LATENTS)
+        torch.testing.assert_close(pairs.x_prev.transpose(0, 1).double(), x_prev.double(), rtol=0, atol=LATENTS)
+
+
+def test_the_golden_rollout_is_judged_as_published(replayed, golden):
+    case6, judge = golden("case6_sd15_k4_b3"), replayed.judge
+    assert judge.t == [701, 651, 601, 551, 501, 451, 401, 351, 301, 251, 201, 151, 101, 51, 1, 0]
+    for event, (t, scores) in enumerate(zip(judge.t, judge.scores, strict=True)):
+        recorded = f"event/{event:02d}"
+        assert case6[f"f32/{recorded}/timesteps"].tolist() == [t] * 12
+        for precision in ("f32", "f64"):
+            expected = case6[f"{precision}/{recorded}/scores"].view(4, 3)
+            torch.testing.assert_close(scores.double(), expected.double(), rtol=0, atol=SCORES)
+    for event in (0, 1, 14, 15):
+        expected = case6[f"f32/event/{event:02d}/image"].unflatten(0, (4, 3))
+        torch.testing.assert_close(judge.images[event], expected, rtol=0, atol=LATENTS)
+    torch.testing.assert_close(replayed.rollout.score, torch.stack(judge.scores).mean())
+
+
+def test_the_golden_rollout_counts_what_it_kept(replayed, golden):
+    case6 = golden("case6_sd15_k4_b3")
+    valid = [case6[f"f32/event/{event:02d}/valid"].sum().item() for event in range(16)]
+    assert replayed.rollout.kept.tolist() == [0] * 4 + valid
+    assert sum(valid) == 35
+
+
+def test_the_golden_rollout_takes_one_forward_a_step(replayed):
+    assert replayed.rows == [2 * 3] * 5 + [2 * 4 * 3] * 15
+
+
+def naive_rollout(unet, vae, judge, alphas, cond, k, branch_from, num_steps, guidance, threshold, seed):
+    """SPO's sampler in the plainest form: one prompt, one branch, one guidance half at a time, nothing used twice.
+
+    Returns rows of (step, prompt, x_t, x_prev of the winner, x_prev of the loser) and the mean score. It draws as the
+    fused one does, because the numbers of one generator depend on the shape asked for.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    batch, distance = len(cond), 1000 // num_steps
+    t = [1 + distance * i for i in reversed(range(num_steps))]
+
+    def predict(x, i, prompt):
+        half = lambda text: unet(x.unsqueeze(0), t[i], encoder_hidden_states=text).sample[0]
+        uncond = half(cond.null)
+        return uncond + guidance * (half(cond.text[prompt : prompt + 1]) - uncond)
+
+    def predicted_clean(x, i, prompt):
+        a = alphas[t[i]].double()
+        return ((x - (1 - a).sqrt() * predict(x, i, prompt)) / a.sqrt()).float()
+
+    def step_down(x, i, prompt, noise):
+        a, a_prev = alphas[t[i]].double(), alphas[max(t[i] - distance, 0)].double()
+        eps = predict(x, i, prompt)
+        clean = (x - (1 - a).sqrt() * eps) / a.sqrt()
+        sigma = ((1 - a_prev) / (1 - a) * (1 - a / a_prev)).sqrt()
+        return (a_prev.sqrt() * clean + (1 - a_prev - sigma**2).sqrt() * eps + sigma * noise).float()
+
+    x = torch.randn((batch, 4, 8, 8), generator=rng)
+    for i in range(branch_from):
+        noise = torch.randn((batch, 4, 8, 8), generator=rng)
+        x = torch.stack([step_down(x[b], i, b, noise[b]) for b in range(batch)])
+    rows, all_scores = [], []
+    for i in range(branch_from, num_steps):
+        noise = torch.randn((k, batch, 4, 8, 8), generator=rng)
+        last = i + 1 == num_steps
+        after = []
+        for b in range(batch):
+            branches = [step_down(x[b], i, b, noise[j, b]) for j in range(k)]
+            scores = []
+            for branch in branches:
+                clean = branch if last else predicted_clean(branch, i + 1, b)
+                image = vae.decode(clean.unsqueeze(0) / 0.18215).sample
+                scores.append(judge.score(image[None], cond.judge[b : b + 1], 0 if last else t[i + 1]).item())
+            best, worst = scores.index(max(scores)), scores.index(min(scores))
+            p_best = 1 / (1 + math.exp(scores[worst] - scores[best]))
+            if p_best - (1 - p_best) > threshold:
+                rows.append((i, b, x[b], branches[best], branches[worst]))
+            all_scores += scores
+            after.append(branches)
+        if not last:
+            choice = torch.randint(0, k, (batch,), generator=rng).tolist()
+            x = torch.stack([after[b][choice[b]] for b in range(batch)])
+    return rows, sum(all_scores) / len(all_scores)
+
+
+@pytest.fixture
+def small(golden, alphas):
+    """Two prompts and a schedule of 6 steps."""
+    case6 = golden("case6_sd15_k4_b3")
+    text, null = case6["in/prompt_embeds"][:2], case6["in/negative_prompt_embeds"][:1]
+    cond = Conditioning(text, null, judge=torch.tensor([[0.0], [3.0]]))
+    schedule = DDIMSchedule(DDIMCoefficients.build(alphas, 6, 1.0), 3.0)
+    return SimpleNamespace(cond=cond, schedule=schedule, judge=lambda: GoldenJudge(case6["in/score_W"]))
+
+
+@pytest.mark.parametrize("branch_from", [0, 4])
+@pytest.mark.parametrize("k", [2, 4])
+@torch.no_grad()
+def test_it_is_the_plain_sampler(small, policy, diffusion, alphas, k, branch_from):
+    rng = torch.Generator().manual_seed(10 * k + branch_from)
+    config = settings(k=k, branch_from=branch_from)
+    found = rollout(policy, diffusion, small.judge(), small.schedule, small.cond, config, rng, no_clock)
+    with policy.reference():  # as fresh, policy and base model are equal; the plain sampler takes the base model
+        rows, score = naive_rollout(
+            policy.unet,
+            diffusion.vae,
+            small.judge(),
+            alphas,
+            small.cond,
+            k=k,
+            branch_from=branch_from,
+            num_steps=6,
+            guidance=3.0,
+            threshold=0.3,
+            seed=10 * k + branch_from,
+        )
+    steps, prompts, x_t, winners, losers = zip(*rows, strict=True)
+    assert found.pairs.step.tolist() == list(steps)
+    assert found.pairs.prompt.tolist() == list(prompts)
+    torch.testing.assert_close(found.pairs.x_t[0], torch.stack(x_t), rtol=0, atol=LATENTS)
+    torch.testing.assert_close(found.pairs.x_prev[0], torch.stack(winners), rtol=0, atol=LATENTS)
+    torch.testing.assert_close(found.pairs.x_prev[1], torch.stack(losers), rtol=0, atol=LATENTS)
+    assert found.kept.tolist() == [steps.count(i) for i in range(6)]
+    assert found.score.item() == pytest.approx(score, abs=SCORES)
+
+
+def test_the_same_seed_gives_the_same_bits(small, policy, diffusion):
+    def run(seed):
+        rng, config = torch.Generator().manual_seed(seed), settings(threshold=0.0)
+        return rollout(policy, diffusion, small.judge(), small.schedule, small.cond, config, rng, no_clock)
+
+    torch.manual_seed(1)
+    first = run(5)
+    torch.manual_seed(2)  # the global generator has no part in it
+    again, other = run(5), run(6)
+    for name in ("x_t", "x_prev", "step", "prompt"):
+        assert torch.equal(getattr(first.pairs, name), getattr(again.pairs, name))
+    assert torch.equal(first.score, again.score)
+    assert not torch.equal(first.pairs.x_prev, other.pairs.x_prev)
+
+
+@pytest.mark.parametrize("guided, halves", [(True, 2), (False, 1)], ids=["guided", "unguided"])
+@pytest.mark.parametrize("branch_from", [0, 3, 5])
+def test_k_branches_cost_one_fused_forward_a_step(small, policy, diffusion, alphas, branch_from, guided, halves):
+    schedule = DDIMSchedule(DDIMCoefficients.build(alphas, 6, 1.0), 3.0 if guided else 1.0)
+    counting = CountingPolicy(policy)
+    config = settings(k=3, branch_from=branch_from)
+    rollout(counting, diffusion, small.judge(), schedule, small.cond, config, torch.Generator(), no_clock)
+    trunk, branching = branch_from + 1, 5 - branch_from
+    assert counting.rows == [halves * 2] * trunk + [halves * 3 * 2] * branching
+
+
+@pytest.mark.parametrize("threshold, kept", [(0.0, 2.0), (1 - 1e-12, 0.0)], ids=["all", "none"])
+def test_the_threshold_decides_what_is_kept(small, policy, diffusion, threshold, kept):
+    judge = small.judge()
+    judge.weights = 0.01 * judge.weights  # scores nearly equal, so that only the extreme thresholds are clear
+    config = settings(k=2, branch_from=3, threshold=threshold)
+    found = rollout(policy, diffusion, judge, small.schedule, small.cond, config, torch.Generator(), no_clock)
+    assert found.kept.tolist() == [0, 0, 0, kept, kept, kept]
+    number = int(3 * kept)
+    assert found.pairs.x_t.shape == (1, number, 4, 8, 8)
+    assert found.pairs.x_prev.shape == (2, number, 4, 8, 8)
+    assert found.pairs.step.tolist() == [3, 3, 4, 4, 5, 5][:number]
+    assert found.pairs.prompt.tolist() == [0, 1, 0, 1, 0, 1][:number]
+
+
+def test_stages_are_clocked(small, policy, diffusion):
+    seen = []
+
+    def clock(stage):
+        seen.append(stage)
+        return contextlib.nullcontext()
+
+    config = settings(k=2, branch_from=4)
+    rollout(policy, diffusion, small.judge(), small.schedule, small.cond, config, torch.Generator(), clock)
+    assert seen == ["rollout/unet", *["rollout/unet", "rollout/decode", "rollout/judge"] * 2]
+
+
+def test_the_next_state_is_a_branch_with_its_own_prediction():
+    """Uniform over the branches, for each prompt by itself; eps goes with the branch it was predicted for."""
+    k, rows = 4, 4000
+    branches = torch.arange(k * rows).float().view(k, rows, 1, 1, 1)
+    eps = torch.stack([branches, -branches])
+    x, chosen = pick_random(branches, eps, torch.Generator().manual_seed(0))
+    assert torch.equal(x.flatten() % rows, torch.arange(rows).float())
+    assert torch.equal(chosen, torch.stack([x, -x]))
+    share = torch.bincount((x.flatten() // rows).long(), minlength=k) / rows
+    assert share.tolist() == pytest.approx([0.25] * 4, abs=0.03)
