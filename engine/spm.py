@@ -7,7 +7,7 @@ here. In-batch negatives, which the published code has but leaves switched off, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,6 @@ from torch.utils.data import Dataset
 
 from strop.engine.ddim import DDIMSchedule
 from strop.engine.diffusion import Conditioning, LatentDiffusion
-from strop.engine.entrypoint import resolve
 from strop.engine.errors import UserError
 from strop.engine.policy import unet_eps
 from strop.engine.preference import StepAwarePreferenceModel
@@ -124,12 +123,12 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
     return peak * min((step + 1) / max(1, warmup), (steps - step) / (steps - warmup))
 
 
-def load_pairs(spec: str, seed: int, size: int) -> Dataset:
-    """The pairs of the factory that `data.source` names, the first of them checked.
+def load_pairs(factory: Callable[[int, int], Dataset], spec: str, seed: int, size: int) -> Dataset:
+    """factory(seed, size), its first pair checked. spec: the entry point data.source, where factory comes from.
 
-    Raises UserError for an entry point that is none, and for pairs that are not as SpmDataConfig describes them.
+    Raises UserError where the pairs are not as SpmDataConfig describes them.
     """
-    pairs = resolve(spec, "data.source")(seed, size)
+    pairs = factory(seed, size)
     if len(pairs) < 1:
         raise UserError(f"data.source: {spec} gives no pair, expected {size}")
     first = pairs[0]

@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from strop.engine import zero
 from strop.engine.checkpoint import open_new
 from strop.engine.config import SpmConfig, load
-from strop.engine.diffusion import DTYPES, LatentDiffusion, load_part
+from strop.engine.diffusion import DTYPES, LatentDiffusion, load_part, quiet_libraries
+from strop.engine.entrypoint import resolve
 from strop.engine.errors import UserError, exit_on_user_error
 from strop.engine.metrics import Metrics, Stopwatch, duration, finite, write_atomically
 from strop.engine.preference import StepAwarePreferenceModel
@@ -76,6 +77,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # given by the deepspeed launcher
     args = parser.parse_args(argv)
     begun = time.perf_counter()
+    quiet_libraries()
     config = load(args.recipe, args.overrides, SpmConfig)
     ranks = start(config.run.device)
     clock = Stopwatch(ranks.device)
@@ -92,18 +94,19 @@ def build(config: SpmConfig, ranks: Ranks) -> Parts:
     model, data, optim, seed = config.model, config.data, config.optim, config.run.seed
     if data.heldout < ranks.size:
         raise UserError(f"data.heldout: found {data.heldout}, expected at least {ranks.size} (the processes)")
-    judge = StepAwarePreferenceModel.load(config.judge.path, ranks.device, torch.Generator().manual_seed(seed))
-    judge.clip.requires_grad_(True).train()
+    source = resolve(data.source, "data.source")
     diffusion = LatentDiffusion.load(model.path, model.dtype, ranks.device)
     unet = load_part(UNet2DConditionModel, model.path, "unet", torch_dtype=DTYPES[model.dtype], use_safetensors=True)
+    judge = StepAwarePreferenceModel.load(config.judge.path, ranks.device, torch.Generator().manual_seed(seed))
+    judge.clip.requires_grad_(True).train()
     settings = zero.AdamWSettings(
         optim.lr, (0.9, 0.999), 1e-8, optim.weight_decay, optim.max_grad_norm, 1, optim.batch, config.zero.stage
     )
     return Parts(
         judge,
         Denoiser(diffusion, unet.to(ranks.device), optim.guidance),
-        load_pairs(data.source, seed, data.train),
-        load_pairs(data.source, seed + 1, data.heldout),
+        load_pairs(source, data.source, seed, data.train),
+        load_pairs(source, data.source, seed + 1, data.heldout),
         zero.build(judge.clip, settings, ranks),
     )
 

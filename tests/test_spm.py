@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPModel
 
-from strop.engine import spm as judge_training
 from strop.engine.clip import TimeConditionedCLIP
 from strop.engine.diffusion import Conditioning
 from strop.engine.entrypoint import resolve
@@ -190,10 +189,9 @@ def one_pair(**changes):
     ],
     ids=["empty", "keys", "unequal images", "no images", "labels"],
 )
-def test_bad_pairs_are_told_apart(monkeypatch, factory, complaint):
-    monkeypatch.setattr(judge_training, "resolve", lambda spec, key: factory)
+def test_bad_pairs_are_told_apart(factory, complaint):
     with pytest.raises(UserError, match=f"data.source: .*{complaint}"):
-        load_pairs("mine:pairs", 0, 5)
+        load_pairs(factory, "mine:pairs", 0, 5)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,218 @@
+"""Judge training from the recipe to the run folder, on the golden models and pairs that a tiny judge can learn."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+from transformers import CLIPModel
+
+from strop.engine import train_spm
+from strop.engine.config import SpmConfig, load
+from strop.engine.metrics import Metrics
+from strop.engine.preference import StepAwarePreferenceModel
+from strop.engine.ranks import Ranks
+from strop.engine.train_spm import TIMESTEPS, build, main, show, update
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+PAIRS = '''
+import torch
+
+def load(seed, size):
+    """Bright against dark: the brighter image is preferred; every eighth pair is a tie."""
+    rng = torch.Generator().manual_seed(seed)
+    light = torch.rand(size, 2, 1, 1, 1, generator=rng) * 1.6 - 0.8
+    images = (light + 0.1 * torch.randn(size, 2, 3, 16, 16, generator=rng)).clamp(-1, 1)
+    label = (light[:, 0] > light[:, 1]).double().flatten()
+    label[::8] = 0.5
+    return [
+        {"image_0": a, "image_1": b, "caption": "ab", "label_0": p, "label_1": 1 - p}
+        for (a, b), p in zip(images, label.tolist())
+    ]
+'''
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_folder, clip_folder, monkeypatch):
+    """recipe("optim.steps=3") -> the arguments of a short run into tmp_path/run."""
+    (tmp_path / "bright_pairs.py").write_text(PAIRS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "bright_pairs", raising=False)
+    tree = {
+        "model": {"path": str(tiny_folder)},
+        "judge": {"path": str(clip_folder)},
+        "data": {"source": "bright_pairs:load", "train": 40, "heldout": 20},
+        "optim": {"steps": 6, "batch": 8, "lr": 1.0e-3, "warmup": 2, "clean_share": 0.25},
+        "run": {"dir": str(tmp_path / "run"), "device": "cpu", "log_every": 2},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    return lambda *overrides: [str(tmp_path / "recipe.yaml"), *overrides]
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_what_it_promises(recipe, tmp_path, capsys):
+    main(["--local_rank=0", *recipe()])
+    run = tmp_path / "run"
+    assert load(run / "config.yaml", cls=SpmConfig) == load(recipe()[0], cls=SpmConfig)
+    lines = records(run)
+    assert [line["iteration"] for line in lines] == [0, 1, 2, 4, 5, 6]
+    assert (lines[-1]["pairs"], lines[-1]["optimizer_steps"]) == (48, 6)
+    assert all(line["loss"] > 0 and line["grad_norm"] > 0 for line in lines[1:])
+    assert list(lines[0]["heldout_accuracy"]) == [str(t) for t in TIMESTEPS]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["accuracy"] == {"before": lines[0]["heldout_accuracy"], "after": lines[-1]["heldout_accuracy"]}
+    assert summary["pairs"] == 48
+
+    judge = StepAwarePreferenceModel.load(str(run / "judge"), ALONE.device)
+    assert judge.clip.vision_model.adaLN_modulation[1].weight.abs().max() > 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].split() == [
+        "step",
+        "pairs/s",
+        "ETA",
+        "loss",
+        "accuracy",
+        "held-out:",
+        *(f"t={t}" for t in TIMESTEPS),
+    ]
+    assert [line.split()[0] for line in shown[1:7]] == ["0/6", "1/6", "2/6", "4/6", "5/6", "6/6"]
+    after = ["-" if v is None else f"{v:.3f}" for v in summary["accuracy"]["after"].values()]
+    assert next(line for line in shown if line.startswith("after")).split()[1:] == after
+    assert f"judge     {run / 'judge'}" in shown
+
+
+def test_every_parameter_is_trained(recipe, tmp_path, clip_folder):
+    main(recipe())
+    before = load_file(clip_folder / "model.safetensors")
+    after = load_file(tmp_path / "run" / "judge" / "model.safetensors")
+    assert before.keys() < after.keys()
+    unmoved = {name for name in before if torch.equal(before[name], after[name])}
+    assert unmoved <= {"vision_model.embeddings.position_ids", "text_model.embeddings.position_ids"}
+
+
+def test_steps_on_a_fixed_batch_lower_its_loss(recipe, tmp_path):
+    config = load(*recipe(), cls=SpmConfig)
+    parts = build(config, ALONE)
+    batch = next(iter(DataLoader(parts.pairs, batch_size=16)))
+    pixels, t = show(batch, 4, parts, ALONE, torch.Generator().manual_seed(0))
+    metrics = Metrics(tmp_path, "cpu", True, start=0, iterations=12)
+    losses = []
+    for step in range(12):
+        update(batch, pixels, t, config, parts, ALONE, metrics)
+        losses.append(metrics.flush(step + 1)["loss"])
+    metrics.close()
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_an_untrained_judge_is_as_right_as_its_pickscore(recipe, tmp_path, clip_folder, tokenizer):
+    main(recipe("optim.steps=1", "optim.warmup=0"))
+    clip = CLIPModel.from_pretrained(clip_folder).eval()
+    pairs = sys.modules["bright_pairs"].load(43, 20)
+    judge = StepAwarePreferenceModel.load(str(clip_folder), ALONE.device)
+    ids = tokenizer(["ab"], padding="max_length", max_length=16, return_tensors="pt").input_ids
+    right = []
+    for pair in (pair for pair in pairs if pair["label_0"] != 0.5):
+        pixels = judge.pixels(torch.stack([pair["image_0"], pair["image_1"]]))
+        with torch.no_grad():
+            scores = clip(input_ids=ids, pixel_values=pixels).logits_per_text[0]
+        right.append((scores[0] > scores[1]).item() == (pair["label_0"] == 1))
+    assert records(tmp_path / "run")[0]["heldout_accuracy"]["0"] == pytest.approx(sum(right) / len(right))
+
+
+def test_the_same_seed_gives_the_same_bits(recipe, tmp_path):
+    states = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        main(recipe(f"run.dir={tmp_path / name}", f"run.seed={seed}", "optim.steps=3"))
+        states.append(load_file(tmp_path / name / "judge" / "model.safetensors"))
+    first, again, other = states
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["visual_projection.weight"], other["visual_projection.weight"])
+
+
+def test_clean_share_shows_that_many_pairs_as_they_are(recipe, monkeypatch):
+    seen = []
+
+    def watch(batch, clean, parts, ranks, rng):
+        pixels, t = show(batch, clean, parts, ranks, rng)
+        as_they_are = torch.stack([batch["image_0"], batch["image_1"]])[:, :clean]
+        own = parts.judge.pixels(as_they_are.flatten(0, 1)).view_as(pixels[:, :clean])
+        assert (pixels[:, :clean] - own).abs().max() < 1e-5 if clean else True
+        assert (t[:clean] == 0).all()
+        seen.append((clean, len(t), (t[clean:] > 0).float().mean().item()))
+        return pixels, t
+
+    monkeypatch.setattr(train_spm, "show", watch)
+    main(recipe("optim.clean_share=0.3", "optim.steps=10"))
+    assert [clean for clean, *_ in seen] == [2, 2, 3, 2, 3, 2, 2, 3, 2, 3]
+    assert sum(clean for clean, *_ in seen) == 0.3 * 80
+    assert all(noised > 0.9 for _, _, noised in seen)
+
+
+def test_no_clean_share_noises_every_pair(recipe):
+    parts = build(load(*recipe(), cls=SpmConfig), ALONE)
+    pair = parts.pairs[1]
+    batch = {name: torch.stack([pair[name]] * 4) for name in ("image_0", "image_1")} | {"caption": ["ab"] * 4}
+    pixels, t = show(batch, 0, parts, ALONE, torch.Generator().manual_seed(0))
+    assert pixels.shape == (2, 4, 3, parts.judge.size, parts.judge.size)
+    assert len(set(t.tolist())) == 4
+    assert not torch.equal(pixels[0, 0], pixels[0, 1])
+
+
+def test_bfloat16_models_keep_a_float32_judge(recipe, tmp_path):
+    main(recipe("model.dtype=bfloat16", "optim.steps=3"))
+    assert {t.dtype for t in load_file(tmp_path / "run" / "judge" / "model.safetensors").values()} == {torch.float32}
+    assert all(line["loss"] > 0 for line in records(tmp_path / "run")[1:])
+
+
+@pytest.mark.parametrize(
+    "override, sentence",
+    [
+        ("optim.step=3", "unknown key optim.step; did you mean optim.steps?"),
+        ("model.path=nowhere", "model.path: no folder nowhere"),
+        ("judge.path=nowhere", "judge.path: nowhere has no config.json"),
+        ("data.source=bright_pairs", "data.source: found 'bright_pairs', expected module:factory"),
+        ("data.source=dark_pairs:load", "data.source: no module dark_pairs"),
+        ("optim.warmup=6", "optim: warmup is 6, but must be smaller than steps = 6"),
+        ("run.device=tpu", "run.device: found 'tpu'"),
+    ],
+    ids=["key", "model", "judge", "colon", "module", "warmup", "device"],
+)
+def test_mistakes_end_with_one_sentence(recipe, tmp_path, capsys, override, sentence):
+    with pytest.raises(SystemExit) as exit:
+        main(recipe(override))
+    said = capsys.readouterr()
+    assert exit.value.code == 2
+    assert said.err.count("\n") == 1
+    assert sentence in said.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_in_use_is_left_alone(recipe, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "thesis.txt").write_text("mine")
+    with pytest.raises(SystemExit) as exit:
+        main(recipe())
+    assert exit.value.code == 2
+    assert f"run.dir: {run} is not empty; choose a new folder\n" in capsys.readouterr().err
+    assert [path.name for path in run.iterdir()] == ["thesis.txt"]
+
+
+def test_a_run_folder_that_cannot_be_made(recipe, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as exit:
+        main(recipe(f"run.dir={tmp_path / 'file' / 'run'}"))
+    assert exit.value.code == 2
+    assert "cannot be written (Not a directory)" in capsys.readouterr().err
+
+
+def test_the_recipe_of_the_tiny_world_is_valid():
+    config = load(Path(__file__).parents[1] / "configs" / "spm_tinyworld.yaml", cls=SpmConfig)
+    assert 0 < config.optim.clean_share < 1
