@@ -1,7 +1,7 @@
-"""Builds tinyworld: `python -m strop.bench.tinyworld.build [stage ...] [--out DIR]`; without stages, all of them in order.
+"""Builds tinyworld: `python -m strop.bench.tinyworld.build [stage ...] [--out DIR]`; without stages, all in order.
 
 Each stage draws from a seed of its own and reads what earlier stages saved, so that stages can be run one by one, with
-the same result. One CPU thread unless --threads says otherwise; bit-equal results need the same thread count and machine.
+the same result. One CPU thread unless --threads says otherwise; bit-equal results need the same threads and machine.
 """
 
 from __future__ import annotations

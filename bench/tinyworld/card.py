@@ -35,9 +35,9 @@ data, no other weights. 64x64 RGB images, 16x16x4 latents, fp16 safetensors.
 
 **How to rebuild:** `make tinyworld`, or stage by stage `python -m strop.bench.tinyworld.build [stage ...]`.
 
-**Known limits.** The models know the captions of `world.py` and nothing else. Pretraining has seen every kind of caption,
-those of `prompts/heldout.txt` too: they are held out from post-training, not from pretraining. The checker is not
-perfect (see below), so that alignment figures carry its errors.
+**Known limits.** The models know the captions of `world.py` and nothing else. Pretraining has seen every kind of
+caption, those of `prompts/heldout.txt` too: they are held out from post-training, not from pretraining. The checker is
+not perfect (see below), so that alignment figures carry its errors.
 
 **Licence:** Apache-2.0.
 """

@@ -49,8 +49,9 @@ def attributes_right(logits: dict[str, torch.Tensor], wanted: torch.Tensor) -> t
 
 
 def load(device: str | torch.device, weights: Path = WEIGHTS) -> Callable[..., dict[str, torch.Tensor]]:
-    """Returns examine(images (n, 3, 64, 64) in [-1, 1], prompts) -> {"quality": (n,) in [0, 1], "alignment": (n,), 1.0 where
-    every named attribute is right, else 0.0}. examine raises ValueError on a prompt outside the world's grammar."""
+    """Returns examine(images (n, 3, 64, 64) in [-1, 1], prompts) -> {"quality": (n,) in [0, 1], "alignment": (n,)}.
+    Alignment is 1.0 where every named attribute is right, else 0.0. examine raises ValueError on a prompt outside the
+    world's grammar."""
     checker, regressor = models.checker(head_sizes(), 0), models.regressor(0)
     for model, name in ((checker, "checker"), (regressor, "regressor")):
         model.load_state_dict(load_file(weights / "examiners" / f"{name}.safetensors"))

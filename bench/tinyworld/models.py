@@ -147,6 +147,13 @@ def pipeline(vae: AutoencoderKL, unet: UNet2DConditionModel, text: CLIPTextModel
     )
 
 
+def load_as_float32(folder: Path) -> None:
+    """Notes in a transformers model folder that its fp16 weights are to be loaded as fp32 unless another dtype is asked
+    for: transformers goes by config.json, diffusers always loads fp32, and a pipeline must not mix the two."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+
+
 def clip(tokens: CLIPTokenizer, seed: int) -> CLIPModel:
     """0.48 M parameters: ViT with patches of 8 on 64x64, width 96, 3 layers; text of width 64, 2 layers; 64 shared."""
     vision = {

@@ -82,7 +82,7 @@ def _checker_loss(outputs: dict[str, torch.Tensor], q: torch.Tensor, wanted: tor
     return torch.stack(losses).sum()
 
 
-def train(weights: Path, count: int = 28672, steps: int = 2800) -> None:
+def train(weights: Path, count: int = 28672, steps: int = 1800) -> None:
     """Trains both examiners for the VAE in weights/sd/vae; saves weights/examiners and their figures."""
     start = time.monotonic()
     vae = AutoencoderKL.from_pretrained(weights / "sd" / "vae", torch_dtype=torch.float32).eval()

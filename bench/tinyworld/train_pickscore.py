@@ -137,6 +137,7 @@ def train(weights: Path, count: int = 24576, warm_steps: int = 900, steps: int =
 def save(model: CLIPModel, folder: Path) -> None:
     """A CLIPModel folder with tokenizer and preprocessor_config.json."""
     model.save_pretrained(folder)
+    models.load_as_float32(folder)
     models.tokenizer().save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n")
 
