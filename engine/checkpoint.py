@@ -110,7 +110,7 @@ def _checkpoint_to_resume(config: Config, run_dir: Path, ranks: Ranks) -> Path:
             f"run.resume: {checkpoint} belongs to another configuration ({'; '.join(changed)}); "
             "set these keys back or begin a new run"
         )
-    size = json.loads((checkpoint / "state.json").read_text())["ranks"]
+    size = _state(checkpoint)["ranks"]
     if size != ranks.size:
         raise UserError(
             f"run.resume: {checkpoint} was written by {size} processes, found {ranks.size}; start as many as then"
@@ -131,8 +131,12 @@ def save(
     optimizer: LocalAdamW | ZeroAdamW,
     rngs: dict[str, torch.Generator],
     ranks: Ranks,
+    seconds: dict[str, float],
 ) -> Path:
-    """Writes run.dir/checkpoints/<iteration>; it gets its name when it is complete. Every rank calls it."""
+    """Writes run.dir/checkpoints/<iteration>; it gets its name when it is complete. Every rank calls it.
+
+    seconds: by stage, of the run so far.
+    """
     final = Path(config.run.dir) / "checkpoints" / f"{iteration:06d}"
     draft = final.with_name(f".{final.name}.draft")
     if ranks.first:
@@ -144,7 +148,8 @@ def save(
     if ranks.first:
         policy.save_lora(draft)
         dump(config, draft / "config.yaml")
-        (draft / "state.json").write_text(json.dumps({"iteration": iteration, "ranks": ranks.size}))
+        state = {"iteration": iteration, "ranks": ranks.size, "seconds": seconds}
+        (draft / "state.json").write_text(json.dumps(state))
     _wait(ranks)
     if ranks.first:
         shutil.rmtree(final, ignore_errors=True)
@@ -156,13 +161,22 @@ def save(
 def restore(
     checkpoint: Path, policy: Policy, optimizer: LocalAdamW | ZeroAdamW, rngs: dict[str, torch.Generator], ranks: Ranks
 ) -> int:
-    """Puts everything back as `save` found it; returns the iteration."""
+    """Puts everything back as `save` found it; returns the number of iterations done."""
     policy.load_lora(checkpoint)
     optimizer.load(checkpoint)
     states = load_file(checkpoint / f"generators-{ranks.rank}.safetensors")
     for name, rng in rngs.items():
         rng.set_state(states[name])
-    return json.loads((checkpoint / "state.json").read_text())["iteration"]
+    return _state(checkpoint)["iteration"]
+
+
+def seconds_before(checkpoint: Path | None) -> dict[str, float]:
+    """Seconds by stage that the run had taken when this checkpoint was written; none for a new run."""
+    return _state(checkpoint)["seconds"] if checkpoint else {}
+
+
+def _state(checkpoint: Path) -> dict:
+    return json.loads((checkpoint / "state.json").read_text())
 
 
 def _wait(ranks: Ranks) -> None:

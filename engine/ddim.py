@@ -15,7 +15,7 @@ class DDIMSchedule:
     """Stochastic DDIM over `num_steps` steps of a model trained with 1000.
 
     `step` is an index 0..num_steps-1, an int or an (N,) int64 tensor; `t[step]` is the training timestep it stands for,
-    with t[num_steps] = 0 for the clean latent. `eps` is the model output (G, N, C, H, W): G = 2 holds the halves without
+    with t[num_steps] = 0 for the clean latent. `eps` is the model output (G, N, C, H, W): G = 2 is the halves without
     and with the prompt, combined by `guidance`; G = 1 is used as it is. Inside, arithmetic is float32 or wider.
     """
 

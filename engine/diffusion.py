@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from strop.engine.ddim import DDIMSchedule
 from strop.engine.errors import UserError
@@ -106,6 +107,12 @@ class LatentDiffusion:
         posterior = self.vae.encode(images.to(self.dtype)).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=rng, device=images.device, dtype=posterior.mean.dtype)
         return (posterior.mean + posterior.std * noise) * self.vae.config.scaling_factor
+
+
+def quiet_libraries() -> None:
+    """Switches off the loading bars and the advice of transformers, which say nothing about a run."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def load_part(kind: type, path: str, subfolder: str, **options):

@@ -20,7 +20,7 @@ from strop.engine.preference import pick_pairs
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """pairs: the kept ones, by step, then by prompt; kept (T,): how many per step; score: mean score of all branches."""
+    """pairs: the kept ones, by step, then by prompt; kept (T,): how many per step; score: mean of all branches."""
 
     pairs: PreferencePairs
     kept: Tensor

@@ -18,10 +18,10 @@ from torch import Tensor
 from strop.engine import checkpoint, zero
 from strop.engine.config import Config, load
 from strop.engine.ddim import DDIMSchedule
-from strop.engine.diffusion import Conditioning, LatentDiffusion
+from strop.engine.diffusion import Conditioning, LatentDiffusion, quiet_libraries
 from strop.engine.entrypoint import resolve
 from strop.engine.errors import UserError, exit_on_user_error
-from strop.engine.evaluate import Evaluation, Evaluator
+from strop.engine.evaluation import Evaluation, Evaluator
 from strop.engine.figures import before_after
 from strop.engine.metrics import Metrics, Progress, Stopwatch, read_records
 from strop.engine.objective import spo_loss
@@ -48,6 +48,17 @@ class Parts:
     optimizer: zero.LocalAdamW | zero.ZeroAdamW
 
 
+class RunTime:
+    """Seconds by stage and in total since the run began, those before a resumption included."""
+
+    def __init__(self, clock: Stopwatch, before: dict[str, float]):
+        self.clock, self.before, self.begun = clock, before, time.perf_counter() - sum(clock.seconds().values())
+
+    def __call__(self) -> dict[str, float]:
+        now = self.clock.seconds() | {"total": time.perf_counter() - self.begun}
+        return {stage: self.before.get(stage, 0.0) + now.get(stage, 0.0) for stage in {**self.before, **now}}
+
+
 @exit_on_user_error
 def main(argv: Sequence[str]) -> None:
     """Trains by a recipe; the last lines on the terminal say what came out and where it lies."""
@@ -56,20 +67,21 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as run.dir=runs/mine optim.lr=1e-4")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # given by the deepspeed launcher
     args = parser.parse_args(argv)
-    begun = time.perf_counter()
+    quiet_libraries()
     config = load(args.recipe, args.overrides)
     ranks = start(config.run.device)
     clock = Stopwatch(ranks.device)
     with clock("load"):
         parts = build(config, ranks)
         resumed = checkpoint.open_run(config, ranks)
+    spent = RunTime(clock, checkpoint.seconds_before(resumed))
     with clock("evaluate"):
         base = evaluate_base(parts)
-    train(config, parts, ranks, clock, resumed)
+    train(config, parts, ranks, clock, spent, resumed)
     with clock("evaluate"):
         tuned = parts.evaluator(parts.policy)
     if ranks.first:
-        close(config, parts, ranks, base, tuned, clock.seconds() | {"total": time.perf_counter() - begun})
+        close(config, parts, ranks, base, tuned, spent())
 
 
 def build(config: Config, ranks: Ranks) -> Parts:
@@ -121,7 +133,7 @@ def evaluate_base(parts: Parts) -> Evaluation:
         return parts.evaluator(parts.policy)
 
 
-def train(config: Config, parts: Parts, ranks: Ranks, clock: Stopwatch, resumed: Path | None) -> None:
+def train(config: Config, parts: Parts, ranks: Ranks, clock: Stopwatch, spent: RunTime, resumed: Path | None) -> None:
     """The loop: roll out, balance, update; log and save now and then. Leaves the last checkpoint and run.dir/lora."""
     run, policy, optimizer = config.run, parts.policy, parts.optimizer
     rngs = {  # prior, branches and choices are each rank's own; the shuffle is the same on all
@@ -155,7 +167,7 @@ def train(config: Config, parts: Parts, ranks: Ranks, clock: Stopwatch, resumed:
                 progress.show(record)
         if last or (iteration + 1) % run.save_every == 0:
             with clock("save"):
-                checkpoint.save(config, iteration + 1, policy, optimizer, rngs, ranks)
+                checkpoint.save(config, iteration + 1, policy, optimizer, rngs, ranks, spent())
     metrics.close()
 
 

@@ -42,7 +42,7 @@ class LocalAdamW:
         (loss / self.settings.accumulate).backward()
 
     def step(self) -> Tensor | float | None:
-        """After every backward: takes an optimizer step when enough micro-batches wait; returns the gradient norm then."""
+        """After every backward: an optimizer step when enough micro-batches wait; returns its gradient norm."""
         self.waiting += 1
         if self.waiting < self.settings.accumulate:
             return None

@@ -1,0 +1,261 @@
+"""The entry point end to end on the golden tiny model: what a run writes, that it repeats and resumes bit for bit."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from strop.engine.config import load
+from strop.engine.diffusion import Conditioning
+from strop.engine.metrics import Metrics, read_records
+from strop.engine.pairs import PreferencePairs
+from strop.engine.policy import Policy
+from strop.engine.ranks import Ranks
+from strop.engine.train import main, share_of, update
+from strop.engine.zero import AdamWSettings, LocalAdamW
+
+SECTIONS = {
+    "rollout": {"prompts": 2, "k": 2, "num_steps": 5, "branch_from": 2, "threshold": 0.0},
+    "optim": {"lr": 1e-2, "micro_batch": 4},
+    "evaluate": {"prompts": 3, "num_steps": 2, "batch": 2, "pictures": 2, "examiner": "tests_examiner:load"},
+    "run": {"iterations": 2, "save_every": 1, "device": "cpu"},
+}
+
+EXAMINER = """
+def load(device):
+    def examine(images, prompts):
+        words = images.new_tensor([len(prompt.split()) for prompt in prompts])
+        return {"brightness": images.mean((1, 2, 3)), "words": words}
+    return examine
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_folder, clip_folder, monkeypatch):
+    """recipe("run.iterations=1", ...) -> the command line of a run in tmp_path/run."""
+    (tmp_path / "tests_examiner.py").write_text(EXAMINER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "train.txt").write_text("a b c\nd e\n\nf\n")
+    (tmp_path / "heldout.txt").write_text("g\nh i\nj k l\n")
+    tree = SECTIONS | {
+        "model": {"path": str(tiny_folder)},
+        "judge": {"path": str(clip_folder)},
+        "prompts": {"train": str(tmp_path / "train.txt"), "heldout": str(tmp_path / "heldout.txt")},
+        "run": SECTIONS["run"] | {"dir": str(tmp_path / "run")},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return lambda *overrides: [str(path), *overrides]
+
+
+def records(folder):
+    """metrics.jsonl without what depends on the clock."""
+    clocks = ("seconds", "prompts_per_second", "eta_seconds")
+    return [{k: v for k, v in line.items() if k not in clocks} for line in read_records(folder / "metrics.jsonl")]
+
+
+def lora(folder):
+    return load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
+
+
+def assert_same_tensors(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_a_run_writes_what_it_promises(recipe, tmp_path, capsys):
+    main(recipe())
+    run = tmp_path / "run"
+    for name in (
+        "config.yaml",
+        "before_after.png",
+        "curves.png",
+        "report.html",
+        "lora/pytorch_lora_weights.safetensors",
+    ):
+        assert (run / name).stat().st_size > 0, name
+    assert list((run / "tensorboard").iterdir())
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["prompts"] == 4
+    assert summary["pairs"] == 4 * 3  # threshold 0 keeps every pair: 3 judged steps
+    assert summary["optimizer_steps"] == 2 * 2  # 6 pairs in micro-batches of 4
+    assert summary["heldout_prompts"] == 3
+    assert summary["words"] == {"base": 2.0, "tuned": 2.0, "delta": 0.0, "ci95": [0.0, 0.0]}
+    for name in ("brightness", "judge"):
+        assert summary[name]["delta"] == pytest.approx(summary[name]["tuned"] - summary[name]["base"])
+        assert summary[name]["delta"] != 0
+        assert len(summary[name]["ci95"]) == 2
+    assert {"total", "load", "rollout", "update", "evaluate"} <= summary["seconds"].keys()
+    last = records(run)[-1]
+    assert last["iteration"] == 2
+    assert last["kept"] == 1
+    assert last["pairs_per_t"] == {"801": 0, "601": 0, "401": 2, "201": 2, "1": 2}
+    assert load(run / "config.yaml") == load(recipe()[0])
+    printed = capsys.readouterr().out
+    assert "brightness" in printed
+    assert str(run / "report.html") in printed
+
+
+def test_same_seed_same_bits_other_seed_other_bits(recipe, tmp_path):
+    for name, seed in (("one", 1), ("again", 1), ("other", 2)):
+        main(recipe(f"run.dir={tmp_path / name}", f"run.seed={seed}"))
+    assert_same_tensors(lora(tmp_path / "one"), lora(tmp_path / "again"))
+    assert records(tmp_path / "one") == records(tmp_path / "again")
+    assert records(tmp_path / "one") != records(tmp_path / "other")
+
+
+@pytest.mark.parametrize("accumulate", [1, 3], ids=["whole-steps", "micro-batches-waiting"])
+def test_a_resumed_run_goes_on_bit_for_bit(recipe, tmp_path, accumulate):
+    straight, halves = tmp_path / "straight", tmp_path / "halves"
+    common = f"optim.accumulate={accumulate}"
+    main(recipe(f"run.dir={straight}", "run.iterations=3", common))
+    main(recipe(f"run.dir={halves}", "run.iterations=1", common))
+    first = json.loads((halves / "summary.json").read_text())
+    main(recipe(f"run.dir={halves}", "run.iterations=3", "run.resume=true", common))
+    assert_same_tensors(lora(straight), lora(halves))
+    assert records(straight) == records(halves)
+    summary = json.loads((halves / "summary.json").read_text())
+    assert summary["prompts"] == 6
+    assert summary["optimizer_steps"] == json.loads((straight / "summary.json").read_text())["optimizer_steps"]
+    assert summary["seconds"]["total"] > first["seconds"]["total"] - first["seconds"]["evaluate"]
+
+
+def test_checkpoints_do_not_hold_the_frozen_base(recipe, tmp_path):
+    main(recipe("run.iterations=1"))
+    checkpoint = tmp_path / "run" / "checkpoints" / "000001"
+    trained = sum(value.nbytes for value in lora(tmp_path / "run").values())
+    assert sum(file.stat().st_size for file in checkpoint.iterdir()) < 3 * trained + 100_000
+    assert_same_tensors(lora(tmp_path / "run"), load_file(checkpoint / "pytorch_lora_weights.safetensors"))
+
+
+def refused(arguments, capsys):
+    """The one sentence with which a command line is refused."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("strop: ")
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("rollout.branches=3", "unknown key rollout.branches; did you mean rollout.branch_from?"),
+        ("rollout.k=four", "rollout.k: found 'four', expected a valid integer"),
+        ("optim.clip=1.5", "optim.clip: found 1.5, expected less than 1"),
+        ("model.path=nowhere", "model.path: no folder nowhere"),
+        ("judge.path=nowhere", "judge.path: nowhere has no config.json"),
+        ("prompts.train=nowhere.txt", "prompts.train: nowhere.txt cannot be read (No such file or directory)"),
+        ("evaluate.prompts=4", "evaluate.prompts: found 4, expected 1 (the processes) to 3"),
+        ("evaluate.examiner=nowhere:load", "evaluate.examiner: no module nowhere"),
+        ("lora.target_modules=[to_x]", "lora.target_modules: found ['to_x']"),
+        ("run.resume=true", "holds no checkpoint"),
+        ("nonsense", "expected section.key=value"),
+    ],
+    ids=lambda value: value.split("=")[0] if "=" in value else None,
+)
+def test_bad_input_gets_one_sentence_and_leaves_no_run_folder(recipe, tmp_path, capsys, override, sentence):
+    assert sentence in refused(recipe(override), capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_empty_prompts_file(recipe, tmp_path, capsys):
+    (tmp_path / "train.txt").write_text("\n \n")
+    assert f"prompts.train: {tmp_path / 'train.txt'} holds no prompt" in refused(recipe(), capsys)
+
+
+def test_training_prompts_among_the_heldout(recipe, tmp_path, capsys):
+    (tmp_path / "heldout.txt").write_text("g\nd e\nj\n")
+    assert "prompts.heldout: 1 prompts are training prompts too, such as 'd e'" in refused(recipe(), capsys)
+
+
+def test_unwritable_run_folder(recipe, tmp_path, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    assert "cannot be" in refused(recipe(f"run.dir={tmp_path / 'file' / 'run'}"), capsys)
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
+def test_a_folder_that_holds_a_run_is_left_alone(recipe, tmp_path, capsys):
+    main(recipe("run.iterations=1"))
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert "is not empty; choose a new folder, or run.resume=true" in refused(recipe(), capsys)
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+def test_resume_from_another_configuration(recipe, tmp_path, capsys):
+    main(recipe("run.iterations=1"))
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    error = refused(recipe("run.resume=true", "optim.beta=5", "rollout.k=3"), capsys)
+    assert "belongs to another configuration (rollout.k: 2 -> 3; optim.beta: 10.0 -> 5.0)" in error
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+
+
+def test_an_unfinished_checkpoint_does_not_count(recipe, tmp_path):
+    main(recipe("run.iterations=1"))
+    kept = tmp_path / "run" / "checkpoints" / "000001"
+    shutil.copytree(kept, kept.with_name(".000002.draft"))
+    main(recipe("run.iterations=2", "run.resume=true"))
+    assert [line["iteration"] for line in records(tmp_path / "run")] == [1, 2]
+
+
+@pytest.fixture
+def batch(diffusion):
+    """Six pairs of two prompts that share x_t, and their conditioning."""
+    rng = torch.Generator().manual_seed(5)
+    pairs = PreferencePairs(
+        x_t=torch.randn(1, 6, 4, 8, 8, generator=rng),
+        x_prev=torch.randn(2, 6, 4, 8, 8, generator=rng),
+        step=torch.tensor([4, 5, 6, 7, 8, 9]),
+        prompt=torch.tensor([0, 1, 0, 1, 0, 1]),
+    )
+    return pairs, diffusion.encode(["a b", "c"])
+
+
+def updated(policy, diffusion, pairs, cond, tmp_path, recipe):
+    """Gradients and metrics of one update that takes no optimizer step."""
+    config = load(recipe()[0], ["optim.accumulate=2"])
+    generator = torch.Generator().manual_seed(1)
+    for parameter in policy.parameters:  # away from the reference, so that the gradients say something
+        parameter.data.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    optimizer = LocalAdamW(policy.unet, AdamWSettings(1e-3, (0.9, 0.999), 1e-8, 0.0, 1.0, 2, 6, 1))
+    metrics = Metrics(tmp_path, "cpu", True, start=0, iterations=1)
+    update(pairs, cond, policy, diffusion.schedule(20, 1.0, 5.0), optimizer, config, metrics)
+    record = metrics.flush(1)
+    metrics.close()
+    return [p.grad.clone() for p in policy.parameters], record
+
+
+def test_sharing_one_forward_changes_nothing(policy, tiny_folder, diffusion, batch, recipe, tmp_path):
+    pairs, cond = batch
+    shared, one = updated(policy, diffusion, pairs, cond, tmp_path / "one", recipe)
+    twice = dataclasses.replace(pairs, x_t=pairs.x_t.expand(2, -1, -1, -1, -1))
+    other = Policy.load(
+        str(tiny_folder), "float32", torch.device("cpu"), 4, ("to_q", "to_k", "to_v", "to_out.0"), seed=0
+    )
+    apart, two = updated(other, diffusion, twice, cond, tmp_path / "two", recipe)
+    assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+    assert one["margin"] == pytest.approx(two["margin"], abs=2e-5)  # a difference of large numbers
+    for a, b in zip(shared, apart, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-4, atol=1e-7)
+
+
+def test_ranks_share_the_prompts_of_an_iteration(recipe):
+    prompts = [str(i) for i in range(12)]
+    cpu = torch.device("cpu")
+    shares = [share_of(prompts, 1, 3, 7, Ranks(rank, 2, cpu)) for rank in range(2)]
+    assert sorted(shares[0] + shares[1] + share_of(prompts, 0, 6, 7, Ranks(0, 1, cpu)), key=int) == prompts
+
+
+def test_conditioning_rows_follow_the_prompts():
+    cond = Conditioning(text=torch.arange(6.0).view(3, 2, 1), null=torch.zeros(1, 2, 1), judge=torch.eye(3))
+    chosen = cond[torch.tensor([2, 0])]
+    assert chosen.text[:, 0, 0].tolist() == [4.0, 0.0]
+    assert chosen.judge.tolist() == [[0, 0, 1], [1, 0, 0]]
+    assert chosen.repeat(2).text[:, 0, 0].tolist() == [4.0, 0.0, 4.0, 0.0]
