@@ -21,10 +21,10 @@ def test_kernels_of_another_package_is_left_alone(tmp_path):
     code = f"import importlib.util as u\nfor name in {names}: print(u.find_spec(name).origin)"
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
     found = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=path, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
     )
     expected = [tmp_path / "kernels", ROOT / "kernels", ROOT / "engine", ROOT / "bench" / "tinyworld"]
-    assert found.stdout.decode().split() == [str(folder / "__init__.py") for folder in expected]
+    assert found.stdout.split() == [str(folder / "__init__.py") for folder in expected]
 
 
 def test_installation_takes_one_top_level_name():
