@@ -23,6 +23,7 @@ setup(
     zip_safe=False,
     install_requires=[
         "torch>=2.10",
+        "tqdm>=4.66",
         "diffusers>=0.36",
         "transformers>=5,<6",
         "peft>=0.18",

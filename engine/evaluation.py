@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from strop.engine.config import EvaluateConfig
 from strop.engine.diffusion import Conditioning, LatentDiffusion
@@ -50,13 +51,19 @@ class Evaluator:
         self.pictures = min(config.pictures, share, len(prompts))
 
     @torch.no_grad()
-    def __call__(self, policy: Policy) -> Evaluation:
-        """Scores of one image per prompt. Noise belongs to the prompt's number, whatever the batch or the ranks."""
+    def __call__(self, policy: Policy, name: str) -> Evaluation:
+        """Scores of one image per prompt. Noise belongs to the prompt's number, whatever the batch or the ranks.
+
+        name: of what is evaluated, for the terminal.
+        """
         rng = torch.Generator(self.diffusion.device).manual_seed(self.config.seed)
         noise = self.schedule.prior((len(self.all_prompts), *policy.latent_shape), rng)[self.rows]
         scores: dict[str, list[Tensor]] = {}
         images = []
-        for start in range(0, len(self.prompts), self.config.batch):
+        starts = range(0, len(self.prompts), self.config.batch)
+        if self.ranks.first:
+            print(f"evaluating the {name} on {len(self.all_prompts)} held-out prompts", flush=True)
+        for start in tqdm(starts, unit="batch", leave=False, disable=None if self.ranks.first else True):
             prompts = self.prompts[start : start + self.config.batch]
             batch = self._sample(policy, noise[start : start + len(prompts)], self.diffusion.encode(prompts))
             for name, values in self._score(batch, prompts).items():

@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> None:
         base = evaluate_base(parts)
     train(config, parts, ranks, clock, spent, resumed)
     with clock("evaluate"):
-        tuned = parts.evaluator(parts.policy)
+        tuned = parts.evaluator(parts.policy, "tuned model")
     if ranks.first:
         close(config, parts, ranks, base, tuned, spent())
 
@@ -130,7 +130,7 @@ def build(config: Config, ranks: Ranks) -> Parts:
 def evaluate_base(parts: Parts) -> Evaluation:
     """Before anything is trained, so that whatever the examiner cannot do shows at once."""
     with parts.policy.reference():
-        return parts.evaluator(parts.policy)
+        return parts.evaluator(parts.policy, "base model")
 
 
 def train(config: Config, parts: Parts, ranks: Ranks, clock: Stopwatch, spent: RunTime, resumed: Path | None) -> None:
