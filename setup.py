@@ -18,7 +18,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.14",
     package_dir={f"strop.{folder}": folder for folder in FOLDERS},
-    packages=[f"strop.{name}" for name in find_packages(include=[pattern for f in FOLDERS for pattern in (f, f"{f}.*")])],
+    packages=[f"strop.{name}" for name in find_packages(include=[*FOLDERS, *(f"{folder}.*" for folder in FOLDERS)])],
     include_package_data=False,
     zip_safe=False,
     install_requires=[
