@@ -10,8 +10,8 @@ STAMP  := $(VENV)/.installed
 PIP     = $(BIN)/python -m pip --disable-pip-version-check install --quiet
 TORCH   = $(shell sed -n '/^torch==/p' constraints.txt)
 
-# Leaves the current folder off sys.path (Python 3.11 on), so that `import kernels` never means our folder.
-export PYTHONSAFEPATH = 1
+# `python -m` would put the current folder on sys.path, where `import kernels` means ours (Python 3.11 on).
+tinyworld docs: export PYTHONSAFEPATH = 1
 
 .PHONY: help install lint format test test-slow demo tinyworld docs clean
 .DEFAULT_GOAL := help
@@ -53,8 +53,8 @@ tinyworld: $(STAMP)  ## rebuild the tiny world's models from one seed
 	$(BIN)/python -m strop.bench.tinyworld.build
 
 docs: $(STAMP)  ## regenerate docs/configuration.md from engine/config.py
-	@mkdir -p docs
-	$(BIN)/python -m strop.engine.reference > docs/configuration.md
+	$(BIN)/python -m strop.engine.reference > docs/configuration.md.new
+	@mv docs/configuration.md.new docs/configuration.md
 
 clean:  ## remove what builds and tests leave behind; runs/ and the virtual environment stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
