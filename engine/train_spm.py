@@ -203,7 +203,7 @@ def evaluate(config: SpmConfig, parts: Parts, views: list[View], ranks: Ranks, m
                 scores = preference_scores(parts.judge, view.pixels[at].to(ranks.device).float(), text, t)
                 right, decided = agreement(scores.float(), view.labels)
                 here = torch.arange(len(TIMESTEPS), device=ranks.device) == at
-                metrics.add_mean(here * decided, heldout_accuracy=here * right / decided.clamp(min=1))
+                metrics.add_mean(here * decided, heldout_accuracy=here * right.double() / decided.clamp(min=1))
 
 
 def report(
