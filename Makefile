@@ -13,7 +13,7 @@ TORCH   = $(shell sed -n '/^torch==/p' constraints.txt)
 # `python -m` would put the current folder on sys.path, where `import kernels` means ours (Python 3.11 on).
 tinyworld docs: export PYTHONSAFEPATH = 1
 
-.PHONY: help install lint format test test-slow demo tinyworld docs clean
+.PHONY: help install lint format test test-slow bench demo tinyworld docs clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -45,6 +45,10 @@ test: lint  ## ruff and the fast tests
 
 test-slow: lint  ## ruff and all tests, the slow ones too
 	@$(BIN)/pytest -q -m "slow or not slow"
+
+bench: $(STAMP)  ## time what the design claims to save
+	@$(PIP) --constraint constraints.txt --editable ".[bench]"
+	$(BIN)/pytest bench --override-ini "python_files=bench_*.py" --benchmark-only --timeout 0 -q
 
 demo: $(STAMP)  ## post-train the tiny world, with a report of what it gained: ARGS="key=value ..." RUN=folder
 	$(BIN)/python engine/train.py configs/tinyworld.yaml run.dir=$(RUN) $(ARGS)
