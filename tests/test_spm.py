@@ -84,7 +84,7 @@ def half_of_case4(rank, folder):
 def test_two_ranks_average_to_the_loss_of_the_whole_batch(golden, tmp_path):
     started = [subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)]) for rank in (0, 1)]
     assert [process.wait(100) for process in started] == [0, 0]
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     case = golden("case4_spm_criterion")
     assert relative((ranks[0]["loss"] + ranks[1]["loss"]) / 2, case["f32/neg0/scale10/loss"]) < 1e-5
     grad = torch.cat([ranks[0]["grad"], ranks[1]["grad"]]) / 2
