@@ -8,7 +8,7 @@ from strop.kernels.backend import TRITON, use_reference
 from strop.kernels.ddim import DDIMCoefficients, ddim_branch, ddim_log_prob, ddim_log_ratio, ddim_x0_hat
 
 if TRITON:
-    from strop.kernels import adaln_triton, ddim_triton  # noqa: F401
+    from strop.kernels import adaln_triton, ddim_triton, log_prob_triton  # noqa: F401
 
 __all__ = [
     "DDIMCoefficients",

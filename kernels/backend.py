@@ -1,14 +1,20 @@
 """Which code answers a call: Triton's kernels for CUDA tensors, the plain PyTorch reference for all others.
 
 This is the one place that decides, and the only one that touches torch's and Triton's launching. Triton is optional:
-without it every call goes to the reference. Under TRITON_INTERPRET=1 (read when this is imported) the kernels run on CPU
-tensors too, in Triton's interpreter, which is slow and meant for tests.
+without it every call goes to the reference. Under TRITON_INTERPRET=1 (read when this is imported) the kernels run on
+CPU tensors too, in Triton's interpreter, which is slow and meant for tests.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.library import wrap_triton
 
 try:
     import triton
@@ -17,12 +23,17 @@ except ImportError:
 
 TRITON = triton is not None
 INTERPRETED = TRITON and triton.knobs.runtime.interpret
-NARROW = (
-    torch.float32,
-    torch.bfloat16,
-    torch.float16,
-)  # what the kernels compute in float32; float64 is not among them
-_choice = SimpleNamespace(reference=False)
+NARROW = (torch.float32, torch.bfloat16, torch.float16)  # the types of the kernels, which compute in float32
+_choice = SimpleNamespace(reference=False, record=None)
+
+
+class Launch(NamedTuple):
+    """One launch of a kernel: its programs, its arguments in order, and its constants with num_warps among them."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple
+    constants: dict[str, Any]
 
 
 def use_reference(forced: bool) -> None:
@@ -37,10 +48,28 @@ def on_triton(*tensors: Tensor) -> bool:
     return tensors[0].is_cuda or (tensors[0].device.type == "cpu" and INTERPRETED)
 
 
-def launch(kernel):
-    """The kernel, ready for `launch(kernel)[grid](...)` from eager mode and from within torch.compile."""
-    from torch.library import wrap_triton
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Within it, kernels are not launched but noted in the list that it gives, in order: for reports, on any device."""
+    _choice.record = launches = []
+    try:
+        yield launches
+    finally:
+        _choice.record = None
 
+
+class _Recorder:
+    def __init__(self, kernel, launches: list[Launch]):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        return lambda *args, **constants: self.launches.append(Launch(self.kernel, grid, args, constants))
+
+
+def launch(kernel):
+    """The kernel, ready for `launch(kernel)[grid](*args, **constants)`, in eager mode and within torch.compile."""
+    if _choice.record is not None:
+        return _Recorder(kernel, _choice.record)
     return kernel if INTERPRETED else wrap_triton(kernel)
 
 

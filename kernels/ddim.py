@@ -10,7 +10,7 @@ Both the predicted clean latent and the DDIM mean are linear in (x_t, m), for ep
 step is five numbers: DDIMCoefficients computes them in float64 and stores them in float32.
 Shapes: x_t, eps_* (N, C, H, W); noise, branches (K, N, C, H, W); x_prev (2, N, C, H, W); coefficients (5, N).
 The functions `<op>_ref` are plain PyTorch and define the meaning of each op: float32 inside, float64 where an input is.
-They run everywhere but on CUDA tensors; those go to the kernels of ddim_triton.py.
+They run everywhere but on CUDA tensors; those go to the kernels of ddim_triton.py and log_prob_triton.py.
 """
 
 import math
@@ -72,17 +72,23 @@ def guide_ref(eps_uncond: Tensor | None, eps_text: Tensor, guidance: float) -> T
     return text if eps_uncond is None else eps_uncond + guidance * (text - eps_uncond)
 
 
+def away_ref(x_prev: Tensor, x_t: Tensor, model_output: Tensor, from_x: Tensor, from_m: Tensor) -> Tensor:
+    """x_prev - mean. from_x is nearly 1: taking x_t off first keeps the digits that a small sigma needs."""
+    x_prev, x_t = x_prev.to(from_x), x_t.to(from_x)
+    return x_prev - x_t - (from_x - 1) * x_t - from_m * model_output
+
+
 def ddim_x0_hat_ref(
     x_t: Tensor, eps_uncond: Tensor | None, eps_text: Tensor, guidance: float, coefficients: Tensor
 ) -> Tensor:
-    from_x, from_m = per_row(coefficients[:2], x_t)
+    from_x, from_m = per_row(coefficients[:2], x_t, eps_text)
     return from_x * x_t + from_m * guide_ref(eps_uncond, eps_text, guidance)
 
 
 def ddim_branch_ref(
     x_t: Tensor, eps_uncond: Tensor | None, eps_text: Tensor, guidance: float, coefficients: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
-    x0_from_x, x0_from_m, from_x, from_m, sigma = per_row(coefficients, x_t)
+    x0_from_x, x0_from_m, from_x, from_m, sigma = per_row(coefficients, x_t, eps_text)
     model_output = guide_ref(eps_uncond, eps_text, guidance)
     branches = from_x * x_t + from_m * model_output + sigma * noise
     return branches.to(x_t.dtype), x0_from_x * x_t + x0_from_m * model_output
@@ -91,9 +97,9 @@ def ddim_branch_ref(
 def ddim_log_prob_ref(
     x_prev: Tensor, x_t: Tensor, eps_uncond: Tensor | None, eps_text: Tensor, guidance: float, coefficients: Tensor
 ) -> Tensor:
-    from_x, from_m, sigma = per_row(coefficients[2:], eps_text)
-    mean = from_x * x_t + from_m * guide_ref(eps_uncond, eps_text, guidance)
-    log_density = -((x_prev - mean) ** 2) / (2 * sigma**2) - sigma.log() - 0.5 * math.log(2 * math.pi)
+    from_x, from_m, sigma = per_row(coefficients[2:], x_t, eps_text)
+    away = away_ref(x_prev, x_t, guide_ref(eps_uncond, eps_text, guidance), from_x, from_m)
+    log_density = -(away**2) / (2 * sigma**2) - sigma.log() - 0.5 * math.log(2 * math.pi)
     return log_density.flatten(2).mean(-1)
 
 
@@ -107,10 +113,11 @@ def ddim_log_ratio_ref(
     guidance: float,
     coefficients: Tensor,
 ) -> Tensor:
-    from_x, from_m, sigma = per_row(coefficients[2:], eps_text)
-    m_ref = guide_ref(ref_uncond, ref_text, guidance)
-    d = from_m * (guide_ref(eps_uncond, eps_text, guidance) - m_ref)
-    ratio = d * (x_prev - from_x * x_t - from_m * m_ref - d / 2) / sigma**2
+    from_x, from_m, sigma = per_row(coefficients[2:], x_t, eps_text)
+    away = away_ref(x_prev, x_t, guide_ref(ref_uncond, ref_text, guidance), from_x, from_m)
+    off_uncond = None if eps_uncond is None else eps_uncond.to(from_m) - ref_uncond.to(from_m)
+    d = from_m * guide_ref(off_uncond, eps_text.to(from_m) - ref_text.to(from_m), guidance)  # mean - mean_ref
+    ratio = d * (away - d / 2) / sigma**2
     return ratio.flatten(2).mean(-1)
 
 
@@ -123,9 +130,9 @@ def ddim_log_prob_backward_ref(
     guidance: float,
     coefficients: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    from_x, from_m, sigma = per_row(coefficients[2:], eps_text)
-    away = x_prev - from_x * x_t - from_m * guide_ref(eps_uncond, eps_text, guidance)
-    dm = per_row(grad, eps_text) * from_m / sigma**2 * away / away[0, 0].numel()  # (2, N, C, H, W)
+    from_x, from_m, sigma = per_row(coefficients[2:], x_t, eps_text)
+    away = away_ref(x_prev, x_t, guide_ref(eps_uncond, eps_text, guidance), from_x, from_m)
+    dm = per_row(grad, x_t, eps_text) * from_m / sigma**2 * away / away[0, 0].numel()  # (2, N, C, H, W)
     if x_t.shape[0] == 1:
         dm = dm.sum(0, keepdim=True)
     if eps_uncond is None:
@@ -213,9 +220,9 @@ def ddim_log_ratio(
     return ddim_log_ratio_ref(*given, guidance, coefficients)
 
 
-def per_row(numbers: Tensor, like: Tensor) -> Tensor:
-    """(..., N) -> (..., N, 1, 1, 1), so that each number meets its row of (N, C, H, W), in a reference's type."""
-    return numbers[..., None, None, None].to(wide(like))
+def per_row(numbers: Tensor, *tensors: Tensor) -> Tensor:
+    """(..., N) -> (..., N, 1, 1, 1), so that each number meets its row of (N, C, H, W), as wide as the tensors ask."""
+    return numbers[..., None, None, None].to(wide(*tensors))
 
 
 def _check_pair(
