@@ -7,7 +7,8 @@ ddim_log_prob and writes 2 s, or 4 s. Without guidance each model output is one 
 All arithmetic is float32. The mean over a latent is summed in two stages, in a fixed order and without atomics: the
 same bits on every run. The constants of the log-density are added after the sum, where they cost no accuracy. The
 log-ratio sums d (x_prev - mean_ref - d / 2) with d = mean_from_m (m - m_ref) and m - m_ref from the differences of the
-halves: never a difference of sums that have most digits in common. Its gradient in the policy's prediction is that of ddim_log_prob.
+halves: never a difference of sums that have most digits in common. Its gradient in the policy's prediction is that of
+ddim_log_prob.
 """
 
 import torch
