@@ -10,10 +10,10 @@ STAMP  := $(VENV)/.installed
 PIP     = $(BIN)/python -m pip --disable-pip-version-check install --quiet
 TORCH   = $(shell sed -n '/^torch==/p' constraints.txt)
 
-# Leaves the current folder off sys.path (Python 3.11 on), so that `import kernels` never means our folder.
-export PYTHONSAFEPATH = 1
+# `python -m` would put the current folder on sys.path, where `import kernels` means ours (Python 3.11 on).
+tinyworld docs: export PYTHONSAFEPATH = 1
 
-.PHONY: help install lint format test test-slow demo tinyworld docs clean
+.PHONY: help install lint format test test-slow bench demo tinyworld docs clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -46,6 +46,10 @@ test: lint  ## ruff and the fast tests
 test-slow: lint  ## ruff and all tests, the slow ones too
 	@$(BIN)/pytest -q -m "slow or not slow"
 
+bench: $(STAMP)  ## time what the design claims to save
+	@$(PIP) --constraint constraints.txt --editable ".[bench]"
+	$(BIN)/pytest bench --override-ini "python_files=bench_*.py" --benchmark-only --timeout 0 -q
+
 demo: $(STAMP)  ## post-train the tiny world, with a report of what it gained: ARGS="key=value ..." RUN=folder
 	$(BIN)/python engine/train.py configs/tinyworld.yaml run.dir=$(RUN) $(ARGS)
 
@@ -53,8 +57,8 @@ tinyworld: $(STAMP)  ## rebuild the tiny world's models from one seed
 	$(BIN)/python -m strop.bench.tinyworld.build
 
 docs: $(STAMP)  ## regenerate docs/configuration.md from engine/config.py
-	@mkdir -p docs
-	$(BIN)/python -m strop.engine.reference > docs/configuration.md
+	$(BIN)/python -m strop.engine.reference > docs/configuration.md.new
+	@mv docs/configuration.md.new docs/configuration.md
 
 clean:  ## remove what builds and tests leave behind; runs/ and the virtual environment stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .benchmarks

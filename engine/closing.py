@@ -1,6 +1,6 @@
 """The figures of a finished run as rows of text, for the terminal and for the page."""
 
-from strop.engine.metrics import duration
+from strop.engine.progress import duration
 from strop.engine.verdict import NOT_MEASURED, examined, number
 
 

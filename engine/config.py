@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -20,8 +20,20 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 
 
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, values: Any) -> Any:
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field and field.annotation in (int, float):
+                raise ValueError(f"{name} is {str(value).lower()}, but must be a number")
+        return values
 
 
 class ModelConfig(Section):
@@ -71,7 +83,7 @@ class RolloutConfig(Section):
 
 class OptimConfig(Section):
     lr: float = Field(6e-5, gt=0, description="AdamW learning rate, constant.")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW betas.")
+    betas: tuple[Momentum, Momentum] = Field((0.9, 0.999), description="AdamW betas.")
     eps: float = Field(1e-8, gt=0, description="AdamW epsilon.")
     weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm above which gradients are scaled down.")
@@ -244,7 +256,9 @@ def _apply(tree: dict, override: str) -> None:
         raise UserError(f"override {override!r}: expected section.key=value, such as optim.lr=1e-4")
     *sections, last = key.split(".")
     for section in sections:
-        tree = tree.setdefault(section, {})
+        if tree.get(section) is None:  # absent, or there and empty
+            tree[section] = {}
+        tree = tree[section]
         if not isinstance(tree, dict):
             raise UserError(f"override {override!r}: {section} is not a section")
     try:
@@ -269,13 +283,15 @@ def _sentence(cls: type[BaseModel], error: ValidationError) -> str:
         return f"{key} is missing{more}"
     if first["type"] == "value_error":
         return f"{key}: {first['ctx']['error']}{more}"
-    return f"{key}: found {first['input']!r}, expected {first['msg'].removeprefix('Input should be ')}{more}"
+    if first["type"] == "model_type":
+        return f"{key}: found {first['input']!r}, expected keys and values, as docs/configuration.md has them{more}"
+    expected = first["msg"].removeprefix("Input should be ").removeprefix("Tuple should have ")
+    return f"{key}: found {first['input']!r}, expected {expected.split(' after validation')[0]}{more}"
 
 
 def _nearest(cls: type[BaseModel], key: str) -> str | None:
-    candidates = keys(cls) + list(cls.model_fields)
-    close = difflib.get_close_matches(key, candidates, n=1, cutoff=0.6)
-    if not close:  # the right word in the wrong section
-        word = key.rsplit(".", 1)[-1]
-        close = [c for c in candidates if c.rsplit(".", 1)[-1] == word]
-    return close[0] if close else None
+    """The key that was probably meant: the same word in another section, else the most similar."""
+    word = key.rsplit(".", 1)[-1]
+    elsewhere = [known for known in keys(cls) if known.rsplit(".", 1)[-1] == word]
+    similar = difflib.get_close_matches(key, keys(cls) + ([] if "." in key else list(cls.model_fields)), n=1)
+    return next(iter(elsewhere + similar), None)

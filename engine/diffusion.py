@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
@@ -122,10 +123,19 @@ def load_part(kind: type, path: str, subfolder: str, **options):
         raise UserError(f"model.path: no folder {path}; expected a diffusers folder with unet/, vae/ and text_encoder/")
     if not (folder / subfolder).is_dir():
         raise UserError(f"model.path: {path} has no folder {subfolder}/, which every diffusers folder has")
+    is_network = issubclass(kind, torch.nn.Module)
+    if is_network and not (folder / subfolder / "config.json").is_file():
+        raise UserError(f"model.path: {folder / subfolder} has no config.json")
     try:
-        return kind.from_pretrained(folder / subfolder, **options)
-    except (OSError, ValueError) as error:
+        if not is_network:
+            return kind.from_pretrained(folder / subfolder, **options)
+        model, found = kind.from_pretrained(folder / subfolder, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model.path: {folder / subfolder} cannot be loaded ({' '.join(str(error).split())})") from None
+    lacking = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
+    if lacking:
+        raise UserError(f"model.path: {folder / subfolder} lacks {len(lacking)} tensors, such as {lacking[0]}")
+    return model
 
 
 def _dtype_option(options: dict) -> dict:

@@ -13,6 +13,7 @@ from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -93,7 +94,10 @@ class Policy:
 
     def load_lora(self, folder: Path) -> None:
         """Loads what `save_lora` wrote. Raises UserError where it does not fit."""
-        file = load_file(folder / LORA_FILE)
+        try:
+            file = load_file(folder / LORA_FILE)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{folder / LORA_FILE} cannot be loaded ({error})") from None
         names = {
             key: key.removeprefix("unet.").replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B.")
             for key in file

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from strop.engine.clip import TimeConditionedCLIP
 from strop.engine.errors import UserError
@@ -43,20 +45,22 @@ class StepAwarePreferenceModel:
             raise UserError(
                 f"judge.path: {path} has no config.json; expected a judge of engine/train_spm.py or a CLIP folder"
             )
-        options = (
-            json.loads((folder / "preprocessor_config.json").read_text())
-            if (folder / "preprocessor_config.json").is_file()
-            else {}
-        )
         try:
+            kind = json.loads((folder / "config.json").read_text()).get("model_type")
+            if kind != "clip":
+                raise UserError(f"judge.path: {path} holds a model of type {kind}, expected clip")
+            pixels = folder / "preprocessor_config.json"
+            options = json.loads(pixels.read_text()) if pixels.is_file() else {}
             clip = TimeConditionedCLIP(CLIPModel(CLIPConfig.from_pretrained(folder)))
             clip.reset_modulation(rng or torch.Generator().manual_seed(0))
             clip.load_state_dict(_complete(load_file(folder / "model.safetensors"), clip, folder))
             tokenizer = CLIPTokenizer.from_pretrained(folder)
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise UserError(f"judge.path: {path} cannot be loaded ({' '.join(str(error).split())})") from None
         clip = clip.to(device).eval().requires_grad_(False)
-        return cls(clip, tokenizer, options.get("image_mean", [0.5] * 3), options.get("image_std", [0.5] * 3))
+        return cls(
+            clip, tokenizer, options.get("image_mean", OPENAI_CLIP_MEAN), options.get("image_std", OPENAI_CLIP_STD)
+        )
 
     def save(self, folder: Path) -> None:
         """Writes config.json, model.safetensors, preprocessor_config.json and the tokenizer."""
@@ -138,7 +142,12 @@ def _complete(state: dict[str, Tensor], clip: TimeConditionedCLIP, folder: Path)
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unexpected:
         raise UserError(
-            f"judge.path: {folder}/model.safetensors lacks {missing or 'nothing'} "
-            f"and has unexpected {unexpected or 'nothing'}"
+            f"judge.path: {folder}/model.safetensors lacks {_some(missing)} and has unexpected {_some(unexpected)}"
         )
     return state
+
+
+def _some(names: list[str], most: int = 20) -> str:
+    """The names, or the first of very many."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "nothing") + more

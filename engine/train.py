@@ -23,11 +23,12 @@ from strop.engine.entrypoint import resolve
 from strop.engine.errors import UserError, exit_on_user_error
 from strop.engine.evaluation import Evaluation, Evaluator
 from strop.engine.figures import before_after
-from strop.engine.metrics import Metrics, Progress, Stopwatch, read_records
+from strop.engine.metrics import Metrics, Stopwatch, read_records
 from strop.engine.objective import spo_loss
 from strop.engine.pairs import PreferencePairs
 from strop.engine.policy import Policy
 from strop.engine.preference import StepAwarePreferenceModel
+from strop.engine.progress import Progress
 from strop.engine.prompts import batch_of, read_prompts
 from strop.engine.ranks import Ranks, balance, start
 from strop.engine.report import closing_table, make_report, paired_delta, write_summary

@@ -26,8 +26,9 @@ from strop.engine.config import SpmConfig, load
 from strop.engine.diffusion import DTYPES, LatentDiffusion, load_part, quiet_libraries
 from strop.engine.entrypoint import resolve
 from strop.engine.errors import UserError, exit_on_user_error
-from strop.engine.metrics import Metrics, Stopwatch, duration, finite, write_atomically
+from strop.engine.metrics import Metrics, Stopwatch, finite, write_atomically
 from strop.engine.preference import StepAwarePreferenceModel
+from strop.engine.progress import duration
 from strop.engine.ranks import Ranks, start
 from strop.engine.spm import (
     Denoiser,
@@ -203,7 +204,7 @@ def evaluate(config: SpmConfig, parts: Parts, views: list[View], ranks: Ranks, m
                 scores = preference_scores(parts.judge, view.pixels[at].to(ranks.device).float(), text, t)
                 right, decided = agreement(scores.float(), view.labels)
                 here = torch.arange(len(TIMESTEPS), device=ranks.device) == at
-                metrics.add_mean(here * decided, heldout_accuracy=here * right / decided.clamp(min=1))
+                metrics.add_mean(here * decided, heldout_accuracy=here * right.double() / decided.clamp(min=1))
 
 
 def report(

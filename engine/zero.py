@@ -5,6 +5,8 @@ One process runs plain AdamW: there is nothing to shard, and neither DeepSpeed n
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,19 +84,20 @@ class ZeroAdamW:
 
         self.settings = settings
         parameters = [p for p in module.parameters() if p.requires_grad]
-        self.engine, *_ = deepspeed.initialize(
-            model=module,
-            model_parameters=parameters,
-            optimizer=_adamw(parameters, settings),
-            config={
-                "train_micro_batch_size_per_gpu": settings.micro_batch,
-                "gradient_accumulation_steps": settings.accumulate,
-                "gradient_clipping": settings.max_grad_norm,
-                "zero_optimization": {"stage": settings.stage, "overlap_comm": False},
-                "zero_allow_untested_optimizer": True,
-                "steps_per_print": 10**9,
-            },
-        )
+        with _scalars_not_broadcast(module):
+            self.engine, *_ = deepspeed.initialize(
+                model=module,
+                model_parameters=parameters,
+                optimizer=_adamw(parameters, settings),
+                config={
+                    "train_micro_batch_size_per_gpu": settings.micro_batch,
+                    "gradient_accumulation_steps": settings.accumulate,
+                    "gradient_clipping": settings.max_grad_norm,
+                    "zero_optimization": {"stage": settings.stage, "overlap_comm": False},
+                    "zero_allow_untested_optimizer": True,
+                    "steps_per_print": 10**9,
+                },
+            )
 
     @property
     def steps(self) -> int:
@@ -125,6 +128,19 @@ class ZeroAdamW:
 def build(module: nn.Module, settings: AdamWSettings, ranks: Ranks) -> LocalAdamW | ZeroAdamW:
     """The optimizer for as many ranks as there are."""
     return LocalAdamW(module, settings) if ranks.size == 1 else ZeroAdamW(module, settings, ranks)
+
+
+@contextmanager
+def _scalars_not_broadcast(module: nn.Module) -> Iterator[None]:
+    """Inside, DeepSpeed passes over parameters without dimensions, such as CLIP's logit_scale, as it does over those of
+    its OptimizedLinear: version 0.19 cannot broadcast them ("self.dim() cannot be 0"), and all ranks load the same.
+    """
+    scalars = [p for p in module.parameters() if p.dim() == 0]
+    for p in scalars:
+        p.ds_optim_param = True
+    yield
+    for p in scalars:
+        del p.ds_optim_param
 
 
 def _adamw(parameters: list[nn.Parameter], settings: AdamWSettings) -> torch.optim.AdamW:

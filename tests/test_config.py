@@ -101,6 +101,7 @@ def test_the_last_override_wins_and_is_checked_together_with_the_others(recipe):
     "override, sentence",
     [
         ("optim.lr=fast", "optim.lr: found 'fast', expected a valid number"),
+        ("optim.lr=true", "optim: lr is true, but must be a number"),
         ("optim.lr=0", "optim.lr: found 0, expected greater than 0"),
         ("optim.lr=.nan", "optim.lr: found nan, expected a finite number"),
         ("optim.lr=.inf", "optim.lr: found inf, expected a finite number"),
@@ -114,7 +115,7 @@ def test_the_last_override_wins_and_is_checked_together_with_the_others(recipe):
         ("lora.target_modules=[1]", "lora.target_modules.0: found 1, expected a valid string"),
         ("lora.rank=0", "lora.rank: found 0, expected greater than or equal to 1"),
         ("model.dtype=fp16", "model.dtype: found 'fp16', expected 'float32', 'bfloat16' or 'float16'"),
-        ("model=3", "model: found 3, expected a valid dictionary"),
+        ("model=3", "model: found 3, expected keys and values"),
         ("rollout.k=1", "rollout.k: found 1, expected greater than or equal to 2"),
         ("rollout.k=2.5", "rollout.k: found 2.5, expected a valid integer"),
         ("rollout.eta=0", "rollout.eta: found 0, expected greater than 0"),
@@ -128,11 +129,7 @@ def test_the_last_override_wins_and_is_checked_together_with_the_others(recipe):
         ("run.resume=maybe", "run.resume: found 'maybe', expected a valid boolean"),
         ("run.device=tpu", "run.device: found 'tpu', expected 'auto', 'cpu' or 'cuda'"),
         ("zero.stage=3", "zero.stage: found 3, expected 1 or 2"),
-        pytest.param(
-            "optim.betas=[0.9, 1.5]",
-            "optim.betas",
-            marks=pytest.mark.xfail(reason="betas have no bounds; AdamW refuses them later, with a traceback"),
-        ),
+        pytest.param("optim.betas=[0.9, 1.5]", "optim.betas"),
     ],
 )
 def test_a_wrong_value_is_refused_with_its_key(recipe, override, sentence):
@@ -148,16 +145,8 @@ def test_a_wrong_value_is_refused_with_its_key(recipe, override, sentence):
         ("optim.max_gradnorm=1", "unknown key optim.max_gradnorm; did you mean optim.max_grad_norm?"),
         ("branch_from=3", "unknown key branch_from; did you mean rollout.branch_from?"),
         ("zzz=1", "unknown key zzz; docs/configuration.md lists all keys"),
-        pytest.param(
-            "lr=3",
-            "unknown key lr; did you mean optim.lr?",
-            marks=pytest.mark.xfail(reason="says `lora`: a similar word wins over the same word elsewhere"),
-        ),
-        pytest.param(
-            "run.k=3",
-            "unknown key run.k; did you mean rollout.k?",
-            marks=pytest.mark.xfail(reason="says `run`, the section itself"),
-        ),
+        pytest.param("lr=3", "unknown key lr; did you mean optim.lr?"),
+        pytest.param("run.k=3", "unknown key run.k; did you mean rollout.k?"),
     ],
 )
 def test_an_unknown_key_names_the_nearest(recipe, override, sentence):
@@ -179,7 +168,6 @@ def test_an_override_needs_valid_yaml(recipe):
     assert complaint(recipe(), "optim.lr=[") == "override 'optim.lr=[': the value is not valid YAML"
 
 
-@pytest.mark.xfail(reason="an empty section in the file counts as no section")
 def test_an_override_fills_an_empty_section(recipe):
     assert load(recipe(SPO | {"rollout": None}), ["rollout.k=3"]).rollout.k == 3
 

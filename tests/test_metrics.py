@@ -1,7 +1,6 @@
-"""strop.engine.metrics: values, valid JSON, resumption, several ranks, the clock and the terminal's lines."""
+"""strop.engine.metrics: values, valid JSON, resumption, several ranks and the clock."""
 
 import contextlib
-import io
 import json
 import math
 import time
@@ -13,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import distributed as dist
 
 from strop.engine import metrics
-from strop.engine.metrics import Metrics, Progress, Stopwatch
+from strop.engine.metrics import Metrics, Stopwatch
 
 
 @pytest.fixture
@@ -213,38 +212,9 @@ def test_adding_never_waits_for_the_device(tmp_path):
     torch.cuda.set_sync_debug_mode("error")
     try:
         made.add_mean(weight=2, loss=torch.ones((), device="cuda"), grad_norm=0.5)
-        made.add_sum(pairs_per_t=metrics.count_steps(step, 3))
+        made.add_sum(pairs_per_t=torch.zeros(3, device="cuda").index_add_(0, step, torch.ones(3, device="cuda")))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     record = made.flush(1)
     made.close()
     assert (record["loss"], record["grad_norm"], record["pairs_per_t"]) == (1.0, 0.5, [1, 0, 2])
-
-
-def test_count_steps():
-    assert metrics.count_steps(torch.tensor([3, 0, 3]), 5).tolist() == [1, 0, 0, 2, 0]
-    assert metrics.count_steps(torch.tensor([], dtype=torch.int64), 2).tolist() == [0, 0]
-
-
-def test_progress_line_shows_what_was_measured():
-    record = {"iteration": 12, "prompts_per_second": 2.314, "eta_seconds": 785, "judge": 21.4321, "pairs": 12345,
-              "kept": 0.384, "margin": 0.0123, "accuracy": 0.57, "clipped": 0.12, "grad_norm": 0.3412}  # fmt: skip
-    line = metrics.progress_line(record, 200)
-    assert line.split() == ["12/200", "2.31", "0:13:05", "21.43", "12,345", "38%", "+0.012", "57%", "12%", "0.341"]
-    assert len(line) == len(metrics.progress_header()) <= 100
-    assert metrics.progress_line({"iteration": 1}, 2).split() == ["1/2"] + 9 * ["-"]
-
-
-def test_progress_repeats_its_header_and_colours_nothing_in_a_file():
-    stream = io.StringIO()
-    progress = Progress(50, stream)
-    for iteration in range(1, 42):
-        progress.show({"iteration": iteration})
-    shown = stream.getvalue().splitlines()
-    assert [i for i, line in enumerate(shown) if "accuracy" in line] == [0, 21, 42]
-    assert "\033" not in stream.getvalue()
-
-
-@pytest.mark.parametrize("seconds, text", [(0, "0:00:00"), (65.4, "0:01:05"), (90061, "1d 1:01:01")])
-def test_duration(seconds, text):
-    assert metrics.duration(seconds) == text

@@ -258,7 +258,6 @@ def test_a_folder_without_unet_is_refused(tiny_folder, tmp_path):
         Policy.load(str(copy), "float32", CPU, 4, TARGETS, seed=0)
 
 
-@pytest.mark.xfail(reason="load_part takes a UNet with weights left on the meta device")
 def test_a_unet_that_lacks_a_tensor_is_refused(tiny_folder, tmp_path):
     copy = shutil.copytree(tiny_folder, tmp_path / "model")
     (file,) = (copy / "unet").glob("*.safetensors")
@@ -269,7 +268,6 @@ def test_a_unet_that_lacks_a_tensor_is_refused(tiny_folder, tmp_path):
         Policy.load(str(copy), "float32", CPU, 4, TARGETS, seed=0)
 
 
-@pytest.mark.xfail(reason="load_lora lets FileNotFoundError through")
 def test_a_folder_without_a_lora_file_is_refused(policy, tmp_path):
     with pytest.raises(UserError, match=r"pytorch_lora_weights\.safetensors"):
         policy.load_lora(tmp_path)

@@ -9,6 +9,7 @@ import torch
 
 from strop.engine.ddim import DDIMSchedule
 from strop.engine.diffusion import Conditioning
+from strop.engine.policy import Policy
 from strop.engine.rollout import pick_random, rollout
 from strop.kernels import DDIMCoefficients
 
@@ -54,9 +55,9 @@ class CountingPolicy:
         return out
 
 
-@pytest.fixture
-def replayed(golden, alphas, policy, diffusion, monkeypatch):
-    """The golden rollout with its recorded draws in place of torch's."""
+@pytest.fixture(scope="module")
+def replayed(golden, alphas, tiny_folder, diffusion):
+    """The golden rollout, run once with its recorded draws in place of torch's."""
     case6 = golden("case6_sd15_k4_b3")
     tape = [(name, case6[name]) for name in sorted(case6) if name.startswith("rand/")]
     schedule = DDIMSchedule(DDIMCoefficients.build(alphas, 20, 1.0), 5.0)
@@ -69,10 +70,12 @@ def replayed(golden, alphas, policy, diffusion, monkeypatch):
         assert value.numel() == torch.Size(shape).numel(), name
         return value.reshape(shape)
 
-    monkeypatch.setattr(torch, "randn", lambda shape, **_: draw("randn", shape))
-    monkeypatch.setattr(torch, "randint", lambda low, high, shape, **_: draw("randint", shape))
+    policy = Policy.load(str(tiny_folder), "float32", torch.device("cpu"), 4, ("to_q", "to_v"), seed=0)
     counting, judge = CountingPolicy(policy), GoldenJudge(case6["in/score_W"])
-    made = rollout(counting, diffusion, judge, schedule, cond, settings(), torch.Generator(), no_clock)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randn", lambda shape, **_: draw("randn", shape))
+        patch.setattr(torch, "randint", lambda low, high, shape, **_: draw("randint", shape))
+        made = rollout(counting, diffusion, judge, schedule, cond, settings(), torch.Generator(), no_clock)
     return SimpleNamespace(rollout=made, judge=judge, schedule=schedule, cond=cond, rows=counting.rows, left=tape)
 
 

@@ -1,12 +1,17 @@
 """Training of the judge, its parts: agreement with the published code on noising, x0_hat, loss and a whole step."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file
 from transformers import CLIPModel
 
 from strop.engine.clip import TimeConditionedCLIP
@@ -27,6 +32,7 @@ from strop.engine.spm import (
     training_pixels,
 )
 
+GOLDEN = Path(__file__).parent / "golden"
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
@@ -57,6 +63,32 @@ def test_loss_and_gradients_are_those_published(golden, scale, precision):
         assert relative(features.grad, expected[f"grad_raw_{name}_features"]) < tolerance
     assert relative(log_scale.grad, case[f"{precision}/neg0/scale{scale}/grad_log_logit_scale"]) < tolerance
     assert stats["decided"] == (labels[0] != 0.5).sum()
+
+
+def half_of_case4(rank, folder):
+    """One of two ranks: rows 0..3 or 4..5 of the recorded batch; leaves its loss and the gradient of its text."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    rows = slice(0, 4) if rank == 0 else slice(4, 6)
+    case = load_file(GOLDEN / "case4_spm_criterion.safetensors")
+    text = case["in/raw_text_features"][rows].requires_grad_()
+    images = torch.stack([F.normalize(case[f"in/raw_image_{side}_features"][rows], dim=-1) for side in (0, 1)])
+    labels = torch.stack([case["in/label_0"], case["in/label_1"]])[:, rows]
+    weights = example_weights(case["in/num_examples_per_prompt"][rows], Ranks(rank, 2, torch.device("cpu")))
+    loss, _ = preference_loss(10 * (images * F.normalize(text, dim=-1)).sum(-1), labels, weights)
+    loss.backward()
+    torch.save({"loss": loss.detach(), "grad": text.grad}, folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_average_to_the_loss_of_the_whole_batch(golden, tmp_path):
+    started = [subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)]) for rank in (0, 1)]
+    assert [process.wait(100) for process in started] == [0, 0]
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    case = golden("case4_spm_criterion")
+    assert relative((ranks[0]["loss"] + ranks[1]["loss"]) / 2, case["f32/neg0/scale10/loss"]) < 1e-5
+    grad = torch.cat([ranks[0]["grad"], ranks[1]["grad"]]) / 2
+    assert relative(grad, case["f32/neg0/scale10/grad_raw_text_features"]) < 1e-5
 
 
 def test_a_tie_costs_nothing_at_equal_scores_and_pulls_them_together():
@@ -217,3 +249,7 @@ def test_entry_points_find_what_they_name(tmp_path, monkeypatch):
         resolve("needs_more:load", "data.source")
     with pytest.raises(UserError, match=r"module broken_pairs does not import \(RuntimeError: no licence\)"):
         resolve("broken_pairs:load", "data.source")
+
+
+if __name__ == "__main__":
+    half_of_case4(int(sys.argv[1]), Path(sys.argv[2]))

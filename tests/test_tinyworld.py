@@ -112,7 +112,7 @@ def test_examiners_grade_decoded_renders():
     rng = _rng(9)
     scenes, q = world.sample_scenes(96, rng), torch.rand(96, generator=rng)
     images = render(scenes, q, rng)
-    vae = AutoencoderKL.from_pretrained(HERE / "weights" / "sd" / "vae", torch_dtype=torch.float32).eval()
+    vae = AutoencoderKL.from_pretrained(HERE / "weights" / "sd" / "vae").eval()
     decoded = to_float(roundtrip(vae, to_uint8(images), 0.0, rng))
     assert psnr(decoded, images) > 27
     seen = examiners.load("cpu")(decoded, [world.caption(scene) for scene in scenes])

@@ -1,6 +1,10 @@
 """Judge training from the recipe to the run folder, on the golden models and pairs that a tiny judge can learn."""
 
 import json
+import os
+import shutil
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -169,6 +173,25 @@ def test_bfloat16_models_keep_a_float32_judge(recipe, tmp_path):
     main(recipe("model.dtype=bfloat16", "optim.steps=3"))
     assert {t.dtype for t in load_file(tmp_path / "run" / "judge" / "model.safetensors").values()} == {torch.float32}
     assert all(line["loss"] > 0 for line in records(tmp_path / "run")[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="DeepSpeed builds its communication op for CPUs with g++")
+def test_two_processes_train_one_judge(recipe, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launcher = Path(sys.executable).with_name("deepspeed")
+    paths = {"PYTHONPATH": str(tmp_path), "PATH": f"{launcher.parent}{os.pathsep}{os.environ['PATH']}"}
+    command = [launcher, "--num_accelerators", "2", "--master_port", port, train_spm.__file__, *recipe()]
+    environment = os.environ | paths | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    last = records(tmp_path / "run")[-1]
+    assert (last["pairs"], last["optimizer_steps"]) == (96, 6)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["optimizer_state_bytes_per_rank"] < 1.1 * 8 * summary["parameters"] / 2
+    StepAwarePreferenceModel.load(str(tmp_path / "run" / "judge"), ALONE.device)
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,16 @@ the same result. One CPU thread unless --threads says otherwise; bit-equal resul
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from strop.bench.tinyworld import card, train_examiners, train_pickscore, train_unet, train_vae
 from strop.bench.tinyworld.training import record, stage_seed
@@ -28,8 +32,18 @@ def prompts(weights: Path) -> None:
 
 def judge(weights: Path) -> None:
     """weights/judge: the step-aware preference model, fine-tuned from weights/pickscore by the engine itself."""
-    config = HERE.parents[1] / "configs" / "spm_tinyworld.yaml"
-    subprocess.run([sys.executable, "-m", "strop.engine.train_spm", str(config)], check=True)
+    with tempfile.TemporaryDirectory() as run:
+        overrides = [f"model.path={weights / 'sd'}", f"judge.path={weights / 'pickscore'}", f"run.dir={run}"]
+        recipe = HERE.parents[1] / "configs" / "spm_tinyworld.yaml"
+        subprocess.run([sys.executable, "-m", "strop.engine.train_spm", str(recipe), *overrides], check=True)
+        shutil.copytree(Path(run) / "judge", weights / "judge", dirs_exist_ok=True)
+        summary = json.loads((Path(run) / "summary.json").read_text())
+    accuracies = {f"accuracy_t_{t}": value for t, value in summary["accuracy"]["after"].items()}
+    file = weights / "judge" / "model.safetensors"
+    half = {name: tensor.half() for name, tensor in load_file(file).items()}
+    save_file(half, file, metadata={"format": "pt"})
+    settings = {"parameters": summary["parameters"], "steps": summary["optimizer_steps"]}
+    record(weights, "judge", accuracies | settings | {"seconds": summary["seconds"]["total"]})
 
 
 def base(weights: Path) -> None:

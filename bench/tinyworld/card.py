@@ -11,6 +11,7 @@ _TITLES = {
     "base": "Base model: 384 held-out prompts, DDIM 20 steps, eta 0",
     "examiners": "Examiners (examiners/)",
     "pickscore": "PickScore (pickscore/)",
+    "judge": "Step-aware preference model (judge/)",
 }
 
 _HEAD = """---

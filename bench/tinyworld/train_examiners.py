@@ -85,7 +85,7 @@ def _checker_loss(outputs: dict[str, torch.Tensor], q: torch.Tensor, wanted: tor
 def train(weights: Path, count: int = 28672, steps: int = 1800) -> None:
     """Trains both examiners for the VAE in weights/sd/vae; saves weights/examiners and their figures."""
     start = time.monotonic()
-    vae = AutoencoderKL.from_pretrained(weights / "sd" / "vae", torch_dtype=torch.float32).eval()
+    vae = AutoencoderKL.from_pretrained(weights / "sd" / "vae").eval()
     data = _data(vae, count, 0.3, generator("examiners/data"))
     print(f"examiners: data after {time.monotonic() - start:.0f} s", flush=True)
     checker = models.checker(examiners.head_sizes(), stage_seed("examiners/checker"))

@@ -111,7 +111,7 @@ def train(weights: Path, count: int = 24576, warm_steps: int = 900, steps: int =
     """Trains the small PickScore for the VAE in weights/sd/vae; saves weights/pickscore and its figures."""
     start = time.monotonic()
     rng = generator("pickscore")
-    vae = AutoencoderKL.from_pretrained(weights / "sd" / "vae", torch_dtype=torch.float32).eval()
+    vae = AutoencoderKL.from_pretrained(weights / "sd" / "vae").eval()
     data = _data(preference_pairs(count, rng), vae, 0.45, rng)
     print(f"pickscore: data after {time.monotonic() - start:.0f} s", flush=True)
     tokens = models.tokenizer()
@@ -147,7 +147,7 @@ def evaluate(weights: Path, vae: AutoencoderKL, count: int = 2048) -> dict[str, 
     """Label accuracy (ties left out) beside the best possible, on fresh pairs: clean, decoded, and by kind of pair; and
     how often, at equal quality, a faithful image scores above one with an attribute changed."""
     rng = generator("pickscore/evaluate")
-    model = CLIPModel.from_pretrained(weights / "pickscore", torch_dtype=torch.float32).eval()
+    model = CLIPModel.from_pretrained(weights / "pickscore").eval()
     pairs = preference_pairs(count, rng)
     decided = pairs.label_0 != 0.5
     one_broken = pairs.broken[:, 0] != pairs.broken[:, 1]

@@ -98,15 +98,16 @@ def save(weights: Path, vae: AutoencoderKL, average: torch.nn.ModuleDict) -> Non
     unet, text = models.unet(0), models.text_encoder(models.tokenizer(), 0)
     unet.load_state_dict(average["unet"].state_dict())
     text.load_state_dict(average["text"].state_dict())
-    frozen = AutoencoderKL.from_config(vae.config)
+    frozen = models.vae(0)
     frozen.load_state_dict(vae.state_dict())
+    frozen.register_to_config(scaling_factor=vae.config.scaling_factor)
     models.pipeline(frozen.half(), unet.half(), text.half()).save_pretrained(weights / "sd", safe_serialization=True)
     models.load_as_float32(weights / "sd" / "text_encoder")
 
 
 def load_pipeline(weights: Path) -> StableDiffusionPipeline:
     """weights/sd in fp32, quiet."""
-    pipe = StableDiffusionPipeline.from_pretrained(weights / "sd", torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(weights / "sd")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

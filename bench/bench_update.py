@@ -1,0 +1,45 @@
+"""What sharing one forward between winner and loser saves: an update on tinyworld both ways, in one run.
+
+`make bench` runs this; the bracketed factors of its table are the ratio. "shared" has x_t (1, N, ...), as the pairs of
+SPO do; "apart" has the same x_t twice, (2, N, ...), as published implementations run it. Pairs are made up, since an
+update costs the same whatever they are.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from strop.engine.config import load
+from strop.engine.diffusion import LatentDiffusion
+from strop.engine.metrics import Metrics
+from strop.engine.pairs import PreferencePairs
+from strop.engine.policy import Policy
+from strop.engine.train import update
+from strop.engine.zero import AdamWSettings, LocalAdamW
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("forward", ["shared", "apart"])
+def test_update(benchmark, forward, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)  # the recipe's paths are relative to the repository
+    config, device = load("configs/tinyworld.yaml"), torch.device("cpu")
+    model, lora, rows = config.model, config.lora, config.optim.micro_batch
+    diffusion = LatentDiffusion.load(model.path, model.dtype, device)
+    policy = Policy.load(model.path, model.dtype, device, lora.rank, lora.target_modules, seed=0)
+    settings = AdamWSettings(config.optim.lr, config.optim.betas, 1e-8, 1e-4, 1.0, 1, rows, 1)
+    optimizer = LocalAdamW(policy.unet, settings)
+    schedule = diffusion.schedule(config.rollout.num_steps, config.rollout.eta, config.rollout.guidance)
+    rng = torch.Generator().manual_seed(0)
+    x_t = torch.randn(1, rows, *policy.latent_shape, generator=rng)
+    step = torch.arange(rows) % 16 + 4
+    eps = torch.randn(1, rows, *policy.latent_shape, generator=rng)
+    x_prev = torch.stack([schedule.branch(x_t[0], eps, step, 1, rng)[0] for _ in range(2)])
+    pairs = PreferencePairs(
+        x_t if forward == "shared" else x_t.repeat(2, 1, 1, 1, 1), x_prev, step, torch.arange(rows) % 2
+    )
+    cond = diffusion.encode(["a red circle", "a blue square on a white background"])
+    metrics = Metrics(tmp_path, device, False, start=0, iterations=1)
+    benchmark.group = f"update of {rows} pairs on tinyworld"
+    benchmark(update, pairs, cond, policy, schedule, optimizer, config, metrics)

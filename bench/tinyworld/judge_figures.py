@@ -1,0 +1,91 @@
+"""How good tinyworld's judge is: `python -m strop.bench.tinyworld.judge_figures [FOLDER]` prints what `evaluate` finds.
+
+Beside the share of labels it agrees with, by timestep: does it still read the caption? A judge that looks at quality
+alone would agree with most labels, and SPO would trade alignment for gloss.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from strop.bench.tinyworld.pairs import preference_pairs
+from strop.bench.tinyworld.render import to_float
+from strop.bench.tinyworld.train_vae import render_uint8
+from strop.bench.tinyworld.training import generator
+from strop.bench.tinyworld.world import break_scene, caption, sample_quality, sample_scenes
+from strop.engine.diffusion import LatentDiffusion, load_part, quiet_libraries
+from strop.engine.preference import StepAwarePreferenceModel
+from strop.engine.spm import Denoiser, preference_scores
+
+TIMESTEPS = (0, 251, 501, 701, 951)
+GUIDANCE = 3.0  # of configs/spm_tinyworld.yaml
+CPU = torch.device("cpu")
+
+
+@torch.no_grad()
+def evaluate(weights: Path, judge: Path | None = None, count: int = 512) -> dict[str, float]:
+    """Figures of the judge in weights/judge (or another folder), with those of weights/pickscore under `pickscore_`.
+
+    accuracy_t: share of labels agreed with, ties left out, on `count` fresh pairs shown at timestep t (0: clean);
+    accuracy_t_broken: where one image of the two breaks the caption; faithful_t: how often, of two images of equal
+    quality, the one that keeps the caption scores above the one with an attribute changed.
+    """
+    rng = generator("judge/evaluate")
+    models = {
+        "": StepAwarePreferenceModel.load(str(judge or weights / "judge"), CPU),
+        "pickscore_": StepAwarePreferenceModel.load(str(weights / "pickscore"), CPU),
+    }
+    unet = load_part(UNet2DConditionModel, str(weights / "sd"), "unet", torch_dtype=torch.float32)
+    denoiser = Denoiser(LatentDiffusion.load(str(weights / "sd"), "float32", CPU), unet, GUIDANCE)
+
+    pairs = preference_pairs(count, rng)
+    decided, one_broken = pairs.label_0 != 0.5, pairs.broken[:, 0] != pairs.broken[:, 1]
+    scenes, q = sample_scenes(count, rng), sample_quality(count, rng)
+    twins = [render_uint8(shown, q, rng) for shown in (scenes, [break_scene(s, rng) for s in scenes])]
+    figures = {
+        "bayes_accuracy": pairs.bayes_accuracy(decided),
+        "bayes_accuracy_broken": pairs.bayes_accuracy(one_broken),
+    }
+    for t in TIMESTEPS:
+        better = _first_scores_higher(models, denoiser, (pairs.images_0, pairs.images_1), pairs.captions, t, rng)
+        faithful = _first_scores_higher(models, denoiser, twins, [caption(s) for s in scenes], t, rng)
+        for prefix in models:
+            right = better[prefix] == (pairs.label_0 > 0.5)
+            figures[f"{prefix}accuracy_{t}"] = right[decided].float().mean().item()
+            figures[f"{prefix}accuracy_{t}_broken"] = right[decided & one_broken].float().mean().item()
+            figures[f"{prefix}faithful_{t}"] = faithful[prefix].float().mean().item()
+    return figures
+
+
+def _first_scores_higher(
+    models: dict[str, StepAwarePreferenceModel],
+    denoiser: Denoiser,
+    images: tuple[Tensor, Tensor],
+    captions: list[str],
+    t: int,
+    rng: torch.Generator,
+) -> dict[str, Tensor]:
+    """By model, (n,) bool: of two (n, 3, 64, 64) uint8 images the first scores higher, shown at timestep t."""
+    found = {prefix: [] for prefix in models}
+    for at in range(0, len(captions), 64):
+        part = torch.stack([to_float(side[at : at + 64]) for side in images])  # (2, n, 3, 64, 64)
+        names = captions[at : at + 64]
+        steps = torch.full((len(names),), t)
+        shown = denoiser(part, denoiser.diffusion.encode(names), steps, rng) if t else part
+        for prefix, model in models.items():
+            pixels = model.pixels(shown.flatten(0, 1)).unflatten(0, shown.shape[:2])
+            scores = preference_scores(model, pixels, model.encode(names), steps)
+            found[prefix].append(scores[0] > scores[1])
+    return {prefix: torch.cat(parts) for prefix, parts in found.items()}
+
+
+if __name__ == "__main__":
+    quiet_libraries()
+    folder = Path(__file__).parent / "weights"
+    print(json.dumps(evaluate(folder, *map(Path, sys.argv[1:2])), indent=2))
