@@ -114,12 +114,9 @@ def _adaln_bwd_kernel(
     within = cols < width
     scale = 1.0 + tl.load(scale_ptr + b * scale_stride + cols, mask=within, other=0.0).to(tl.float32)
     slope = tl.load(weight_ptr + cols, mask=within, other=0.0).to(tl.float32) * scale
-    sum_dy_n = tl.zeros([BLOCK], tl.float32)
-    sum_dy = tl.zeros([BLOCK], tl.float32)
-    if GATED:
-        gate = tl.load(gate_ptr + b * gate_stride + cols, mask=within, other=0.0).to(tl.float32)
-        sum_dgate = tl.zeros([BLOCK], tl.float32)
-
+    gate = tl.load(gate_ptr + b * gate_stride + cols, mask=within, other=0.0).to(tl.float32) if GATED else scale
+    none = tl.zeros([BLOCK], tl.float32)
+    sum_dy_n, sum_dy, sum_dgate = none, none, none
     for done in range(0, CHUNK, ROWS):
         rows = first + done + tl.arange(0, ROWS)
         row = b * length + rows
@@ -133,8 +130,7 @@ def _adaln_bwd_kernel(
         sum_dy += tl.sum(dy, axis=0)
         sum_dy_n += tl.sum(dy * n, axis=0)
         e = dy * slope[None, :]
-        mean_e = tl.sum(e, axis=1) / width
-        mean_e_n = tl.sum(e * n, axis=1) / width
+        mean_e, mean_e_n = tl.sum(e, axis=1) / width, tl.sum(e * n, axis=1) / width
         dx = (e - mean_e[:, None] - n * mean_e_n[:, None]) * rstd[:, None]
         if GATED:
             dx += tl.load(dh_ptr + at, mask=inside, other=0.0).to(tl.float32)
