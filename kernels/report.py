@@ -82,6 +82,12 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
         yield from ((shape, each) for each in found)
 
 
+def name_of(launch: Launch) -> str:
+    """The kernel's name and the flags that it is compiled with."""
+    flags = [key.lower() for key, value in launch.constants.items() if value is True]
+    return " ".join([launch.kernel.__name__.strip("_").removesuffix("_kernel"), *flags])
+
+
 def compiled(launch: Launch, sm: int) -> CompiledKernel:
     """The kernel as Triton would compile it at this launch on a card of compute capability sm / 10."""
     options = {"num_warps": launch.constants["num_warps"]}
@@ -115,14 +121,12 @@ def read(shape: str, dtype: torch.dtype, launch: Launch, sm: int) -> Row:
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     load, store = (widest(made.asm["ptx"], kind) for kind in ("ld", "st"))
     spilled, warps = max(used["STACK"], used["LOCAL"]), launch.constants["num_warps"]
-    flags = [key.lower() for key, value in launch.constants.items() if value is True]
-    name = " ".join([launch.kernel.__name__.strip("_").removesuffix("_kernel"), *flags])
-    return Row(name, shape, NAMES[dtype], sm, warps, used["REG"], spilled, made.metadata.shared, load, store)
+    return Row(name_of(launch), shape, NAMES[dtype], sm, warps, used["REG"], spilled, made.metadata.shared, load, store)
 
 
 def widest(ptx: str, kind: str) -> int:
     """Bytes of the widest access to global memory of this kind, "ld" or "st", 0 without any."""
-    found = re.findall(rf"\b{kind}\.global(?:\.[a-z]\w*(?:::\w+)*)*?(?:\.v(\d))?\.[bfus](\d+)\b", ptx)
+    found = re.findall(rf"\b{kind}\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.[bfus](\d+)\b", ptx)
     return max((int(many or 1) * int(bits) // 8 for many, bits in found), default=0)
 
 
