@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from strop.bench.tinyworld import card, train_examiners, train_pickscore, train_unet, train_vae
+from strop.bench.tinyworld import card, judge_figures, train_examiners, train_pickscore, train_unet, train_vae
 from strop.bench.tinyworld.training import record, stage_seed
 from strop.bench.tinyworld.world import write_prompts
 
@@ -38,12 +38,11 @@ def judge(weights: Path) -> None:
         subprocess.run([sys.executable, "-m", "strop.engine.train_spm", str(recipe), *overrides], check=True)
         shutil.copytree(Path(run) / "judge", weights / "judge", dirs_exist_ok=True)
         summary = json.loads((Path(run) / "summary.json").read_text())
-    accuracies = {f"accuracy_t_{t}": value for t, value in summary["accuracy"]["after"].items()}
     file = weights / "judge" / "model.safetensors"
     half = {name: tensor.half() for name, tensor in load_file(file).items()}
     save_file(half, file, metadata={"format": "pt"})
     settings = {"parameters": summary["parameters"], "steps": summary["optimizer_steps"]}
-    record(weights, "judge", accuracies | settings | {"seconds": summary["seconds"]["total"]})
+    record(weights, "judge", judge_figures.evaluate(weights) | settings | {"seconds": summary["seconds"]["total"]})
 
 
 def base(weights: Path) -> None:

@@ -34,6 +34,8 @@ data, no other weights. 64x64 RGB images, 16x16x4 latents, fp16 safetensors.
 | `judge/` | made from `pickscore/` by `strop.engine.train_spm` | the step-aware preference model |
 | `examiners/` | two CNNs, see `examiners.py` | grade quality and alignment; never used in training a model |
 
+![Samples of the base model: held-out prompts, guidance 4](samples.png)
+
 **How to rebuild:** `make tinyworld`, or stage by stage `python -m strop.bench.tinyworld.build [stage ...]`.
 
 **Known limits.** The models know the captions of `world.py` and nothing else. Pretraining has seen every kind of
