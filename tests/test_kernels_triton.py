@@ -153,7 +153,8 @@ def test_the_gradients_of_the_op_are_those_of_its_formula(name):
 
 @pytest.mark.parametrize("name", SAMPLES)
 @pytest.mark.parametrize("which", [torch_op, public], ids=["op", "function"])
-def test_compiled_without_a_break_gives_the_same(name, which):
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_without_a_break_gives_the_same(name, which, compiler):
     args = samples()[name]
     given = [a for a in args if torch.is_tensor(a) and a.requires_grad]
 
@@ -162,7 +163,7 @@ def test_compiled_without_a_break_gives_the_same(name, which):
         return sum(each.square().sum() for each in (found if isinstance(found, tuple) else (found,)))
 
     torch._dynamo.reset()
-    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")(*args)
+    compiled = torch.compile(total, fullgraph=True, backend=compiler)(*args)
     eager = total(*args)
     torch.testing.assert_close(compiled, eager)
     gradients = zip(torch.autograd.grad(compiled, given), torch.autograd.grad(eager, given), strict=True)
@@ -183,7 +184,9 @@ WRITTEN = {
 }
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "any-size"])
+@pytest.mark.parametrize(
+    "dynamic", [pytest.param(False, id="fixed"), pytest.param(True, id="any-size", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", WRITTEN)
 def test_a_compiled_graph_holds_the_kernels_and_knows_what_they_write(name, dynamic, monkeypatch):
     """Traced as for a GPU, with a driver that only names one; the graphs are read and not run."""
