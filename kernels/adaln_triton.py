@@ -13,8 +13,9 @@ The gated op first forms h = residual + gate branch, rounds it to its type and g
 gradient of h to dx: dresidual = dh + dx, dbranch = gate dresidual, dgate = sum over L of dresidual branch.
 
 Bytes per element of (B, L, D), with s the size of the type: adaln_modulate reads s and writes s, backward reads 2s and
-writes s; gated_residual_adaln reads 2s and writes 2s, backward reads 4s and writes 2s. Vectors and sums come on top:
-16 / L bytes per element or less forward, 8 / CHUNK (12 / CHUNK gated) written and read again backward.
+writes s; gated_residual_adaln reads 2s and writes 2s, backward reads 4s and writes 2s. On top come the vectors, which
+every program loads anew for its ROWS or CHUNK rows, from L2 as a rule, and backward the sums in float32: 8 / CHUNK
+(gated 12 / CHUNK) bytes per element, written and read again.
 All arithmetic is float32. Sums run over fixed chunks in a fixed order, without atomics: the same bits on every run.
 """
 

@@ -87,6 +87,17 @@ def test_arguments_that_are_not_dense_give_the_same_bits(figures, op):
     assert figures["strides"][op]
 
 
+@pytest.mark.slow
+def test_judge_and_loss_agree_with_the_published_numbers_on_the_kernels():
+    """Their own tests, golden numbers among them, with every kernel interpreted; but for those that ask for the bits
+    of F.layer_norm, which sums in another order."""
+    tests = [str(Path(__file__).with_name(name)) for name in ("test_clip.py", "test_objective.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not bit_for_bit and not undoes"]
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([*command, *tests], env=env, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
 def draw(*shape, seed=0, grad=True, dtype=torch.float32):
     rng = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=rng, dtype=dtype).requires_grad_(grad)
