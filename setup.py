@@ -23,6 +23,7 @@ setup(
     zip_safe=False,
     install_requires=[
         "torch>=2.10",
+        "triton>=3.4; sys_platform == 'linux'",  # CUDA builds of torch bring it, CPU builds do not
         "tqdm>=4.66",
         "diffusers>=0.36",
         "transformers>=5,<6",

@@ -26,6 +26,7 @@ MAY_CHANGE = (  # on resume; everything else decides what the run computes
     "run.dir",
     "run.iterations",
     "run.device",
+    "run.kernels",
     "run.log_every",
     "run.save_every",
     "run.resume",

@@ -18,6 +18,8 @@ from strop.engine.errors import UserError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
+Kernels = Literal["auto", "reference"]
+KERNELS = "auto runs strop.kernels in Triton on a GPU; reference in plain PyTorch everywhere, to compare or to debug."
 
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
@@ -119,6 +121,7 @@ class RunConfig(Section):
     iterations: int = Field(ge=1, description="Rollouts, each followed by one pass over its preference pairs.")
     seed: int = Field(42, ge=0, description="Seed of everything random in the run; process r uses seed + r.")
     device: Device = Field("auto", description="auto takes a GPU where there is one.")
+    kernels: Kernels = Field("auto", description=KERNELS)
     log_every: int = Field(1, ge=1, description="Iterations per line of metrics.jsonl and of the terminal.")
     save_every: int = Field(10, ge=1, description="Iterations per checkpoint; one more is written at the end.")
     resume: bool = Field(False, description="Go on from the newest checkpoint in run.dir.")
@@ -173,6 +176,7 @@ class SpmRunConfig(Section):
     dir: str = Field(description="Run folder; must be new or empty. The judge is written to its subfolder `judge`.")
     seed: int = Field(42, ge=0, description="Seed of everything random in the run; process r uses seed + r.")
     device: Device = Field("auto", description="auto takes a GPU where there is one.")
+    kernels: Kernels = Field("auto", description=KERNELS)
     log_every: int = Field(20, ge=1, description="Steps per line of metrics.jsonl and of the terminal.")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from strop.kernels import DDIMCoefficients, ddim_branch, ddim_log_prob, ddim_x0_hat
+from strop.kernels import DDIMCoefficients, ddim_branch, ddim_log_prob, ddim_log_ratio, ddim_x0_hat
 
 
 class DDIMSchedule:
@@ -53,6 +53,14 @@ class DDIMSchedule:
     def log_prob(self, x_prev: Tensor, x_t: Tensor, eps: Tensor, step: Tensor) -> Tensor:
         """Log-densities (2, N) of winner and loser: x_prev (2, N, C, H, W), x_t (R, N, ...), eps (G, R, N, ...)."""
         return ddim_log_prob(x_prev, x_t, *self._halves(eps), self.guidance, self._coefficients(step, x_t.shape[1]))
+
+    def log_ratio(self, x_prev: Tensor, x_t: Tensor, eps: Tensor, eps_ref: Tensor, step: Tensor) -> Tensor:
+        """log_prob under eps minus log_prob under eps_ref (2, N), without the digits lost by subtracting the two.
+
+        Differentiable in eps alone; shapes as for log_prob, eps_ref like eps.
+        """
+        coefficients = self._coefficients(step, x_t.shape[1])
+        return ddim_log_ratio(x_prev, x_t, *self._halves(eps), *self._halves(eps_ref), self.guidance, coefficients)
 
     def _halves(self, eps: Tensor) -> tuple[Tensor | None, Tensor]:
         return (None, eps[0]) if len(eps) == 1 else (eps[0], eps[1])

@@ -1,4 +1,4 @@
-"""The SPO objective, a DPO loss on one denoising step: a pure function of log-probabilities; no model, no schedule."""
+"""The SPO objective, a DPO loss on one denoising step: a pure function of log-ratios; no model, no schedule."""
 
 import math
 
@@ -6,15 +6,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def spo_loss(logp: Tensor, logp_ref: Tensor, beta: float, clip: float) -> tuple[Tensor, dict[str, Tensor]]:
+def spo_loss(log_ratio: Tensor, beta: float, clip: float) -> tuple[Tensor, dict[str, Tensor]]:
     """-log sigmoid(beta * (log r_winner - log r_loser)), each ratio r = p / p_ref clamped to [1 - clip, 1 + clip].
 
-    logp, logp_ref (2, N): log-densities under policy and reference, winner first. Returns the mean loss and, without
-    gradient: `margin` (mean of beta * (log r_w - log r_l) before clamping), `accuracy` (share of pairs in which that is
-    positive: the implicit reward prefers the winner) and `clipped` (share of the 2N ratios at or outside the clamp).
+    log_ratio (2, N): log-density under the policy minus that under the reference, winner first. Returns the mean loss
+    and, without gradient: `margin` (mean of beta * (log r_w - log r_l) before clamping), `accuracy` (share of pairs in
+    which that is positive: the implicit reward prefers the winner) and `clipped` (share of the 2N ratios at or outside
+    the clamp).
     Source: equation 7 of SPO (arXiv 2406.04314) with the published implementation's clamp.
     """
-    log_ratio = logp - logp_ref  # (2, N)
     low, high = math.log1p(-clip), math.log1p(clip)
     margin = beta * (log_ratio.clamp(low, high)[0] - log_ratio.clamp(low, high)[1])
     loss = -F.logsigmoid(margin).mean()

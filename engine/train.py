@@ -33,6 +33,7 @@ from strop.engine.prompts import batch_of, read_prompts
 from strop.engine.ranks import Ranks, balance, start
 from strop.engine.report import closing_table, make_report, paired_delta, write_summary
 from strop.engine.rollout import rollout
+from strop.kernels import use_reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,7 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     quiet_libraries()
     config = load(args.recipe, args.overrides)
+    use_reference(config.run.kernels == "reference")
     ranks = start(config.run.device)
     clock = Stopwatch(ranks.device)
     with clock("load"):
@@ -185,9 +187,8 @@ def update(
     eps = predict(policy, batch, schedule, cond)
     with policy.reference():
         eps_ref = predict(policy, batch, schedule, cond)
-    logp = schedule.log_prob(batch.x_prev, batch.x_t, eps, batch.step)  # (2, N)
-    logp_ref = schedule.log_prob(batch.x_prev, batch.x_t, eps_ref, batch.step)  # (2, N)
-    loss, stats = spo_loss(logp, logp_ref, config.optim.beta, config.optim.clip)
+    log_ratio = schedule.log_ratio(batch.x_prev, batch.x_t, eps, eps_ref, batch.step)  # (2, N)
+    loss, stats = spo_loss(log_ratio, config.optim.beta, config.optim.clip)
     optimizer.backward(loss)
     norm = optimizer.step()
     metrics.add_mean(len(batch), **stats)

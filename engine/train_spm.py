@@ -41,6 +41,7 @@ from strop.engine.spm import (
     shares,
     training_pixels,
 )
+from strop.kernels import use_reference
 
 TIMESTEPS = (0, 251, 501, 701, 951)  # where held-out accuracy is measured; at 0 the images are shown clean
 EVALUATIONS = 5  # in the course of a run, the last one at its end
@@ -80,6 +81,7 @@ def main(argv: Sequence[str]) -> None:
     begun = time.perf_counter()
     quiet_libraries()
     config = load(args.recipe, args.overrides, SpmConfig)
+    use_reference(config.run.kernels == "reference")
     ranks = start(config.run.device)
     clock = Stopwatch(ranks.device)
     with clock("load"):

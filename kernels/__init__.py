@@ -1,13 +1,22 @@
-"""The ops of strop as a library: functions on tensors, no parameters, no engine."""
+"""The ops of strop as a library: functions on tensors, no parameters, no engine. README.md shows each of them at work.
+
+Where Triton is installed, importing this registers torch.ops.strop.*; which code then answers, backend.py decides.
+"""
 
 from strop.kernels.adaln import adaln_modulate, gated_residual_adaln
-from strop.kernels.ddim import DDIMCoefficients, ddim_branch, ddim_log_prob, ddim_x0_hat
+from strop.kernels.backend import TRITON, use_reference
+from strop.kernels.ddim import DDIMCoefficients, ddim_branch, ddim_log_prob, ddim_log_ratio, ddim_x0_hat
+
+if TRITON:
+    from strop.kernels import adaln_triton, ddim_triton, log_prob_triton  # noqa: F401
 
 __all__ = [
     "DDIMCoefficients",
     "adaln_modulate",
     "ddim_branch",
     "ddim_log_prob",
+    "ddim_log_ratio",
     "ddim_x0_hat",
     "gated_residual_adaln",
+    "use_reference",
 ]

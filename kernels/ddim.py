@@ -4,11 +4,13 @@
     x0_hat  = x0_from_x * x_t + x0_from_m * m
     branch  = mean_from_x * x_t + mean_from_m * m + sigma * noise      ~ p(x_{t-1} | x_t)
     log p   = mean over C, H, W of -(x_prev - mean)^2 / (2 sigma^2) - log sigma - log(2 pi) / 2
+    log p / p_ref = mean over C, H, W of d (x_prev - mean_ref - d / 2) / sigma^2,  d = mean_from_m * (m - m_ref)
 
 Both the predicted clean latent and the DDIM mean are linear in (x_t, m), for epsilon and for v prediction alike, so a
 step is five numbers: DDIMCoefficients computes them in float64 and stores them in float32.
 Shapes: x_t, eps_* (N, C, H, W); noise, branches (K, N, C, H, W); x_prev (2, N, C, H, W); coefficients (5, N).
-The functions `<op>_ref` are plain PyTorch and define the meaning of each op; they are what runs here.
+The functions `<op>_ref` are plain PyTorch and define the meaning of each op: float32 inside, float64 where an input is.
+They run everywhere but on CUDA tensors; those go to the kernels of ddim_triton.py and log_prob_triton.py.
 """
 
 import math
@@ -16,6 +18,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from strop.kernels.backend import check_alike, on_triton, wide
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,20 +68,27 @@ class DDIMCoefficients:
 
 
 def guide_ref(eps_uncond: Tensor | None, eps_text: Tensor, guidance: float) -> Tensor:
-    return eps_text if eps_uncond is None else eps_uncond + guidance * (eps_text - eps_uncond)
+    text = eps_text.to(wide(eps_text))
+    return text if eps_uncond is None else eps_uncond + guidance * (text - eps_uncond)
+
+
+def away_ref(x_prev: Tensor, x_t: Tensor, model_output: Tensor, from_x: Tensor, from_m: Tensor) -> Tensor:
+    """x_prev - mean. from_x is nearly 1: taking x_t off first keeps the digits that a small sigma needs."""
+    x_prev, x_t = x_prev.to(from_x), x_t.to(from_x)
+    return x_prev - x_t - (from_x - 1) * x_t - from_m * model_output
 
 
 def ddim_x0_hat_ref(
     x_t: Tensor, eps_uncond: Tensor | None, eps_text: Tensor, guidance: float, coefficients: Tensor
 ) -> Tensor:
-    from_x, from_m = _per_row(coefficients[:2], x_t)
+    from_x, from_m = per_row(coefficients[:2], x_t, eps_text)
     return from_x * x_t + from_m * guide_ref(eps_uncond, eps_text, guidance)
 
 
 def ddim_branch_ref(
     x_t: Tensor, eps_uncond: Tensor | None, eps_text: Tensor, guidance: float, coefficients: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
-    x0_from_x, x0_from_m, from_x, from_m, sigma = _per_row(coefficients, x_t)
+    x0_from_x, x0_from_m, from_x, from_m, sigma = per_row(coefficients, x_t, eps_text)
     model_output = guide_ref(eps_uncond, eps_text, guidance)
     branches = from_x * x_t + from_m * model_output + sigma * noise
     return branches.to(x_t.dtype), x0_from_x * x_t + x0_from_m * model_output
@@ -86,10 +97,47 @@ def ddim_branch_ref(
 def ddim_log_prob_ref(
     x_prev: Tensor, x_t: Tensor, eps_uncond: Tensor | None, eps_text: Tensor, guidance: float, coefficients: Tensor
 ) -> Tensor:
-    from_x, from_m, sigma = _per_row(coefficients[2:], eps_text)
-    mean = from_x * x_t + from_m * guide_ref(eps_uncond, eps_text, guidance)
-    log_density = -((x_prev - mean) ** 2) / (2 * sigma**2) - sigma.log() - 0.5 * math.log(2 * math.pi)
+    from_x, from_m, sigma = per_row(coefficients[2:], x_t, eps_text)
+    away = away_ref(x_prev, x_t, guide_ref(eps_uncond, eps_text, guidance), from_x, from_m)
+    log_density = -(away**2) / (2 * sigma**2) - sigma.log() - 0.5 * math.log(2 * math.pi)
     return log_density.flatten(2).mean(-1)
+
+
+def ddim_log_ratio_ref(
+    x_prev: Tensor,
+    x_t: Tensor,
+    eps_uncond: Tensor | None,
+    eps_text: Tensor,
+    ref_uncond: Tensor | None,
+    ref_text: Tensor,
+    guidance: float,
+    coefficients: Tensor,
+) -> Tensor:
+    from_x, from_m, sigma = per_row(coefficients[2:], x_t, eps_text)
+    away = away_ref(x_prev, x_t, guide_ref(ref_uncond, ref_text, guidance), from_x, from_m)
+    off_uncond = None if eps_uncond is None else eps_uncond.to(from_m) - ref_uncond.to(from_m)
+    d = from_m * guide_ref(off_uncond, eps_text.to(from_m) - ref_text.to(from_m), guidance)  # mean - mean_ref
+    ratio = d * (away - d / 2) / sigma**2
+    return ratio.flatten(2).mean(-1)
+
+
+def ddim_log_prob_backward_ref(
+    grad: Tensor,
+    x_prev: Tensor,
+    x_t: Tensor,
+    eps_uncond: Tensor | None,
+    eps_text: Tensor,
+    guidance: float,
+    coefficients: Tensor,
+) -> tuple[Tensor, Tensor]:
+    from_x, from_m, sigma = per_row(coefficients[2:], x_t, eps_text)
+    away = away_ref(x_prev, x_t, guide_ref(eps_uncond, eps_text, guidance), from_x, from_m)
+    dm = per_row(grad, x_t, eps_text) * from_m / sigma**2 * away / away[0, 0].numel()  # (2, N, C, H, W)
+    if x_t.shape[0] == 1:
+        dm = dm.sum(0, keepdim=True)
+    if eps_uncond is None:
+        return eps_text.new_empty(0), dm.to(eps_text.dtype)
+    return ((1 - guidance) * dm).to(eps_text.dtype), (guidance * dm).to(eps_text.dtype)
 
 
 def ddim_x0_hat(
@@ -97,9 +145,12 @@ def ddim_x0_hat(
 ) -> Tensor:
     """Predicted clean latent of each row (formula 12 of DDIM, its first term).
 
-    x_t, eps_* (N, C, H, W), eps_uncond None without guidance; coefficients (5, N) float32. Returns (N, C, H, W).
+    Arguments and errors as for ddim_branch. Returns (N, C, H, W), float32 or wider.
     """
-    _check_step(x_t, eps_uncond, eps_text, coefficients)
+    _check_step(x_t, eps_uncond, eps_text, guidance, coefficients, "(N, C, H, W)")
+    if on_triton(x_t, eps_text):  # a step with no branches
+        nothing = x_t.new_empty((0, *x_t.shape))
+        return torch.ops.strop.ddim_branch(x_t, eps_uncond, eps_text, float(guidance), coefficients, nothing)[1]
     return ddim_x0_hat_ref(x_t, eps_uncond, eps_text, guidance, coefficients)
 
 
@@ -108,13 +159,17 @@ def ddim_branch(
 ) -> tuple[Tensor, Tensor]:
     """K stochastic DDIM steps from each row, and the row's predicted clean latent.
 
-    x_t, eps_* (N, C, H, W), eps_uncond None without guidance; noise (K, N, C, H, W) standard normal; coefficients
-    (5, N). Returns (branches (K, N, C, H, W) in the type of x_t, x0_hat (N, C, H, W)). Raises ValueError naming what
-    does not fit.
+    x_t, eps_* (N, C, H, W), eps_uncond None without guidance; noise (K, N, C, H, W) standard normal, of the type of
+    x_t; coefficients (5, N) float32, the columns of a DDIMCoefficients.table that belong to the rows. eps_* are of one
+    type, which need not be that of x_t. Returns branches (K, N, C, H, W) in the type of x_t and x0_hat (N, C, H, W) in
+    float32 or wider. Raises ValueError naming the argument that does not fit, what it was and what it should be.
     """
-    _check_step(x_t, eps_uncond, eps_text, coefficients)
+    _check_step(x_t, eps_uncond, eps_text, guidance, coefficients, "(N, C, H, W)")
     if noise.shape[1:] != x_t.shape:
         raise ValueError(f"noise has shape {tuple(noise.shape)}, expected (K, {', '.join(map(str, x_t.shape))})")
+    check_alike(x_t, "x_t", noise=noise)
+    if on_triton(x_t, eps_text):
+        return torch.ops.strop.ddim_branch(x_t, eps_uncond, eps_text, float(guidance), coefficients, noise)
     return ddim_branch_ref(x_t, eps_uncond, eps_text, guidance, coefficients, noise)
 
 
@@ -124,26 +179,86 @@ def ddim_log_prob(
     """Log-density of drawing x_prev from x_t, as published the mean over C, H, W instead of the sum.
 
     x_prev (2, N, C, H, W); x_t, eps_* (R, N, C, H, W) with R = 1 where winner and loser share x_t, else 2; coefficients
-    (5, N). Differentiable in eps_*. Returns (2, N). Raises ValueError naming what does not fit.
+    (5, N) float32. x_prev and x_t are of one type, eps_* of one type. Differentiable in eps_* alone. Returns (2, N),
+    float32 or wider. Raises ValueError naming the argument that does not fit, or that asks for a gradient it cannot
+    have.
     """
-    if x_prev.ndim != 5 or x_prev.shape[0] != 2:
-        raise ValueError(f"x_prev has shape {tuple(x_prev.shape)}, expected (2, N, C, H, W)")
-    if x_t.shape[0] not in (1, 2) or x_t.shape[1:] != x_prev.shape[1:]:
-        raise ValueError(
-            f"x_t has shape {tuple(x_t.shape)}, expected (1 or 2, {', '.join(map(str, x_prev.shape[1:]))})"
-        )
-    _check_step(x_t, eps_uncond, eps_text, coefficients)
+    _check_pair(x_prev, x_t, eps_uncond, eps_text, guidance, coefficients)
+    _check_constant(x_prev=x_prev, x_t=x_t)
+    if on_triton(x_t, eps_text):
+        return torch.ops.strop.ddim_log_prob(x_prev, x_t, eps_uncond, eps_text, float(guidance), coefficients)
     return ddim_log_prob_ref(x_prev, x_t, eps_uncond, eps_text, guidance, coefficients)
 
 
-def _per_row(coefficients: Tensor, like: Tensor) -> Tensor:
-    """(..., N) -> (..., N, 1, 1, 1), so that each number meets its row of (N, C, H, W)."""
-    return coefficients[..., None, None, None].to(torch.promote_types(like.dtype, torch.float32))
+def ddim_log_ratio(
+    x_prev: Tensor,
+    x_t: Tensor,
+    eps_uncond: Tensor | None,
+    eps_text: Tensor,
+    ref_uncond: Tensor | None,
+    ref_text: Tensor,
+    guidance: float,
+    coefficients: Tensor,
+) -> Tensor:
+    """log p(x_prev | x_t) of the policy's eps_* minus that of the reference's ref_*, in one pass.
+
+    Arguments as for ddim_log_prob, ref_* like eps_*. Computed from the difference of the predictions, and therefore
+    exact to rounding where the two agree, while ddim_log_prob twice loses the digits that both have in common.
+    Differentiable in eps_* alone. Returns (2, N), float32 or wider. Raises ValueError naming what does not fit.
+    """
+    _check_pair(x_prev, x_t, eps_uncond, eps_text, guidance, coefficients)
+    _check_constant(x_prev=x_prev, x_t=x_t, ref_uncond=ref_uncond, ref_text=ref_text)
+    if (ref_uncond is None) != (eps_uncond is None):
+        raise ValueError("ref_uncond and eps_uncond: expected both or neither to be None")
+    for name, given in (("ref_uncond", ref_uncond), ("ref_text", ref_text)):
+        if given is not None and given.shape != x_t.shape:
+            raise ValueError(f"{name} has shape {tuple(given.shape)}, expected that of x_t, {tuple(x_t.shape)}")
+    check_alike(eps_text, "eps_text", ref_uncond=ref_uncond, ref_text=ref_text)
+    given = (x_prev, x_t, eps_uncond, eps_text, ref_uncond, ref_text)
+    if on_triton(x_t, eps_text):
+        return torch.ops.strop.ddim_log_ratio(*given, float(guidance), coefficients)
+    return ddim_log_ratio_ref(*given, guidance, coefficients)
 
 
-def _check_step(x_t: Tensor, eps_uncond: Tensor | None, eps_text: Tensor, coefficients: Tensor) -> None:
+def per_row(numbers: Tensor, *tensors: Tensor) -> Tensor:
+    """(..., N) -> (..., N, 1, 1, 1), so that each number meets its row of (N, C, H, W), as wide as the tensors ask."""
+    return numbers[..., None, None, None].to(wide(*tensors))
+
+
+def _check_pair(
+    x_prev: Tensor, x_t: Tensor, eps_uncond: Tensor | None, eps_text: Tensor, guidance: float, coefficients: Tensor
+) -> None:
+    if x_prev.ndim != 5 or x_prev.shape[0] != 2:
+        raise ValueError(f"x_prev has shape {tuple(x_prev.shape)}, expected (2, N, C, H, W)")
+    if x_t.ndim != 5 or x_t.shape[0] not in (1, 2) or x_t.shape[1:] != x_prev.shape[1:]:
+        raise ValueError(
+            f"x_t has shape {tuple(x_t.shape)}, expected (1 or 2, {', '.join(map(str, x_prev.shape[1:]))})"
+        )
+    _check_step(x_t, eps_uncond, eps_text, guidance, coefficients, "(R, N, C, H, W)")
+    check_alike(x_t, "x_t", x_prev=x_prev)
+
+
+def _check_step(
+    x_t: Tensor, eps_uncond: Tensor | None, eps_text: Tensor, guidance: float, coefficients: Tensor, shape: str
+) -> None:
+    if x_t.ndim != shape.count(",") + 1:
+        raise ValueError(f"x_t has shape {tuple(x_t.shape)}, expected {shape}")
     for name, eps in (("eps_uncond", eps_uncond), ("eps_text", eps_text)):
         if eps is not None and eps.shape != x_t.shape:
             raise ValueError(f"{name} has shape {tuple(eps.shape)}, expected that of x_t, {tuple(x_t.shape)}")
     if tuple(coefficients.shape) != (5, x_t.shape[-4]):
         raise ValueError(f"coefficients has shape {tuple(coefficients.shape)}, expected (5, {x_t.shape[-4]})")
+    if isinstance(guidance, Tensor):
+        raise ValueError(f"guidance is a tensor of shape {tuple(guidance.shape)}, expected a number")
+    check_alike(eps_text, "eps_text", eps_uncond=eps_uncond)
+    for name, given in (("eps_text", eps_text), ("coefficients", coefficients)):
+        if given.device != x_t.device:
+            raise ValueError(f"{name} is on {given.device}, expected {x_t.device} like x_t")
+    if coefficients.dtype != torch.float32:
+        raise ValueError(f"coefficients is {coefficients.dtype}, expected torch.float32")
+
+
+def _check_constant(**given: Tensor | None) -> None:
+    for name, tensor in given.items():
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"{name} requires a gradient, but only eps_uncond and eps_text get one; detach it")

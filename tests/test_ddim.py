@@ -106,3 +106,13 @@ def test_latents_keep_their_type(schedule):
     x, eps = draw(2, 4, 2, 2).bfloat16(), draw(2, 2, 4, 2, 2, seed=1)
     assert schedule.branch(x, eps, 3, 2, torch.Generator()).dtype == torch.bfloat16
     assert schedule.x0_hat(x, eps, 3).dtype == torch.float32
+
+
+@pytest.mark.parametrize("halves", [1, 2])
+def test_log_ratio_is_the_difference_of_two_log_probs(schedule, coefficients, halves):
+    x_t, x_prev = draw(1, 3, 4, 2, 2, seed=1), draw(2, 3, 4, 2, 2, seed=2)
+    eps, eps_ref = draw(halves, 1, 3, 4, 2, 2, seed=3), draw(halves, 1, 3, 4, 2, 2, seed=4)
+    step = torch.tensor([7, 0, 19])
+    found = schedule.log_ratio(x_prev, x_t, eps, eps_ref, step)
+    expected = schedule.log_prob(x_prev, x_t, eps, step) - schedule.log_prob(x_prev, x_t, eps_ref, step)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

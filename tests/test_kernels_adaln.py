@@ -140,3 +140,30 @@ def test_a_tensor_on_another_device_is_named():
     given = {key: torch.ones(size) for key, size in FITTING.items()} | {"shift": torch.ones(2, 8, device="meta")}
     with pytest.raises(ValueError, match=r"^shift is on meta, expected cpu"):
         gated_residual_adaln(**given)
+
+
+def test_a_tensor_of_another_type_is_named():
+    given = {key: torch.ones(size) for key, size in FITTING.items()}
+    for name in FITTING.keys() - {"residual"}:
+        with pytest.raises(ValueError, match=rf"^{name} is torch.bfloat16, expected torch.float32 like residual"):
+            gated_residual_adaln(**given | {name: given[name].bfloat16()})
+
+
+def test_under_autocast_it_computes_in_float32():
+    """As F.layer_norm does, so that a residual stream in float32 stays one."""
+    residual, branch, gate, *rest = inputs(2, 3, 16)
+    expected = gated_residual_adaln(residual, branch.bfloat16().float(), gate, *rest, EPS)
+    with torch.autocast("cpu", torch.bfloat16):
+        h, y = gated_residual_adaln(residual, branch.bfloat16(), gate, *rest, EPS)
+    assert torch.equal(h, expected[0])
+    assert torch.equal(y, expected[1])
+
+
+def test_arguments_that_are_not_dense_give_the_same_and_none_is_modified():
+    given = inputs(2, 3, 8)
+    spread = [each.repeat_interleave(2, dim=-1)[..., ::2] for each in given]
+    before = [each.clone() for each in spread]
+    for found, expected in zip(gated_residual_adaln(*spread, EPS), gated_residual_adaln(*given, EPS), strict=True):
+        assert torch.equal(found, expected)
+    for after, original in zip(spread, before, strict=True):
+        assert torch.equal(after, original)

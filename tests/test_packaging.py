@@ -31,7 +31,7 @@ def test_installation_takes_one_top_level_name():
     assert importlib.metadata.distribution("strop").read_text("top_level.txt").split() == ["strop"]
 
 
-@pytest.mark.parametrize("needed", ["torch", "transformers", "pydantic"])
+@pytest.mark.parametrize("needed", ["torch", "triton", "transformers", "pydantic"])
 def test_tested_version_is_within_the_declared_range(needed):
     declared = {r.name: r for r in map(Requirement, importlib.metadata.requires("strop"))}[needed]
     pins = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line[:1].isalnum()]

@@ -62,9 +62,8 @@ def lora_after(model, policy, optimizer, ranks):
         eps = predict(policy, mine, schedule, cond)
         with policy.reference():
             eps_ref = predict(policy, mine, schedule, cond)
-        logp = schedule.log_prob(mine.x_prev, mine.x_t, eps, mine.step)
-        logp_ref = schedule.log_prob(mine.x_prev, mine.x_t, eps_ref, mine.step)
-        optimizer.backward(spo_loss(logp, logp_ref, beta=10.0, clip=0.1)[0])
+        log_ratio = schedule.log_ratio(mine.x_prev, mine.x_t, eps, eps_ref, mine.step)
+        optimizer.backward(spo_loss(log_ratio, beta=10.0, clip=0.1)[0])
         optimizer.step()
 
 

@@ -259,3 +259,20 @@ def test_conditioning_rows_follow_the_prompts():
     assert chosen.text[:, 0, 0].tolist() == [4.0, 0.0]
     assert chosen.judge.tolist() == [[0, 0, 1], [1, 0, 0]]
     assert chosen.repeat(2).text[:, 0, 0].tolist() == [4.0, 0.0, 4.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "override, forced", [((), False), (("run.kernels=reference",), True)], ids=["auto", "reference"]
+)
+def test_the_recipe_decides_whether_the_kernels_may_run(recipe, override, forced, monkeypatch):
+    """Before anything is loaded, and for the whole run."""
+
+    class Asked(Exception):
+        pass
+
+    def ask(value):
+        raise Asked(value)
+
+    monkeypatch.setattr("strop.engine.train.use_reference", ask)
+    with pytest.raises(Asked, match=str(forced)):
+        main(recipe(*override))

@@ -1,0 +1,195 @@
+"""The ops of strop.kernels, forward and backward: plain PyTorch, torch.compile of it, and Triton, side by side.
+
+`make bench` runs this. On a GPU, LAUNCHES calls go into one CUDA graph, over copies of the inputs that together exceed
+the L2 cache, and the closing table gives the time of a call, GB/s of the bytes that the op must move at least, and
+these as a share of a device-to-device copy timed in the same way in the same run; bench/results/ keeps the table under
+the name of the card. Without a GPU the first two are compared on small shapes, and there is no bandwidth to give.
+Values are checked before anything is timed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import strop.kernels as kernels
+from strop.kernels import adaln, ddim
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+LAUNCHES, ROUNDS = 48, 30
+COPY = 256 << 20  # bytes of the copy that is the measure
+HEADER = "| case | what | code | us | GB/s | of copy |\n|---|---|---|---|---|---|"
+
+
+class Case(NamedTuple):
+    """One op at one size. inputs(seed) are its arguments, `wanted` the places of those that get a gradient; bytes are
+    the fewest to move: every input read once and every output written once."""
+
+    function: Callable
+    reference: Callable
+    inputs: Callable[[int], list]
+    wanted: tuple[int, ...]
+    forward_bytes: int
+    backward_bytes: int
+
+
+def draw(seed: int, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator(DEVICE).manual_seed(seed), device=DEVICE).to(dtype)
+
+
+def modulated(shape: tuple[int, int, int], gated: bool, dtype: torch.dtype) -> Case:
+    def inputs(seed: int) -> list[Tensor]:
+        batch, _, width = shape
+        shift, scale, gate, *_ = draw(seed, dtype, batch, 6 * width).chunk(6, dim=-1)
+        weight, bias = draw(seed + 1, dtype, width) + 1, draw(seed + 2, dtype, width)
+        x, branch = draw(seed + 3, dtype, *shape), draw(seed + 4, dtype, *shape)
+        return [x, branch, gate, weight, bias, shift, scale] if gated else [x, weight, bias, shift, scale]
+
+    size = math.prod(shape) * dtype.itemsize
+    if gated:
+        op, reference = kernels.gated_residual_adaln, adaln.gated_residual_adaln_ref
+        return Case(op, reference, inputs, tuple(range(7)), 4 * size, 6 * size)
+    return Case(kernels.adaln_modulate, adaln.adaln_modulate_ref, inputs, tuple(range(5)), 2 * size, 3 * size)
+
+
+def table(rows: int) -> Tensor:
+    coefficients = kernels.DDIMCoefficients.build(torch.linspace(0.999, 0.005, 1000), 20, 1.0)
+    return coefficients.table[:, torch.arange(rows) % 20].to(DEVICE)
+
+
+def branches(shape: tuple[int, int, int, int], k: int, dtype: torch.dtype) -> Case:
+    def inputs(seed: int) -> list:
+        x, uncond, text = (draw(seed + i, dtype, *shape) for i in range(3))
+        return [x, uncond, text, 5.0, table(shape[0]), draw(seed + 3, dtype, k, *shape)]
+
+    size = math.prod(shape)
+    bytes_moved = size * ((3 + 2 * k) * dtype.itemsize + 4)
+    return Case(kernels.ddim_branch, ddim.ddim_branch_ref, inputs, (), bytes_moved, 0)
+
+
+def pair(shape: tuple[int, int, int, int], ratio: bool, dtype: torch.dtype) -> Case:
+    """Winner and loser share x_t."""
+
+    def inputs(seed: int) -> list:
+        latents = [draw(seed + i, dtype, 1, *shape) for i in range(5 if ratio else 3)]
+        return [draw(seed + 9, dtype, 2, *shape), *latents, 5.0, table(shape[0])]
+
+    size = math.prod(shape) * dtype.itemsize
+    if ratio:
+        return Case(kernels.ddim_log_ratio, ddim.ddim_log_ratio_ref, inputs, (2, 3), 7 * size, 7 * size)
+    return Case(kernels.ddim_log_prob, ddim.ddim_log_prob_ref, inputs, (2, 3), 5 * size, 7 * size)
+
+
+def cases() -> dict[str, Case]:
+    half, single = torch.bfloat16 if GPU else torch.float32, torch.float32
+    rows = [(40, 257, 1280), (8, 257, 1280)] if GPU else [(2, 17, 64)]
+    latents = {"SD-1.5": (10, 4, 64, 64), "SDXL": (10, 4, 128, 128)} if GPU else {"tiny": (2, 4, 8, 8)}
+    found = {f"adaln_modulate {shape}": modulated(shape, False, half) for shape in rows}
+    found |= {f"gated_residual_adaln {shape}": modulated(shape, True, half) for shape in rows}
+    for name, shape in latents.items():
+        found |= {f"ddim_branch {name} k={k}": branches(shape, k, single) for k in (2, 4, 8)}
+        found |= {f"ddim_log_prob {name}": pair(shape, False, single)}
+        found |= {f"ddim_log_ratio {name}": pair(shape, True, single)}
+    return found
+
+
+CASES = cases()
+WHAT = [(name, what) for name, case in CASES.items() for what in ("forward", "backward")[: 1 + bool(case.wanted)]]
+
+
+def several(size: int) -> int:
+    """Copies of inputs of this many bytes that together are twice the L2 cache; one on the CPU."""
+    return min(LAUNCHES, math.ceil(2 * torch.cuda.get_device_properties(0).L2_cache_size / size)) if GPU else 1
+
+
+def seconds(benchmark, make: Callable[[int], Callable], count: int) -> float:
+    """Median time of one call, of the calls make(0) to make(count - 1) taken in turn."""
+    if not GPU:
+        benchmark.pedantic(make(0), rounds=ROUNDS, iterations=10, warmup_rounds=2)
+        return benchmark.stats.stats.median
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):  # the forward too: a backward runs on its forward's stream
+        calls = [make(i) for i in range(count)]
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for i in range(LAUNCHES):
+            calls[i % len(calls)]()
+
+    def replay() -> None:
+        graph.replay()
+        torch.cuda.synchronize()
+
+    benchmark.pedantic(replay, rounds=ROUNDS, iterations=1, warmup_rounds=3)
+    return benchmark.stats.stats.median / LAUNCHES
+
+
+def prepared(case: Case, run: Callable, what: str, seed: int) -> Callable:
+    """A call without arguments: the forward, or the backward of a forward that is done."""
+    given = case.inputs(seed)
+    if what == "forward":
+        return lambda: run(*given)
+    wanted = [given[i].detach().requires_grad_() for i in case.wanted]
+    for place, tensor in zip(case.wanted, wanted, strict=True):
+        given[place] = tensor
+    results = run(*given)
+    results = results if isinstance(results, tuple) else (results,)
+    grads = [draw(seed + 50 + i, result.dtype, *result.shape) for i, result in enumerate(results)]
+    return lambda: torch.autograd.grad(results, wanted, grads, retain_graph=True)
+
+
+def check(case: Case, run: Callable, what: str) -> None:
+    """Raises where this code and the reference disagree."""
+    found, expected = (prepared(case, each, what, 0)() for each in (run, case.reference))
+    for ours, theirs in zip(*(r if isinstance(r, tuple) else (r,) for r in (found, expected)), strict=True):
+        off = (ours.double() - theirs.double()).norm() / theirs.double().norm()
+        assert off < 4 * torch.finfo(ours.dtype).eps + 1e-5, f"differs from the reference by {off:.1e}"
+
+
+@pytest.fixture(scope="module")
+def lines(request):
+    """Lines of the closing table, and the bandwidth of the copy under "copy"."""
+    found = {"rows": []}
+    yield found
+    text = "\n".join([HEADER, *found["rows"]])
+    request.config.pluginmanager.get_plugin("terminalreporter").write_line(f"\n{text}")
+    if GPU:
+        name = torch.cuda.get_device_name()
+        folder = Path(__file__).parent / "results"
+        folder.mkdir(exist_ok=True)
+        head = f"{name}, torch {torch.__version__}, copy {found['copy'] / 1e9:.0f} GB/s (read and written)"
+        (folder / f"kernels-{name.replace(' ', '-')}.md").write_text(f"{head}\n\n{text}\n")
+
+
+@pytest.mark.skipif(not GPU, reason="there is no device memory to copy")
+def test_copy(benchmark, lines):
+    pairs = [[torch.empty(COPY, dtype=torch.uint8, device=DEVICE) for _ in range(2)] for _ in range(several(2 * COPY))]
+    lines["copy"] = 2 * COPY / seconds(benchmark, lambda i: lambda: pairs[i][1].copy_(pairs[i][0]), len(pairs))
+
+
+@pytest.mark.parametrize("code", ["reference", "compiled", "triton"])
+@pytest.mark.parametrize("name, what", WHAT, ids=lambda value: str(value).replace(" ", "_"))
+def test_op(benchmark, lines, name, what, code):
+    if code == "triton" and not GPU:
+        pytest.skip("needs a GPU: Triton compiles for no CPU")
+    case = CASES[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(case.reference, fullgraph=True, dynamic=False) if code == "compiled" else None
+    run = {"reference": case.reference, "compiled": compiled, "triton": case.function}[code]
+    size = case.forward_bytes if what == "forward" else case.backward_bytes
+    benchmark.group = f"{name} {what}"
+    with torch._functorch.config.patch(donated_buffer=False):  # a backward is run many times here
+        check(case, run, what)
+        time = seconds(benchmark, lambda i: prepared(case, run, what, 100 * i), several(size))
+    share = f"{size / time / lines['copy']:.0%}" if "copy" in lines else "-"
+    rate = f"{size / time / 1e9:.0f}" if GPU else "-"
+    lines["rows"].append(f"| {name} | {what} | {code} | {time * 1e6:.1f} | {rate} | {share} |")

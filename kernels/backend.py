@@ -1,0 +1,103 @@
+"""Which code answers a call: Triton's kernels for CUDA tensors, the plain PyTorch reference for all others.
+
+This is the one place that decides, and the only one that touches torch's and Triton's launching. Triton is optional:
+without it every call goes to the reference. Under TRITON_INTERPRET=1 (read when this is imported) the kernels run on
+CPU tensors too, in Triton's interpreter, which is slow and meant for tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.library import wrap_triton
+
+try:
+    import triton
+except ImportError:
+    triton = None
+
+TRITON = triton is not None
+INTERPRETED = TRITON and triton.knobs.runtime.interpret
+NARROW = (torch.float32, torch.bfloat16, torch.float16)  # the types of the kernels, which compute in float32
+_choice = SimpleNamespace(reference=False, record=None)
+
+
+class Launch(NamedTuple):
+    """One launch of a kernel: its programs, its arguments in order, and its constants with num_warps among them."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple
+    constants: dict[str, Any]
+
+
+def use_reference(forced: bool) -> None:
+    """From now on and in this process, answer every call with the reference (True), or by the rule again (False)."""
+    _choice.reference = forced
+
+
+def on_triton(*tensors: Tensor) -> bool:
+    """Whether a call with these tensors, checked to be on one device, goes to Triton."""
+    if not TRITON or _choice.reference or not all(tensor.dtype in NARROW for tensor in tensors):
+        return False
+    return tensors[0].is_cuda or (tensors[0].device.type == "cpu" and INTERPRETED)
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Within it, kernels are not launched but noted in the list that it gives, in order: for reports, on any device."""
+    _choice.record = launches = []
+    try:
+        yield launches
+    finally:
+        _choice.record = None
+
+
+class _Recorder:
+    def __init__(self, kernel, launches: list[Launch]):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        return lambda *args, **constants: self.launches.append(Launch(self.kernel, grid, args, constants))
+
+
+def launch(kernel):
+    """The kernel, ready for `launch(kernel)[grid](*args, **constants)`, in eager mode and within torch.compile."""
+    if _choice.record is not None:
+        return _Recorder(kernel, _choice.record)
+    return kernel if INTERPRETED else wrap_triton(kernel)
+
+
+def check_alike(like: Tensor, name: str, **others: Tensor | None) -> None:
+    """Raises ValueError for the first of `others` that is on another device, or of another type, than `like`."""
+    for key, value in others.items():
+        if value is None:
+            continue
+        if value.device != like.device:
+            raise ValueError(f"{key} is on {value.device}, expected {like.device} like {name}")
+        if value.dtype != like.dtype:
+            raise ValueError(f"{key} is {value.dtype}, expected {like.dtype} like {name}")
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """The tensor itself if its last dimension is dense, else a dense copy: kernels take any stride between rows."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def wide(*tensors: Tensor | None) -> torch.dtype:
+    """The type in which a reference computes: float32, or float64 where a tensor is."""
+    types = [tensor.dtype for tensor in tensors if tensor is not None]
+    return torch.float64 if torch.float64 in types else torch.float32
+
+
+def outside_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, the tensors in float32, as F.layer_norm has its own; else the tensors as they are."""
+    device = tensors[0].device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        return tuple(tensor.float() for tensor in tensors)
+    return tensors

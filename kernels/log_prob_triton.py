@@ -1,0 +1,263 @@
+"""Triton kernels and torch ops of ddim_log_prob and ddim_log_ratio; ddim.py has formulas, shapes and references.
+
+E = C H W numbers to a row. Per number of a row, with s the size of the types: ddim_log_prob reads 5 s where winner and
+loser share x_t, else 8 s, ddim_log_ratio 7 s or 12 s, and both write 8 / BLOCK; their common backward reads as much as
+ddim_log_prob and writes 2 s, or 4 s. Without guidance each model output is one tensor instead of two.
+
+All arithmetic is float32. The mean over a latent is summed in two stages, in a fixed order and without atomics: the
+same bits on every run. The constants of the log-density are added after the sum, where they cost no accuracy. The
+log-ratio sums d (x_prev - mean_ref - d / 2) with d = mean_from_m (m - m_ref) and m - m_ref from the differences of the
+halves: never a difference of sums that have most digits in common. Its gradient in the policy's prediction is that of
+ddim_log_prob.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op
+
+from strop.kernels.backend import launch, on_triton
+from strop.kernels.ddim import ddim_log_prob_backward_ref, ddim_log_prob_ref, ddim_log_ratio_ref
+from strop.kernels.ddim_triton import BLOCK, guided
+
+PARTS = 64  # sums of a row at a time in the second stage
+HALF_LOG_TWO_PI = tl.constexpr(0.9189385332046727)
+
+
+@triton.jit
+def _away(x_prev, x, m, from_x, from_m):
+    return x_prev - x - (from_x - 1.0) * x - from_m * m  # of the mean; see away_ref
+
+
+@triton.jit
+def _ddim_log_prob_fwd_kernel(
+    x_prev_ptr,  # (2, N, E)
+    x_ptr,  # (R, N, E), and so are all model outputs
+    uncond_ptr,  # if GUIDED, else unused
+    text_ptr,
+    ref_uncond_ptr,  # if RATIO and GUIDED, else unused
+    ref_text_ptr,  # if RATIO, else unused
+    table_ptr,  # (5, N) float32
+    sums_ptr,  # (2, N, blocks) float32, written
+    table_row,  # strides of the table
+    table_col,
+    guidance,
+    size,  # E
+    rows,  # N
+    GUIDED: tl.constexpr,
+    RATIO: tl.constexpr,
+    SHARED: tl.constexpr,  # R = 1
+    BLOCK: tl.constexpr,
+):
+    blocks = tl.cdiv(size, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    offset = block * BLOCK + tl.arange(0, BLOCK)
+    inside = offset < size
+    from_x = tl.load(table_ptr + row * table_col + 2 * table_row)
+    from_m = tl.load(table_ptr + row * table_col + 3 * table_row)
+    for s in tl.static_range(2):
+        mine = row + s * rows  # of (2, N)
+        at = mine * size + offset
+        x_prev = tl.load(x_prev_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if s == 0 or not SHARED:
+            x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            text = tl.load(text_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            uncond = tl.load(uncond_ptr + at, mask=inside, other=0.0).to(tl.float32) if GUIDED else text
+            if RATIO:
+                ref_text = tl.load(ref_text_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                ref_uncond = tl.load(ref_uncond_ptr + at, mask=inside, other=0.0).to(tl.float32) if GUIDED else ref_text
+                d = from_m * guided(uncond - ref_uncond, text - ref_text, guidance, GUIDED)
+                m = guided(ref_uncond, ref_text, guidance, GUIDED)
+            else:
+                m = guided(uncond, text, guidance, GUIDED)
+        away = _away(x_prev, x, m, from_x, from_m)
+        each = d * (away - 0.5 * d) if RATIO else away * away
+        tl.store(sums_ptr + mine * blocks + block, tl.sum(tl.where(inside, each, 0.0), axis=0))
+
+
+@triton.jit
+def _ddim_log_prob_sum_kernel(
+    sums_ptr,  # (2, N, blocks) float32
+    table_ptr,  # (5, N) float32
+    out_ptr,  # (2, N) float32, written
+    table_row,  # strides of the table
+    table_col,
+    size,  # E
+    rows,  # N
+    blocks,
+    RATIO: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    mine = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([PARTS], tl.float32)
+    for first in range(0, blocks, PARTS):
+        part = first + tl.arange(0, PARTS)
+        total += tl.load(sums_ptr + mine * blocks + part, mask=part < blocks, other=0.0)
+    sigma = tl.load(table_ptr + (mine % rows) * table_col + 4 * table_row)
+    mean = tl.sum(total, axis=0) / size / (sigma * sigma)
+    if RATIO:
+        found = mean
+    else:
+        found = -0.5 * mean - tl.log(sigma) - HALF_LOG_TWO_PI
+    tl.store(out_ptr + mine, found)
+
+
+@triton.jit
+def _ddim_log_prob_bwd_kernel(
+    grad_ptr,  # (2, N) float32
+    x_prev_ptr,  # (2, N, E)
+    x_ptr,  # (R, N, E), and so are the model outputs and their gradients
+    uncond_ptr,  # if GUIDED, else unused
+    text_ptr,
+    table_ptr,  # (5, N) float32
+    duncond_ptr,  # written if GUIDED
+    dtext_ptr,  # written
+    table_row,  # strides of the table
+    table_col,
+    guidance,
+    size,  # E
+    rows,  # N
+    GUIDED: tl.constexpr,
+    SHARED: tl.constexpr,  # R = 1
+    BLOCK: tl.constexpr,
+):
+    blocks = tl.cdiv(size, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    offset = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = offset < size
+    from_x = tl.load(table_ptr + row * table_col + 2 * table_row)
+    from_m = tl.load(table_ptr + row * table_col + 3 * table_row)
+    sigma = tl.load(table_ptr + row * table_col + 4 * table_row)
+    slope = from_m / (sigma * sigma) / size
+    for s in tl.static_range(2):
+        mine = row + s * rows  # of (2, N)
+        at = mine * size + offset
+        x_prev = tl.load(x_prev_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if s == 0 or not SHARED:
+            there = at
+            x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            text = tl.load(text_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            uncond = tl.load(uncond_ptr + at, mask=inside, other=0.0).to(tl.float32) if GUIDED else text
+            m = guided(uncond, text, guidance, GUIDED)
+            dm = tl.zeros([BLOCK], tl.float32)
+        dm += tl.load(grad_ptr + mine) * slope * _away(x_prev, x, m, from_x, from_m)
+        if s == 1 or not SHARED:
+            if GUIDED:
+                duncond = (1.0 - guidance) * dm
+                tl.store(duncond_ptr + there, duncond.to(duncond_ptr.dtype.element_ty), mask=inside)
+                tl.store(dtext_ptr + there, (guidance * dm).to(dtext_ptr.dtype.element_ty), mask=inside)
+            else:
+                tl.store(dtext_ptr + there, dm.to(dtext_ptr.dtype.element_ty), mask=inside)
+
+
+def _log_prob(
+    x_prev: Tensor,
+    x_t: Tensor,
+    eps_uncond: Tensor | None,
+    eps_text: Tensor,
+    ref_uncond: Tensor | None,
+    ref_text: Tensor | None,
+    guidance: float,
+    coefficients: Tensor,
+) -> Tensor:
+    """(2, N): the log-ratio if ref_text is given, else the log-density."""
+    guided, ratio = eps_uncond is not None, ref_text is not None
+    x_prev, x_t, text = x_prev.contiguous(), x_t.contiguous(), eps_text.contiguous()
+    uncond = eps_uncond.contiguous() if guided else text
+    ref_text = ref_text.contiguous() if ratio else text
+    ref_uncond = ref_uncond.contiguous() if guided and ratio else text
+    rows = x_prev.shape[1]
+    size = x_prev.shape[2] * x_prev.shape[3] * x_prev.shape[4]
+    blocks = triton.cdiv(size, BLOCK)
+    sums = x_prev.new_empty((2, rows, blocks), dtype=torch.float32)
+    launch(_ddim_log_prob_fwd_kernel)[(rows * blocks,)](
+        x_prev, x_t, uncond, text, ref_uncond, ref_text, coefficients, sums, *coefficients.stride(), guidance,
+        size, rows, GUIDED=guided, RATIO=ratio, SHARED=x_t.shape[0] == 1, BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
+    found = sums.new_empty((2, rows))
+    launch(_ddim_log_prob_sum_kernel)[(2 * rows,)](
+        sums, coefficients, found, *coefficients.stride(), size, rows, blocks, RATIO=ratio, PARTS=PARTS, num_warps=1
+    )
+    return found
+
+
+def _log_prob_backward(
+    grad: Tensor,
+    x_prev: Tensor,
+    x_t: Tensor,
+    eps_uncond: Tensor | None,
+    eps_text: Tensor,
+    guidance: float,
+    coefficients: Tensor,
+) -> tuple[Tensor, Tensor]:
+    guided = eps_uncond is not None
+    grad, x_prev, x_t, text = grad.contiguous(), x_prev.contiguous(), x_t.contiguous(), eps_text.contiguous()
+    uncond = eps_uncond.contiguous() if guided else text
+    dtext = torch.empty_like(text)
+    duncond = torch.empty_like(text) if guided else text.new_empty(0)
+    rows = x_prev.shape[1]
+    size = x_prev.shape[2] * x_prev.shape[3] * x_prev.shape[4]
+    launch(_ddim_log_prob_bwd_kernel)[(rows * triton.cdiv(size, BLOCK),)](
+        grad, x_prev, x_t, uncond, text, coefficients, duncond, dtext, *coefficients.stride(), guidance,
+        size, rows, GUIDED=guided, SHARED=x_t.shape[0] == 1, BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
+    return duncond, dtext
+
+
+@triton_op("strop::ddim_log_prob", mutates_args=())
+def ddim_log_prob_op(
+    x_prev: Tensor, x_t: Tensor, eps_uncond: Tensor | None, eps_text: Tensor, guidance: float, coefficients: Tensor
+) -> Tensor:
+    """Log-densities (2, N)."""
+    if on_triton(x_t, eps_text):
+        return _log_prob(x_prev, x_t, eps_uncond, eps_text, None, None, guidance, coefficients)
+    return ddim_log_prob_ref(x_prev, x_t, eps_uncond, eps_text, guidance, coefficients)
+
+
+@triton_op("strop::ddim_log_ratio", mutates_args=())
+def ddim_log_ratio_op(
+    x_prev: Tensor,
+    x_t: Tensor,
+    eps_uncond: Tensor | None,
+    eps_text: Tensor,
+    ref_uncond: Tensor | None,
+    ref_text: Tensor,
+    guidance: float,
+    coefficients: Tensor,
+) -> Tensor:
+    """Log-ratios (2, N)."""
+    log_ratio = _log_prob if on_triton(x_t, eps_text) else ddim_log_ratio_ref
+    return log_ratio(x_prev, x_t, eps_uncond, eps_text, ref_uncond, ref_text, guidance, coefficients)
+
+
+@triton_op("strop::ddim_log_prob_backward", mutates_args=())
+def ddim_log_prob_backward_op(
+    grad: Tensor,
+    x_prev: Tensor,
+    x_t: Tensor,
+    eps_uncond: Tensor | None,
+    eps_text: Tensor,
+    guidance: float,
+    coefficients: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients in eps_uncond (empty without it) and eps_text, of ddim_log_prob and ddim_log_ratio alike."""
+    backward = _log_prob_backward if on_triton(x_t, eps_text) else ddim_log_prob_backward_ref
+    return backward(grad, x_prev, x_t, eps_uncond, eps_text, guidance, coefficients)
+
+
+def _save_log_prob(ctx, inputs, output) -> None:
+    x_prev, x_t, eps_uncond, eps_text, *_, ctx.guidance, coefficients = inputs
+    ctx.constants = len(inputs) - 4  # arguments after eps_text
+    ctx.save_for_backward(x_prev, x_t, eps_uncond, eps_text, coefficients)
+
+
+def _backward_log_prob(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    *given, coefficients = ctx.saved_tensors
+    duncond, dtext = torch.ops.strop.ddim_log_prob_backward(grad, *given, ctx.guidance, coefficients)
+    return None, None, None if given[2] is None else duncond, dtext, *[None] * ctx.constants
+
+
+ddim_log_prob_op.register_autograd(_backward_log_prob, setup_context=_save_log_prob)
+ddim_log_ratio_op.register_autograd(_backward_log_prob, setup_context=_save_log_prob)
