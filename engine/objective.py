@@ -11,8 +11,8 @@ def spo_loss(log_ratio: Tensor, beta: float, clip: float) -> tuple[Tensor, dict[
 
     log_ratio (2, N): log-density under the policy minus that under the reference, winner first. Returns the mean loss
     and, without gradient: `margin` (mean of beta * (log r_w - log r_l) before clamping), `accuracy` (share of pairs in
-    which that is positive: the implicit reward prefers the winner) and `clipped` (share of the 2N ratios at or outside
-    the clamp).
+    which that is positive: the implicit reward prefers the winner; zero counts half) and `clipped` (share of the 2N
+    ratios at or outside the clamp).
     Source: equation 7 of SPO (arXiv 2406.04314) with the published implementation's clamp.
     """
     low, high = math.log1p(-clip), math.log1p(clip)
@@ -23,7 +23,7 @@ def spo_loss(log_ratio: Tensor, beta: float, clip: float) -> tuple[Tensor, dict[
     stats = {
         "loss": loss.detach(),
         "margin": beta * free.mean(),
-        "accuracy": (free > 0).float().mean(),
+        "accuracy": 0.5 + 0.5 * free.sign().mean(),  # policy and reference start equal: one half, as of a coin
         "clipped": clipped.float().mean(),
     }
     return loss, stats

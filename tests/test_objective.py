@@ -148,7 +148,7 @@ def test_a_fresh_policy_has_loss_ln_2_and_still_a_gradient(case7, schedule, pair
     assert loss.item() == pytest.approx(math.log(2), abs=1e-7)
     assert {name: value.item() for name, value in stats.items() if name != "loss"} == {
         "margin": 0.0,
-        "accuracy": 0.0,
+        "accuracy": 0.5,
         "clipped": 0.0,
     }
     loss.backward()
