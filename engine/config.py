@@ -40,7 +40,10 @@ class Section(BaseModel):
 
 class ModelConfig(Section):
     path: str = Field(description="Folder of the base model in diffusers format (Stable Diffusion 1.5 style).")
-    dtype: Dtype = Field("float32", description="Floating-point type of the frozen weights; the LoRA stays in float32.")
+    dtype: Dtype = Field(
+        "float32",
+        description="Type of the frozen weights; the LoRA stays in float32. float16 is trained without loss scaling.",
+    )
 
 
 class JudgeConfig(Section):

@@ -125,6 +125,14 @@ def test_a_resumed_run_goes_on_bit_for_bit(recipe, tmp_path, accumulate):
     assert summary["seconds"]["total"] > first["seconds"]["total"] - first["seconds"]["evaluate"]
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_half_precision_base_trains_a_lora_in_float32(recipe, tmp_path, dtype):
+    main(recipe("run.iterations=1", f"model.dtype={dtype}"))
+    trained = lora(tmp_path / "run")
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in trained.values())
+    assert all(value.any() for name, value in trained.items() if ".up." in name), "B starts at 0 and has moved"
+
+
 def test_checkpoints_do_not_hold_the_frozen_base(recipe, tmp_path):
     main(recipe("run.iterations=1"))
     checkpoint = tmp_path / "run" / "checkpoints" / "000001"
