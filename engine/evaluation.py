@@ -16,7 +16,7 @@ from strop.engine.config import EvaluateConfig
 from strop.engine.diffusion import Conditioning, LatentDiffusion
 from strop.engine.policy import Policy
 from strop.engine.preference import StepAwarePreferenceModel
-from strop.engine.ranks import Ranks, gather_rows
+from strop.engine.ranks import Ranks, gather_rows, share
 
 Examine = Callable[[Tensor, list[str]], dict[str, Tensor]]
 
@@ -45,10 +45,9 @@ class Evaluator:
         self.diffusion, self.judge, self.examine = diffusion, judge, examine
         self.config, self.ranks = config, ranks
         self.schedule = diffusion.schedule(config.num_steps, eta=0.0, guidance=config.guidance)
-        share = -(-len(prompts) // ranks.size)
-        self.rows = slice(ranks.rank * share, (ranks.rank + 1) * share)
+        self.rows = share(len(prompts), ranks)
         self.all_prompts, self.prompts = prompts, prompts[self.rows]
-        self.pictures = min(config.pictures, share, len(prompts))
+        self.pictures = min(config.pictures, len(self.prompts))
 
     @torch.no_grad()
     def __call__(self, policy: Policy, name: str) -> Evaluation:

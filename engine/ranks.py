@@ -56,6 +56,11 @@ def start(device: str) -> Ranks:
     return Ranks(rank, size, torch.device(kind, local) if kind == "cuda" else torch.device(kind))
 
 
+def share(count: int, ranks: Ranks) -> slice:
+    """This rank's rows of `count`: contiguous, in rank order, none empty where there are as many rows as ranks."""
+    return slice(ranks.rank * count // ranks.size, (ranks.rank + 1) * count // ranks.size)
+
+
 def gather_rows(rows: Tensor, ranks: Ranks) -> Tensor:
     """All ranks' rows (N_r, ...), in rank order, on every rank: (sum N_r, ...). The N_r may differ, and be 0."""
     if ranks.size == 1:

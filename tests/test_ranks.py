@@ -17,7 +17,7 @@ from strop.engine.errors import UserError
 from strop.engine.objective import spo_loss
 from strop.engine.pairs import PreferencePairs
 from strop.engine.policy import Policy
-from strop.engine.ranks import Ranks, balance, start
+from strop.engine.ranks import Ranks, balance, share, start
 from strop.engine.train import predict
 
 MICRO_BATCH = 6  # of all ranks together
@@ -136,6 +136,13 @@ def test_one_rank_only_shuffles(tiny_folder):
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
     assert same is cond
     assert torch.equal(given.x_prev, pairs.x_prev[:, order])
+
+
+@pytest.mark.parametrize("count, size", [(5, 4), (4, 4), (384, 3), (7, 1)])
+def test_shares_cover_all_rows_in_order_and_none_is_empty(count, size):
+    rows = [list(range(count))[share(count, Ranks(rank, size, CPU))] for rank in range(size)]
+    assert [row for part in rows for row in part] == list(range(count))
+    assert all(rows)
 
 
 def test_no_gpu_is_said_in_one_sentence():
