@@ -66,11 +66,11 @@ class LatentDiffusion:
     @classmethod
     def load(cls, path: str, dtype: str, device: torch.device) -> LatentDiffusion:
         """Loads a diffusers folder (safetensors only). Raises UserError where a part is missing."""
-        options = {"torch_dtype": DTYPES[dtype], "use_safetensors": True, "local_files_only": True}
+        options = {"use_safetensors": True, "local_files_only": True}
         return cls(
             load_part(CLIPTokenizer, path, "tokenizer"),
-            load_part(CLIPTextModel, path, "text_encoder", **_dtype_option(options)).to(device),
-            load_part(AutoencoderKL, path, "vae", **options).to(device),
+            load_part(CLIPTextModel, path, "text_encoder", dtype=DTYPES[dtype], **options).to(device),
+            load_part(AutoencoderKL, path, "vae", torch_dtype=DTYPES[dtype], **options).to(device),
             load_part(DDIMScheduler, path, "scheduler"),
         )
 
@@ -136,8 +136,3 @@ def load_part(kind: type, path: str, subfolder: str, **options):
     if lacking:
         raise UserError(f"model.path: {folder / subfolder} lacks {len(lacking)} tensors, such as {lacking[0]}")
     return model
-
-
-def _dtype_option(options: dict) -> dict:
-    """transformers calls diffusers' `torch_dtype` `dtype`."""
-    return {("dtype" if key == "torch_dtype" else key): value for key, value in options.items()}

@@ -1,4 +1,4 @@
-"""Prompt files, and which prompts belong to which iteration: a pure function of the seed: resuming needs no state."""
+"""Prompt files, and which prompts belong to which iteration, which the seed alone decides: resuming needs no state."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def read_prompts(path: str, key: str) -> list[str]:
 
 def batch_of(prompts: list[str], iteration: int, size: int, seed: int) -> list[str]:
     """The `size` prompts of an iteration (from 0): every epoch is one permutation, drawn from seed and epoch."""
-    chosen = []
-    for position in range(iteration * size, (iteration + 1) * size):
-        epoch, place = divmod(position, len(prompts))
-        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
-        chosen.append(prompts[order[place]])
-    return chosen
+    first, beyond = iteration * size, (iteration + 1) * size
+    epochs = range(first // len(prompts), (beyond - 1) // len(prompts) + 1)
+    generators = [torch.Generator().manual_seed(seed * 100_003 + epoch) for epoch in epochs]
+    order = torch.cat([torch.randperm(len(prompts), generator=generator) for generator in generators])
+    begin = first - epochs[0] * len(prompts)
+    return [prompts[place] for place in order[begin : begin + size].tolist()]

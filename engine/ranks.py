@@ -93,6 +93,6 @@ def balance(
         step=gather_rows(pairs.step, ranks),
         prompt=gather_rows(pairs.prompt + ranks.rank * rows, ranks),
     )
-    share = len(everyone) // ranks.size
-    mine = everyone.shuffle(rng)[slice(ranks.rank * share, (ranks.rank + 1) * share)]
+    each = len(everyone) // ranks.size
+    mine = everyone.shuffle(rng)[slice(ranks.rank * each, (ranks.rank + 1) * each)]
     return mine, replace(cond, text=gather_rows(cond.text, ranks), judge=None)
