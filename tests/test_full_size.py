@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from strop.bench import full_size
+from strop.engine.architectures import FAMILIES
 from strop.engine.config import load
 
 ROOT = full_size.ROOT
@@ -57,7 +58,7 @@ def test_without_a_gpu_it_says_so(capsys):
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_full_size_on_a_gpu(family, dtype):
     config = load(ROOT / "configs" / f"{family}.yaml", [f"model.dtype={dtype}"])
-    architecture = json.loads((ROOT / "bench" / "architectures.json").read_text())[family] | {"judge": full_size.JUDGE}
+    architecture = FAMILIES[family] | {"judge": full_size.JUDGE}
     record = full_size.measure(config, family, architecture, torch.device("cuda"))
     assert record["pairs"] > 0
     assert record["log_ratio"]["gradient_cosine"] > 0.99

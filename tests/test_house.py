@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("engine", "kernels", "bench", "tests")
 SOURCES = sorted(str(p.relative_to(ROOT)) for folder in FOLDERS for p in (ROOT / folder).rglob("*.py"))
 EVERYWHERE, LIBRARY, SHIPPED = r".*", r"(engine|kernels)/.*", r"(engine|kernels|bench)/.*"
-HOT = r"engine/(rollout|objective|ddim|draws|pairs|policy)\.py|kernels/.*"
+HOT = r"engine/(rollout|objective|ddim|draws|pairs|policy|text_kv)\.py|kernels/.*"
 
 # What a room may import of the house (errors is open to all); a room without a row may import any but the entry points.
 ROOMS = {
@@ -34,6 +34,8 @@ ROOMS = {
     "spm_config": {"config", "settings"},
     "draws": set(),
     "conditioning": set(),
+    "text_kv": {"conditioning"},
+    "upsample": set(),
     "ddim": {"kernels", "draws"},
     "clip": {"kernels"},
     "judge_files": {"clip", "config", "hub"},
@@ -57,6 +59,8 @@ OUTSIDE = {
     "ddim": {"torch"},
     "draws": {"torch"},
     "conditioning": {"torch"},
+    "text_kv": {"torch"},
+    "upsample": {"torch"},
     "rollout": {"torch"},
     "lora": {"torch", "safetensors"},
 }
