@@ -29,6 +29,7 @@ from strop.engine.conditioning import Conditioning
 from strop.engine.config import Config, load
 from strop.engine.diffusion import LatentDiffusion
 from strop.engine.errors import UserError, exit_on_user_error
+from strop.engine.machine import prepare
 from strop.engine.metrics import Metrics, Stopwatch
 from strop.engine.pairs import PreferencePairs
 from strop.engine.policy import Policy
@@ -72,11 +73,14 @@ def measure(config: Config, family: str, architecture: dict, device: torch.devic
     precise = Policy(unet, config.lora.rank, config.lora.target_modules, seed=0)
     move(precise)
     policy = copy.deepcopy(precise)
+    policy.unet_rows = config.model.unet_rows
     halve(policy, DTYPES[config.model.dtype])
     diffusion, judge = surroundings(config, family, architecture, device)
     if config.model.gradient_checkpointing:
         policy.unet.enable_gradient_checkpointing()
         precise.unet.enable_gradient_checkpointing()
+    for each in (precise, policy):
+        prepare(config.model, each, diffusion, judge, config.optim.micro_batch)
     schedule = diffusion.schedule(config.rollout.num_steps, config.rollout.eta, config.rollout.guidance)
     optimizer = zero.build(policy.unet, replace(settings, lr=1e-30), Ranks(0, 1, device))  # both policies stay alike
     cond = conditioning(architecture, diffusion, config.rollout.prompts, DTYPES[config.model.dtype])
@@ -86,8 +90,8 @@ def measure(config: Config, family: str, architecture: dict, device: torch.devic
         clock = Stopwatch(device)
         if warm and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        with clock("rollout"):
-            pairs = rollout(policy, diffusion, judge, schedule, cond, rollout_config, rng, clock).pairs
+        with clock("rollout"), policy.sampling(cond, config.rollout.text_kv) as known:
+            pairs = rollout(policy, diffusion, judge, schedule, known, rollout_config, rng, clock).pairs
         with clock("update"):
             metrics = Metrics(ROOT, device, False, start=0, iterations=1)
             for batch, shared in micro_batches(pairs.shuffle(rng), config.optim.micro_batch, forks):
@@ -136,7 +140,7 @@ def surroundings(
     unet = architecture["unet"]
     latent_shape = (unet["in_channels"], unet["sample_size"], unet["sample_size"])
     scheduler = DDIMScheduler.from_config(architecture["scheduler"])
-    diffusion = LatentDiffusion(family, [], [], vae, scheduler, latent_shape)
+    diffusion = LatentDiffusion(family, [], [], vae, scheduler, latent_shape, decode_rows=config.model.decode_rows)
     clip.requires_grad_(False).eval()
     return diffusion, StepAwarePreferenceModel(clip, None, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 

@@ -52,14 +52,14 @@ def rollout(
     shared = all(len(cut) == 1 for cut in cuts)
     pairs, sure, scores = [], [], []
     x = schedule.prior((len(cond), *policy.latent_shape), rng)  # (B, C, H, W)
-    with clock("rollout/unet"):
+    with clock("rollout/trunk"):
         for i in range(judged.start):
             eps = policy.eps(x, schedule.timesteps(i, len(x)), cond, guided)
             x = schedule.branch(x, eps, i, k=1, rng=rng)[0]
         eps = policy.eps(x, schedule.timesteps(judged.start, len(x)), cond, guided)
     for cut in cuts:
         states = [x.unsqueeze(0), schedule.branch(x, eps, cut.start, config.k, rng)]  # (1, B, ...), (K, B, C, H, W)
-        with clock("rollout/unet"):
+        with clock("rollout/branches"):
             states += walk_on(policy, schedule, states[-1], cut[1:], cond, guided, rng)
             eps_k, x0_hat = look_ahead(policy, schedule, states[-1], cut.stop, cond, guided)
         with clock("rollout/decode"):

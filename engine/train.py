@@ -25,6 +25,7 @@ from strop.engine.errors import UserError, exit_on_user_error
 from strop.engine.evaluation import Evaluation, Evaluator
 from strop.engine.figures import before_after
 from strop.engine.lora import facts, write
+from strop.engine.machine import prepare
 from strop.engine.metrics import Metrics, Stopwatch, read_records
 from strop.engine.policy import Policy
 from strop.engine.preference import StepAwarePreferenceModel
@@ -76,6 +77,7 @@ def main(argv: Sequence[str]) -> None:
     use_reference(config.run.kernels == "reference")
     ranks = start(config.run.device)
     clock = Stopwatch(ranks.device)
+    checkpoint.check_run(config, ranks)
     with clock("load"):
         parts = build(config, ranks)
         resumed = checkpoint.open_run(config, ranks, parts.policy)
@@ -94,7 +96,8 @@ def build(config: Config, ranks: Ranks) -> Parts:
     prompts, heldout = prompts_of(config, ranks)
     model, device, lora = config.model, ranks.device, config.lora
     diffusion = LatentDiffusion.load(model, device)
-    policy = Policy(load_unet(model, device), lora.rank, lora.target_modules, config.run.seed, diffusion.latent_shape)
+    unet, shape = load_unet(model, device), diffusion.latent_shape
+    policy = Policy(unet, lora.rank, lora.target_modules, config.run.seed, shape, model.unet_rows)
     judge = StepAwarePreferenceModel.load(config.judge, device)
     spec = config.evaluate.examiner
     examine = resolve(spec, "evaluate.examiner")(device) if spec else None
@@ -104,6 +107,7 @@ def build(config: Config, ranks: Ranks) -> Parts:
             f"rollout.t_range: found {list(config.rollout.t_range)}, expected a range with at least one of the "
             f"{config.rollout.num_steps} timesteps {', '.join(map(str, schedule.t[:-1]))}"
         )
+    prepare(model, policy, diffusion, judge, config.optim.micro_batch)
     used = config.run.iterations * config.rollout.prompts * ranks.size
     trained = first_used(prompts, used, config.run.seed, BATCH)
     embeddings = Embeddings(diffusion, judge, [trained, heldout])
@@ -117,7 +121,7 @@ def build(config: Config, ranks: Ranks) -> Parts:
         judge,
         embeddings,
         schedule,
-        Evaluator(diffusion, judge, examine, embeddings, heldout, config.evaluate, ranks),
+        Evaluator(diffusion, judge, examine, embeddings, heldout, config.evaluate, ranks, config.rollout.text_kv),
         zero.build(policy.unet, zero.AdamWSettings.of(config.optim, config.zero.stage, model.dtype), ranks),
     )
 
@@ -164,11 +168,14 @@ def train(config: Config, parts: Parts, ranks: Ranks, clock: Stopwatch, spent: R
         prompts = share_of(parts.prompts, iteration, config.rollout.prompts, run.seed, ranks)
         with clock("rollout"):
             cond = parts.embeddings[prompts]
-            result = rollout(
-                policy, parts.diffusion, parts.judge, parts.schedule, cond, config.rollout, rngs["rollout"], clock
-            )
+            with policy.sampling(cond, config.rollout.text_kv) as known:
+                result = rollout(
+                    policy, parts.diffusion, parts.judge, parts.schedule, known, config.rollout, rngs["rollout"], clock
+                )
         with clock("update"):
-            pairs, cond = balance(result.pairs, cond, ranks, rngs["shuffle"])
+            pairs = balance(result.pairs, len(prompts), ranks, rngs["shuffle"])
+            if ranks.size > 1:  # pairs of any rank's prompts
+                cond = parts.embeddings[batch_of(parts.prompts, iteration, len(prompts) * ranks.size, run.seed)]
             for batch, shared in micro_batches(pairs, config.optim.micro_batch, forks):
                 update(batch, shared, cond, policy, parts.schedule, optimizer, config.optim, metrics)
         possible = len(prompts) * len(judged)
