@@ -21,16 +21,37 @@ from torch.utils.flop_counter import flop_registry
 
 
 @dataclass(frozen=True, slots=True)
+class Flops:
+    """Operations of matrix products and convolutions, a multiplication and an addition each.
+
+    By the unit of a GPU that does them where nobody says otherwise: convolutions in float32 run in TF32, matrix
+    products in float32 as such, and all that is in half precision in half precision.
+    """
+
+    half: float = 0
+    tf32: float = 0
+    float32: float = 0
+
+    @property
+    def all(self) -> float:
+        return self.half + self.tf32 + self.float32
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.half + other.half, self.tf32 + other.tf32, self.float32 + other.float32)
+
+    def __sub__(self, other: Flops) -> Flops:
+        return self + other * -1
+
+    def __mul__(self, times: float) -> Flops:
+        return Flops(self.half * times, self.tf32 * times, self.float32 * times)
+
+
+@dataclass(frozen=True, slots=True)
 class Reading:
-    """flops: of matrix products and convolutions, a multiplication and an addition each; peak: bytes of the tensors
-    made meanwhile that live at the same time."""
+    """peak: bytes of the tensors made meanwhile that live at the same time."""
 
-    flops: float = 0
-    peak: float = 0
-
-    def __add__(self, other: Reading) -> Reading:
-        """One after the other."""
-        return Reading(self.flops + other.flops, max(self.peak, other.peak))
+    flops: Flops
+    peak: float
 
 
 def gauge(work: Callable[[], object]) -> Reading:
@@ -60,19 +81,26 @@ class _Meter(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.flops = self.now = self.peak = 0
+        self.flops = Flops()
+        self.now = self.peak = 0
         self.alive: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if formula := flop_registry.get(function._overloadpacket):
-            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+            self.flops += Flops(**{self._unit(function, args): formula(*args, **(kwargs or {}), out_val=result)})
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         given = {t.untyped_storage()._cdata for t in tree_leaves(args) if isinstance(t, Tensor)} if made else ()
         for tensor in made:
             if tensor.untyped_storage()._cdata not in given:  # no view of one that was there before
                 self._add(tensor.untyped_storage())
         return result
+
+    @staticmethod
+    def _unit(function, args) -> str:
+        if next(a for a in args if isinstance(a, Tensor)).dtype != torch.float32:
+            return "half"
+        return "tf32" if "convolution" in str(function) else "float32"
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
