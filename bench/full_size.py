@@ -22,12 +22,14 @@ from transformers import CLIPConfig, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from strop.engine import zero
+from strop.engine.architectures import FAMILIES, PICKSCORE
 from strop.engine.base_model import DTYPES
 from strop.engine.clip import TimeConditionedCLIP
 from strop.engine.conditioning import Conditioning
 from strop.engine.config import Config, load
 from strop.engine.diffusion import LatentDiffusion
 from strop.engine.errors import UserError, exit_on_user_error
+from strop.engine.machine import prepare
 from strop.engine.metrics import Metrics, Stopwatch
 from strop.engine.pairs import PreferencePairs
 from strop.engine.policy import Policy
@@ -37,17 +39,8 @@ from strop.engine.rollout import rollout
 from strop.engine.update import micro_batches, predict, update
 
 ROOT = Path(__file__).parents[1]
-JUDGE = {  # PickScore's
-    "vision_config": {
-        "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
-        "patch_size": 14, "image_size": 224, "projection_dim": 1024, "hidden_act": "gelu",
-    },
-    "text_config": {
-        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 1, "num_attention_heads": 16,
-        "projection_dim": 1024, "hidden_act": "gelu",
-    },
-    "projection_dim": 1024,
-}  # fmt: skip
+# Text features are drawn, not made: one layer stands for the text tower.
+JUDGE = PICKSCORE | {"text_config": PICKSCORE["text_config"] | {"num_hidden_layers": 1}}
 NOISE_PAIRS = 16
 
 
@@ -61,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
     if not torch.cuda.is_available():
         raise UserError("full_size: PyTorch sees no GPU, and at full size an iteration on a CPU takes hours")
     config = load(ROOT / "configs" / f"{args.family}.yaml", [f"model.dtype={args.dtype}"])
-    architecture = json.loads((ROOT / "bench" / "architectures.json").read_text())[args.family] | {"judge": JUDGE}
+    architecture = FAMILIES[args.family] | {"judge": JUDGE}
     record = measure(config, args.family, architecture, torch.device("cuda"))
     card = torch.cuda.get_device_name().replace(" ", "-")
     target = ROOT / "bench" / "results" / f"full_size-{card}-{args.family}-{args.dtype}.json"
@@ -80,11 +73,14 @@ def measure(config: Config, family: str, architecture: dict, device: torch.devic
     precise = Policy(unet, config.lora.rank, config.lora.target_modules, seed=0)
     move(precise)
     policy = copy.deepcopy(precise)
+    policy.unet_rows = config.model.unet_rows
     halve(policy, DTYPES[config.model.dtype])
     diffusion, judge = surroundings(config, family, architecture, device)
     if config.model.gradient_checkpointing:
         policy.unet.enable_gradient_checkpointing()
         precise.unet.enable_gradient_checkpointing()
+    for each in (precise, policy):
+        prepare(config.model, each, diffusion, judge, config.optim.micro_batch)
     schedule = diffusion.schedule(config.rollout.num_steps, config.rollout.eta, config.rollout.guidance)
     optimizer = zero.build(policy.unet, replace(settings, lr=1e-30), Ranks(0, 1, device))  # both policies stay alike
     cond = conditioning(architecture, diffusion, config.rollout.prompts, DTYPES[config.model.dtype])
@@ -94,8 +90,8 @@ def measure(config: Config, family: str, architecture: dict, device: torch.devic
         clock = Stopwatch(device)
         if warm and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        with clock("rollout"):
-            pairs = rollout(policy, diffusion, judge, schedule, cond, rollout_config, rng, clock).pairs
+        with clock("rollout"), policy.sampling(cond, config.rollout.text_kv) as known:
+            pairs = rollout(policy, diffusion, judge, schedule, known, rollout_config, rng, clock).pairs
         with clock("update"):
             metrics = Metrics(ROOT, device, False, start=0, iterations=1)
             for batch, shared in micro_batches(pairs.shuffle(rng), config.optim.micro_batch, forks):
@@ -144,7 +140,7 @@ def surroundings(
     unet = architecture["unet"]
     latent_shape = (unet["in_channels"], unet["sample_size"], unet["sample_size"])
     scheduler = DDIMScheduler.from_config(architecture["scheduler"])
-    diffusion = LatentDiffusion(family, [], [], vae, scheduler, latent_shape)
+    diffusion = LatentDiffusion(family, [], [], vae, scheduler, latent_shape, decode_rows=config.model.decode_rows)
     clip.requires_grad_(False).eval()
     return diffusion, StepAwarePreferenceModel(clip, None, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 

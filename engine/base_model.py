@@ -64,10 +64,13 @@ class BaseModel:
     @classmethod
     def find(cls, model: ModelConfig) -> BaseModel:
         """Raises UserError, in one sentence that says what was found, for all but SD-1.5 and SDXL."""
-        path = Path(model.path).expanduser()
-        if not path.is_file():
-            folder = fetch(model.path, model.revision, "model.path", CONFIGS)
-            return cls(model, family_of(folder, "model.path"), folder, "model.path")
+        path = fetch(model.path, model.revision, "model.path", CONFIGS)
+        if path.is_dir():
+            if model.components is not None:
+                raise UserError(
+                    f"model.components: found {model.components}, but {path} has its own configurations; leave it out"
+                )
+            return cls(model, family_of(path, "model.path"), path, "model.path")
         _refuse_pickled(path, "model.path")
         family = single_file.family_of_file(path, "model.path", own_vae=model.vae is None)
         folder = _components(model, family)
@@ -106,14 +109,13 @@ class BaseModel:
     def vae(self, dtype: torch.dtype) -> AutoencoderKL:
         """The VAE, model.vae where it is given. SDXL's own overflows in float16 and is then loaded in float32."""
         override = self.settings.vae
-        path = Path(override).expanduser() if override else None
+        path = fetch(override, None, "model.vae", ("config.json", "vae/config.json")) if override else None
         if path is not None and path.is_file():
             _refuse_pickled(path, "model.vae")
             config, load = self.config("vae"), lambda t: single_file.vae_of_file(path, self.folder, t, "model.vae")
-        elif override:
-            folder = fetch(override, None, "model.vae", ("config.json", "vae/config.json"))
-            part = "vae" if (folder / "vae").is_dir() else ""
-            config = read_config(folder, part, "model.vae")
+        elif path is not None:
+            part = "vae" if (path / "vae").is_dir() else ""
+            config = read_config(path, part, "model.vae")
             load = lambda t: load_network(override, None, part, t, "model.vae", kind="vae")
         else:
             config, load = self.config("vae"), lambda t: self.part("vae", t)

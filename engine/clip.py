@@ -54,6 +54,7 @@ class TimeConditionedCLIP(nn.Module):
         self.modulated = modulated
         self._kept: dict[int, Modulation] = {}
         self._made_of: list[tuple[int, int]] = []
+        self._tower = self.tower
         if not modulated:
             return
         self.t_embedder = TimestepEmbedder(width)
@@ -81,11 +82,20 @@ class TimeConditionedCLIP(nn.Module):
 
     def image_features(self, pixel_values: Tensor, t: Tensor | int) -> Tensor:
         """Normalised pixels (B, 3, H, W) and timesteps t (B,), or one for all rows -> projected features (B, E)."""
-        vision = self.vision_model
         if not self.modulated:
+            return self._tower(pixel_values, None)
+        return self._tower(pixel_values, self.modulation_at(t) if isinstance(t, int) else self.modulation(t))
+
+    def compile_tower(self) -> None:
+        """From now on the image tower runs through torch.compile, one graph for each number of images."""
+        self._tower = torch.compile(self.tower, dynamic=False)
+
+    def tower(self, pixel_values: Tensor, made: Modulation | None) -> Tensor:
+        """image_features under a modulation, each part (1, D) or (B, D); None is a plain CLIP."""
+        vision = self.vision_model
+        if made is None:
             return self.visual_projection(vision(pixel_values=pixel_values).pooler_output)
         layers = vision.encoder.layers
-        made = self.modulation_at(t) if isinstance(t, int) else self.modulation(t)
         modulation = [tuple(part.expand(len(pixel_values), -1) for part in parts) for parts in made]
         shift, scale, gate = modulation[0][:3]
         h = vision.pre_layrnorm(vision.embeddings(pixel_values))  # (B, L, D)

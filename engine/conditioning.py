@@ -17,7 +17,8 @@ class Conditioning:
 
     text (N, L, D): hidden states of the text encoder, of SDXL's two side by side; null (1, L, D): those of the empty
     prompt. For SDXL alone: pooled (N, P), null_pooled (1, P), and time_ids (1, 6): original size, crop, target size.
-    judge (N, E): the judge's text features.
+    judge (N, E): the judge's text features. row (N,) int64: where text_kv.py keeps what a UNet makes of each prompt's
+    text; null's is row 0.
     """
 
     text: Tensor
@@ -26,6 +27,7 @@ class Conditioning:
     pooled: Tensor | None = None
     null_pooled: Tensor | None = None
     time_ids: Tensor | None = None
+    row: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.text)
@@ -42,6 +44,8 @@ class Conditioning:
         given = {"text": self.null.expand_as(self.text)}
         if self.pooled is not None:
             given["pooled"] = self.null_pooled.expand_as(self.pooled)
+        if self.row is not None:
+            given["row"] = torch.zeros_like(self.row)
         return replace(self, **given)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
@@ -52,6 +56,7 @@ class Conditioning:
     def with_judge(self, features: Tensor) -> Conditioning:
         return replace(self, judge=features)
 
-    def to(self, target: torch.device | torch.dtype) -> Conditioning:
+    def to(self, target: torch.device | torch.dtype, non_blocking: bool = False) -> Conditioning:
         given = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Conditioning(**{name: None if value is None else value.to(target) for name, value in given.items()})
+        moved = lambda value: None if value is None else value.to(target, non_blocking=non_blocking)
+        return Conditioning(**{name: moved(value) for name, value in given.items()})

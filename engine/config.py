@@ -50,6 +50,32 @@ class ModelConfig(Section):
     gradient_checkpointing: bool = Field(
         False, description="Recompute the UNet's activations in the backward pass: less memory, a third more time."
     )
+    decode_rows: int | None = Field(
+        None, ge=1, description="Latents per forward of the VAE decoder; null decodes all branches at once."
+    )
+    unet_rows: int | None = Field(
+        None,
+        ge=2,
+        description="Most rows per forward of the UNet in rollout and evaluation, where a guided latent is two rows; "
+        "null has all branches and both halves in one.",
+    )
+    channels_last: bool = Field(
+        False,
+        description="UNet and VAE in the memory order NHWC, the same numbers but for rounding. On a CPU it was slower; "
+        "not yet measured on a GPU.",
+    )
+    fold_upsample: bool = Field(
+        True,
+        description="In UNet and VAE, doubling the size and the 3x3 convolution after it as one transposed "
+        "convolution: 4/9 of their operations, the same numbers but for rounding, and a second copy of their weights "
+        "(SD-1.5 in float16: 0.1 GB). Faster on a CPU; not yet measured on a GPU.",
+    )
+    compile: bool = Field(
+        False,
+        description="UNet, VAE decoder and the judge's image tower through torch.compile: minutes at the start of a "
+        "run, less where PyTorch finds its cache of an earlier one (TORCHINDUCTOR_CACHE_DIR). Not yet measured on a "
+        "GPU.",
+    )
     height: Pixels | None = Field(None, description="Height of the images in pixels; null is the model's own.")
     width: Pixels | None = Field(None, description="Width of the images in pixels; null is the model's own.")
 
@@ -135,6 +161,11 @@ class RolloutConfig(Section):
     eta: float = Field(1.0, gt=0, le=1, description="DDIM eta; 0 has no log-probability and is not allowed here.")
     guidance: float = Field(5.0, ge=1, description="Classifier-free guidance scale; 1 switches guidance off.")
     threshold: float = Field(0.3, ge=0, lt=1, description="A pair is kept when p(winner) - p(loser) exceeds this.")
+    text_kv: bool = Field(
+        True,
+        description="Cross-attention keys and values of each prompt computed once per rollout (and evaluated batch), "
+        "not once per step and branch; the same numbers but for rounding.",
+    )
 
     @model_validator(mode="after")
     def _range_is_one(self) -> RolloutConfig:

@@ -39,8 +39,9 @@ class LatentDiffusion:
         scheduler: DDIMScheduler,
         latent_shape: tuple[int, int, int],
         zero_null: bool = False,
+        decode_rows: int | None = None,
     ):
-        """zero_null: the empty prompt is all zeros, not its encoding."""
+        """zero_null: the empty prompt is all zeros, not its encoding; decode_rows: latents decoded at once."""
         self.family = family
         self.tokenizers = list(tokenizers)
         self.text_encoders = [encoder.eval().requires_grad_(False) for encoder in text_encoders]
@@ -49,6 +50,7 @@ class LatentDiffusion:
         self.latent_shape = latent_shape
         self.factor = pixels_per_latent(vae)
         self.zero_null = zero_null
+        self.decode_rows = decode_rows
         self.device = next(vae.parameters()).device
 
     @classmethod
@@ -59,7 +61,8 @@ class LatentDiffusion:
         vae = base.vae(dtype)
         latent_shape = base.latent_shape(pixels_per_latent(vae))
         text_encoders = [encoder.to(device) for encoder in base.text_encoders(dtype)]
-        return cls(base.family, tokenizers, text_encoders, vae.to(device), scheduler, latent_shape, base.zero_null())
+        null, rows = base.zero_null(), model.decode_rows
+        return cls(base.family, tokenizers, text_encoders, vae.to(device), scheduler, latent_shape, null, rows)
 
     def schedule(self, num_steps: int, eta: float, guidance: float) -> DDIMSchedule:
         """The DDIM schedule of this base model, with "leading" spacing as published, whatever sampler it comes with.
@@ -103,7 +106,8 @@ class LatentDiffusion:
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (..., C, h, w) -> images (..., 3, H, W) of the VAE's type, about [-1, 1] and not clamped."""
         flat = latents.flatten(0, -4).to(self.vae.dtype) / self.vae.config.scaling_factor
-        images = self.vae.decode(flat).sample
+        parts = [self.vae.decode(part).sample for part in flat.split(self.decode_rows or len(flat))]
+        images = parts[0] if len(parts) == 1 else torch.cat(parts)
         return images.unflatten(0, latents.shape[:-3])
 
     @torch.no_grad()

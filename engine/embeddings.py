@@ -29,7 +29,8 @@ class Embeddings:
         return len(self.row)
 
     def __getitem__(self, prompts: Sequence[str]) -> Conditioning:
-        return self.all[torch.tensor([self.row[prompt] for prompt in prompts])].to(self.device)
+        found = self.all[torch.tensor([self.row[prompt] for prompt in prompts])]
+        return found.to(self.device, non_blocking=True)  # nothing writes what is on its way
 
     @staticmethod
     def _encode(diffusion: LatentDiffusion, judge: StepAwarePreferenceModel, prompts: Sequence[str]) -> Conditioning:

@@ -43,10 +43,14 @@ class Evaluator:
         prompts: list[str],
         config: EvaluateConfig,
         ranks: Ranks,
+        text_kv: bool = True,
     ):
-        """prompts: held-out, the same on every rank, in `embeddings`; each rank takes a contiguous share of them."""
+        """prompts: held-out, the same on every rank, in `embeddings`; each rank takes a contiguous share of them.
+
+        text_kv: as rollout.text_kv.
+        """
         self.diffusion, self.judge, self.examine, self.embeddings = diffusion, judge, examine, embeddings
-        self.config, self.ranks = config, ranks
+        self.config, self.ranks, self.text_kv = config, ranks, text_kv
         self.schedule = diffusion.schedule(config.num_steps, eta=0.0, guidance=config.guidance)
         self.rows = share(len(prompts), ranks)
         self.all_prompts, self.prompts = prompts, prompts[self.rows]
@@ -68,7 +72,8 @@ class Evaluator:
         for start in tqdm(starts, unit="batch", leave=False, disable=None if self.ranks.first else True):
             prompts = self.prompts[start : start + self.config.batch]
             cond = self.embeddings[prompts]
-            batch = self._sample(policy, noise[start : start + len(prompts)], cond)
+            with policy.sampling(cond, self.text_kv) as known:
+                batch = self._sample(policy, noise[start : start + len(prompts)], known)
             for name, values in self._score(batch, prompts, cond).items():
                 scores.setdefault(name, []).append(values)
             images.append(batch[: max(0, self.pictures - start)].cpu())

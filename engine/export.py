@@ -91,7 +91,7 @@ def base_of(lora: Lora, source: Path, base: str | None, components: str | None) 
         raise UserError(f"{source} does not say which model it was trained on; name it with --base")
     trained_on = json.loads(lora.facts.get("strop.config", "{}")).get("model", {})
     if base is not None:
-        trained_on |= {"path": base, "revision": None}
+        trained_on = {"path": base}
     if components is not None:
         trained_on["components"] = components
     return ModelConfig(**{key: trained_on.get(key) for key in ("path", "revision", "components")})

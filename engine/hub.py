@@ -25,6 +25,8 @@ def fetch(path: str, revision: str | None, key: str, patterns: Sequence[str]) ->
     """
     local = Path(path).expanduser()
     if local.exists():
+        if revision is not None:
+            raise UserError(f"{key}: {path} is on this machine, where revision {revision} means nothing; leave it out")
         return local
     meant = REPOSITORY.fullmatch(path)
     if not meant:

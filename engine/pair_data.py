@@ -30,8 +30,9 @@ OPTIONAL = ("num_example_per_prompt", "has_label", "are_different")  # of Pick-a
 JSONL_GROUP = 16  # rows that one process reads in a row
 
 
-class BrokenPair(Exception):
-    """A row that is no pair, or whose images cannot be read: where it lies, and why."""
+class BrokenPair(UserError):
+    """A row that is no pair, or whose images cannot be read: where it lies, and why. It ends a run only where it was
+    whole when the run began."""
 
 
 @dataclass(slots=True)
@@ -198,20 +199,23 @@ class JsonlPairs(PairSource):
                         source._index(number, line, labelled)
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{key}: {path} cannot be read ({_line(error)}); expected JSON lines in UTF-8") from None
-        counted = [number or 0 for number in source.num_examples]
+        given = source.num_examples
         source.count_examples()
-        source.num_examples = [a or b for a, b in zip(counted, source.num_examples, strict=True)]
+        source.num_examples = [a or b for a, b in zip(given, source.num_examples, strict=True)]
         return source
 
     def _index(self, number: int, line: str, labelled: bool) -> None:
         row, why = _parsed(line)
+        given = row.get("num_examples")
+        if given is not None and (not isinstance(given, int) or given < 1):
+            why = f"its num_examples is {given!r}, expected a whole number from 1"
         why = why or self._append(row["caption"], _label(row) if labelled else None)
         if why:
             self.broken.append(f"{self.file} line {number}: {why}")
             return
         self.lines.append(number)
         self.paths.append((row["image_0"], row["image_1"]))
-        self.num_examples.append(row.get("num_examples"))
+        self.num_examples.append(given or 0)
 
     def name(self, row: int) -> str:
         return f"{self.file} line {self.lines[row]}"

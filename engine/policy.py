@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from strop.engine.conditioning import Conditioning
 from strop.engine.errors import UserError
 from strop.engine.lora import LORA_FILE, Lora, read, write
+from strop.engine.text_kv import kept_text, text_rows
 
 
 class Policy:
@@ -28,13 +29,18 @@ class Policy:
         target_modules: tuple[str, ...],
         seed: int,
         latent_shape: tuple[int, int, int] | None = None,
+        unet_rows: int | None = None,
     ):
         """Adds a fresh LoRA: A ~ N(0, 1/rank^2) from `seed`, B = 0, alpha = rank: policy and reference start equal.
 
-        latent_shape: (C, h, w) of a latent; None is the UNet's own resolution.
+        latent_shape: (C, h, w) of a latent; None is the UNet's own resolution. unet_rows: most rows of a forward inside
+        `sampling`; None is no bound.
         """
         self.unet = unet.requires_grad_(False).eval()
         self.rank = rank
+        self.unet_rows = unet_rows
+        self.is_sampling = False
+        self.multiple = 1  # outside of `sampling`, latents are filled up to a multiple of this (machine.py)
         size = unet.config.sample_size
         self.latent_shape = latent_shape or (unet.config.in_channels, size, size)
         config = PeftLoraConfig(
@@ -59,7 +65,29 @@ class Policy:
         x (N, C, H, W); step_t (N,) training timesteps; cond of N prompts. Returns (2, N, C, H, W): without the prompt,
         with the prompt; (1, N, C, H, W) when not guided. DDIMSchedule combines the halves.
         """
-        return unet_eps(self.unet, x, step_t, cond, guided)
+        missing = -len(x) % self.multiple
+        if missing and not self.is_sampling:
+            full = torch.arange(len(x) + missing, device=x.device).clamp(max=len(x) - 1)
+            return unet_eps(self.unet, x[full], step_t[full], cond[full], guided)[:, : len(x)]
+        rows = (self.unet_rows or 0) // (2 if guided else 1) if self.is_sampling else 0
+        if rows == 0 or len(x) <= rows:
+            return unet_eps(self.unet, x, step_t, cond, guided)
+        parts = [slice(start, start + rows) for start in range(0, len(x), rows)]
+        return torch.cat([unet_eps(self.unet, x[p], step_t[p], cond[p], guided) for p in parts], dim=1)
+
+    @contextmanager
+    def sampling(self, cond: Conditioning, text_kv: bool) -> Iterator[Conditioning]:
+        """Inside, latents of the prompts of `cond` are sampled: no gradient, at most unet_rows rows a forward.
+
+        Gives the Conditioning to sample with. text_kv: keys and values of its text are computed here, once; inside, the
+        policy must then stay as it is.
+        """
+        self.is_sampling = True
+        try:
+            with torch.no_grad(), kept_text(self.unet, cond) if text_kv else nullcontext(cond) as given:
+                yield given
+        finally:
+            self.is_sampling = False
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -137,12 +165,13 @@ class Policy:
 def unet_eps(unet: UNet2DConditionModel, x: Tensor, step_t: Tensor, cond: Conditioning, guided: bool) -> Tensor:
     """As Policy.eps, for any UNet: one forward for both guidance halves, (2 or 1, N, C, H, W) in float32."""
     halves = 2 if guided else 1
-    text = both_halves(cond.null, cond.text, guided)
+    dtype = cond.text.dtype
+    text = both_halves(cond.null, cond.text, guided) if cond.row is None else text_rows(cond, guided)
     added = None
     if cond.pooled is not None:  # SDXL
         time_ids = cond.time_ids.expand(len(text), -1)
         added = {"text_embeds": both_halves(cond.null_pooled, cond.pooled, guided), "time_ids": time_ids}
-    rows = x.repeat(halves, 1, 1, 1).to(text.dtype)
+    rows = x.repeat(halves, 1, 1, 1).to(dtype)
     out = unet(rows, step_t.repeat(halves), encoder_hidden_states=text, added_cond_kwargs=added).sample
     return out.float().unflatten(0, (halves, len(x)))
 

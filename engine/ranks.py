@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from strop.engine.conditioning import Conditioning
 from strop.engine.errors import UserError
 from strop.engine.pairs import PreferencePairs
 
@@ -76,23 +75,21 @@ def gather_rows(rows: Tensor, ranks: Ranks) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
-def balance(
-    pairs: PreferencePairs, cond: Conditioning, ranks: Ranks, rng: torch.Generator
-) -> tuple[PreferencePairs, Conditioning]:
+def balance(pairs: PreferencePairs, prompts: int, ranks: Ranks, rng: torch.Generator) -> PreferencePairs:
     """Equal shares of all ranks' pairs, drawn at random; every rank then takes the same number of optimizer steps.
 
-    rng has the same state on every rank. A remainder smaller than the number of ranks is dropped, as published, and so
-    is everything when there are fewer pairs than ranks. Prompt embeddings travel once per prompt, not once per pair.
+    prompts: of an iteration, on each rank; rng has the same state on every rank. The pairs returned name their prompt
+    among those of all ranks, in rank order: every rank knows them and has their embeddings, so these do not travel. A
+    remainder smaller than the number of ranks is dropped, as published, and so is everything when there are fewer pairs
+    than ranks.
     """
     if ranks.size == 1:
-        return pairs.shuffle(rng), cond
-    rows = len(cond)
+        return pairs.shuffle(rng)
     everyone = PreferencePairs(
         x_t=gather_rows(pairs.x_t.transpose(0, 1), ranks).transpose(0, 1),
         x_prev=gather_rows(pairs.x_prev.transpose(0, 1), ranks).transpose(0, 1),
         step=gather_rows(pairs.step, ranks),
-        prompt=gather_rows(pairs.prompt + ranks.rank * rows, ranks),
+        prompt=gather_rows(pairs.prompt + ranks.rank * prompts, ranks),
     )
     each = len(everyone) // ranks.size
-    mine = everyone.shuffle(rng)[slice(ranks.rank * each, (ranks.rank + 1) * each)]
-    return mine, replace(cond, judge=None).map(lambda rows: gather_rows(rows, ranks))
+    return everyone.shuffle(rng)[slice(ranks.rank * each, (ranks.rank + 1) * each)]

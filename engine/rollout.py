@@ -53,21 +53,17 @@ def rollout(
     pairs, sure, scores = [], [], []
     kept = torch.zeros(schedule.num_steps, device=schedule.device)
     x = schedule.prior((len(cond), *policy.latent_shape), rng)  # (B, C, H, W)
-    at = cuts[0].start
-    with clock("rollout/unet"):
-        eps = policy.eps(x, schedule.timesteps(0, len(x)), cond, guided)
-        x, eps = walk(policy, schedule, x, eps, range(at), cond, guided, rng)
+    at, eps = 0, None
     for cut in cuts:
-        with clock("rollout/unet"):
-            if guided and len(eps) == 1:
-                eps = torch.cat([policy.eps(x, schedule.timesteps(at, len(x)), cond.unprompted(), False), eps])
+        with clock("rollout/trunk"):
+            eps = complete(policy, schedule, x, eps, at, cond, guided)
             x, eps = walk(policy, schedule, x, eps, range(at, cut.start), cond, guided, rng)
-            states = [x.unsqueeze(0), schedule.branch(x, eps, cut.start, config.k, rng)]  # (1, B, ...), (K, B, ...)
+        states = [x.unsqueeze(0), schedule.branch(x, eps, cut.start, config.k, rng)]  # (1, B, ...), (K, B, C, H, W)
+        with clock("rollout/branches"):
             walked, before = walk_on(policy, schedule, states[-1], eps.unsqueeze(1), cut[1:], cond, guided, rng)
             states += walked
-            eps_k, x0_hat = look_ahead(
-                policy, schedule, states[-1], cut.stop, cond, guided, before if text_alone else None
-            )
+            before = before if text_alone else None
+            eps_k, x0_hat = look_ahead(policy, schedule, states[-1], cut.stop, cond, guided, before)
         with clock("rollout/decode"):
             images = diffusion.decode(x0_hat)  # (K, B, 3, H, W)
         with clock("rollout/judge"):
@@ -101,6 +97,16 @@ def segments(steps: range, length: int, merge_last: bool) -> list[range]:
     if merge_last and len(starts) > 1 and starts[-1] == steps[-1]:
         starts.pop()
     return [range(start, stop) for start, stop in zip(starts, [*starts[1:], steps.stop], strict=True)]
+
+
+def complete(policy, schedule: DDIMSchedule, x: Tensor, eps: Tensor | None, step: int, cond, guided: bool) -> Tensor:
+    """eps (G, B, C, H, W) of x (B, C, H, W) at `step`, of which is known: nothing, the half with the prompt, or all."""
+    t = schedule.timesteps(step, len(x))
+    if eps is None:
+        return policy.eps(x, t, cond, guided)
+    if guided and len(eps) == 1:
+        return torch.cat([policy.eps(x, t, cond.unprompted(), False), eps])
+    return eps
 
 
 def walk(

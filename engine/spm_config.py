@@ -40,7 +40,8 @@ class SpmDataConfig(Section):
         "auto",
         description="Folder where VAE latents, text embeddings (both in float16) and PickScore's scores are kept for "
         "every later run: 130 KB a pair at 512 pixels, 520 KB at 1024, and 120 or 320 KB a caption. auto is "
-        "`pair-cache` beside run.dir; null computes them in every step. Pairs of a factory are not cached.",
+        "`pair-cache` beside run.dir; null computes them in every step, and reads a row group of parquet for every "
+        "pair. Pairs of a factory are not cached.",
     )
     workers: int = Field(0, ge=0, description="Processes that load pairs; 0 loads them in the training process.")
 

@@ -36,8 +36,11 @@ class Chosen:
 
 @dataclass(frozen=True, slots=True)
 class PairSets:
-    """Pairs to train on and held-out pairs. broken: "file row: why" of those that could not be used; left_out: rows
-    that teach nothing, or whose caption is held out. kept: the training pairs come from the cache, not as images."""
+    """Pairs to train on and held-out pairs.
+
+    broken: "file row: why" of those that could not be used; left_out: rows that teach nothing, or whose caption stands
+    in data.heldout_source. kept: the training pairs come from the cache, not as images.
+    """
 
     train: Dataset
     heldout: Dataset
@@ -54,7 +57,12 @@ class FilePairs(Dataset):
     """
 
     def __init__(
-        self, source: PairSource, labels: dict[int, Sequence[float]], size: tuple[int, int], images: bool, entries=None
+        self,
+        source: PairSource,
+        labels: dict[int, Sequence[float]],
+        size: tuple[int, int],
+        images: bool,
+        entries: Entries | None = None,
     ):
         """labels: of each row of the source that is used; size: (height, width) of the images."""
         self.source, self.rows, self.labels = source, list(labels), list(labels.values())
@@ -86,7 +94,7 @@ def choose(config: SpmConfig, ranks: Ranks) -> tuple[Chosen, Chosen] | None:
     """
     data = config.data
     if is_factory(data.source):
-        _check_factory(config)
+        _check_factory(config, ranks)
         return None
     labelled = data.labels == "given"
     train = _opened(data.source, "data.source", labelled, data.max_broken)
@@ -98,6 +106,7 @@ def choose(config: SpmConfig, ranks: Ranks) -> tuple[Chosen, Chosen] | None:
         heldout = Chosen(source, list(range(min(len(source), data.heldout))), "data.heldout_source")
         theirs = {source.captions[row] for row in heldout.rows}
         rows = [row for row, caption in enumerate(train.captions) if caption not in theirs]
+        train.left_out += len(train) - len(rows)
     if not rows or len(heldout.rows) < ranks.size:
         raise UserError(
             f"{heldout.key}: found {len(rows)} pairs to train on and {len(heldout.rows)} held-out ones with other "
@@ -122,10 +131,8 @@ def split_by_caption(captions: Sequence[str], count: int, seed: int) -> tuple[li
     return sorted(row for at in order for row in groups[at]), sorted(heldout[:count])
 
 
-def check_judge(config: SpmConfig, judge: StepAwarePreferenceModel) -> None:
-    """Raises UserError for a judge that cannot be trained, or that is to make PickScore's labels and is none."""
-    if config.judge.kind == "pickscore":
-        raise UserError("judge.kind: found pickscore, which has no training here; expected spm or spm_no_step")
+def check_labeller(config: SpmConfig, judge: StepAwarePreferenceModel) -> None:
+    """Raises UserError where judge.path is to make PickScore's labels, but has been trained for timesteps."""
     modulated = (value for name, value in judge.clip.named_parameters() if "adaLN_modulation.1.weight" in name)
     if config.data.labels == "pickscore" and any(value.any() for value in modulated):
         raise UserError(
@@ -180,8 +187,10 @@ def _opened(spec: str, key: str, labelled: bool, max_broken: float) -> PairSourc
     return source
 
 
-def _check_factory(config: SpmConfig) -> None:
+def _check_factory(config: SpmConfig, ranks: Ranks) -> None:
     data = config.data
+    if data.heldout < ranks.size:
+        raise UserError(f"data.heldout: found {data.heldout}, expected at least {ranks.size} (the processes)")
     resolve(data.source, "data.source")
     if data.heldout_source is not None:
         resolve(data.heldout_source, "data.heldout_source")

@@ -26,6 +26,7 @@ from strop.engine.errors import UserError, exit_on_user_error
 from strop.engine.evaluation import Evaluation, Evaluator
 from strop.engine.figures import before_after
 from strop.engine.lora import facts, write
+from strop.engine.machine import prepare
 from strop.engine.metrics import Metrics, Stopwatch, read_records
 from strop.engine.policy import Policy
 from strop.engine.preference import StepAwarePreferenceModel
@@ -79,6 +80,7 @@ def main(argv: Sequence[str]) -> None:
     use_reference(config.run.kernels == "reference")
     ranks = start(config.run.device)
     clock = Stopwatch(ranks.device)
+    checkpoint.check_run(config, ranks)
     with clock("load"):
         parts = build(config, ranks)
         resumed = checkpoint.open_run(config, ranks, parts.policy)
@@ -97,7 +99,8 @@ def build(config: Config, ranks: Ranks) -> Parts:
     prompts, heldout = prompts_of(config, ranks)
     model, device, lora = config.model, ranks.device, config.lora
     diffusion = LatentDiffusion.load(model, device)
-    policy = Policy(load_unet(model, device), lora.rank, lora.target_modules, config.run.seed, diffusion.latent_shape)
+    unet, shape = load_unet(model, device), diffusion.latent_shape
+    policy = Policy(unet, lora.rank, lora.target_modules, config.run.seed, shape, model.unet_rows)
     judge = StepAwarePreferenceModel.load(config.judge, device)
     spec = config.evaluate.examiner
     examine = resolve(spec, "evaluate.examiner")(device) if spec else None
@@ -105,6 +108,7 @@ def build(config: Config, ranks: Ranks) -> Parts:
     check_steps(config.rollout, schedule)
     tiny = config.rollout.decoder
     decoder = TinyDecoder.load(tiny, model.dtype, diffusion) if tiny else diffusion
+    prepare(model, policy, diffusion, judge, config.optim.micro_batch)
     used = config.run.iterations * config.rollout.prompts * ranks.size
     trained = first_used(prompts, used, config.run.seed, BATCH)
     embeddings = Embeddings(diffusion, judge, [trained, heldout])
@@ -119,7 +123,7 @@ def build(config: Config, ranks: Ranks) -> Parts:
         judge,
         embeddings,
         schedule,
-        Evaluator(diffusion, judge, examine, embeddings, heldout, config.evaluate, ranks),
+        Evaluator(diffusion, judge, examine, embeddings, heldout, config.evaluate, ranks, config.rollout.text_kv),
         zero.build(policy.unet, zero.AdamWSettings.of(config.optim, config.zero.stage, model.dtype), ranks),
     )
 
@@ -182,11 +186,14 @@ def train(config: Config, parts: Parts, ranks: Ranks, clock: Stopwatch, spent: R
         prompts = share_of(parts.prompts, iteration, config.rollout.prompts, run.seed, ranks)
         with clock("rollout"):
             cond = parts.embeddings[prompts]
-            result = rollout(
-                policy, parts.decoder, parts.judge, parts.schedule, cond, config.rollout, rngs["rollout"], clock
-            )
+            with policy.sampling(cond, config.rollout.text_kv) as known:
+                result = rollout(
+                    policy, parts.decoder, parts.judge, parts.schedule, known, config.rollout, rngs["rollout"], clock
+                )
         with clock("update"):
-            pairs, cond = balance(result.pairs, cond, ranks, rngs["shuffle"])
+            pairs = balance(result.pairs, len(prompts), ranks, rngs["shuffle"])
+            if ranks.size > 1:  # pairs of any rank's prompts
+                cond = parts.embeddings[batch_of(parts.prompts, iteration, len(prompts) * ranks.size, run.seed)]
             pairs = pairs[: math.ceil(config.optim.keep_pairs * len(pairs))]  # they come shuffled
             if config.optim.passes > 1:
                 pairs = with_reference(pairs, forks, cond, policy, parts.schedule, config.optim)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -38,7 +38,7 @@ from strop.engine.spm import (
     training_pixels,
 )
 from strop.engine.spm_config import SpmConfig
-from strop.engine.spm_data import PairSets, check_judge, choose, make_sets
+from strop.engine.spm_data import PairSets, check_labeller, choose, make_sets
 from strop.engine.spm_heldout import TIMESTEPS, View, evaluate, heldout_views
 from strop.engine.spm_report import announce, close, progress_line
 from strop.kernels import use_reference
@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
 
     def spent() -> dict[str, float]:
         now = clock.seconds() | {"total": time.perf_counter() - begun}
-        return {stage: before.get(stage, 0.0) + seconds for stage, seconds in now.items()}
+        return {stage: before.get(stage, 0.0) + now.get(stage, 0.0) for stage in before | now}
 
     train(config, parts, ranks, clock, spent, resumed)
     if ranks.first:
@@ -99,7 +99,7 @@ def build(config: SpmConfig, ranks: Ranks, clock: Stopwatch) -> Parts:
         chosen = choose(config, ranks)
         diffusion = LatentDiffusion.load(model, ranks.device)
         judge = StepAwarePreferenceModel.load(config.judge, ranks.device, torch.Generator().manual_seed(seed))
-        check_judge(config, judge)
+        check_labeller(config, judge)
         denoiser = Denoiser(diffusion, load_unet(model, ranks.device), optim.guidance)
     with clock("prepare"):
         sets = make_sets(config, chosen, denoiser, judge, ranks)
@@ -121,7 +121,14 @@ def build(config: SpmConfig, ranks: Ranks, clock: Stopwatch) -> Parts:
     return Parts(judge, denoiser, nothing, sets, views, zero.build(judge.clip, settings, ranks))
 
 
-def train(config: SpmConfig, parts: Parts, ranks: Ranks, clock: Stopwatch, spent, resumed: Path | None) -> None:
+def train(
+    config: SpmConfig,
+    parts: Parts,
+    ranks: Ranks,
+    clock: Stopwatch,
+    spent: Callable[[], dict[str, float]],
+    resumed: Path | None,
+) -> None:
     """The loop: show a batch, update the judge; log, evaluate and save now and then.
 
     spent: gives the seconds of the run so far, by stage. resumed: the checkpoint to go on from.

@@ -30,7 +30,7 @@ def micro_batches(pairs: PreferencePairs, size: int, forks: Collection[int]) -> 
     apart = [len(pairs.x_t) == 2 and step not in forks for step in pairs.step.tolist()]
     for start in range(0, len(pairs), size):
         rows = sorted(range(start, min(start + size, len(pairs))), key=lambda row: apart[row])
-        batch = pairs[torch.tensor(rows, device=pairs.step.device)]
+        batch = pairs[torch.tensor(rows).to(pairs.step.device, non_blocking=True)]
         yield batch, len(rows) - sum(apart[row] for row in rows)
 
 

@@ -23,6 +23,7 @@ from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from strop.engine.architectures import FAMILIES
 from strop.engine.base_model import load_unet
 from strop.engine.config import ModelConfig
 from strop.engine.diffusion import LatentDiffusion
@@ -241,7 +242,7 @@ def open_clip(state):
 @pytest.fixture(scope="session")
 def architectures():
     """architectures["sdxl"]["unet"] is the configuration of the real one, of its weights nothing."""
-    return json.loads((GOLDEN.parents[1] / "bench" / "architectures.json").read_text())
+    return FAMILIES
 
 
 @pytest.fixture(scope="session")

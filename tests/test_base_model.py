@@ -218,11 +218,11 @@ def test_a_checkpoint_file_takes_the_original_configuration_from_the_hub(tiny_sd
 
     def fetch(path, revision, key, patterns):
         asked.append(path)
-        return folder
+        return folder if key == "model.components" else tiny_sdxl_file
 
     monkeypatch.setattr(base_model, "fetch", fetch)
     assert BaseModel.find(settings(tiny_sdxl_file)).folder == folder
-    assert asked == ["stabilityai/stable-diffusion-xl-base-1.0"]
+    assert asked[1:] == ["stabilityai/stable-diffusion-xl-base-1.0"]
 
 
 def test_a_checkpoint_file_without_any_configuration_is_refused(tiny_file, offline):
@@ -434,3 +434,9 @@ def test_the_real_unets_take_both_guidance_halves(architectures, family):
         x, t = torch.zeros(2, 4, side, side), torch.zeros(2, dtype=torch.long)
         with torch.no_grad():
             assert unet_eps(unet, x, t, cond, guided=True).shape == (2, 2, 4, side, side)
+
+
+def test_components_of_a_folder_that_has_its_own_are_refused(tiny_folder, tiny_sdxl_folder):
+    model = ModelConfig(path=str(tiny_folder), components=str(tiny_sdxl_folder))
+    with pytest.raises(UserError, match=r"^model\.components: found .* has its own configurations; leave it out"):
+        BaseModel.find(model)

@@ -378,3 +378,14 @@ def test_conditioning_is_indexed_and_repeated_row_by_row():
     without = Conditioning(cond.text, cond.null)
     assert without.repeat(3).judge is None
     assert without[1:].judge is None
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 9], ids=str)
+def test_latents_decoded_in_parts_are_those_decoded_at_once(tiny_folder, diffusion, rows):
+    latents = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    parts = LatentDiffusion.load(ModelConfig(path=str(tiny_folder), decode_rows=rows), torch.device("cpu"))
+    seen = []
+    parts.vae.decoder.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    torch.testing.assert_close(parts.decode(latents), diffusion.decode(latents), rtol=0, atol=1e-5)
+    assert max(seen) == min(rows, 4)
+    assert sum(seen) == 4

@@ -176,9 +176,9 @@ def test_another_base_of_the_same_family(run, tmp_path, tiny_folder):
 
 def test_a_base_that_is_one_file(tiny_sdxl_file, tiny_sdxl_folder, tmp_path):
     leave_run(tmp_path / "run", tiny_sdxl_folder, sizes=(0.2,), final=1)
-    for name, base in (("a", tiny_sdxl_folder), ("b", tiny_sdxl_file)):
+    for name, base in (("a", [tiny_sdxl_folder]), ("b", [tiny_sdxl_file, "--components", tiny_sdxl_folder])):
         arguments = [tmp_path / "run", "--format", "merged", "--out", tmp_path / name]
-        main([str(a) for a in [*arguments, "--base", base, "--components", tiny_sdxl_folder]])
+        main([str(a) for a in [*arguments, "--base", *base]])
     a, b = (UNet2DConditionModel.from_pretrained(tmp_path / name / "unet").state_dict() for name in "ab")
     assert_same(a, b)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from strop.bench import full_size
+from strop.engine.architectures import FAMILIES
 from strop.engine.config import load
 
 ROOT = full_size.ROOT
@@ -31,7 +32,8 @@ def tiny(spm, monkeypatch):
 def test_in_float32_there_is_no_noise(tiny, family, pairs):
     record = tiny(family, "float32")
     assert record["pairs"] == pairs
-    assert {"rollout", "rollout/unet", "rollout/decode", "rollout/judge", "update"} == record["seconds"].keys()
+    parts = {"rollout/trunk", "rollout/branches", "rollout/decode", "rollout/judge"}
+    assert record["seconds"].keys() == {"rollout", "update"} | parts
     assert record["log_ratio"]["noise_to_signal"] == 0
     assert record["log_ratio"]["same_sign"] == 1
     assert record["log_ratio"]["gradient_cosine"] == pytest.approx(1)
@@ -57,7 +59,7 @@ def test_without_a_gpu_it_says_so(capsys):
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_full_size_on_a_gpu(family, dtype):
     config = load(ROOT / "configs" / f"{family}.yaml", [f"model.dtype={dtype}"])
-    architecture = json.loads((ROOT / "bench" / "architectures.json").read_text())[family] | {"judge": full_size.JUDGE}
+    architecture = FAMILIES[family] | {"judge": full_size.JUDGE}
     record = full_size.measure(config, family, architecture, torch.device("cuda"))
     assert record["pairs"] > 0
     assert record["log_ratio"]["gradient_cosine"] > 0.99

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("engine", "kernels", "bench", "tests")
 SOURCES = sorted(str(p.relative_to(ROOT)) for folder in FOLDERS for p in (ROOT / folder).rglob("*.py"))
 EVERYWHERE, LIBRARY, SHIPPED = r".*", r"(engine|kernels)/.*", r"(engine|kernels|bench)/.*"
-HOT = r"engine/(rollout|objective|ddim|draws|pairs|policy)\.py|kernels/.*"
+HOT = r"engine/(rollout|objective|ddim|draws|pairs|policy|text_kv)\.py|kernels/.*"
 
 # What a room may import of the house (errors is open to all); a room without a row may import any but the entry points.
 ROOMS = {
@@ -34,9 +34,13 @@ ROOMS = {
     "spm_config": {"config", "settings"},
     "draws": set(),
     "conditioning": set(),
+    "text_kv": {"conditioning"},
+    "upsample": set(),
     "ddim": {"kernels", "draws"},
     "clip": {"kernels"},
     "judge_files": {"clip", "config", "hub"},
+    "pair_cache": set(),
+    "pair_data": set(),
     "preference": {"clip", "config", "judge_files", "pairs"},
     "rollout": {"pairs", "preference", "ddim", "draws"},
     "lora": {"config"},
@@ -45,6 +49,8 @@ ROOMS = {
 OUTSIDE = {
     "errors": set(),
     "objective": {"torch"},
+    "pair_cache": {"torch", "safetensors"},
+    "pair_data": {"torch", "PIL", "pyarrow"},
     "pairs": {"torch"},
     "metrics": {"torch"},
     "settings": {"pydantic", "yaml"},
@@ -53,6 +59,8 @@ OUTSIDE = {
     "ddim": {"torch"},
     "draws": {"torch"},
     "conditioning": {"torch"},
+    "text_kv": {"torch"},
+    "upsample": {"torch"},
     "rollout": {"torch"},
     "lora": {"torch", "safetensors"},
 }

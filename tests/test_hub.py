@@ -24,6 +24,11 @@ def test_a_local_path_is_taken_as_it_is(tmp_path):
     assert fetch(str(tmp_path), None, "model.path", ["*"]) == tmp_path
 
 
+def test_a_revision_is_of_the_hub_alone(tmp_path):
+    with pytest.raises(UserError, match=r"^model\.path: .* is on this machine, where revision v1 means nothing"):
+        fetch(str(tmp_path), "v1", "model.path", ["*"])
+
+
 def test_a_repository_and_a_file_of_it(cache):
     assert fetch("owner/name", None, "model.path", ["unet/*"]).samefile(cache)
     assert fetch("owner/name/judge.v1.bin", None, "judge.path", ["*"]).read_text() == "weights"

@@ -92,10 +92,11 @@ def test_jsonl_labels_and_counts(tmp_path, pair_files):
         (lambda line: line.replace("image_1", "picture"), "line 2: no text under image_1"),
         (lambda line: line.replace('"caption"', '"text"'), "line 2: no text under caption"),
         (lambda line: line.replace('"label": ', '"label": 1'), "line 2: its label is 1"),
+        (lambda line: line.replace("{", '{"num_examples": 0, '), "line 2: its num_examples is 0, expected a whole"),
         (lambda line: line.replace('"label"', '"winner"'), "line 2: its labels are None and None, expected two"),
         (lambda line: '{"label_0": 0.7, "label_1": 0.7, ' + line.replace('"label"', '"x"')[1:], "are 0.7 and 0.7"),
     ],
-    ids=["cut", "list", "image", "caption", "label", "unlabelled", "sum"],
+    ids=["cut", "list", "image", "caption", "label", "examples", "unlabelled", "sum"],
 )
 def test_a_malformed_line_is_named_and_passed_over(tmp_path, change, why, pair_files):
     path = pair_files.jsonl(tmp_path / "pairs", pair_files.rows(3))

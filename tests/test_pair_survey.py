@@ -8,7 +8,8 @@ from diffusers import UNet2DConditionModel
 from transformers import CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from strop.engine.config import JudgeConfig
+from strop.engine.config import JudgeConfig, ModelConfig
+from strop.engine.diffusion import LatentDiffusion
 from strop.engine.errors import UserError
 from strop.engine.pair_cache import PairCache
 from strop.engine.pair_data import fitted, open_source
@@ -22,7 +23,9 @@ SIZE = (16, 16)
 
 
 @pytest.fixture(scope="module")
-def models(tiny_folder, diffusion, clip_folder):
+def models(tiny_folder, clip_folder):
+    """Its own, for tests here change their weights."""
+    diffusion = LatentDiffusion.load(ModelConfig(path=str(tiny_folder)), ALONE.device)
     unet = UNet2DConditionModel.from_pretrained(tiny_folder / "unet")
     judge = StepAwarePreferenceModel.load(JudgeConfig(path=str(clip_folder)), ALONE.device, torch.Generator())
     return SimpleNamespace(denoiser=Denoiser(diffusion, unet, 5.0), judge=judge)

@@ -128,6 +128,38 @@ def test_the_reference_is_the_base_model_bit_for_bit(policy, base, inputs):
     assert after.requires_grad
 
 
+@pytest.mark.parametrize("rows, forwards", [(None, [6]), (6, [6]), (4, [4, 2]), (2, [2, 2, 2])], ids=str)
+def test_the_rows_of_a_forward_are_bounded_while_sampling(policy, inputs, rows, forwards):
+    """Guidance halves stay in one forward; the update is not concerned."""
+    trained(policy).unet_rows = rows
+    x, t, cond = inputs
+    expected, seen = policy.eps(x, t, cond), []
+    policy.unet.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    with policy.sampling(cond, text_kv=False) as known:
+        found = policy.eps(x, t, known)
+    assert seen == forwards
+    assert not found.requires_grad
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    policy.eps(x, t, cond)
+    assert seen[len(forwards) :] == [6]
+
+
+def test_rows_that_fill_up_a_forward_leave_no_trace(policy, inputs):
+    """Neither in what comes out nor in the gradient."""
+    trained(policy)
+    x, t, cond = (value[:2] for value in inputs)
+
+    def gradients(multiple):
+        policy.multiple = multiple
+        eps = policy.eps(x, t, cond)
+        return eps, torch.autograd.grad(eps.square().sum(), policy.parameters)
+
+    (plain, expected), (filled, found) = gradients(1), gradients(3)
+    torch.testing.assert_close(filled, plain, rtol=0, atol=1e-5)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_after_an_exception_the_policy_is_itself_again(policy, inputs):
     trained(policy)
     before = policy.eps(*inputs)

@@ -258,6 +258,17 @@ def test_k_branches_cost_one_fused_forward_a_step(small, policy, diffusion, alph
     assert counting.rows == [halves * 2] * trunk + [halves * 3 * 2] * branching
 
 
+def test_nothing_is_computed_beyond_the_judged_steps(small, policy, diffusion):
+    """Steps 2 and 3 of 6 are judged: the forward that scores step 3 is the last."""
+    counting, judge = CountingPolicy(policy), small.judge()
+    t_range = (small.schedule.t[3], small.schedule.t[2])
+    config = settings(small.schedule, k=3, t_range=t_range)
+    rollout(counting, diffusion, judge, small.schedule, small.cond, config, torch.Generator())
+    assert counting.rows == [2 * 2] * 3 + [2 * 3 * 2] * 2
+    assert judge.t == list(small.schedule.t[3:5])
+    assert [len(images.flatten(0, 1)) for images in judge.images] == [3 * 2] * 2
+
+
 @pytest.mark.parametrize("threshold, kept", [(0.0, 2.0), (1 - 1e-12, 0.0)], ids=["all", "none"])
 def test_the_threshold_decides_what_is_kept(small, policy, diffusion, threshold, kept):
     judge = small.judge()
@@ -281,7 +292,7 @@ def test_stages_are_clocked(small, policy, diffusion):
 
     config = settings(small.schedule, k=2, branch_from=4)
     rollout(policy, diffusion, small.judge(), small.schedule, small.cond, config, torch.Generator(), clock)
-    assert seen == ["rollout/unet", *["rollout/unet", "rollout/decode", "rollout/judge"] * 2]
+    assert seen == ["rollout/trunk", "rollout/branches", "rollout/decode", "rollout/judge"] * 2
 
 
 def test_the_next_state_is_a_branch_with_its_own_prediction():
@@ -534,6 +545,17 @@ def test_an_approximation_costs_fewer_rows(small, policy, diffusion, changes, ro
     config = settings(small.schedule, k=3, branch_from=2, **changes)
     rollout(counting, diffusion, small.judge(), small.schedule, small.cond, config, torch.Generator())
     assert counting.rows == rows
+
+
+def test_a_text_look_ahead_with_the_text_kept_is_the_same(small, policy, diffusion):
+    config = settings(small.schedule, k=3, branch_from=2, look_ahead="text", threshold=0.0)
+    found = []
+    for text_kv in (False, True):
+        with policy.sampling(small.cond, text_kv) as known:
+            judge, rng = small.judge(), torch.Generator().manual_seed(4)
+            found.append(rollout(policy, diffusion, judge, small.schedule, known, config, rng).pairs)
+    torch.testing.assert_close(found[1].x_prev, found[0].x_prev, rtol=0, atol=LATENTS)
+    assert torch.equal(found[1].prompt, found[0].prompt)
 
 
 def test_a_text_look_ahead_on_the_fork_itself_is_the_full_one(small, policy):

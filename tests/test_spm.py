@@ -11,12 +11,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.runtime.lr_schedules import WarmupDecayLR
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 from transformers import CLIPModel
 
+from strop.engine.base_model import load_unet
 from strop.engine.clip import TimeConditionedCLIP
 from strop.engine.conditioning import Conditioning
+from strop.engine.config import ModelConfig
+from strop.engine.diffusion import LatentDiffusion
 from strop.engine.entrypoint import resolve
 from strop.engine.errors import UserError
 from strop.engine.preference import StepAwarePreferenceModel
@@ -172,6 +175,32 @@ def test_a_whole_step_is_the_one_published(golden, tiny_folder, diffusion, spm, 
     assert all(grad is not None for grad in grads.values())
     norm = torch.stack([grad.double().norm() for grad in grads.values()]).norm()
     assert relative(norm, case["grad_norm_all_params"]) < 1e-4
+
+
+def test_sdxl_is_shown_as_diffusers_would_show_it(tiny_sdxl_folder):
+    model = ModelConfig(path=str(tiny_sdxl_folder))
+    diffusion = LatentDiffusion.load(model, ALONE.device)
+    images = torch.rand(2, 3, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    prompts, t = ["a cat", "a dog", "ab"], torch.tensor([0, 501, 951])
+    denoiser = Denoiser(diffusion, load_unet(model, ALONE.device), guidance=5.0)
+    shown = denoiser(images, diffusion.encode(prompts), t, torch.Generator().manual_seed(2))
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl_folder)
+    rng, vae = torch.Generator().manual_seed(2), pipeline.vae
+    sampled = torch.randn(6, 4, 8, 8, generator=rng).view(2, 3, 4, 8, 8)
+    noise = torch.randn(3, 4, 8, 8, generator=rng)
+    text, null, pooled, null_pooled = pipeline.encode_prompt(prompts, device=ALONE.device, num_images_per_prompt=1)
+    added = {"text_embeds": torch.cat([null_pooled, pooled]), "time_ids": torch.tensor([[16.0, 16, 0, 0, 16, 16]] * 6)}
+    a = pipeline.scheduler.alphas_cumprod[t].view(3, 1, 1, 1)
+    with torch.no_grad():
+        for side in (0, 1):
+            posterior = vae.encode(images[side]).latent_dist
+            latents = (posterior.mean + posterior.std * sampled[side]) * vae.config.scaling_factor
+            x = a.sqrt() * latents + (1 - a).sqrt() * noise
+            out = pipeline.unet(torch.cat([x, x]), t.repeat(2), torch.cat([null, text]), added_cond_kwargs=added).sample
+            eps = out[:3] + 5.0 * (out[3:] - out[:3])
+            expected = vae.decode((x - (1 - a).sqrt() * eps) / a.sqrt() / vae.config.scaling_factor).sample
+            assert relative(shown[side], expected) < 1e-5
 
 
 def test_training_pixels_squash_to_a_square_and_clamp_first(spm):

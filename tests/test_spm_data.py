@@ -14,7 +14,7 @@ from strop.engine.pair_survey import Entries
 from strop.engine.preference import StepAwarePreferenceModel
 from strop.engine.ranks import Ranks
 from strop.engine.spm_config import SpmConfig
-from strop.engine.spm_data import FilePairs, check_judge, choose, split_by_caption
+from strop.engine.spm_data import FilePairs, check_labeller, choose, split_by_caption
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -64,6 +64,7 @@ def test_captions_of_another_heldout_source_are_not_trained_on(tmp_path, pair_fi
     train, heldout = choose(recipe(folder, heldout_source=str(other)), ALONE)
     assert heldout.rows == [0, 1, 2]
     assert captions_of(train) == {"d e", "a f", "b f", "c f", "d f"}
+    assert (len(train.rows), train.source.left_out) == (10, 6)
     with pytest.raises(UserError, match=r"^data\.heldout_source: found 0 pairs to train on and 3 held-out ones"):
         choose(recipe(other, heldout_source=str(other)), ALONE)
     with pytest.raises(UserError, match=r"expected at least 1 and 5 \(the processes\)"):
@@ -111,17 +112,20 @@ def test_labels_are_not_asked_for_where_pickscore_makes_them(tmp_path, pair_file
 def test_what_a_factory_needs(data, complaint):
     with pytest.raises(UserError, match=f"^{complaint}"):
         choose(recipe("strop.bench.tinyworld.pairs:load", **data), ALONE)
-    assert choose(recipe("strop.bench.tinyworld.pairs:load", train=5), ALONE) is None
+    made = recipe("strop.bench.tinyworld.pairs:load", train=5)
+    assert choose(made, ALONE) is None
+    with pytest.raises(UserError, match=r"^data\.heldout: found 4, expected at least 5 \(the processes\)"):
+        choose(made, Ranks(0, 5, ALONE.device))
 
 
 def test_pickscores_labels_need_a_plain_pickscore(clip_folder):
     judge = StepAwarePreferenceModel.load(JudgeConfig(path=str(clip_folder)), ALONE.device, torch.Generator())
-    check_judge(recipe("a", labels="pickscore"), judge)
+    check_labeller(recipe("a", labels="pickscore"), judge)
     with torch.no_grad():
         judge.clip.vision_model.adaLN_modulation[1].weight[0, 0] = 1
-    check_judge(recipe("a"), judge)
+    check_labeller(recipe("a"), judge)
     with pytest.raises(UserError, match=r"^data\.labels: pickscore needs a plain PickScore as judge\.path, and mine"):
-        check_judge(recipe("a", judge="mine", labels="pickscore"), judge)
+        check_labeller(recipe("a", judge="mine", labels="pickscore"), judge)
 
 
 def test_pairs_of_files_hold_what_was_asked_for(tmp_path, pair_files):

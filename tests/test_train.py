@@ -16,6 +16,7 @@ from strop.engine.lora import read
 from strop.engine.metrics import Metrics, read_records
 from strop.engine.pairs import PreferencePairs
 from strop.engine.policy import Policy
+from strop.engine.prompts import batch_of
 from strop.engine.ranks import Ranks
 from strop.engine.train import main, share_of
 from strop.engine.update import update
@@ -373,6 +374,7 @@ def test_ranks_share_the_prompts_of_an_iteration(recipe):
     prompts = [str(i) for i in range(12)]
     cpu = torch.device("cpu")
     shares = [share_of(prompts, 1, 3, 7, Ranks(rank, 2, cpu)) for rank in range(2)]
+    assert shares[0] + shares[1] == batch_of(prompts, 1, 6, 7), "in rank order, as pairs of all ranks name them"
     assert sorted(shares[0] + shares[1] + share_of(prompts, 0, 6, 7, Ranks(0, 1, cpu)), key=int) == prompts
 
 

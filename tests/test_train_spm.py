@@ -362,7 +362,9 @@ def test_two_processes_train_one_judge(recipe, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="DeepSpeed builds its communication op for CPUs with g++")
 def test_two_processes_share_a_cache_and_go_on_bit_for_bit(file_recipe, tmp_path):
-    arguments = file_recipe("parquet", "optim.batch=2", "data.labels=pickscore", "run.save_every=1")
+    arguments = file_recipe(
+        "parquet", "optim.batch=1", "optim.accumulate=2", "data.labels=pickscore", "run.save_every=1"
+    )
     two_processes(arguments, tmp_path)
     run = tmp_path / "run"
     whole = judge_of(run)

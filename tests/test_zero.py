@@ -65,3 +65,21 @@ def test_the_norm_is_that_before_clipping_and_null_never_clips(limit, left):
     made.backward((module.weight * torch.tensor([[3.0, 4.0]])).sum())
     assert made.step().item() == pytest.approx(5.0)
     assert kept == [pytest.approx(left, rel=1e-4)]
+
+
+def test_the_fused_step_is_the_plain_one():
+    """On a GPU the step is fused; PyTorch has that for CPUs too, where the two can be compared."""
+    plain, fused = nn.Linear(8, 4), nn.Linear(8, 4)
+    fused.load_state_dict(plain.state_dict())
+    made = optimizer(plain, lr=1e-2).optimizer
+    assert made.param_groups[0]["fused"] is None, "the CPU keeps its own"
+    other = torch.optim.AdamW(fused.parameters(), lr=1e-2, eps=1e-8, weight_decay=1e-4, fused=True)
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for a, b in zip(plain.parameters(), fused.parameters(), strict=True):
+            a.grad = torch.randn(a.shape, generator=rng)
+            b.grad = a.grad.clone()
+        made.step()
+        other.step()
+    for a, b in zip(plain.parameters(), fused.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-7)

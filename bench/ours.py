@@ -1,0 +1,75 @@
+"""One iteration of engine/train.py on networks that are given, with the interface of published.py: its counterpart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from strop.bench.published import Clock
+from strop.engine import zero
+from strop.engine.config import Config
+from strop.engine.diffusion import LatentDiffusion
+from strop.engine.embeddings import Embeddings
+from strop.engine.metrics import Metrics
+from strop.engine.pairs import PreferencePairs
+from strop.engine.policy import Policy
+from strop.engine.preference import StepAwarePreferenceModel
+from strop.engine.ranks import Ranks, balance
+from strop.engine.rollout import rollout, segments
+from strop.engine.update import micro_batches, update
+
+
+class Ours:
+    """The parts of a run of one process."""
+
+    def __init__(
+        self, unet: UNet2DConditionModel, diffusion: LatentDiffusion, judge: StepAwarePreferenceModel, config: Config
+    ):
+        """Takes `unet` for the policy, whose LoRA starts from run.seed."""
+        lora, given = config.lora, config.rollout
+        self.policy = Policy(unet, lora.rank, lora.target_modules, config.run.seed, diffusion.latent_shape)
+        self.diffusion, self.judge, self.config = diffusion, judge, config
+        self.schedule = diffusion.schedule(given.num_steps, given.eta, given.guidance)
+        self.ranks = Ranks(0, 1, diffusion.device)
+        settings = zero.AdamWSettings.of(config.optim, config.zero.stage, config.model.dtype)
+        self.optimizer = zero.build(self.policy.unet, settings, self.ranks)
+        self.metrics = Metrics(config.run.dir, diffusion.device, False, start=0, iterations=config.run.iterations)
+        judged = self.schedule.steps_within(*given.t_range)
+        self.forks = {cut.start for cut in segments(judged, given.inner_steps, given.merge_last)}
+
+
+class Clocked:
+    """An optimizer whose steps are clocked."""
+
+    def __init__(self, optimizer: zero.LocalAdamW | zero.ZeroAdamW, clock: Clock):
+        self.backward, self._optimizer, self._clock = optimizer.backward, optimizer, clock
+
+    def step(self) -> torch.Tensor | float | None:
+        with self._clock("update/optimizer"):
+            return self._optimizer.step()
+
+
+def iteration(
+    models: Ours,
+    prompts: Sequence[str],
+    rng: torch.Generator,
+    shuffle: torch.Generator,
+    clock: Clock = nullcontext,
+) -> PreferencePairs:
+    """Rollout, shuffle and one pass over the pairs, which are returned, shuffled.
+
+    Prompts are encoded here, as if none came twice in a run; train.py encodes each once, before the loop.
+    """
+    config, diffusion = models.config, models.diffusion
+    with clock("text"):
+        cond = Embeddings(diffusion, models.judge, [list(prompts)])[prompts]
+    made = rollout(models.policy, diffusion, models.judge, models.schedule, cond, config.rollout, rng, clock)
+    with clock("update"):
+        pairs = balance(made.pairs, len(prompts), models.ranks, shuffle)
+        optimizer = Clocked(models.optimizer, clock)
+        for batch, shared in micro_batches(pairs, config.optim.micro_batch, models.forks):
+            update(batch, shared, cond, models.policy, models.schedule, optimizer, config.optim, models.metrics)
+    return pairs
