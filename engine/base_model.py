@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -31,6 +31,7 @@ KINDS = {
     "vae": AutoencoderKL,
     "text_encoder": CLIPTextModel,
     "text_encoder_2": CLIPTextModelWithProjection,
+    "tiny_decoder": AutoencoderTiny,  # of no base model: rollout.decoder
 }
 ORIGINALS = {  # whose configuration a checkpoint file gets that comes without components
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -39,7 +40,7 @@ ORIGINALS = {  # whose configuration a checkpoint file gets that comes without c
 CONFIGS = (
     "model_index.json",
     "scheduler/scheduler_config.json",
-    *(f"{part}/config.json" for part in KINDS),
+    *(f"{part}/config.json" for part in KINDS if part != "tiny_decoder"),
     "tokenizer/*",
     "tokenizer_2/*",
 )

@@ -66,7 +66,7 @@ OUTSIDE = {
 }
 # Libraries whose ways should be known in few rooms.
 HOMES = {
-    "diffusers": {"base_model", "blueprint", "single_file", "diffusion", "policy", "spm"},
+    "diffusers": {"base_model", "blueprint", "single_file", "diffusion", "policy", "spm", "tiny_decoder"},
     "transformers": {"base_model", "blueprint", "diffusion", "clip", "judge_files", "preference"},
     "peft": {"policy"},
     "deepspeed": {"zero", "ranks"},
