@@ -59,6 +59,12 @@ class ModelConfig(Section):
         description="Most rows per forward of the UNet in rollout and evaluation, where a guided latent is two rows; "
         "null has all branches and both halves in one.",
     )
+    merge_lora: bool | None = Field(
+        None,
+        description="In rollout and evaluation, the LoRA added to the weights in place of a detour at every layer, for "
+        "which the weights it belongs to are kept twice. The same numbers but for rounding in float32; in float16 and "
+        "bfloat16 the sums are rounded to that type, an approximation. null does it in float32 alone.",
+    )
     channels_last: bool = Field(
         False,
         description="UNet and VAE in the memory order NHWC, the same numbers but for rounding. On a CPU it was slower; "
@@ -78,6 +84,11 @@ class ModelConfig(Section):
     )
     height: Pixels | None = Field(None, description="Height of the images in pixels; null is the model's own.")
     width: Pixels | None = Field(None, description="Width of the images in pixels; null is the model's own.")
+
+    @property
+    def merges_lora(self) -> bool:
+        """What merge_lora comes to for this dtype."""
+        return self.dtype == "float32" if self.merge_lora is None else self.merge_lora
 
 
 class JudgeConfig(Section):
