@@ -30,6 +30,7 @@ from strop.engine.family import TEXT_ENCODERS, family_of, read_config, read_inde
 from strop.engine.gauge import on_meta
 from strop.engine.policy import Policy
 from strop.engine.preference import StepAwarePreferenceModel
+from strop.engine.tiny_decoder import TinyDecoder
 from strop.kernels import DDIMCoefficients
 
 
@@ -58,6 +59,16 @@ class Blueprint:
         with on_meta(self.dtype):
             unet = KINDS["unet"].from_config(self.parts["unet"])
             return Policy(unet, config.lora.rank, config.lora.target_modules, 0, self.latent_shape)
+
+    def decoder(self) -> TinyDecoder | None:
+        """rollout.decoder where there is one; of a hub id, the architecture is TAESD's."""
+        path = self.config.rollout.decoder
+        if path is None:
+            return None
+        folder = Path(path).expanduser()
+        config = read_config(folder, "", "rollout.decoder") if folder.is_dir() else {}
+        with on_meta(self.dtype):
+            return TinyDecoder(KINDS["tiny_decoder"].from_config(config))
 
     def diffusion(self) -> LatentDiffusion:
         """Text encoders, VAE and schedule, all latents decoded at once."""

@@ -12,6 +12,7 @@ from strop.engine.blueprint import Blueprint
 from strop.engine.config import Config
 from strop.engine.gauge import Flops
 from strop.engine.prices import Prices
+from strop.engine.settings import varied
 from strop.engine.tally import Tally, tally
 
 STAGES = ("text", "trunk", "branches", "decode", "judge", "update: policy", "update: reference")
@@ -21,6 +22,8 @@ PUBLISHED = {  # what the authors' code does: rollouts of SD-1.5 and of SDXL
     "sdxl": {"k": 2, "inner_steps": 4, "merge_last": True},
 }
 ALIKE = {"num_steps": 20, "t_range": (0, 751), "guidance": 5.0}  # in both of them
+EXACT = {"rollout.judge_every": 1, "rollout.look_ahead": "full", "rollout.decoder": None}
+EXACT |= {"optim.passes": 1, "optim.keep_pairs": 1.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,7 @@ def cost(blueprint: Blueprint, counted: Tally, price: Prices) -> Cost:
     common = price.text * encoded + price.judge_text * prompts
     decode, judge = price.decode * counted.of("decode"), price.judge * images
     stages = {
-        "text": common + unet.keep * kept,
+        "text": common + unet.keep * kept + unet.merge,
         "trunk": unet.sample * trunk,
         "branches": unet.sample * branches,
         "decode": decode,
@@ -71,8 +74,9 @@ def published_cost(blueprint: Blueprint, price: Prices) -> Cost:
     """Of a recipe as the authors' code would run it, all pairs kept and no activation computed again.
 
     Winner and loser in separate calls, a second UNet as reference, the judge's text tower and modulation for every
-    candidate at every event.
+    candidate at every event; none of the approximations.
     """
+    blueprint = replace(blueprint, config=varied(blueprint.config, EXACT))
     unet, counted = price.published, tally(blueprint.config, blueprint.schedule("cpu"))
     prompts, images = counted.prompts, counted.of("judge")
     encoded = prompts + (not blueprint.zero_null)
@@ -95,14 +99,12 @@ def published_cost(blueprint: Blueprint, price: Prices) -> Cost:
 
 def published_recipe(blueprint: Blueprint) -> Blueprint:
     """The same models and resolution with the rollout of the authors' code."""
-    given = blueprint.config
-    rollout = given.rollout.model_copy(update=ALIKE | PUBLISHED[blueprint.family] | {"text_kv": False})
-    optim = given.optim.model_copy(update={"guided": True})
-    return replace(blueprint, config=given.model_copy(update={"rollout": rollout, "optim": optim}))
+    rollout = {f"rollout.{key}": value for key, value in (ALIKE | PUBLISHED[blueprint.family]).items()}
+    return replace(blueprint, config=varied(blueprint.config, EXACT | rollout | {"optim.guided": True}))
 
 
 def evaluation(config: Config, price: Prices) -> Flops:
     """Of a whole run: held-out prompts drawn twice, by the base and by the tuned model, over all processes."""
     given = config.evaluate
     rows = given.num_steps * (2 if given.guidance != 1 else 1)
-    return (price.unet.sample * rows + price.unet.keep + price.decode + price.judge) * (2 * given.prompts)
+    return (price.unet.sample * rows + price.unet.keep + price.evaluated + price.judge) * (2 * given.prompts)

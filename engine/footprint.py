@@ -41,6 +41,7 @@ def footprint(blueprint: Blueprint, counted: Tally, price: Prices, ranks: int) -
         "UNet": weights.unet,
         "VAE decoder": weights.vae_decoder,
         "VAE encoder, which training does not use": weights.vae_encoder,
+        **({"tiny decoder": weights.tiny_decoder} if weights.tiny_decoder else {}),
         "judge": weights.judge,
         "LoRA": lora,
     }
@@ -50,14 +51,16 @@ def footprint(blueprint: Blueprint, counted: Tally, price: Prices, ranks: int) -
     pairs = counted.made * pair_bytes(counted, latent)
     gradients = gradient_bytes(config.zero.stage, lora, ranks)
     most, images = counted.most, price.image * counted.most["decode"]
-    kept = price.unet.kept * (counted.prompts + 1) + pairs
+    kept = price.unet.kept * (counted.prompts + 1) + price.unet.merged + pairs
+    at_once = None if config.rollout.decoder else config.model.decode_rows
+    decode = decoding_bytes(price.decode_peak, price.image, most["decode"], at_once)
     unet_rows = min(most["unet"], config.model.unet_rows or most["unet"])
     update = price.unet.checkpointed_peak if config.model.gradient_checkpointing else price.unet.update_peak
     towers = weights.text_encoders + weights.judge_text
     phases = {
         "embedding the prompts": sum(models.values()) + towers + max(price.text_peak, price.judge_text_peak),
         "rollout: UNet": resident + kept + price.unet.sample_peak * unet_rows,
-        "rollout: decode": resident + kept + decoding_bytes(price, most["decode"], config.model.decode_rows),
+        "rollout: decode": resident + kept + decode,
         "rollout: judge": resident + kept + images + price.judge_peak * most["judge"],
         "update": resident + gradients + 2 * pairs + update * update_rows(blueprint, counted),
         "evaluation": resident + evaluation_bytes(blueprint, price),
@@ -81,12 +84,15 @@ def update_rows(blueprint: Blueprint, counted: Tally) -> int:
     return halves * min(optim.micro_batch, counted.made) * counted.sides
 
 
-def decoding_bytes(price: Prices, latents: int, at_once: int | None) -> float:
-    """Of decoding so many latents, at_once in a forward: what came out of former parts waits to be joined."""
+def decoding_bytes(peak: float, image: float, latents: int, at_once: int | None) -> float:
+    """Of decoding so many latents, at_once in a forward: what came out of former parts waits to be joined.
+
+    peak: of one latent, image: of what it is decoded to.
+    """
     rows = min(latents, at_once or latents)
     if rows == latents:
-        return price.decode_peak * rows
-    return max(price.decode_peak * rows + price.image * (latents - rows), 2 * price.image * latents)
+        return peak * rows
+    return max(peak * rows + image * (latents - rows), 2 * image * latents)
 
 
 def evaluation_bytes(blueprint: Blueprint, price: Prices) -> float:
@@ -94,9 +100,9 @@ def evaluation_bytes(blueprint: Blueprint, price: Prices) -> float:
     given, model = blueprint.config.evaluate, blueprint.config.model
     batch = min(given.batch, given.prompts)
     rows = batch * (2 if given.guidance != 1 else 1)
-    kept = price.unet.kept * (batch + 1)
+    kept = price.unet.kept * (batch + 1) + price.unet.merged
     unet = kept + price.unet.sample_peak * min(rows, model.unet_rows or rows)
     float32 = math.prod((3, *(side * blueprint.factor for side in blueprint.latent_shape[1:]))) * FLOAT
-    decode = decoding_bytes(price, batch, model.decode_rows)
+    decode = decoding_bytes(price.evaluated_peak, float32, batch, model.decode_rows)
     judge = 2 * float32 * batch + price.judge_peak * batch
     return max(unet, kept + decode, judge)

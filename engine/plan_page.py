@@ -54,7 +54,7 @@ def ratios(plan: Plan) -> list[str]:
     lines = [f"The published code needs {times(theirs)}{without}."]
     if plan.alike:
         lines.append(f"With this recipe's rollout it would need {tera(plan.alike.needed)}, {times(plan.alike)}.")
-    plain = f"{ours.plain / 1e12:.0f} (published {theirs.plain / 1e12:.0f})"
+    plain = f"{tera(ours.plain)} (published {tera(theirs.plain)})"
     lines.append(f"Without the LoRA, and a backward pass counted as one forward: {plain}.")
     full = Flops(0, ours.done.tf32, ours.done.float32)
     if ours.done.half and full.all:
@@ -100,8 +100,9 @@ def settings(fix: Mend) -> str:
 
 def hours(plan: Plan) -> list[str]:
     """Of the whole run."""
-    whole = f"{plan.hours:,.1f} h, {plan.hours * plan.gpus:,.1f} GPU-hours, {plan.kilowatt_hours:,.1f} kWh"
-    evaluations = f"{60 * plan.evaluation_hours:.1f} min of it for the evaluations of base and tuned model"
+    all_gpus = plan.hours * plan.gpus
+    whole = f"{short(plan.hours)} h, {short(all_gpus)} GPU-hours, {short(plan.kilowatt_hours)} kWh"
+    evaluations = f"{short(60 * plan.evaluation_hours)} min of it for the evaluations of base and tuned model"
     return [
         f"Time and energy at {plan.share:.0%} of the GPU's peak ({plan.share_from})",
         f"  {whole} at {plan.card.watts:g} W; {evaluations}",
@@ -136,16 +137,10 @@ def sharing(plan: Plan) -> list[str]:
 
 def shared(each: Share) -> Sequence[str]:
     """One line of the table of GPUs."""
-    return (
-        f"{each.gpus:>4}",
-        f"{each.zero / 1e6:,.1f}",
-        f"{each.balance / 1e6:,.1f}",
-        f"{each.computing:.1f}",
-        f"{each.receiving:.3f}",
-        f"{each.optimizer_steps:,.0f}",
-        f"{each.hours:,.1f}",
-        f"{each.hours * each.gpus:,.1f}",
-    )
+    mega = (short(each.zero / 1e6), short(each.balance / 1e6))
+    seconds = (short(each.computing), short(each.receiving))
+    run = (f"{each.optimizer_steps:,.0f}", short(each.hours), short(each.hours * each.gpus))
+    return (f"{each.gpus:>4}", *mega, *seconds, *run)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -157,15 +152,19 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def time_of(seconds: float, whole: float) -> tuple[str, str]:
     """Seconds, and their share of the whole."""
-    return f"{seconds:.2f}", f"{seconds / whole:.0%}"
+    return short(seconds), f"{seconds / whole:.0%}"
 
 
 def tera(flops: Flops | float) -> str:
-    """TFLOP with as many digits as say something."""
-    value = (flops.all if isinstance(flops, Flops) else flops) / 1e12
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 1 else f"{value:.3g}"
+    """TFLOP."""
+    return short((flops.all if isinstance(flops, Flops) else flops) / 1e12)
 
 
 def giga(size: float) -> str:
-    """GB with a digit after the point, or two that say something."""
-    return f"{size / 1e9:.1f}" if size >= 5e7 else f"{size / 1e9:.2g}"
+    """GB of bytes."""
+    return short(size / 1e9)
+
+
+def short(value: float) -> str:
+    """A number with a digit after the point, where it is less than 1 with two that say something."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"

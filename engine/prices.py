@@ -18,6 +18,7 @@ from strop.engine.gauge import Flops, Reading, gauge
 from strop.engine.pairs import PreferencePairs
 from strop.engine.policy import Policy
 from strop.engine.preference import StepAwarePreferenceModel
+from strop.engine.tiny_decoder import TinyDecoder
 from strop.engine.update import update
 from strop.engine.upsample import fold_upsamplers
 
@@ -27,20 +28,23 @@ class UNetPrices:
     """Of one row of the UNet, where a guided latent is two.
 
     sample: a forward of a rollout; keep: keys and values of a prompt's text; both without the LoRA: sample_base and
-    keep_base. reference: a forward of the update without the LoRA; train: forward and backward with it; recompute: what
-    gradient checkpointing adds. Bytes: sample_peak of a forward, kept of a prompt's keys and values, update_peak of an
-    update, and checkpointed_peak.
+    keep_base. merge: adding the LoRA to the weights, once a rollout. reference: a forward of the update without the
+    LoRA; train: forward and backward with it; recompute: what gradient checkpointing adds. Bytes: sample_peak of a
+    forward, kept of a prompt's keys and values, merged of the weights beside which the LoRA is merged, update_peak of
+    an update, and checkpointed_peak.
     """
 
     sample: Flops
     sample_base: Flops
     keep: Flops
     keep_base: Flops
+    merge: Flops
     reference: Flops
     train: Flops
     recompute: Flops
     sample_peak: float
     kept: float
+    merged: float
     update_peak: float
     checkpointed_peak: float
 
@@ -49,16 +53,18 @@ class UNetPrices:
 class Prices:
     """unet: with the keys of this recipe; published: of the UNet as it came and no text kept.
 
-    Of one latent: decode and, with upsampling as it came, decode_published. Of one image: judge, and modulation, which
-    the judge makes of a timestep. Of one prompt: text and judge_text. Bytes: peaks of one of each, of text those of a
-    batch; image, which a latent is decoded to; weights of each network.
+    Of one latent: decode of the rollout, evaluated of the evaluation and, with upsampling as it came, decode_published.
+    Of one image: judge, and modulation, which the judge makes of a timestep. Of one prompt: text and judge_text. Bytes:
+    peaks of one of each, of text those of a batch; image, which a latent is decoded to; weights of each network.
     """
 
     unet: UNetPrices
     published: UNetPrices
     decode: Flops
-    decode_published: Flops
     decode_peak: float
+    evaluated: Flops
+    evaluated_peak: float
+    decode_published: Flops
     image: float
     judge: Flops
     judge_peak: float
@@ -77,104 +83,96 @@ class Weights:
     unet: int
     vae_decoder: int
     vae_encoder: int
+    tiny_decoder: int
     text_encoders: int
     judge: int
     judge_text: int
     lora: int
 
-    @classmethod
-    def of(cls, policy: Policy, diffusion: LatentDiffusion, judge: StepAwarePreferenceModel) -> Weights:
-        vae, clip = diffusion.vae, judge.clip
-        lora = sum(p.numel() for p in policy.parameters)
-        judge_text = _bytes(clip.text_model, clip.text_projection)
-        decoder = _bytes(vae.decoder, vae.post_quant_conv)
-        return cls(
-            unet=_bytes(policy.unet) - 4 * lora,
-            vae_decoder=decoder,
-            vae_encoder=_bytes(vae) - decoder,
-            text_encoders=_bytes(*diffusion.text_encoders),
-            judge=_bytes(clip) - judge_text,
-            judge_text=judge_text,
-            lora=lora,
-        )
-
 
 def prices(blueprint: Blueprint, compare: bool = True) -> Prices:
     """Builds every network once and lets each do its work on one row.
 
-    compare: with what only the comparison with the published recipe needs; else that is not right.
+    Without compare, seconds are saved: published prices and those without the LoRA are then not right, and what is
+    recomputed is part of `train`.
     """
     config = blueprint.config
-    policy, diffusion, judge = blueprint.policy(), blueprint.diffusion(), blueprint.judge()
-    published = unet_prices(blueprint, policy, text_kv=False, checkpointing=False) if compare else None
-    as_it_came = decoding(diffusion)
+    policy, diffusion, judge, tiny = blueprint.policy(), blueprint.diffusion(), blueprint.judge(), blueprint.decoder()
+    published = unet_prices(blueprint, policy, as_published=True) if compare else None
+    as_it_came = decoding(diffusion, diffusion.latent_shape)
     if config.model.fold_upsample:
         fold_upsamplers(policy.unet)
         fold_upsamplers(diffusion.vae)
-    checkpointing = compare or config.model.gradient_checkpointing
-    decode = decoding(diffusion)
-    unet = unet_prices(blueprint, policy, config.rollout.text_kv, compare, checkpointing)
+    evaluated = decoding(diffusion, diffusion.latent_shape)
+    decode = decoding(tiny, diffusion.latent_shape) if tiny else evaluated
+    unet = unet_prices(blueprint, policy, compare=compare)
     shape = (3, *(side * blueprint.factor for side in blueprint.latent_shape[1:]))
-    image = torch.empty(1, *shape, device="meta", dtype=blueprint.vae_dtype)
+    image = torch.empty(1, *shape, device="meta", dtype=blueprint.dtype if tiny else blueprint.vae_dtype)
     return Prices(
         unet=unet,
         published=published or unet,
         decode=decode.flops,
-        decode_published=as_it_came.flops,
         decode_peak=decode.peak,
+        evaluated=evaluated.flops,
+        evaluated_peak=evaluated.peak,
+        decode_published=as_it_came.flops,
         image=image.numel() * image.element_size(),
         **of_judge(judge, image),
         **of_text(diffusion, judge),
-        weights=Weights.of(policy, diffusion, judge),
+        weights=weigh(policy, diffusion, judge, tiny),
     )
 
 
-def unet_prices(
-    blueprint: Blueprint, policy: Policy, text_kv: bool, compare: bool = True, checkpointing: bool = True
-) -> UNetPrices:
-    """Those of a policy as it is; text_kv: keys and values of the text are kept in rollouts.
-
-    Without compare, seconds are saved: base prices are then not right, and what is recomputed is part of `train`.
-    """
-    cond, unet = blueprint.conditioning(1), policy.unet
+def unet_prices(blueprint: Blueprint, policy: Policy, as_published: bool = False, compare: bool = True) -> UNetPrices:
+    """Those of a policy as it is. as_published: no text kept, no LoRA merged, nothing recomputed; compare as above."""
+    config, cond = blueprint.config, blueprint.conditioning(1)
     x = torch.empty(1, *policy.latent_shape, device="meta")
-    keep_base, base = keep, sample = sampling(policy, x, cond, text_kv)
+    text_kv = config.rollout.text_kv and not as_published
+    policy.merge_lora = config.model.merges_lora and not as_published
+    merge, keep, sample = sampling(policy, x, cond, text_kv)
+    keep_base, base = keep, sample
     with policy.reference():
         if compare:
-            keep_base, base = sampling(policy, x, cond, text_kv)
-        reference = base if compare and not text_kv else gauge(lambda: policy.eps(x, _t(), cond))
-    unet.disable_gradient_checkpointing()
-    if checkpointing and not compare:
-        unet.enable_gradient_checkpointing()
-    again, rows = plain, _ = updating(blueprint, policy, x, cond)
-    if checkpointing and compare:
-        unet.enable_gradient_checkpointing()
-        again, rows = updating(blueprint, policy, x, cond)
+            _, keep_base, base = sampling(policy, x, cond, text_kv)
+        reference = gauge(lambda: policy.eps(x, _t(), cond)) if text_kv or not compare else base
+    own = config.model.gradient_checkpointing
+    first, second = (own, own) if not compare else (False, not as_published)
+    plain, rows = updating(blueprint, policy, x, cond, checkpointing=first)
+    again, _ = (plain, rows) if first == second else updating(blueprint, policy, x, cond, checkpointing=second)
     return UNetPrices(
         sample=sample.flops * 0.5,
         sample_base=base.flops * 0.5,
         keep=keep.flops * 0.5,
         keep_base=keep_base.flops * 0.5,
+        merge=merge.flops,
         reference=reference.flops * 0.5,
         train=plain.flops * (1 / rows) - reference.flops * 0.5,
         recompute=(again.flops - plain.flops) * (1 / rows),
         sample_peak=sample.peak / 2,
         kept=keep.peak / 2,
+        merged=merge.peak,
         update_peak=plain.peak / rows,
         checkpointed_peak=again.peak / rows,
     )
 
 
-def sampling(policy: Policy, x: Tensor, cond: Conditioning, text_kv: bool) -> tuple[Reading, Reading]:
-    """(of keeping the text of `cond`, which is two with the empty prompt; of a forward of x (1, C, h, w), two rows)."""
+def sampling(policy: Policy, x: Tensor, cond: Conditioning, text_kv: bool) -> tuple[Reading, Reading, Reading]:
+    """Of merging the LoRA; of keeping the text of `cond`, which is two with the empty prompt; and of a forward of
+    x (1, C, h, w), two rows."""
+    with ExitStack() as stack:
+        merge = gauge(lambda: stack.enter_context(policy.sampling(cond, text_kv=False)))
     with ExitStack() as stack:
         known = []
-        keep = gauge(lambda: known.append(stack.enter_context(policy.sampling(cond, text_kv))))
-        return keep, gauge(lambda: policy.eps(x, _t(), known[0]))
+        both = gauge(lambda: known.append(stack.enter_context(policy.sampling(cond, text_kv))))
+        forward = gauge(lambda: policy.eps(x, _t(), known[0]))
+    return merge, Reading(both.flops - merge.flops, both.peak - merge.peak), forward
 
 
-def updating(blueprint: Blueprint, policy: Policy, x: Tensor, cond: Conditioning) -> tuple[Reading, int]:
+def updating(
+    blueprint: Blueprint, policy: Policy, x: Tensor, cond: Conditioning, checkpointing: bool
+) -> tuple[Reading, int]:
     """(of an update by one pair that shares x (1, C, h, w); its rows in the UNet). Gradients are there already."""
+    (policy.unet.enable_gradient_checkpointing if checkpointing else policy.unet.disable_gradient_checkpointing)()
     for parameter in policy.parameters:
         parameter.grad = torch.empty_like(parameter)
     schedule, optim = blueprint.schedule("meta"), blueprint.config.optim
@@ -184,9 +182,9 @@ def updating(blueprint: Blueprint, policy: Policy, x: Tensor, cond: Conditioning
     return reading, 2 if optim.guided and schedule.guidance != 1 else 1
 
 
-def decoding(diffusion: LatentDiffusion) -> Reading:
+def decoding(decoder: LatentDiffusion | TinyDecoder, latent_shape: tuple[int, int, int]) -> Reading:
     """Of one latent."""
-    return gauge(lambda: diffusion.decode(torch.empty(1, *diffusion.latent_shape, device="meta")))
+    return gauge(lambda: decoder.decode(torch.empty(1, *latent_shape, device="meta")))
 
 
 def of_judge(judge: StepAwarePreferenceModel, image: Tensor) -> dict[str, Flops | float]:
@@ -213,9 +211,26 @@ def of_text(diffusion: LatentDiffusion, judge: StepAwarePreferenceModel) -> dict
     }
 
 
+def weigh(
+    policy: Policy, diffusion: LatentDiffusion, judge: StepAwarePreferenceModel, tiny: TinyDecoder | None
+) -> Weights:
+    """Of networks as they are."""
+    vae, clip, lora = diffusion.vae, judge.clip, sum(p.numel() for p in policy.parameters)
+    decoder, judge_text = _bytes(vae.decoder, vae.post_quant_conv), _bytes(clip.text_model, clip.text_projection)
+    return Weights(
+        unet=_bytes(policy.unet) - sum(p.nbytes for p in policy.parameters),
+        vae_decoder=decoder,
+        vae_encoder=_bytes(vae) - decoder,
+        tiny_decoder=_bytes(tiny.network) if tiny else 0,
+        text_encoders=_bytes(*diffusion.text_encoders),
+        judge=_bytes(clip) - judge_text,
+        judge_text=judge_text,
+        lora=lora,
+    )
+
+
 def _bytes(*networks: nn.Module) -> int:
-    tensors = [t for network in networks for t in (*network.parameters(), *network.buffers())]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(t.nbytes for network in networks for t in (*network.parameters(), *network.buffers()))
 
 
 def _t() -> Tensor:

@@ -6,6 +6,7 @@ that is sure of every pair. So nothing of the order of things is written down tw
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +19,8 @@ from strop.engine.conditioning import Conditioning
 from strop.engine.config import Config
 from strop.engine.ddim import DDIMSchedule
 from strop.engine.ranks import Ranks, balance
-from strop.engine.rollout import rollout, segments
-from strop.engine.update import micro_batches, update
+from strop.engine.rollout import judged_segments, rollout
+from strop.engine.update import micro_batches, update, with_reference
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -57,10 +58,15 @@ def tally(config: Config, schedule: DDIMSchedule) -> Tally:
     rng = torch.Generator().manual_seed(0)
     made = rollout(notes, notes, notes, schedule, cond, config.rollout, rng, notes.clock).pairs
     pairs = balance(made, config.rollout.prompts, ALONE, rng)
-    forks = {cut.start for cut in _cuts(config, schedule)}
+    pairs = pairs[: math.ceil(config.optim.keep_pairs * len(pairs))]
+    forks = {cut.start for cut in judged_segments(schedule, config.rollout)}
     notes.stage = "update"
-    for batch, shared in micro_batches(pairs, config.optim.micro_batch, forks):
-        update(batch, shared, cond, notes, schedule, notes, config.optim, notes)
+    if config.optim.passes > 1:
+        pairs = with_reference(pairs, forks, cond, notes, schedule, config.optim)
+    for again in range(config.optim.passes):
+        pairs = pairs.shuffle(rng) if again else pairs
+        for batch, shared in micro_batches(pairs, config.optim.micro_batch, forks):
+            update(batch, shared, cond, notes, schedule, notes, config.optim, notes)
     return Tally(
         config.rollout.prompts,
         notes.rows,
@@ -71,11 +77,6 @@ def tally(config: Config, schedule: DDIMSchedule) -> Tally:
         notes.calls["judge"],
         notes.calls["train"],
     )
-
-
-def _cuts(config: Config, schedule: DDIMSchedule) -> list[range]:
-    given = config.rollout
-    return segments(schedule.steps_within(*given.t_range), given.inner_steps, given.merge_last)
 
 
 class _Notes:
