@@ -13,6 +13,7 @@ from strop.engine import zero
 from strop.engine.config import Config
 from strop.engine.diffusion import LatentDiffusion
 from strop.engine.embeddings import Embeddings
+from strop.engine.machine import prepare
 from strop.engine.metrics import Metrics
 from strop.engine.pairs import PreferencePairs
 from strop.engine.policy import Policy
@@ -32,6 +33,7 @@ class Ours:
         lora, given, model, shape = config.lora, config.rollout, config.model, diffusion.latent_shape
         seed, rows, merge = config.run.seed, model.unet_rows, model.merges_lora
         self.policy = Policy(unet, lora.rank, lora.target_modules, seed, shape, rows, merge)
+        prepare(model, self.policy, diffusion, judge, config.optim.micro_batch)
         self.diffusion, self.judge, self.config = diffusion, judge, config
         self.schedule = diffusion.schedule(given.num_steps, given.eta, given.guidance)
         self.ranks = Ranks(0, 1, diffusion.device)
