@@ -60,6 +60,14 @@ def test_the_recorded_unet_outputs(policy, golden):
 
 
 @torch.no_grad()
+def test_the_half_without_the_prompt_can_be_run_alone(policy, inputs):
+    x, t, cond = inputs
+    both = policy.eps(x, t, cond)
+    torch.testing.assert_close(policy.eps(x, t, cond.unprompted(), guided=False)[0], both[0], rtol=0, atol=2e-6)
+    assert not torch.allclose(both[0], both[1], rtol=0, atol=1e-3)
+
+
+@torch.no_grad()
 def test_the_recorded_unet_outputs_of_sdxl(tiny_sdxl_folder, golden):
     """As above, with the pooled text and the sizes that go with it."""
     case6 = golden("case6_sdxl_k2_b2_inner3")
@@ -78,6 +86,9 @@ def test_the_recorded_unet_outputs_of_sdxl(tiny_sdxl_folder, golden):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
         alone = unet_eps(unet, x, t.repeat(len(x)), cond.repeat(len(x) // 2), guided=False)
         torch.testing.assert_close(alone[0], expected[1], rtol=0, atol=1e-5)
+        without = cond.repeat(len(x) // 2).unprompted()
+        alone = unet_eps(unet, x, t.repeat(len(x)), without, guided=False)
+        torch.testing.assert_close(alone[0], expected[0], rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
