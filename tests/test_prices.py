@@ -8,7 +8,17 @@ from strop.engine.blueprint import Blueprint
 from strop.engine.config import Config
 from strop.engine.gauge import gauge
 from strop.engine.pairs import PreferencePairs
-from strop.engine.prices import _NoMetrics, _NoOptimizer, decoding, of_judge, of_text, sampling, unet_prices, weigh
+from strop.engine.prices import (
+    Networks,
+    _NoMetrics,
+    _NoOptimizer,
+    decoding,
+    of_judge,
+    of_text,
+    sampling,
+    unet_prices,
+    weigh,
+)
 from strop.engine.update import update
 
 ROW = 2
@@ -58,7 +68,7 @@ def test_an_update_grows_with_its_rows(tiny, checkpointing):
 
 
 def test_weights_are_those_on_disk(tiny, tiny_sdxl_folder):
-    found = weigh(tiny.policy(), tiny.diffusion(), tiny.judge(), None)
+    found = weigh(Networks.of(tiny))
 
     def size(*parts):
         files = [file for part in parts for file in (tiny_sdxl_folder / part).glob("*.safetensors")]
