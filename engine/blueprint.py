@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import torch
 from diffusers import DDIMScheduler
-from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -24,20 +23,22 @@ from strop.engine.clip import TimeConditionedCLIP
 from strop.engine.conditioning import Conditioning
 from strop.engine.config import Config, JudgeConfig, ModelConfig
 from strop.engine.ddim import DDIMSchedule
-from strop.engine.diffusion import LatentDiffusion, pixels_per_latent
+from strop.engine.diffusion import LatentDiffusion, ddim_schedule
 from strop.engine.errors import UserError
 from strop.engine.family import TEXT_ENCODERS, family_of, read_config, read_index
 from strop.engine.gauge import on_meta
 from strop.engine.policy import Policy
 from strop.engine.preference import StepAwarePreferenceModel
 from strop.engine.tiny_decoder import TinyDecoder
-from strop.kernels import DDIMCoefficients
 
 
 @dataclass(frozen=True, slots=True)
 class Blueprint:
-    """parts: configurations by the part's name, as in architectures.py; judge: that of its CLIP; source: whose they
-    are, in words."""
+    """A recipe with the configurations of its networks.
+
+    parts: by the part's name, as in architectures.py; judge_config: of the judge's CLIP; source: whose they are, in
+    words.
+    """
 
     config: Config
     family: str
@@ -47,8 +48,10 @@ class Blueprint:
 
     @classmethod
     def of(cls, config: Config, family: str | None = None) -> Blueprint:
-        """family: which, where neither a folder nor a file says so; None goes by the name. Raises UserError where the
-        files are of no model that strop trains."""
+        """family: of a model that is not on this machine; None goes by its name.
+
+        Raises UserError where the files are of no model that strop trains.
+        """
         found, parts, source = _base_model(config.model, family)
         judge, of_judge = _judge(config.judge)
         return cls(config, found, parts, judge, f"{source}; judge: {of_judge}")
@@ -73,7 +76,8 @@ class Blueprint:
     def diffusion(self) -> LatentDiffusion:
         """Text encoders, VAE and schedule, all latents decoded at once."""
         with on_meta(self.dtype):
-            encoders = [KINDS[name](KINDS[name].config_class(**self.parts[name])) for name in self._text_encoders()]
+            names = TEXT_ENCODERS[self.family]
+            encoders = [KINDS[name](KINDS[name].config_class(**self.parts[name])) for name in names]
         with on_meta(self.vae_dtype):
             vae = KINDS["vae"].from_config(self.parts["vae"])
         tokenizers = [BlankTokenizer(encoder.config.max_position_embeddings) for encoder in encoders]
@@ -92,14 +96,7 @@ class Blueprint:
     def schedule(self, device: str) -> DDIMSchedule:
         """The rollout's."""
         given, scheduler = self.config.rollout, DDIMScheduler.from_config(self.parts["scheduler"])
-        table = DDIMCoefficients.build(
-            scheduler.alphas_cumprod,
-            given.num_steps,
-            given.eta,
-            scheduler.config.prediction_type,
-            max(1, scheduler.config.steps_offset),
-        )
-        return DDIMSchedule(table, given.guidance, device)
+        return ddim_schedule(scheduler, given.num_steps, given.eta, given.guidance, device)
 
     def conditioning(self, prompts: int) -> Conditioning:
         """What the models know of so many prompts."""
@@ -125,7 +122,7 @@ class Blueprint:
     @property
     def factor(self) -> int:
         """Pixels of a latent's side."""
-        return pixels_per_latent(SimpleNamespace(config=SimpleNamespace(**self.parts["vae"])))
+        return 2 ** (len(self.parts["vae"]["block_out_channels"]) - 1)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -142,9 +139,6 @@ class Blueprint:
         """Whether the empty prompt is zeros and not its encoding."""
         return self.family == "sdxl" and self.parts["model_index"].get("force_zeros_for_empty_prompt", True)
 
-    def _text_encoders(self) -> Sequence[str]:
-        return TEXT_ENCODERS[self.family]
-
 
 class BlankTokenizer:
     """Tokens on the meta device, as many to a prompt as a text encoder takes."""
@@ -155,10 +149,8 @@ class BlankTokenizer:
     def __call__(self, prompts: Sequence[str], padding: str = "", **_) -> SimpleNamespace:
         if not padding:  # asked for how long the prompts are
             return SimpleNamespace(input_ids=[[0]] * len(prompts))
-        return SimpleNamespace(input_ids=self._blank(len(prompts)))
-
-    def _blank(self, prompts: int) -> Tensor:
-        return torch.empty(prompts, self.model_max_length, dtype=torch.int64, device="meta")
+        shape = (len(prompts), self.model_max_length)
+        return SimpleNamespace(input_ids=torch.empty(shape, dtype=torch.int64, device="meta"))
 
 
 def _base_model(model: ModelConfig, family: str | None) -> tuple[str, dict[str, dict], str]:
@@ -173,22 +165,19 @@ def _base_model(model: ModelConfig, family: str | None) -> tuple[str, dict[str, 
         source = f"the configuration files in {folder}"
     else:
         found, why = _family(path, model, family)
-        parts, source = dict(FAMILIES[found]), f"{NAMES[found]}'s own ({why})"
+        parts, source = dict(FAMILIES[found]), f"that of {found} in engine/architectures.py, as {why}"
     if model.vae:
         parts["vae"] = _vae(model.vae, parts["vae"])
     return found, parts, source
 
 
-NAMES = {"sd15": "SD-1.5", "sdxl": "SDXL"}
-
-
 def _family(path: Path, model: ModelConfig, asked: str | None) -> tuple[str, str]:
     """(family, why) of a checkpoint file or of a model that is not on this machine."""
     if path.is_file():
-        return single_file.family_of_file(path, "model.path", own_vae=model.vae is None), f"as {path} is"
+        return single_file.family_of_file(path, "model.path", own_vae=model.vae is None), f"{path} is"
     if asked:
-        return asked, f"{model.path} is not on this machine, --family says so"
-    return ("sdxl" if "xl" in model.path.lower() else "sd15"), f"{model.path} is not on this machine, its name says so"
+        return asked, "--family says"
+    return ("sdxl" if "xl" in model.path.lower() else "sd15"), f"the name of {model.path}, not on this machine, says"
 
 
 def _vae(path: str, own: dict) -> dict:

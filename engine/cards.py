@@ -1,7 +1,8 @@
 """The GPUs that plan.py knows, by their datasheets, and what share of one was measured where bench/results has it.
 
-Public figures of the makers, dense (without sparsity): SXM modules for the A100, H100, H200 and V100, else the PCIe
-card. Of TF32 the V100 has none and does such convolutions in float32. Nothing here was measured.
+Public figures of the makers, dense (without sparsity) and with sums in float32, as PyTorch has them: SXM modules for
+the A100, H100, H200 and V100, else the PCIe card. The V100 has no TF32 and does such convolutions in float32. Nothing
+here was measured.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from strop.engine.gauge import Flops
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """TFLOP/s of matrix products in half precision, of TF32 and of float32; memory in GB, power in W; link in GB/s to
-    other cards of the machine, one way (half of what is called bidirectional), and its name."""
+    """half, tf32, float32: TFLOP/s of matrix products; memory in GB; power in W.
+
+    link: GB/s to other cards of the machine, one way (half of what is called bidirectional).
+    """
 
     name: str
     half: float
@@ -57,6 +60,15 @@ def card(key: str) -> Card:
     near = difflib.get_close_matches(known, CARDS, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise UserError(f"--gpu: found {key!r}, expected one of {', '.join(CARDS)}{hint}")
+
+
+def named(machine: str) -> str | None:
+    """The key of the GPU that torch.cuda.get_device_name() calls so; None where it is none of them."""
+    words = machine.lower().replace("rtx ", "rtx").replace("-", " ").split()
+    if {"ti", "super", "laptop", "d", "pcie"} & set(words):  # relatives with other figures
+        return None
+    key = next((key for key in CARDS if key in words), None)
+    return "a100-40" if key == "a100" and "40gb" in words else key
 
 
 def measured_share(results: Path, key: str, recipe: str) -> tuple[float, Path] | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from strop.engine.blueprint import Blueprint
 from strop.engine.config import Config
 from strop.engine.gauge import Flops
-from strop.engine.prices import Prices
+from strop.engine.prices import Prices, UNetPrices
 from strop.engine.settings import varied
 from strop.engine.tally import Tally, tally
 
@@ -28,8 +28,11 @@ EXACT |= {"optim.passes": 1, "optim.keep_pairs": 1.0}
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Operations per prompt. stages: by name, those of STAGES and, where activations are computed again in the backward
-    pass, RECOMPUTED; plain: all of them but for the LoRA and with a backward pass counted as one forward."""
+    """Operations per prompt.
+
+    stages: by name, those of STAGES and, where activations are computed again in the backward pass, RECOMPUTED; plain:
+    all of them but what the LoRA adds, and with a backward pass counted as one forward.
+    """
 
     stages: dict[str, Flops]
     plain: float
@@ -47,27 +50,19 @@ class Cost:
 def cost(blueprint: Blueprint, counted: Tally, price: Prices) -> Cost:
     """Of a recipe as strop runs it, all pairs kept."""
     unet, config = price.unet, blueprint.config
-    prompts, images = counted.prompts, counted.of("judge")
-    encoded = prompts + (not blueprint.zero_null)
-    kept = prompts + 1 if config.rollout.text_kv else 0
-    trunk, branches = (counted.of("unet", f"rollout/{stage}") for stage in ("trunk", "branches"))
-    train, reference = counted.of("train"), counted.of("reference")
-    common = price.text * encoded + price.judge_text * prompts
-    decode, judge = price.decode * counted.of("decode"), price.judge * images
-    stages = {
-        "text": common + unet.keep * kept + unet.merge,
-        "trunk": unet.sample * trunk,
-        "branches": unet.sample * branches,
-        "decode": decode,
-        "judge": judge,
-        "update: policy": unet.train * train,
-        "update: reference": unet.reference * reference,
-    }
-    if config.model.gradient_checkpointing:
-        stages[RECOMPUTED] = unet.recompute * train
-    rollout = unet.sample_base * (trunk + branches) + unet.keep_base * kept
-    plain = common + rollout + decode + judge + unet.reference * (2 * train + reference)
-    return Cost({name: flops * (1 / prompts) for name, flops in stages.items()}, plain.all / prompts)
+    kept = counted.prompts + 1 if config.rollout.text_kv else 0
+    return _cost(
+        counted,
+        unet,
+        text=price.text * encoded(blueprint) + price.judge_text * counted.prompts,
+        text_kept=unet.keep * kept + unet.merge,
+        text_kept_base=unet.keep_base * kept,
+        images=price.decode * counted.of("decode"),
+        scores=price.judge * counted.of("judge"),
+        train=counted.of("train"),
+        reference=counted.of("reference"),
+        recompute=unet.recompute if config.model.gradient_checkpointing else None,
+    )
 
 
 def published_cost(blueprint: Blueprint, price: Prices) -> Cost:
@@ -77,24 +72,50 @@ def published_cost(blueprint: Blueprint, price: Prices) -> Cost:
     candidate at every event; none of the approximations.
     """
     blueprint = replace(blueprint, config=varied(blueprint.config, EXACT))
-    unet, counted = price.published, tally(blueprint.config, blueprint.schedule("cpu"))
-    prompts, images = counted.prompts, counted.of("judge")
-    encoded = prompts + (not blueprint.zero_null)
-    trunk, branches = (counted.of("unet", f"rollout/{stage}") for stage in ("trunk", "branches"))
+    counted = tally(blueprint.config, blueprint.schedule("cpu"))
+    candidates = counted.of("judge")
     rows = 2 * (2 if blueprint.config.optim.guided else 1) * counted.pairs
-    text = price.text * encoded + price.judge_text * images
-    decode, judge = price.decode_published * counted.of("decode"), (price.judge + price.modulation) * images
-    stages = {
-        "text": text,
-        "trunk": unet.sample * trunk,
-        "branches": unet.sample * branches,
-        "decode": decode,
-        "judge": judge,
-        "update: policy": unet.train * rows,
-        "update: reference": unet.reference * rows,
-    }
-    plain = text + decode + judge + unet.sample_base * (trunk + branches) + unet.reference * (3 * rows)
-    return Cost({name: flops * (1 / prompts) for name, flops in stages.items()}, plain.all / prompts)
+    return _cost(
+        counted,
+        price.published,
+        text=price.text * encoded(blueprint) + price.judge_text * candidates,
+        text_kept=Flops(),
+        text_kept_base=Flops(),
+        images=price.decode_published * candidates,
+        scores=(price.judge + price.modulation) * candidates,
+        train=rows,
+        reference=rows,
+        recompute=None,
+    )
+
+
+def encoded(blueprint: Blueprint) -> int:
+    """Prompts that the text encoders see in an iteration, the empty one among them where it is encoded."""
+    return blueprint.config.rollout.prompts + (not blueprint.zero_null)
+
+
+def _cost(
+    counted: Tally,
+    unet: UNetPrices,
+    text: Flops,
+    text_kept: Flops,
+    text_kept_base: Flops,
+    images: Flops,
+    scores: Flops,
+    train: int,
+    reference: int,
+    recompute: Flops | None,
+) -> Cost:
+    """Of an iteration: rollouts as counted, so many rows of the UNet trained and seen by the reference."""
+    trunk, branches = (counted.of("unet", f"rollout/{stage}") for stage in ("trunk", "branches"))
+    rollout, update = (unet.sample * trunk, unet.sample * branches), (unet.train * train, unet.reference * reference)
+    stages = dict(zip(STAGES, (text + text_kept, *rollout, images, scores, *update), strict=True))
+    if recompute is not None:
+        stages[RECOMPUTED] = recompute * train
+    base = unet.sample_base * (trunk + branches) + unet.reference * (2 * train + reference)
+    plain = text + text_kept_base + images + scores + base
+    each = 1 / counted.prompts
+    return Cost({name: flops * each for name, flops in stages.items()}, plain.all * each)
 
 
 def published_recipe(blueprint: Blueprint) -> Blueprint:

@@ -69,12 +69,7 @@ class LatentDiffusion:
 
         A steps_offset of 0 becomes 1: from t = 0 the last step would have no noise, and so no density.
         """
-        config = self.scheduler.config
-        offset = max(1, config.steps_offset)
-        coefficients = DDIMCoefficients.build(
-            self.scheduler.alphas_cumprod, num_steps, eta, config.prediction_type, offset
-        )
-        return DDIMSchedule(coefficients, guidance, self.device)
+        return ddim_schedule(self.scheduler, num_steps, eta, guidance, self.device)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], onto: torch.device | None = None) -> Conditioning:
@@ -145,6 +140,16 @@ class LatentDiffusion:
                 f"{len(cut)} of {len(prompts)} prompts have more than {limit} tokens, and what is past them is not "
                 f"read, as in {shorten(cut[0], 100, placeholder=' ...')!r}"
             )
+
+
+def ddim_schedule(
+    scheduler: DDIMScheduler, num_steps: int, eta: float, guidance: float, device: torch.device | str
+) -> DDIMSchedule:
+    """As LatentDiffusion.schedule, of any scheduler."""
+    config = scheduler.config
+    offset = max(1, config.steps_offset)
+    coefficients = DDIMCoefficients.build(scheduler.alphas_cumprod, num_steps, eta, config.prediction_type, offset)
+    return DDIMSchedule(coefficients, guidance, device)
 
 
 def pixels_per_latent(vae: AutoencoderKL) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from strop.engine.blueprint import Blueprint
 from strop.engine.cards import Card
-from strop.engine.cost import Cost, cost
+from strop.engine.cost import cost
 from strop.engine.footprint import footprint
 from strop.engine.prices import Networks, Prices, resized
 from strop.engine.settings import varied
@@ -30,8 +31,11 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A run shared by so many GPUs: bytes that each receives in an iteration, seconds of computing and of receiving in
-    it, optimizer steps and hours of the whole run."""
+    """A run shared by so many GPUs.
+
+    zero, balance: bytes that each receives in an iteration; computing, receiving: seconds of it; optimizer_steps and
+    hours: of the whole run.
+    """
 
     gpus: int
     zero: float
@@ -68,25 +72,29 @@ def along_resolution(blueprint: Blueprint, networks: Networks, price: Prices, ra
 
 
 def along_gpus(
-    blueprint: Blueprint, counted: Tally, price: Prices, card: Card, share: float, total: int
+    blueprint: Blueprint,
+    counted: Tally,
+    price: Prices,
+    card: Card,
+    share: float,
+    total: int,
+    gpus: Sequence[int] = GPUS,
 ) -> list[Share]:
-    """The same prompts in all, shared by 1 to 64 GPUs, each of which has rollout.prompts of them in an iteration."""
-    each = cost(blueprint, counted, price)
-    return [gpu_share(blueprint, counted, price, each, card, share, total, gpus) for gpus in GPUS]
+    """The same prompts shared by so many GPUs, each of which has rollout.prompts of them in an iteration.
 
-
-def gpu_share(
-    blueprint: Blueprint, counted: Tally, price: Prices, each: Cost, card: Card, share: float, total: int, gpus: int
-) -> Share:
-    """What one of so many GPUs does; total: prompts of the run, over all of them and all its epochs."""
-    config = blueprint.config
-    iterations = math.ceil(total / (counted.prompts * gpus))
-    zero = zero_bytes(config, counted, price.weights.lora, gpus)
-    pairs = balance_bytes(counted, math.prod(blueprint.latent_shape), gpus)
-    computing = card.seconds(each.done * counted.prompts, share)
-    receiving = (zero + pairs) / (card.link * 1e9)
-    steps = iterations * counted.micro_batches / config.optim.accumulate
-    return Share(gpus, zero, pairs, computing, receiving, steps, iterations * (computing + receiving) / 3600)
+    share: of the card's peak; total: prompts of the run, over all epochs.
+    """
+    config, made = blueprint.config, []
+    computing = card.seconds(cost(blueprint, counted, price).done * counted.prompts, share)
+    for count in gpus:
+        iterations = math.ceil(total / (counted.prompts * count))
+        zero = zero_bytes(config, counted, price.weights.lora, count)
+        balance = balance_bytes(counted, math.prod(blueprint.latent_shape), count)
+        receiving = (zero + balance) / (card.link * 1e9)
+        steps = iterations * counted.micro_batches / config.optim.accumulate
+        hours = iterations * (computing + receiving) / 3600
+        made.append(Share(count, zero, balance, computing, receiving, steps, hours))
+    return made
 
 
 def _step(blueprint: Blueprint, values: dict, label: object, own: bool, price: Prices, ranks: int) -> Step:

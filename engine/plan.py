@@ -21,7 +21,7 @@ from strop.engine.config import Config, load
 from strop.engine.cost import Cost, cost, evaluation, published_cost, published_recipe
 from strop.engine.errors import UserError, exit_on_user_error
 from strop.engine.footprint import RESERVE, Footprint, footprint
-from strop.engine.growth import Share, Step, along_gpus, along_inner_steps, along_k, along_resolution, gpu_share
+from strop.engine.growth import Share, Step, along_gpus, along_inner_steps, along_k, along_resolution
 from strop.engine.mend import Mend, mends
 from strop.engine.plan_page import page
 from strop.engine.prices import Networks, prices
@@ -34,9 +34,11 @@ RESULTS = Path(__file__).parents[1] / "bench" / "results"
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything that is printed. published: what the authors' code does; alike: that code with this recipe's rollout,
-    None where they are the same. fixes: what makes it fit, after which it takes `fixed`. evaluation_hours: of drawing
-    the held-out prompts, twice."""
+    """Everything that is printed.
+
+    published: what the authors' code does; alike: that code with this recipe's rollout, None where they are the same.
+    fixes: what makes it fit, after which it takes `fixed`. evaluation_hours: of drawing the held-out prompts, twice.
+    """
 
     recipe: str
     source: str
@@ -123,9 +125,7 @@ def make(
     counted, price = tally(config, schedule), prices(blueprint, networks)
     share, share_from = _share(share, gpu, recipe)
     total = prompts or config.run.iterations * config.rollout.prompts * gpus
-    each, as_published = cost(blueprint, counted, price), published_recipe(blueprint)
-    alike = published_cost(blueprint, price)
-    published = published_cost(as_published, price)
+    published, alike = (published_cost(each, price) for each in (published_recipe(blueprint), blueprint))
 
     def weigh(changed: Config) -> Footprint:
         other = replace(blueprint, config=changed)
@@ -142,13 +142,13 @@ def make(
         iterations=math.ceil(total / (counted.prompts * gpus)),
         prompts=total,
         counted=counted,
-        cost=each,
+        cost=cost(blueprint, counted, price),
         published=published,
         alike=alike if alike != published else None,
         memory=weigh(config),
         fixes=fixes,
         fixed=fixed,
-        run=gpu_share(blueprint, counted, price, each, device, share, total, gpus),
+        run=along_gpus(blueprint, counted, price, device, share, total, [gpus])[0],
         evaluation_hours=device.seconds(evaluation(config, price), share) / gpus / 3600,
         k=along_k(blueprint, price, gpus),
         inner_steps=along_inner_steps(blueprint, price, gpus),

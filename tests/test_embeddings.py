@@ -49,3 +49,11 @@ def test_the_text_encoders_are_not_needed_any_more(tiny_folder, clip_folder):
     for gone in (diffusion, judge):
         with pytest.raises(RuntimeError):
             gone.encode(["x"])
+
+
+def test_embeddings_leave_the_device_batch_by_batch(models):
+    diffusion, _ = models
+    found = diffusion.encode(TRAIN, onto=torch.device("meta"))  # where nothing could be encoded
+    assert found.text.is_meta
+    assert found.text.shape[0] == len(TRAIN)
+    assert found.pooled is None or found.pooled.is_meta
