@@ -105,9 +105,25 @@ def test_figures_are_relative_to_the_exact_recipe_of_the_same_seed(record):
     assert json.loads(json.dumps(record))["variants"]["exact"]["seeds"]["42"]["quality"] == 0.3
 
 
-def test_nothing_is_compared_without_the_exact_recipe():
-    with pytest.raises(UserError, match=r"^the exact recipe has not been run"):
-        frontier.summarise({"control": {42: columns(0.2)}})
+def test_fewer_seeds_are_compared_with_the_same_of_the_exact_recipe():
+    found = {"exact": {42: columns(0.3), 43: columns(0.4)}, "half": {43: columns(0.2)}}
+    assert frontier.summarise(found)["variants"]["half"]["mean"]["relative"]["quality"] == 0.5
+
+
+@pytest.mark.parametrize("exact", [{}, {"exact": {43: columns(0.3)}}], ids=["none", "another-seed"])
+def test_nothing_is_compared_without_the_exact_recipe(exact):
+    with pytest.raises(UserError, match=r"^control has seeds that the exact recipe has not; run that first"):
+        frontier.summarise(exact | {"control": {42: columns(0.2)}})
+
+
+def test_what_has_been_run_is_collected(tmp_path, monkeypatch):
+    for name, seed in (("exact", 42), ("exact", 43), ("control", 43)):
+        made_up_run(tmp_path, name, seed)
+    prices = {"exact": Costs(prompt=100, policy=3, reference=1), "control": Costs(prompt=50, policy=3, reference=1)}
+    monkeypatch.setattr(frontier, "costs", prices.get)
+    found = frontier.collect(tmp_path, range(42, 45))
+    flops = {name: {seed: row["flop"] for seed, row in runs.items()} for name, runs in found.items()}
+    assert flops == {"exact": {42: 2048, 43: 2048}, "control": {43: 10 * 50 + 48}}
 
 
 def test_the_table_has_a_row_each_with_every_seed(record):
