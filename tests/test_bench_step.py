@@ -1,4 +1,4 @@
-"""strop.bench.bench_step on tiny networks: what it counts, what it divides by what, and where it takes random weights."""
+"""strop.bench.bench_step on tiny networks: what it counts, what it divides, and where it takes random weights."""
 
 import json
 from types import SimpleNamespace
