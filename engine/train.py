@@ -24,6 +24,7 @@ from strop.engine.entrypoint import resolve
 from strop.engine.errors import UserError, exit_on_user_error
 from strop.engine.evaluation import Evaluation, Evaluator
 from strop.engine.figures import before_after
+from strop.engine.ledger import REASONS, Ledger, figures
 from strop.engine.lora import facts, write
 from strop.engine.machine import prepare
 from strop.engine.metrics import Metrics, Stopwatch, read_records
@@ -78,17 +79,20 @@ def main(argv: Sequence[str]) -> None:
     ranks = start(config.run.device)
     clock = Stopwatch(ranks.device)
     checkpoint.check_run(config, ranks)
-    with clock("load"):
-        parts = build(config, ranks)
-        resumed = checkpoint.open_run(config, ranks, parts.policy)
-    spent = RunTime(clock, checkpoint.seconds_before(resumed))
-    with clock("evaluate"):
-        base = evaluate_base(parts)
-    train(config, parts, ranks, clock, spent, resumed)
-    with clock("evaluate"):
-        tuned = parts.evaluator(parts.policy, "tuned model")
+    with Ledger(ranks.device) as ledger:
+        with clock("load"):
+            parts = build(config, ranks)
+            resumed = checkpoint.open_run(config, ranks, parts.policy)
+        ledger.before = checkpoint.ledger_before(resumed)
+        spent = RunTime(clock, checkpoint.seconds_before(resumed))
+        with clock("evaluate"):
+            base = evaluate_base(parts)
+        train(config, parts, ranks, clock, spent, ledger, resumed)
+        with clock("evaluate"):
+            tuned = parts.evaluator(parts.policy, "tuned model")
+    totals = ledger.totals()
     if ranks.first:
-        close(config, parts, ranks, base, tuned, spent())
+        close(config, parts, ranks, base, tuned, spent(), figures(totals))
 
 
 def build(config: Config, ranks: Ranks) -> Parts:
@@ -150,7 +154,15 @@ def evaluate_base(parts: Parts) -> Evaluation:
         return parts.evaluator(parts.policy, "base model")
 
 
-def train(config: Config, parts: Parts, ranks: Ranks, clock: Stopwatch, spent: RunTime, resumed: Path | None) -> None:
+def train(
+    config: Config,
+    parts: Parts,
+    ranks: Ranks,
+    clock: Stopwatch,
+    spent: RunTime,
+    ledger: Ledger,
+    resumed: Path | None,
+) -> None:
     """The loop: roll out, balance, update; log and save now and then. Leaves the last checkpoint and run.dir/lora."""
     run, policy, optimizer = config.run, parts.policy, parts.optimizer
     rngs = {  # prior, branches and choices are each rank's own; the shuffle is the same on all
@@ -158,7 +170,7 @@ def train(config: Config, parts: Parts, ranks: Ranks, clock: Stopwatch, spent: R
         "shuffle": torch.Generator(ranks.device).manual_seed(run.seed),
     }
     done = checkpoint.restore(resumed, policy, optimizer, rngs, ranks) if resumed else 0
-    labels = {"pairs_per_t": parts.schedule.t[:-1]}
+    labels = {"pairs_per_t": parts.schedule.t[:-1], "throttled": REASONS}
     metrics = Metrics(run.dir, ranks.device, ranks.first, start=done, iterations=run.iterations, labels=labels)
     progress = Progress(run.iterations)
     judged = parts.schedule.steps_within(*config.rollout.t_range)
@@ -184,12 +196,13 @@ def train(config: Config, parts: Parts, ranks: Ranks, clock: Stopwatch, spent: R
         metrics.add_mean(judge=result.score, kept=result.kept.sum() / possible)
         last = iteration + 1 == run.iterations
         if last or (iteration + 1) % run.log_every == 0:
+            ledger.add_to(metrics)
             record = metrics.flush(iteration + 1, optimizer_steps=optimizer.steps, seconds=clock.lap())
             if ranks.first:
                 progress.show(record)
         if last or (iteration + 1) % run.save_every == 0:
             with clock("save"):
-                checkpoint.save(config, iteration + 1, policy, optimizer, rngs, ranks, spent())
+                checkpoint.save(config, iteration + 1, policy, optimizer, rngs, ranks, spent(), ledger.totals())
     metrics.close()
 
 
@@ -200,7 +213,13 @@ def share_of(prompts: list[str], iteration: int, size: int, seed: int, ranks: Ra
 
 
 def close(
-    config: Config, parts: Parts, ranks: Ranks, base: Evaluation, tuned: Evaluation, seconds: dict[str, float]
+    config: Config,
+    parts: Parts,
+    ranks: Ranks,
+    base: Evaluation,
+    tuned: Evaluation,
+    seconds: dict[str, float],
+    ledger: dict | str,
 ) -> None:
     """Writes the LoRA, summary.json, before_after.png, curves.png and report.html, and prints the closing table."""
     run_dir = Path(config.run.dir)
@@ -212,9 +231,11 @@ def close(
     last = read_records(run_dir / "metrics.jsonl")[-1]
     summary = {name: paired_delta(base.scores[name], tuned.scores[name]) for name in base.scores} | {
         "seconds": seconds,
+        "ledger": ledger,
         "family": parts.policy.family,
         "iterations": config.run.iterations,
         "prompts": last["prompts"],
+        "prompts_per_second": last["prompts"] / (seconds["rollout"] + seconds["update"]),
         "pairs": last["pairs"],
         "optimizer_steps": parts.optimizer.steps,
         "optimizer_state_bytes_per_rank": parts.optimizer.state_bytes(),
