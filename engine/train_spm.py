@@ -25,6 +25,7 @@ from strop.engine.config import load
 from strop.engine.diffusion import LatentDiffusion
 from strop.engine.errors import exit_on_user_error
 from strop.engine.ledger import REASONS, Ledger, figures
+from strop.engine.machine import prepare_networks
 from strop.engine.metrics import Metrics, Stopwatch
 from strop.engine.preference import StepAwarePreferenceModel
 from strop.engine.ranks import Ranks, start
@@ -104,6 +105,7 @@ def build(config: SpmConfig, ranks: Ranks, clock: Stopwatch) -> Parts:
         judge = StepAwarePreferenceModel.load(config.judge, ranks.device, torch.Generator().manual_seed(seed))
         check_labeller(config, judge)
         denoiser = Denoiser(diffusion, load_unet(model, ranks.device), optim.guidance)
+        prepare_networks(model, denoiser.unet, diffusion, judge)
     with clock("prepare"):
         sets = make_sets(config, chosen, denoiser, judge, ranks)
         views = heldout_views(config, sets.heldout, denoiser, judge, ranks)
