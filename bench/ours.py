@@ -66,9 +66,10 @@ def iteration(
     config, diffusion = models.config, models.diffusion
     with clock("text"):
         cond = Embeddings(diffusion, models.judge, [list(prompts)])[prompts]
-    made = rollout(models.policy, diffusion, models.judge, models.schedule, cond, config.rollout, rng, clock)
+    with models.policy.sampling(cond, config.rollout.text_kv) as known:
+        made = rollout(models.policy, diffusion, models.judge, models.schedule, known, config.rollout, rng, clock)
     with clock("update"):
-        pairs, cond = balance(made.pairs, cond, models.ranks, shuffle)
+        pairs = balance(made.pairs, len(prompts), models.ranks, shuffle)
         optimizer = Clocked(models.optimizer, clock)
         for batch, shared in micro_batches(pairs, config.optim.micro_batch, models.forks):
             update(batch, shared, cond, models.policy, models.schedule, optimizer, config.optim, models.metrics)
