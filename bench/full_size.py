@@ -73,7 +73,7 @@ def measure(config: Config, family: str, architecture: dict, device: torch.devic
     precise = Policy(unet, config.lora.rank, config.lora.target_modules, seed=0)
     move(precise)
     policy = copy.deepcopy(precise)
-    policy.unet_rows = config.model.unet_rows
+    policy.unet_rows, policy.merge_lora = config.model.unet_rows, config.model.merges_lora
     halve(policy, DTYPES[config.model.dtype])
     diffusion, judge = surroundings(config, family, architecture, device)
     if config.model.gradient_checkpointing:

@@ -29,8 +29,9 @@ class Ours:
         self, unet: UNet2DConditionModel, diffusion: LatentDiffusion, judge: StepAwarePreferenceModel, config: Config
     ):
         """Takes `unet` for the policy, whose LoRA starts from run.seed."""
-        lora, given = config.lora, config.rollout
-        self.policy = Policy(unet, lora.rank, lora.target_modules, config.run.seed, diffusion.latent_shape)
+        lora, given, model, shape = config.lora, config.rollout, config.model, diffusion.latent_shape
+        seed, rows, merge = config.run.seed, model.unet_rows, model.merges_lora
+        self.policy = Policy(unet, lora.rank, lora.target_modules, seed, shape, rows, merge)
         self.diffusion, self.judge, self.config = diffusion, judge, config
         self.schedule = diffusion.schedule(given.num_steps, given.eta, given.guidance)
         self.ranks = Ranks(0, 1, diffusion.device)

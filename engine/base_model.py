@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -31,6 +31,7 @@ KINDS = {
     "vae": AutoencoderKL,
     "text_encoder": CLIPTextModel,
     "text_encoder_2": CLIPTextModelWithProjection,
+    "tiny_decoder": AutoencoderTiny,  # of no base model: rollout.decoder
 }
 ORIGINALS = {  # whose configuration a checkpoint file gets that comes without components
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -39,7 +40,7 @@ ORIGINALS = {  # whose configuration a checkpoint file gets that comes without c
 CONFIGS = (
     "model_index.json",
     "scheduler/scheduler_config.json",
-    *(f"{part}/config.json" for part in KINDS),
+    *(f"{part}/config.json" for part in KINDS if part != "tiny_decoder"),
     "tokenizer/*",
     "tokenizer_2/*",
 )
@@ -131,19 +132,7 @@ class BaseModel:
 
         Raises UserError where the UNet cannot halve it as often as it does.
         """
-        unet = self.config("unet")
-        own, blocks = unet.get("sample_size"), len(unet.get("block_out_channels", range(4)))
-        own = own if isinstance(own, list) else [own, own]
-        multiple = factor * 2 ** (blocks - 1)
-        shape = []
-        for side, default in zip(("height", "width"), own, strict=True):
-            pixels = getattr(self.settings, side) or (default or 0) * factor
-            if pixels == 0:
-                raise UserError(f"model.{side}: null, but {self.folder} does not say its own size; expected pixels")
-            if pixels % multiple:
-                raise UserError(f"model.{side}: found {pixels}, expected a multiple of {multiple} for this model")
-            shape.append(pixels // factor)
-        return (CHANNELS, *shape)
+        return latent_shape(self.settings, self.config("unet"), factor, self.folder)
 
     def _tokenizer(self, text_encoder: str) -> CLIPTokenizer:
         part, config = text_encoder.replace("text_encoder", "tokenizer"), self.config(text_encoder)
@@ -168,6 +157,22 @@ class BaseModel:
         shifts = [name for name in ("latents_mean", "latents_std", "shift_factor") if config.get(name)]
         if shifts:
             raise UserError(f"{key}: found a VAE with {' and '.join(shifts)}, expected one with a scaling_factor alone")
+
+
+def latent_shape(model: ModelConfig, unet: dict, factor: int, source: Path | str) -> tuple[int, int, int]:
+    """As BaseModel.latent_shape, for the configuration of a UNet that `source` has."""
+    own, blocks = unet.get("sample_size"), len(unet.get("block_out_channels", range(4)))
+    own = own if isinstance(own, list) else [own, own]
+    multiple = factor * 2 ** (blocks - 1)
+    shape = []
+    for side, default in zip(("height", "width"), own, strict=True):
+        pixels = getattr(model, side) or (default or 0) * factor
+        if pixels == 0:
+            raise UserError(f"model.{side}: null, but {source} does not say its own size; expected pixels")
+        if pixels % multiple:
+            raise UserError(f"model.{side}: found {pixels}, expected a multiple of {multiple} for this model")
+        shape.append(pixels // factor)
+    return (CHANNELS, *shape)
 
 
 def load_unet(model: ModelConfig, device: torch.device) -> UNet2DConditionModel:

@@ -39,6 +39,15 @@ class Conditioning:
         """k copies, one after the other: row j * N + i is prompt i."""
         return self.map(lambda value: value.repeat(k, *[1] * (value.ndim - 1)))
 
+    def unprompted(self) -> Conditioning:
+        """The empty prompt in place of each of the N."""
+        given = {"text": self.null.expand_as(self.text)}
+        if self.pooled is not None:
+            given["pooled"] = self.null_pooled.expand_as(self.pooled)
+        if self.row is not None:
+            given["row"] = torch.zeros_like(self.row)
+        return replace(self, **given)
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
         """With `function` of each tensor that has one row a prompt."""
         given = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ALIKE}

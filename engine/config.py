@@ -59,6 +59,12 @@ class ModelConfig(Section):
         description="Most rows per forward of the UNet in rollout and evaluation, where a guided latent is two rows; "
         "null has all branches and both halves in one.",
     )
+    merge_lora: bool | None = Field(
+        None,
+        description="In rollout and evaluation, the LoRA added to the weights in place of a detour at every layer, for "
+        "which the weights it belongs to are kept twice. The same numbers but for rounding in float32; in float16 and "
+        "bfloat16 the sums are rounded to that type, an approximation. null does it in float32 alone.",
+    )
     channels_last: bool = Field(
         False,
         description="UNet and VAE in the memory order NHWC, the same numbers but for rounding. On a CPU it was slower; "
@@ -78,6 +84,11 @@ class ModelConfig(Section):
     )
     height: Pixels | None = Field(None, description="Height of the images in pixels; null is the model's own.")
     width: Pixels | None = Field(None, description="Width of the images in pixels; null is the model's own.")
+
+    @property
+    def merges_lora(self) -> bool:
+        """What merge_lora comes to for this dtype."""
+        return self.dtype == "float32" if self.merge_lora is None else self.merge_lora
 
 
 class JudgeConfig(Section):
@@ -134,6 +145,24 @@ class RolloutConfig(Section):
         False,
         description="Joins a last segment of one step with the one before, as the published SDXL code does.",
     )
+    judge_every: int = Field(
+        1,
+        ge=1,
+        description="Of so many segments (steps, where inner_steps is 1) the first is forked, judged and trained; the "
+        "rest are walked on one branch. More than 1 is an approximation: fewer pairs of a trajectory.",
+    )
+    look_ahead: Literal["full", "text"] = Field(
+        "full",
+        description="What predicts the image of a branch that is judged: full is the guided prediction; text runs the "
+        "half with the prompt alone and takes what guidance adds from the step before, an approximation. The branch "
+        "that goes on gets its other half, so that what is trained is exact either way.",
+    )
+    decoder: str | None = Field(
+        None,
+        description="Folder or hub id of an AutoencoderTiny that decodes the judge's images in place of the VAE, an "
+        "approximation: madebyollin/taesd for Stable Diffusion 1.5, madebyollin/taesdxl for SDXL. The evaluation "
+        "decodes with the VAE.",
+    )
     next_state: Literal["random", "winner", "loser"] = Field(
         "random", description="The branch from which the trajectory goes on."
     )
@@ -156,6 +185,12 @@ class RolloutConfig(Section):
             raise ValueError(f"t_range is [{low}, {high}], expected the lower timestep first")
         return self
 
+    @model_validator(mode="after")
+    def _text_is_a_half(self) -> RolloutConfig:
+        if self.look_ahead == "text" and self.guidance == 1:
+            raise ValueError("look_ahead is text, but with guidance 1 there is no other half to leave out; use full")
+        return self
+
 
 class OptimConfig(Section):
     lr: float = Field(6e-5, gt=0, description="AdamW learning rate, constant.")
@@ -176,6 +211,19 @@ class OptimConfig(Section):
     )
     micro_batch: int = Field(10, ge=1, description="Preference pairs per forward and backward pass and process.")
     accumulate: int = Field(1, ge=1, description="Micro-batches per optimizer step.")
+    passes: int = Field(
+        1,
+        ge=1,
+        description="Passes over the pairs of each rollout, shuffled anew; the reference predicts once for all of "
+        "them. More than 1 is an approximation: from the second on, pairs are of an older policy.",
+    )
+    keep_pairs: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of a rollout's pairs that is trained on, drawn at random. Less than 1 is an approximation, "
+        "and a poor trade where the rollout costs more than the training.",
+    )
 
 
 class ZeroConfig(Section):
@@ -201,7 +249,7 @@ class EvaluateConfig(Section):
 
 class RunConfig(Section):
     dir: str = Field(description="Run folder; must be new or empty, unless run.resume is set.")
-    iterations: int = Field(ge=1, description="Rollouts, each followed by one pass over its preference pairs.")
+    iterations: int = Field(ge=1, description="Rollouts, each followed by optim.passes over its preference pairs.")
     seed: int = Field(42, ge=0, description="Seed of everything random in the run; process r uses seed + r.")
     device: Device = Field("auto", description="auto takes a GPU where there is one.")
     kernels: Kernels = Field("auto", description=KERNELS)

@@ -15,30 +15,50 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
+
+
+@dataclass(frozen=True, slots=True)
+class Flops:
+    """Operations of matrix products and convolutions, a multiplication and an addition each.
+
+    By the unit of a GPU that does them where nobody says otherwise: convolutions in float32 run in TF32, matrix
+    products in float32 as such, and all that is in half precision in half precision.
+    """
+
+    half: float = 0
+    tf32: float = 0
+    float32: float = 0
+
+    @property
+    def all(self) -> float:
+        return self.half + self.tf32 + self.float32
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.half + other.half, self.tf32 + other.tf32, self.float32 + other.float32)
+
+    def __sub__(self, other: Flops) -> Flops:
+        return self + other * -1
+
+    def __mul__(self, times: float) -> Flops:
+        return Flops(self.half * times, self.tf32 * times, self.float32 * times)
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """flops: of matrix products and convolutions, a multiplication and an addition each; peak: bytes of the tensors
-    made meanwhile that live at the same time."""
+    """peak: bytes of the tensors made meanwhile that live at the same time."""
 
-    flops: float = 0
-    peak: float = 0
-
-    def __add__(self, other: Reading) -> Reading:
-        """One after the other."""
-        return Reading(self.flops + other.flops, max(self.peak, other.peak))
+    flops: Flops
+    peak: float
 
 
 def gauge(work: Callable[[], object]) -> Reading:
     """What `work()` takes, whose tensors are all on the meta device; its result counts as long as it lives."""
-    with _FusedAttention(), FlopCounterMode(display=False) as flops, _Living() as living:
+    with _fused_attention(), _Meter() as meter:
         work()
-    return Reading(flops.get_total_flops(), living.peak)
+    return Reading(meter.flops, meter.peak)
 
 
 @contextmanager
@@ -53,21 +73,34 @@ def on_meta(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-class _Living(TorchDispatchMode):
-    """Bytes of the storages made inside that are alive: now and at most."""
+class _Meter(TorchDispatchMode):
+    """Floating-point operations, and bytes of the storages made inside that are alive: now and at most.
+
+    The formulas are FlopCounterMode's; that itself follows modules by hooks, which keep tensors alive too long.
+    """
 
     def __init__(self):
         super().__init__()
+        self.flops = Flops()
         self.now = self.peak = 0
         self.alive: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in given:
-                self._add(leaf.untyped_storage())
+        if formula := flop_registry.get(function._overloadpacket):
+            self.flops += Flops(**{self._unit(function, args): formula(*args, **(kwargs or {}), out_val=result)})
+        made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        given = {t.untyped_storage()._cdata for t in tree_leaves(args) if isinstance(t, Tensor)} if made else ()
+        for tensor in made:
+            if tensor.untyped_storage()._cdata not in given:  # no view of one that was there before
+                self._add(tensor.untyped_storage())
         return result
+
+    @staticmethod
+    def _unit(function, args) -> str:
+        if next(a for a in args if isinstance(a, Tensor)).dtype != torch.float32:
+            return "half"
+        return "tf32" if "convolution" in str(function) else "float32"
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
@@ -83,14 +116,21 @@ class _Living(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Attention without a mask as flash attention has it; the meta device would keep the matrix of all by all."""
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Inside, attention without a mask is flash attention, as on a GPU: the meta device would keep the whole matrix.
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        masked = kwargs.get("attn_mask") is not None or len(args) > 3
-        if function is not F.scaled_dot_product_attention or masked:
-            return function(*args, **kwargs)
-        query, key, value = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))
-        causal, scale = kwargs.get("is_causal", False), kwargs.get("scale")
-        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scale)[0]
+    The function is replaced, because a TorchFunctionMode is off in what a checkpoint recomputes in the backward pass.
+    """
+    plain = F.scaled_dot_product_attention
+
+    def fused(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **options):
+        if attn_mask is not None:
+            return plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options)
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, scale=scale)[0]
+
+    F.scaled_dot_product_attention = fused
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain

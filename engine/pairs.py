@@ -15,18 +15,21 @@ from torch import Tensor
 @dataclass(frozen=True, slots=True)
 class PreferencePairs:
     """x_t (R, N, C, H, W), R = 1 when winner and loser share it; x_prev (2, N, C, H, W), winner first;
-    step (N,) int64, index into the schedule; prompt (N,) int64, a row of this iteration's Conditioning."""
+    step (N,) int64, index into the schedule; prompt (N,) int64, a row of this iteration's Conditioning.
+    eps_ref (G, R, N, C, H, W): what the reference predicts at x_t, where pairs are used again; else None."""
 
     x_t: Tensor
     x_prev: Tensor
     step: Tensor
     prompt: Tensor
+    eps_ref: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.step)
 
     def __getitem__(self, rows: Tensor | slice) -> PreferencePairs:
-        return PreferencePairs(self.x_t[:, rows], self.x_prev[:, rows], self.step[rows], self.prompt[rows])
+        eps_ref = None if self.eps_ref is None else self.eps_ref[:, :, rows]
+        return PreferencePairs(self.x_t[:, rows], self.x_prev[:, rows], self.step[rows], self.prompt[rows], eps_ref)
 
     @classmethod
     def of_step(cls, x_t: Tensor, x_prev: Tensor, chosen: Tensor, step: int) -> PreferencePairs:
@@ -40,12 +43,13 @@ class PreferencePairs:
 
     @classmethod
     def cat(cls, parts: Sequence[PreferencePairs]) -> PreferencePairs:
-        """One after the other; all parts have the same R."""
+        """One after the other; all parts have the same R, and all or none have eps_ref."""
         return cls(
             torch.cat([p.x_t for p in parts], dim=1),
             torch.cat([p.x_prev for p in parts], dim=1),
             torch.cat([p.step for p in parts]),
             torch.cat([p.prompt for p in parts]),
+            None if parts[0].eps_ref is None else torch.cat([p.eps_ref for p in parts], dim=2),
         )
 
     def shuffle(self, rng: torch.Generator) -> PreferencePairs:

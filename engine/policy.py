@@ -11,6 +11,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from strop.engine.conditioning import Conditioning
@@ -30,16 +31,18 @@ class Policy:
         seed: int,
         latent_shape: tuple[int, int, int] | None = None,
         unet_rows: int | None = None,
+        merge_lora: bool = False,
     ):
         """Adds a fresh LoRA: A ~ N(0, 1/rank^2) from `seed`, B = 0, alpha = rank: policy and reference start equal.
 
         latent_shape: (C, h, w) of a latent; None is the UNet's own resolution. unet_rows: most rows of a forward inside
-        `sampling`; None is no bound.
+        `sampling`; None is no bound. merge_lora: inside `sampling`, the LoRA is part of the weights.
         """
         self.unet = unet.requires_grad_(False).eval()
         self.rank = rank
         self.unet_rows = unet_rows
-        self.is_sampling = False
+        self.merge_lora = merge_lora
+        self.is_sampling = self.is_reference = False
         self.multiple = 1  # outside of `sampling`, latents are filled up to a multiple of this (machine.py)
         size = unet.config.sample_size
         self.latent_shape = latent_shape or (unet.config.in_channels, size, size)
@@ -82,9 +85,10 @@ class Policy:
         Gives the Conditioning to sample with. text_kv: keys and values of its text are computed here, once; inside, the
         policy must then stay as it is.
         """
+        merged = merged_lora(self.unet) if self.merge_lora and not self.is_reference else nullcontext()
         self.is_sampling = True
         try:
-            with torch.no_grad(), kept_text(self.unet, cond) if text_kv else nullcontext(cond) as given:
+            with torch.no_grad(), merged, kept_text(self.unet, cond) if text_kv else nullcontext(cond) as given:
                 yield given
         finally:
             self.is_sampling = False
@@ -93,10 +97,12 @@ class Policy:
     def reference(self) -> Iterator[None]:
         """Inside, the policy is the frozen base model: adapters off, no gradient."""
         self.unet.disable_adapters()
+        self.is_reference = True
         try:
             with torch.no_grad():
                 yield
         finally:
+            self.is_reference = False
             self.unet.enable_adapters()
 
     @property
@@ -160,6 +166,26 @@ class Policy:
         raise UserError(
             f"{source} is of another base model: {name} is {found}, expected {expected}; use one of this model"
         )
+
+
+@contextmanager
+def merged_lora(unet: UNet2DConditionModel) -> Iterator[None]:
+    """Inside, W + BA stands in place of W and no adapter runs; afterwards W is what it was, bit for bit.
+
+    In float32 the outputs are the same but for rounding; a shorter type rounds the sum to itself.
+    """
+    layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
+    weights = [layer.get_base_layer().weight for layer in layers]
+    former = [weight.clone() for weight in weights]
+    try:
+        for layer, weight in zip(layers, weights, strict=True):
+            weight += layer.get_delta_weight(layer.active_adapters[0])
+        unet.disable_adapters()
+        yield
+    finally:
+        for weight, own in zip(weights, former, strict=True):
+            weight.copy_(own)
+        unet.enable_adapters()
 
 
 def unet_eps(unet: UNet2DConditionModel, x: Tensor, step_t: Tensor, cond: Conditioning, guided: bool) -> Tensor:

@@ -44,39 +44,47 @@ def rollout(
     The steps of config.t_range are cut into segments. A segment forks k branches from one latent, lets each walk on
     alone to the segment's end, and judges what it is going to be there. The forward that scores the branches is the one
     that gives eps for the next segment, so k branches cost one fused UNet forward a step. Draws from rng: the prior,
-    then per step the noise, and after each judgement the choice of the next state.
+    then per step the noise, and after each judgement the choice of the next state. Steps before a segment that none
+    judges are walked on one branch; those after the last one are not walked.
     """
-    guided = schedule.guidance != 1
-    judged = schedule.steps_within(*config.t_range)
-    cuts = segments(judged, config.inner_steps, config.merge_last)
+    guided, text_alone = schedule.guidance != 1, config.look_ahead == "text"
+    cuts = judged_segments(schedule, config)
     shared = all(len(cut) == 1 for cut in cuts)
     pairs, sure, scores = [], [], []
+    kept = torch.zeros(schedule.num_steps, device=schedule.device)
     x = schedule.prior((len(cond), *policy.latent_shape), rng)  # (B, C, H, W)
-    with clock("rollout/trunk"):
-        for i in range(judged.start):
-            eps = policy.eps(x, schedule.timesteps(i, len(x)), cond, guided)
-            x = schedule.branch(x, eps, i, k=1, rng=rng)[0]
-        eps = policy.eps(x, schedule.timesteps(judged.start, len(x)), cond, guided)
+    at, eps = 0, None
     for cut in cuts:
+        with clock("rollout/trunk"):
+            eps = complete(policy, schedule, x, eps, at, cond, guided)
+            x, eps = walk(policy, schedule, x, eps, range(at, cut.start), cond, guided, rng)
         states = [x.unsqueeze(0), schedule.branch(x, eps, cut.start, config.k, rng)]  # (1, B, ...), (K, B, C, H, W)
         with clock("rollout/branches"):
-            states += walk_on(policy, schedule, states[-1], cut[1:], cond, guided, rng)
-            eps_k, x0_hat = look_ahead(policy, schedule, states[-1], cut.stop, cond, guided)
+            walked, before = walk_on(policy, schedule, states[-1], eps.unsqueeze(1), cut[1:], cond, guided, rng)
+            states += walked
+            before = before if text_alone else None
+            eps_k, x0_hat = look_ahead(policy, schedule, states[-1], cut.stop, cond, guided, before)
         with clock("rollout/decode"):
             images = diffusion.decode(x0_hat)  # (K, B, 3, H, W)
         with clock("rollout/judge"):
             scores.append(judge.score(images, cond.judge, schedule.t[cut.stop]))  # (K, B)
         chosen = choose(scores[-1], config.pair, rng)  # (2, B)
-        for i, before, after in zip(cut, states, states[1:], strict=False):
-            before = before if shared else before.expand_as(after)
-            pairs.append(PreferencePairs.of_step(before, after, chosen, i))
+        for i, earlier, later in zip(cut, states, states[1:], strict=False):
+            earlier = earlier if shared else earlier.expand_as(later)
+            pairs.append(PreferencePairs.of_step(earlier, later, chosen, i))
             sure.append(is_sure(scores[-1], chosen, config.threshold))
-        if cut.stop < judged.stop:
+            kept[i] = sure[-1].sum()
+        at = cut.stop
+        if cut != cuts[-1]:
             x, eps = go_on(states[-1], eps_k, scores[-1], config.next_state, rng)
-    kept = torch.zeros(schedule.num_steps, device=x.device)
-    kept[judged.start : judged.stop] = torch.stack(sure).sum(1).float()
     pairs = PreferencePairs.cat(pairs)[torch.cat(sure).nonzero().flatten()]
     return Rollout(pairs, kept, torch.stack(scores).mean())
+
+
+def judged_segments(schedule: DDIMSchedule, config) -> list[range]:
+    """The segments that branches fork in, judged and trained on; config is the section `rollout`."""
+    steps = schedule.steps_within(*config.t_range)
+    return segments(steps, config.inner_steps, config.merge_last)[:: config.judge_every]
 
 
 def segments(steps: range, length: int, merge_last: bool) -> list[range]:
@@ -91,33 +99,63 @@ def segments(steps: range, length: int, merge_last: bool) -> list[range]:
     return [range(start, stop) for start, stop in zip(starts, [*starts[1:], steps.stop], strict=True)]
 
 
+def complete(policy, schedule: DDIMSchedule, x: Tensor, eps: Tensor | None, step: int, cond, guided: bool) -> Tensor:
+    """eps (G, B, C, H, W) of x (B, C, H, W) at `step`, of which is known: nothing, the half with the prompt, or all."""
+    t = schedule.timesteps(step, len(x))
+    if eps is None:
+        return policy.eps(x, t, cond, guided)
+    if guided and len(eps) == 1:
+        return torch.cat([policy.eps(x, t, cond.unprompted(), False), eps])
+    return eps
+
+
+def walk(
+    policy, schedule: DDIMSchedule, x: Tensor, eps: Tensor, steps: range, cond, guided: bool, rng
+) -> tuple[Tensor, Tensor]:
+    """One branch through `steps`, plain stochastic DDIM: x (B, C, H, W) and its eps (G, B, C, H, W) after them."""
+    for i in steps:
+        x = schedule.branch(x, eps, i, k=1, rng=rng)[0]
+        eps = policy.eps(x, schedule.timesteps(i + 1, len(x)), cond, guided)
+    return x, eps
+
+
 def walk_on(
-    policy, schedule: DDIMSchedule, branches: Tensor, steps: range, cond, guided: bool, rng: torch.Generator | Replay
-) -> list[Tensor]:
-    """Each branch (K, B, C, H, W) alone through `steps`, plain stochastic DDIM: its states after each of them."""
+    policy, schedule: DDIMSchedule, branches: Tensor, eps: Tensor, steps: range, cond, guided: bool, rng
+) -> tuple[list[Tensor], Tensor]:
+    """Each branch (K, B, C, H, W) alone through `steps`: its states after each of them, and eps before the last.
+
+    eps (G, 1, B, C, H, W) is that of the latent they forked from, and comes back where there are no steps.
+    """
     k, rows = branches.shape[:2]
     states = []
     flat = branches.flatten(0, 1)  # (K*B, C, H, W)
     for i in steps:
         eps = policy.eps(flat, schedule.timesteps(i, k * rows), cond.repeat(k), guided)
         flat = schedule.branch(flat, eps, i, k=1, rng=rng)[0]
+        eps = eps.unflatten(1, (k, rows))
         states.append(flat.unflatten(0, (k, rows)))
-    return states
+    return states, eps
 
 
 def look_ahead(
-    policy, schedule: DDIMSchedule, branches: Tensor, step: int, cond, guided: bool
+    policy, schedule: DDIMSchedule, branches: Tensor, step: int, cond, guided: bool, before: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor]:
     """What each branch (K, B, C, H, W), now at `step`, will become: (eps (G, K, B, C, H, W), x0_hat (K, B, C, H, W)).
 
-    After the last step the branches are clean already: (None, branches).
+    before (2, K or 1, B, C, H, W): eps of the step before. Where it is given, only the half with the prompt is run, G
+    is 1, and x0_hat takes the difference of the two halves from there. After the last step the branches are clean
+    already: (None, branches).
     """
     if step == schedule.num_steps:
         return None, branches
     k, rows = branches.shape[:2]
     flat = branches.flatten(0, 1)  # (K*B, C, H, W)
-    eps = policy.eps(flat, schedule.timesteps(step, k * rows), cond.repeat(k), guided)
-    x0_hat = schedule.x0_hat(flat, eps, step)
+    eps = policy.eps(flat, schedule.timesteps(step, k * rows), cond.repeat(k), guided and before is None)
+    halves = eps
+    if before is not None:
+        without = eps.unflatten(1, (k, rows)) - (before[1:] - before[:1])
+        halves = torch.cat([without.flatten(1, 2), eps])
+    x0_hat = schedule.x0_hat(flat, halves, step)
     return eps.unflatten(1, (k, rows)), x0_hat.unflatten(0, (k, rows))
 
 

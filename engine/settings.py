@@ -6,7 +6,8 @@ The machinery alone: what the keys of a recipe are stands in config.py and spm_c
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -76,6 +77,15 @@ def differences(old: Section, new: Section, ignore: Sequence[str] = ()) -> list[
         for key in keys(type(new))
         if key not in ignore and value(old, key) != value(new, key)
     ]
+
+
+def varied(config: C, values: Mapping[str, Any]) -> C:
+    """The same configuration with other values of some dotted keys, checked like any other."""
+    tree = config.model_dump()
+    for key, value in values.items():
+        *sections, last = key.split(".")
+        functools.reduce(dict.__getitem__, sections, tree)[last] = value
+    return type(config).model_validate(tree)
 
 
 def _read_yaml(path: Path) -> dict:

@@ -6,6 +6,7 @@ The whole of it on one page: build the parts, evaluate the base model, run the l
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 
 from strop.engine import checkpoint, zero
 from strop.engine.base_model import load_unet, quiet_libraries
-from strop.engine.config import Config, load
+from strop.engine.config import Config, RolloutConfig, load
 from strop.engine.ddim import DDIMSchedule
 from strop.engine.diffusion import BATCH, LatentDiffusion
 from strop.engine.embeddings import Embeddings
@@ -34,8 +35,9 @@ from strop.engine.progress import Progress
 from strop.engine.prompts import batch_of, first_used, read_prompts, split_prompts
 from strop.engine.ranks import Ranks, balance, start
 from strop.engine.report import closing_table, make_report, paired_delta, write_summary
-from strop.engine.rollout import rollout, segments
-from strop.engine.update import micro_batches, update
+from strop.engine.rollout import judged_segments, rollout, segments
+from strop.engine.tiny_decoder import TinyDecoder
+from strop.engine.update import micro_batches, update, with_reference
 from strop.kernels import use_reference
 
 
@@ -47,6 +49,7 @@ class Parts:
     heldout: list[str]
     policy: Policy
     diffusion: LatentDiffusion
+    decoder: LatentDiffusion | TinyDecoder
     judge: StepAwarePreferenceModel
     embeddings: Embeddings
     schedule: DDIMSchedule
@@ -101,16 +104,14 @@ def build(config: Config, ranks: Ranks) -> Parts:
     model, device, lora = config.model, ranks.device, config.lora
     diffusion = LatentDiffusion.load(model, device)
     unet, shape = load_unet(model, device), diffusion.latent_shape
-    policy = Policy(unet, lora.rank, lora.target_modules, config.run.seed, shape, model.unet_rows)
+    policy = Policy(unet, lora.rank, lora.target_modules, config.run.seed, shape, model.unet_rows, model.merges_lora)
     judge = StepAwarePreferenceModel.load(config.judge, device)
     spec = config.evaluate.examiner
     examine = resolve(spec, "evaluate.examiner")(device) if spec else None
     schedule = diffusion.schedule(config.rollout.num_steps, config.rollout.eta, config.rollout.guidance)
-    if not schedule.steps_within(*config.rollout.t_range):
-        raise UserError(
-            f"rollout.t_range: found {list(config.rollout.t_range)}, expected a range with at least one of the "
-            f"{config.rollout.num_steps} timesteps {', '.join(map(str, schedule.t[:-1]))}"
-        )
+    check_steps(config.rollout, schedule)
+    tiny = config.rollout.decoder
+    decoder = TinyDecoder.load(tiny, model.dtype, diffusion) if tiny else diffusion
     prepare(model, policy, diffusion, judge, config.optim.micro_batch)
     used = config.run.iterations * config.rollout.prompts * ranks.size
     trained = first_used(prompts, used, config.run.seed, BATCH)
@@ -122,12 +123,29 @@ def build(config: Config, ranks: Ranks) -> Parts:
         heldout,
         policy,
         diffusion,
+        decoder,
         judge,
         embeddings,
         schedule,
         Evaluator(diffusion, judge, examine, embeddings, heldout, config.evaluate, ranks, config.rollout.text_kv),
         zero.build(policy.unet, zero.AdamWSettings.of(config.optim, config.zero.stage, model.dtype), ranks),
     )
+
+
+def check_steps(config: RolloutConfig, schedule: DDIMSchedule) -> None:
+    """Raises UserError where rollout.t_range holds no step, or fewer segments than rollout.judge_every passes over."""
+    steps = schedule.steps_within(*config.t_range)
+    if not steps:
+        raise UserError(
+            f"rollout.t_range: found {list(config.t_range)}, expected a range with at least one of the "
+            f"{config.num_steps} timesteps {', '.join(map(str, schedule.t[:-1]))}"
+        )
+    count = len(segments(steps, config.inner_steps, config.merge_last))
+    if config.judge_every > count:
+        raise UserError(
+            f"rollout.judge_every: found {config.judge_every}, expected at most {count}, the number of segments in "
+            "rollout.t_range"
+        )
 
 
 def prompts_of(config: Config, ranks: Ranks) -> tuple[list[str], list[str]]:
@@ -173,8 +191,8 @@ def train(
     labels = {"pairs_per_t": parts.schedule.t[:-1], "throttled": REASONS}
     metrics = Metrics(run.dir, ranks.device, ranks.first, start=done, iterations=run.iterations, labels=labels)
     progress = Progress(run.iterations)
-    judged = parts.schedule.steps_within(*config.rollout.t_range)
-    forks = {cut.start for cut in segments(judged, config.rollout.inner_steps, config.rollout.merge_last)}
+    judged = judged_segments(parts.schedule, config.rollout)
+    forks, judged_steps = {cut.start for cut in judged}, sum(map(len, judged))
     clock.lap()
     for iteration in range(done, run.iterations):
         prompts = share_of(parts.prompts, iteration, config.rollout.prompts, run.seed, ranks)
@@ -182,15 +200,20 @@ def train(
             cond = parts.embeddings[prompts]
             with policy.sampling(cond, config.rollout.text_kv) as known:
                 result = rollout(
-                    policy, parts.diffusion, parts.judge, parts.schedule, known, config.rollout, rngs["rollout"], clock
+                    policy, parts.decoder, parts.judge, parts.schedule, known, config.rollout, rngs["rollout"], clock
                 )
         with clock("update"):
             pairs = balance(result.pairs, len(prompts), ranks, rngs["shuffle"])
             if ranks.size > 1:  # pairs of any rank's prompts
                 cond = parts.embeddings[batch_of(parts.prompts, iteration, len(prompts) * ranks.size, run.seed)]
-            for batch, shared in micro_batches(pairs, config.optim.micro_batch, forks):
-                update(batch, shared, cond, policy, parts.schedule, optimizer, config.optim, metrics)
-        possible = len(prompts) * len(judged)
+            pairs = pairs[: math.ceil(config.optim.keep_pairs * len(pairs))]  # they come shuffled
+            if config.optim.passes > 1:
+                pairs = with_reference(pairs, forks, cond, policy, parts.schedule, config.optim)
+            for again in range(config.optim.passes):
+                pairs = pairs.shuffle(rngs["shuffle"]) if again else pairs
+                for batch, shared in micro_batches(pairs, config.optim.micro_batch, forks):
+                    update(batch, shared, cond, policy, parts.schedule, optimizer, config.optim, metrics)
+        possible = len(prompts) * judged_steps
         metrics.add_total(prompts=len(prompts), pairs=len(result.pairs))
         metrics.add_sum(pairs_per_t=result.kept)
         metrics.add_mean(judge=result.score, kept=result.kept.sum() / possible)

@@ -6,6 +6,7 @@ Winner and loser of a step at which the branches forked share their x_t, and a U
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -33,6 +34,27 @@ def micro_batches(pairs: PreferencePairs, size: int, forks: Collection[int]) -> 
         yield batch, len(rows) - sum(apart[row] for row in rows)
 
 
+def with_reference(
+    pairs: PreferencePairs,
+    forks: Collection[int],
+    cond: Conditioning,
+    policy: Policy,
+    schedule: DDIMSchedule,
+    config: OptimConfig,
+) -> PreferencePairs:
+    """The pairs with what the reference predicts for them, in the order of their micro-batches.
+
+    Passes over the same pairs then share it, because the reference does not learn. The first pass has the same bits
+    as without.
+    """
+    guided = config.guided and schedule.guidance != 1
+    parts = [pairs[:0]]
+    with policy.reference():
+        for batch, shared in micro_batches(pairs, config.micro_batch, forks):
+            parts.append(replace(batch, eps_ref=predict(policy, batch, shared, schedule, cond, guided)))
+    return PreferencePairs.cat(parts[1:] or parts)
+
+
 def update(
     batch: PreferencePairs,
     shared: int,
@@ -46,8 +68,10 @@ def update(
     """One micro-batch: policy and reference on its latents, the loss, its gradient, perhaps an optimizer step."""
     guided = config.guided and schedule.guidance != 1
     eps = predict(policy, batch, shared, schedule, cond, guided)
-    with policy.reference():
-        eps_ref = predict(policy, batch, shared, schedule, cond, guided)
+    eps_ref = batch.eps_ref
+    if eps_ref is None:
+        with policy.reference():
+            eps_ref = predict(policy, batch, shared, schedule, cond, guided)
     log_ratio = schedule.log_ratio(batch.x_prev, batch.x_t, eps, eps_ref, batch.step)  # (2, N)
     loss, stats = spo_loss(log_ratio, config.beta, config.clip)
     optimizer.backward(loss)

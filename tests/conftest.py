@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DDIMScheduler,
     EulerDiscreteScheduler,
     StableDiffusionPipeline,
@@ -254,6 +255,18 @@ def diffusion(tiny_folder):
 def policy(tiny_folder):
     """A fresh policy of rank 4 on the golden UNet."""
     return Policy(load_unet(ModelConfig(path=str(tiny_folder)), CPU), 4, LORA_TARGETS, seed=0)
+
+
+@pytest.fixture(scope="session")
+def tiny_decoder_folder(tmp_path_factory):
+    """An AutoencoderTiny of random weights for the golden models: two pixels to a latent's side."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes = {f"{side}_block_out_channels": (8, 8) for side in ("encoder", "decoder")}
+        network = AutoencoderTiny(**sizes, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))
+    folder = tmp_path_factory.mktemp("tiny-decoder")
+    network.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

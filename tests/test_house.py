@@ -68,8 +68,8 @@ OUTSIDE = {
 }
 # Libraries whose ways should be known in few rooms.
 HOMES = {
-    "diffusers": {"base_model", "single_file", "diffusion", "policy", "spm"},
-    "transformers": {"base_model", "diffusion", "clip", "judge_files", "preference"},
+    "diffusers": {"base_model", "blueprint", "single_file", "diffusion", "policy", "spm", "tiny_decoder"},
+    "transformers": {"base_model", "blueprint", "diffusion", "clip", "judge_files", "preference"},
     "peft": {"policy"},
     "deepspeed": {"zero", "ranks"},
     "pyarrow": {"pair_data"},

@@ -21,7 +21,7 @@ from strop.engine.update import micro_batches, update
 
 CPU = torch.device("cpu")
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-PLAIN = {"fold_upsample": False, "channels_last": False, "compile": False}
+PLAIN = {"fold_upsample": False, "merge_lora": False, "channels_last": False, "compile": False}
 
 
 def run(folder, judge_folder, tmp_path, iterations, inner_steps=1, text_kv=True, device=CPU, watch=None, **keys):
@@ -41,7 +41,7 @@ def run(folder, judge_folder, tmp_path, iterations, inner_steps=1, text_kv=True,
         }
     )
     diffusion = LatentDiffusion.load(model, device)
-    policy = Policy(load_unet(model, device), 4, LORA_TARGETS, 0, unet_rows=model.unet_rows)
+    policy = Policy(load_unet(model, device), 4, LORA_TARGETS, 0, None, model.unet_rows, model.merges_lora)
     judge = StepAwarePreferenceModel.load(JudgeConfig(path=str(judge_folder), kind="pickscore"), device)
     prepare(model, policy, diffusion, judge, config.optim.micro_batch)
     optimizer = zero.LocalAdamW(policy.unet, zero.AdamWSettings.of(config.optim, 1, "float32"))
@@ -86,6 +86,8 @@ def assert_alike(found, expected):
         {"unet_rows": 4},
         {"unet_rows": 5, "text_kv": True},
         {"decode_rows": 3},
+        {"merge_lora": True},
+        {"merge_lora": True, "text_kv": True},
     ],
     ids=lambda keys: "-".join(keys),
 )

@@ -1,5 +1,7 @@
 """strop.engine.pairs: what belongs to one pair stays together through cat, shuffle and split."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -22,6 +24,13 @@ def check(pairs, numbers, shared=True):
     assert torch.equal(pairs.prompt, 10 * number)
     assert torch.equal(pairs.x_prev, (signed + 0.5).view(2, -1, 1, 1, 1))
     assert torch.equal(pairs.x_t, (signed[:1] if shared else signed).add(0.25).view(1 if shared else 2, -1, 1, 1, 1))
+
+
+def test_predictions_of_the_reference_stay_with_their_pairs():
+    pairs = [replace(p, eps_ref=torch.stack([p.x_t, -p.x_t])) for p in (numbered(0, 3), numbered(3, 4))]
+    mixed = PreferencePairs.cat(pairs).shuffle(torch.Generator().manual_seed(0))[:5]
+    check(mixed, mixed.step.tolist())
+    assert torch.equal(mixed.eps_ref, torch.stack([mixed.x_t, -mixed.x_t]))
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared-x_t", "separate-x_t"])

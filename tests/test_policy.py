@@ -60,6 +60,14 @@ def test_the_recorded_unet_outputs(policy, golden):
 
 
 @torch.no_grad()
+def test_the_half_without_the_prompt_can_be_run_alone(policy, inputs):
+    x, t, cond = inputs
+    both = policy.eps(x, t, cond)
+    torch.testing.assert_close(policy.eps(x, t, cond.unprompted(), guided=False)[0], both[0], rtol=0, atol=2e-6)
+    assert not torch.allclose(both[0], both[1], rtol=0, atol=1e-3)
+
+
+@torch.no_grad()
 def test_the_recorded_unet_outputs_of_sdxl(tiny_sdxl_folder, golden):
     """As above, with the pooled text and the sizes that go with it."""
     case6 = golden("case6_sdxl_k2_b2_inner3")
@@ -78,6 +86,9 @@ def test_the_recorded_unet_outputs_of_sdxl(tiny_sdxl_folder, golden):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
         alone = unet_eps(unet, x, t.repeat(len(x)), cond.repeat(len(x) // 2), guided=False)
         torch.testing.assert_close(alone[0], expected[1], rtol=0, atol=1e-5)
+        without = cond.repeat(len(x) // 2).unprompted()
+        alone = unet_eps(unet, x, t.repeat(len(x)), without, guided=False)
+        torch.testing.assert_close(alone[0], expected[0], rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
@@ -131,6 +142,48 @@ def test_the_rows_of_a_forward_are_bounded_while_sampling(policy, inputs, rows, 
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     policy.eps(x, t, cond)
     assert seen[len(forwards) :] == [6]
+
+
+def test_the_lora_is_part_of_the_weights_while_sampling(policy, base, inputs):
+    """W + BA in place of W, also in the keys and values that are kept; afterwards every weight is what it was."""
+    trained(policy).merge_lora = True
+    x, t, cond = inputs
+    expected = policy.eps(x, t, cond)
+    before = {name: value.clone() for name, value in policy.unet.state_dict().items()}
+    adapters = []
+    lora = next(module for name, module in policy.unet.named_modules() if name.endswith("lora_A.default"))
+    lora.register_forward_hook(lambda *_: adapters.append(1))
+    for text_kv in (False, True):
+        with policy.sampling(cond, text_kv) as known:
+            torch.testing.assert_close(policy.eps(x, t, known), expected, rtol=0, atol=1e-5)
+    assert not adapters
+    assert all(torch.equal(before[name], value) for name, value in policy.unet.state_dict().items())
+    assert torch.equal(policy.eps(x, t, cond), expected)
+    assert adapters
+    with policy.reference(), policy.sampling(cond, text_kv=False) as known:
+        assert torch.equal(policy.eps(x, t, known), unet_eps(base, *inputs, guided=True))
+
+
+def test_merged_weights_are_put_back_after_an_exception(policy, inputs):
+    trained(policy).merge_lora = True
+    expected = policy.eps(*inputs)
+    with pytest.raises(KeyboardInterrupt), policy.sampling(inputs[2], text_kv=False):
+        raise KeyboardInterrupt
+    assert torch.equal(policy.eps(*inputs), expected)
+
+
+@pytest.mark.parametrize(
+    "dtype, key, merges",
+    [
+        ("float32", None, True),
+        ("float16", None, False),
+        ("float16", True, True),
+        ("float32", False, False),
+    ],
+    ids=str,
+)
+def test_by_default_the_lora_is_merged_where_that_changes_nothing(dtype, key, merges):
+    assert ModelConfig(path="any", dtype=dtype, merge_lora=key).merges_lora is merges
 
 
 def test_rows_that_fill_up_a_forward_leave_no_trace(policy, inputs):

@@ -19,7 +19,7 @@ from strop.engine.preference import StepAwarePreferenceModel
 LATENTS = 6e-5  # absolute, at values up to 60
 LOSSES = 5e-6  # absolute, at values about ln 2
 GRADIENTS = 1e-3  # of the largest entry of the matrix
-LORA = 3e-5  # absolute, where an optimizer step moves an entry by up to 1e-3
+LORA = 1e-4  # absolute, where each optimizer step moves an entry by up to 1e-3, however small its gradient
 CPU = torch.device("cpu")
 PROMPTS = ["a b c", "d", "e f"]
 CASES = {

@@ -15,7 +15,7 @@ from strop.engine.ddim import DDIMSchedule
 from strop.engine.diffusion import LatentDiffusion
 from strop.engine.draws import Replay
 from strop.engine.policy import Policy
-from strop.engine.rollout import choose, go_on, pick_random, rollout, segments
+from strop.engine.rollout import choose, go_on, look_ahead, pick_random, rollout, segments
 from strop.kernels import DDIMCoefficients
 
 LATENTS = 4e-5  # absolute, at values up to 60
@@ -292,7 +292,7 @@ def test_stages_are_clocked(small, policy, diffusion):
 
     config = settings(small.schedule, k=2, branch_from=4)
     rollout(policy, diffusion, small.judge(), small.schedule, small.cond, config, torch.Generator(), clock)
-    assert seen == ["rollout/trunk", *["rollout/branches", "rollout/decode", "rollout/judge"] * 2]
+    assert seen == ["rollout/trunk", "rollout/branches", "rollout/decode", "rollout/judge"] * 2
 
 
 def test_the_next_state_is_a_branch_with_its_own_prediction():
@@ -464,3 +464,105 @@ def test_the_rules_of_a_recipe_reach_the_rollout(small, policy, diffusion):
         follows = 0 if other is winner else 1
         assert torch.equal(other.x_t[0][other.step == 4], other.x_prev[follows][other.step == 3])
     assert not torch.equal(random_pair.x_prev, plain.x_prev)
+
+
+@torch.no_grad()
+def plain_approximation(policy, diffusion, judge, schedule, cond, k, cuts, text, rng):
+    """A rollout over the segments `cuts`, by hand: every guided prediction that steps from a latent computed anew.
+
+    text: a branch is scored by the prediction with the prompt alone plus what guidance added a step before. Returns
+    rows of (step, prompt, x_t of winner and loser, x_prev of winner and loser).
+    """
+    batch, rows, at = len(cond), [], 0
+    guided = lambda x, i: policy.eps(x, schedule.timesteps(i, len(x)), cond.repeat(len(x) // batch))
+    step = lambda x, i: schedule.branch(x, guided(x, i), i, 1, rng)[0]
+    x = schedule.prior((batch, *policy.latent_shape), rng)
+    for cut in cuts:
+        while at < cut[0]:
+            x, at = step(x, at), at + 1
+        states = [x.repeat(k, 1, 1, 1), schedule.branch(x, guided(x, at), at, k, rng).flatten(0, 1)]  # (K*B, ...)
+        for i in cut[1:]:
+            states.append(step(states[-1], i))
+        at = cut[-1] + 1
+        clean = states[-1]
+        if at < schedule.num_steps:
+            eps = guided(states[-1], at)
+            if text:
+                without, with_prompt = guided(states[-2], at - 1)
+                eps = (eps[1] + (schedule.guidance - 1) * (with_prompt - without)).unsqueeze(0)
+            clean = schedule.x0_hat(states[-1], eps, at)
+        scores = judge.score(diffusion.decode(clean).unflatten(0, (k, batch)), cond.judge, schedule.t[at])
+        sides = torch.stack([scores.argmax(0), scores.argmin(0)]) * batch + torch.arange(batch)  # (2, B)
+        for i, before, after in zip(cut, states, states[1:], strict=False):
+            rows += [(i, b, before[sides[:, b]], after[sides[:, b]]) for b in range(batch)]
+        if cut != cuts[-1]:
+            x = states[-1][torch.randint(0, k, (batch,), generator=rng) * batch + torch.arange(batch)]
+    return rows
+
+
+@pytest.mark.parametrize(
+    "changes, cuts",
+    [
+        ({"look_ahead": "text"}, [[2], [3], [4], [5]]),
+        ({"look_ahead": "text", "inner_steps": 2}, [[2, 3], [4, 5]]),
+        ({"judge_every": 2}, [[2], [4]]),
+        ({"judge_every": 3}, [[2], [5]]),
+        ({"judge_every": 2, "inner_steps": 2, "k": 2}, [[2, 3]]),
+        ({"judge_every": 2, "look_ahead": "text", "k": 2}, [[2], [4]]),
+    ],
+    ids=str,
+)
+def test_an_approximation_is_what_it_says(small, policy, diffusion, changes, cuts):
+    config = settings(small.schedule, **{"k": 3, "branch_from": 2, "threshold": 0.0} | changes)
+    judges = small.judge(), small.judge()
+    given = (small.schedule, small.cond)
+    found = rollout(policy, diffusion, judges[0], *given, config, torch.Generator().manual_seed(4))
+    text, rng = config.look_ahead == "text", torch.Generator().manual_seed(4)
+    rows = plain_approximation(policy, diffusion, judges[1], *given, config.k, cuts, text, rng)
+    assert judges[0].t == judges[1].t
+    for one, other in zip(judges[0].scores, judges[1].scores, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=SCORES)
+    steps, prompts, x_t, x_prev = zip(*rows, strict=True)
+    assert found.pairs.step.tolist() == list(steps)
+    assert found.pairs.prompt.tolist() == list(prompts)
+    assert found.kept.tolist() == [steps.count(i) for i in range(6)]
+    x_t = torch.stack(x_t, dim=1)
+    torch.testing.assert_close(found.pairs.x_t.expand_as(x_t), x_t, rtol=0, atol=LATENTS)
+    torch.testing.assert_close(found.pairs.x_prev, torch.stack(x_prev, dim=1), rtol=0, atol=LATENTS)
+
+
+@pytest.mark.parametrize(
+    "changes, rows",
+    [
+        ({"look_ahead": "text"}, [4] * 3 + [6, 2] * 3),  # the text half of 3 * 2 branches, the other half of 2
+        ({"judge_every": 2}, [4] * 3 + [12, 4, 12]),  # nothing is walked after the last look ahead
+        ({"judge_every": 2, "look_ahead": "text"}, [4] * 3 + [6, 2, 4, 6]),
+    ],
+    ids=str,
+)
+def test_an_approximation_costs_fewer_rows(small, policy, diffusion, changes, rows):
+    counting = CountingPolicy(policy)
+    config = settings(small.schedule, k=3, branch_from=2, **changes)
+    rollout(counting, diffusion, small.judge(), small.schedule, small.cond, config, torch.Generator())
+    assert counting.rows == rows
+
+
+def test_a_text_look_ahead_with_the_text_kept_is_the_same(small, policy, diffusion):
+    config = settings(small.schedule, k=3, branch_from=2, look_ahead="text", threshold=0.0)
+    found = []
+    for text_kv in (False, True):
+        with policy.sampling(small.cond, text_kv) as known:
+            judge, rng = small.judge(), torch.Generator().manual_seed(4)
+            found.append(rollout(policy, diffusion, judge, small.schedule, known, config, rng).pairs)
+    torch.testing.assert_close(found[1].x_prev, found[0].x_prev, rtol=0, atol=LATENTS)
+    assert torch.equal(found[1].prompt, found[0].prompt)
+
+
+def test_a_text_look_ahead_on_the_fork_itself_is_the_full_one(small, policy):
+    """Where the branch is the latent it came from, and the step the same, guidance adds the same."""
+    x = small.schedule.prior((2, *policy.latent_shape), torch.Generator().manual_seed(0))
+    eps = policy.eps(x, small.schedule.timesteps(3, 2), small.cond)
+    ahead = lambda before: look_ahead(policy, small.schedule, x.unsqueeze(0), 3, small.cond, True, before)
+    (_, full), (text, approximate) = ahead(None), ahead(eps.unsqueeze(1))
+    assert text.shape == (1, 1, 2, 4, 8, 8)
+    torch.testing.assert_close(approximate, full, rtol=0, atol=LATENTS)

@@ -67,6 +67,20 @@ def test_the_layers_are_as_they_were_afterwards_also_after_an_exception(model):
 
 
 @torch.no_grad()
+def test_unprompted_rows_are_the_guided_forwards_other_half(model):
+    """With and without text kept, a forward of the empty prompt alone gives what both halves at once give for it."""
+    policy, cond = model
+    x, t = branches()
+    both = policy.eps(x, t, cond.repeat(K))
+    with kept_text(policy.unet, cond) as known:
+        kept = policy.eps(x, t, known.repeat(K).unprompted(), guided=False)
+    plain = policy.eps(x, t, cond.repeat(K).unprompted(), guided=False)
+    for found in (kept, plain):
+        torch.testing.assert_close(found, both[:1], rtol=0, atol=ROUNDING)
+    assert (both[1] - both[0]).abs().max() > 100 * ROUNDING
+
+
+@torch.no_grad()
 def test_what_is_kept_is_of_the_policy_as_it_is(model):
     policy, cond = model
     x, t = branches(1)

@@ -160,14 +160,21 @@ def test_same_seed_same_bits_other_seed_other_bits(recipe, tmp_path):
     assert records(tmp_path / "one") != records(tmp_path / "other")
 
 
-@pytest.mark.parametrize("accumulate", [1, 3], ids=["whole-steps", "micro-batches-waiting"])
-def test_a_resumed_run_goes_on_bit_for_bit(recipe, tmp_path, accumulate):
+@pytest.mark.parametrize(
+    "common",
+    [
+        ("optim.accumulate=1",),
+        ("optim.accumulate=3",),
+        ("optim.passes=2", "optim.keep_pairs=0.7", "rollout.look_ahead=text"),
+    ],
+    ids=["whole-steps", "micro-batches-waiting", "approximations"],
+)
+def test_a_resumed_run_goes_on_bit_for_bit(recipe, tmp_path, common):
     straight, halves = tmp_path / "straight", tmp_path / "halves"
-    common = f"optim.accumulate={accumulate}"
-    main(recipe(f"run.dir={straight}", "run.iterations=3", common))
-    main(recipe(f"run.dir={halves}", "run.iterations=1", common))
+    main(recipe(f"run.dir={straight}", "run.iterations=3", *common))
+    main(recipe(f"run.dir={halves}", "run.iterations=1", *common))
     first = json.loads((halves / "summary.json").read_text())
-    main(recipe(f"run.dir={halves}", "run.iterations=3", "run.resume=true", common))
+    main(recipe(f"run.dir={halves}", "run.iterations=3", "run.resume=true", *common))
     assert_same_tensors(lora(straight), lora(halves))
     assert records(straight) == records(halves)
     summary = json.loads((halves / "summary.json").read_text())
@@ -215,6 +222,8 @@ def refused(arguments, capsys):
         ("evaluate.prompts=4", "evaluate.prompts: found 4, expected 1 (the processes) to 3"),
         ("evaluate.examiner=nowhere:load", "evaluate.examiner: no module nowhere"),
         ("lora.target_modules=[to_x]", "lora.target_modules: found ['to_x']"),
+        ("rollout.judge_every=4", "rollout.judge_every: found 4, expected at most 3, the number of segments in"),
+        ("rollout.decoder=nowhere", "rollout.decoder: no such file or folder nowhere"),
         ("run.resume=true", "holds no checkpoint"),
         ("nonsense", "expected section.key=value"),
     ],
@@ -276,6 +285,8 @@ def test_without_a_file_of_their_own_held_out_prompts_are_not_trained_on(recipe,
         ("rollout.t_range=[300, 700]", "rollout.eta=0.5"),
         ("optim.guided=false", "optim.clip=null", "optim.max_grad_norm=null"),
         ("rollout.guidance=1", "rollout.num_steps=7"),
+        ("rollout.look_ahead=text", "optim.passes=2", "optim.keep_pairs=0.5"),
+        ("rollout.look_ahead=text", "rollout.inner_steps=2", "optim.passes=2"),
     ],
     ids=" ".join,
 )
@@ -291,6 +302,35 @@ def test_every_ablation_trains_both_families(recipe, tmp_path, tiny_sdxl_folder,
     }
     assert summary["pairs"] == sum(last["pairs_per_t"].values())
     assert any(value.any() for name, value in lora(tmp_path / "run").items() if ".up." in name), "B has moved"
+
+
+def test_passes_and_the_share_of_the_pairs_set_the_number_of_optimizer_steps(recipe, tmp_path):
+    """Each iteration keeps 6 pairs: 2 prompts at 3 judged steps."""
+    given = ("run.iterations=1", "optim.micro_batch=2")
+    for name, overrides, steps in (
+        ("exact", (), 3),
+        ("passes", ("optim.passes=3",), 9),
+        ("share", ("optim.keep_pairs=0.5",), 2),  # 3 pairs, the last micro-batch with one
+        ("both", ("optim.passes=2", "optim.keep_pairs=0.2"), 2),
+    ):
+        main(recipe(f"run.dir={tmp_path / name}", *given, *overrides))
+        assert json.loads((tmp_path / name / "summary.json").read_text())["optimizer_steps"] == steps, name
+
+
+def test_only_every_other_step_is_judged_and_trained(recipe, tmp_path):
+    main(recipe("run.iterations=1", "rollout.judge_every=2"))
+    last = records(tmp_path / "run")[-1]
+    assert last["pairs_per_t"] == {"801": 0, "601": 0, "401": 2, "201": 0, "1": 2}
+    assert last["kept"] == 1
+
+
+def test_a_tiny_decoder_shows_the_judge_its_images_and_nobody_else(recipe, tmp_path, tiny_decoder_folder):
+    for name, overrides in (("vae", ()), ("tiny", (f"rollout.decoder={tiny_decoder_folder}",))):
+        main(recipe(f"run.dir={tmp_path / name}", "run.iterations=1", *overrides))
+    vae, tiny = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("vae", "tiny"))
+    for score in ("judge", "brightness"):
+        assert vae[score]["base"] == tiny[score]["base"]
+    assert records(tmp_path / "vae")[-1]["judge"] != records(tmp_path / "tiny")[-1]["judge"]
 
 
 def test_resume_with_another_rank(recipe, tmp_path, capsys):

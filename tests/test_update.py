@@ -1,10 +1,13 @@
 """strop.engine.update: micro-batches, and each latent through the UNet once, whoever shares it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from strop.engine.config import OptimConfig
 from strop.engine.pairs import PreferencePairs
-from strop.engine.update import micro_batches, predict
+from strop.engine.update import micro_batches, predict, update, with_reference
 
 
 def mspo_pairs(count=8):
@@ -71,3 +74,45 @@ def test_an_unguided_update_of_a_guided_rollout_takes_the_prompts_prediction_alo
     moved = eps + 0.1 * torch.randn(eps.shape, generator=torch.Generator().manual_seed(1))
     found = guided.log_ratio(pairs.x_prev, pairs.x_t, moved, eps, pairs.step)
     assert torch.equal(found, unguided.log_ratio(pairs.x_prev, pairs.x_t, moved, eps, pairs.step))
+
+
+@pytest.mark.parametrize("r", [1, 2], ids=["spo", "mspo"])
+@pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
+def test_pairs_with_their_reference_train_the_same_bits(policy, diffusion, r, guided):
+    """In the first pass; and in a later one, shuffled, the reference is still that of each pair."""
+    cond, schedule = diffusion.encode(["a b", "c"]), diffusion.schedule(20, 1.0, 5.0)
+    pairs, config, forks = mspo_pairs(), OptimConfig(micro_batch=3, guided=guided), {4, 6}
+    pairs = PreferencePairs(pairs.x_t[:r], pairs.x_prev, pairs.step, pairs.prompt)
+    rng = torch.Generator().manual_seed(2)
+    for parameter in policy.parameters:
+        parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=rng))
+
+    def gradients(pairs):
+        found = []
+        for batch, shared in micro_batches(pairs, config.micro_batch, forks):
+            optimizer = SimpleNamespace(backward=lambda loss: loss.backward(), step=lambda: None)
+            metrics = SimpleNamespace(add_mean=lambda *args, **stats: None)
+            update(batch, shared, cond, policy, schedule, optimizer, config, metrics)
+            found += [p.grad for p in policy.parameters]
+            for p in policy.parameters:
+                p.grad = None
+        return found
+
+    kept = with_reference(pairs, forks, cond, policy, schedule, config)
+    assert kept.eps_ref.shape == (2 if guided else 1, r, 8, 4, 8, 8)
+    for one, other in zip(gradients(pairs), gradients(kept), strict=True):
+        assert one.any()
+        assert torch.equal(one, other)
+    again = kept.shuffle(rng)
+    assert not torch.equal(again.step, kept.step)
+    fresh = PreferencePairs(again.x_t, again.x_prev, again.step, again.prompt)
+    with policy.reference():
+        for batch, shared in micro_batches(fresh, 8, forks):
+            expected = predict(policy, batch, shared, schedule, cond, guided)
+    ((batch, _),) = micro_batches(again, 8, forks)
+    torch.testing.assert_close(batch.eps_ref, expected, rtol=0, atol=2e-6)
+
+
+def test_no_pairs_have_no_reference(policy, diffusion):
+    cond, schedule = diffusion.encode(["a b", "c"]), diffusion.schedule(20, 1.0, 5.0)
+    assert len(with_reference(mspo_pairs()[:0], {4}, cond, policy, schedule, OptimConfig())) == 0

@@ -1,0 +1,245 @@
+"""What each approximation costs in quality and buys in compute: `python -m strop.bench.tinyworld.frontier`.
+
+From the root of the repository. Every variant is a whole run of engine/train.py on one thread, for each seed, with the
+keys below changed. Gains are those on held-out prompts, as the examiners of tinyworld see them. Compute is that of the
+loop, rollouts and updates; evaluation, loading, and the texts, which are encoded before the loop, are left out of it.
+What a saving is worth shows beside the control, which spends less by asking for fewer prompts and nothing else.
+
+Finished runs are kept, and not run again. Written are bench/results/frontier_tinyworld.json and .png, of all variants
+whose runs are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from strop.bench.tinyworld.frontier_plot import plot
+from strop.engine.base_model import quiet_libraries
+from strop.engine.checkpoint import MAY_CHANGE
+from strop.engine.config import Config, load
+from strop.engine.errors import UserError, exit_on_user_error
+from strop.engine.metrics import Metrics, read_records
+from strop.engine.ranks import Ranks
+from strop.engine.rollout import judged_segments, rollout
+from strop.engine.settings import differences
+from strop.engine.train import build, share_of
+from strop.engine.update import micro_batches, update, with_reference
+
+ROOT = Path(__file__).parents[2]
+EXACT, FAST = "configs/tinyworld.yaml", "configs/tinyworld_fast.yaml"
+TINY = "rollout.decoder=bench/tinyworld/weights/tiny_decoder"
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A recipe to compare with the exact one; changes: keys that differ from the file's."""
+
+    title: str
+    changes: tuple[str, ...] = ()
+    recipe: str = EXACT
+
+
+# Gain follows the number of optimizer steps, so whatever leaves half of the pairs halves the batch too.
+VARIANTS = {
+    "exact": Variant("exact"),
+    "control": Variant("half the prompts", ("rollout.prompts=5", "optim.micro_batch=20")),
+    "recipe": Variant("fast recipe", (), FAST),
+    "half": Variant("half the iterations", ("run.iterations=7",)),
+    "num_steps": Variant("10 DDIM steps", ("rollout.num_steps=10", "optim.micro_batch=20")),
+    "look_ahead": Variant("text look-ahead", ("rollout.look_ahead=text",)),
+    "passes": Variant("two passes, half the iterations", ("optim.passes=2", "run.iterations=7")),
+    "judge_every": Variant("every 2nd step judged", ("rollout.judge_every=2", "optim.micro_batch=20")),
+    "keep_pairs": Variant("half of the pairs", ("optim.keep_pairs=0.5", "optim.micro_batch=20")),
+    "decoder": Variant("tiny decoder", (TINY,)),
+    "recipe_decoder": Variant("fast recipe, tiny decoder", (TINY,), FAST),
+}
+COLUMNS = ("quality", "alignment", "optimizer_steps", "flop", "seconds")
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """FLOP of the training loop: of a prompt's rollout, and of a pair in the policy (forward and backward) and in the
+    reference."""
+
+    prompt: float
+    policy: float
+    reference: float
+
+    def of_run(self, prompts: int, pairs: int, passes: int) -> float:
+        """prompts rolled out, pairs trained on."""
+        return prompts * self.prompt + pairs * (passes * self.policy + self.reference)
+
+
+@exit_on_user_error
+def main(argv: Sequence[str]) -> None:
+    """Runs what has not been run, writes the figures and the plot, and prints the table."""
+    parser = argparse.ArgumentParser(prog="python -m strop.bench.tinyworld.frontier", description=main.__doc__)
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each variant, from seed 42 on")
+    parser.add_argument("--out", type=Path, default=Path("runs/frontier"), help="folder of the runs")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=tuple(VARIANTS), metavar="NAME", help="variants")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, each on one thread")
+    args = parser.parse_args(argv)
+    quiet_libraries()
+    torch.set_num_threads(1)
+    seeds = range(42, 42 + args.seeds)
+    run_all([(name, seed) for name in VARIANTS if name in args.only for seed in seeds], args.out, args.jobs)
+    found = {
+        name: {seed: measure(folder(args.out, name, seed), costs(name)) for seed in seeds}
+        for name in VARIANTS
+        if all(finished(args.out, name, seed) for seed in seeds)
+    }
+    record = summarise(found)
+    target = ROOT / "bench" / "results" / "frontier_tinyworld.json"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(json.dumps(record, indent=2) + "\n")
+    plot(record, target.with_suffix(".png"))
+    print(f"{table(record)}\n\n{target}\n{target.with_suffix('.png')}")
+
+
+def recipe(name: str, *more: str) -> Config:
+    """The configuration of a variant."""
+    return load(VARIANTS[name].recipe, [*VARIANTS[name].changes, *more])
+
+
+def folder(out: Path, name: str, seed: int) -> Path:
+    return out / f"{name}-{seed}"
+
+
+def finished(out: Path, name: str, seed: int) -> bool:
+    """Whether this run is there. Raises UserError where the folder has a run of another recipe."""
+    run = folder(out, name, seed)
+    if not (run / "summary.json").exists():
+        return False
+    ignored = [key for key in MAY_CHANGE if key != "run.iterations" and not key.startswith("evaluate.")]
+    odd = differences(load(run / "config.yaml"), recipe(name, f"run.seed={seed}"), ignored)
+    if odd:
+        raise UserError(f"{run}: a run of another recipe ({odd[0]}); delete it, or choose another --out")
+    return True
+
+
+def run_all(runs: Sequence[tuple[str, int]], out: Path, jobs: int) -> None:
+    """Trains every (variant, seed) that is not there yet; says after each how long the rest will take."""
+    missing = [run for run in runs if not finished(out, *run)]
+    begun = time.perf_counter()
+    with ThreadPoolExecutor(jobs) as pool:
+        done = as_completed([pool.submit(run_one, *run, out) for run in missing])
+        for count, future in enumerate(done, 1):
+            left = (time.perf_counter() - begun) / count * (len(missing) - count)
+            print(f"{count}/{len(missing)} {future.result().name} | {left / 60:.0f} min left", flush=True)
+
+
+def run_one(name: str, seed: int, out: Path) -> Path:
+    """One run of engine/train.py on one thread; what an interrupted one left is removed. Returns its folder."""
+    run = folder(out, name, seed)
+    shutil.rmtree(run, ignore_errors=True)
+    run.parent.mkdir(parents=True, exist_ok=True)
+    variant, log = VARIANTS[name], run.with_suffix(".log")
+    command = [sys.executable, str(ROOT / "engine" / "train.py"), variant.recipe, *variant.changes]
+    with open(log, "w") as terminal:
+        done = subprocess.run(
+            [*command, f"run.seed={seed}", f"run.dir={run}"],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=terminal,
+            stderr=subprocess.STDOUT,
+        )
+    if done.returncode:
+        raise UserError(f"{run}: training stopped with exit code {done.returncode}; {log} says why")
+    return run
+
+
+def costs(name: str) -> Costs:
+    """What a variant's prompts and pairs cost, counted while the engine does one small iteration of it."""
+    small = ("rollout.prompts=2", "rollout.threshold=0", "run.iterations=1", "evaluate.prompts=1")
+    config, ranks = recipe(name, *small), Ranks(0, 1, torch.device("cpu"))
+    parts = build(config, ranks)
+    policy, schedule, rng = parts.policy, parts.schedule, torch.Generator().manual_seed(config.run.seed)
+    prompts = share_of(parts.prompts, 0, config.rollout.prompts, config.run.seed, ranks)
+    cond = parts.embeddings[prompts]
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernel of a CPU would not be counted
+        with FlopCounterMode(display=False) as rolled, policy.sampling(cond, config.rollout.text_kv) as known:
+            pairs = rollout(policy, parts.decoder, parts.judge, schedule, known, config.rollout, rng).pairs
+        forks = {cut.start for cut in judged_segments(schedule, config.rollout)}
+        with FlopCounterMode(display=False) as referred:
+            pairs = with_reference(pairs, forks, cond, policy, schedule, config.optim)
+        with FlopCounterMode(display=False) as trained:
+            metrics = Metrics(config.run.dir, ranks.device, False, start=0, iterations=1)
+            for batch, shared in micro_batches(pairs, config.optim.micro_batch, forks):
+                update(batch, shared, cond, policy, schedule, parts.optimizer, config.optim, metrics)
+    return Costs(
+        rolled.get_total_flops() / len(prompts),
+        trained.get_total_flops() / len(pairs),
+        referred.get_total_flops() / len(pairs),
+    )
+
+
+def measure(run: Path, cost: Costs) -> dict[str, float]:
+    """COLUMNS of a finished run; seconds are those of rollouts and updates."""
+    summary, optim = json.loads((run / "summary.json").read_text()), load(run / "config.yaml").optim
+    so_far = [0, *(record["pairs"] for record in read_records(run / "metrics.jsonl"))]
+    trained = sum(math.ceil(optim.keep_pairs * (now - before)) for before, now in pairwise(so_far))
+    return {
+        "quality": summary["quality"]["delta"],
+        "alignment": summary["alignment"]["delta"],
+        "optimizer_steps": summary["optimizer_steps"],
+        "flop": cost.of_run(summary["prompts"], trained, optim.passes),
+        "seconds": summary["seconds"]["rollout"] + summary["seconds"]["update"],
+    }
+
+
+def summarise(found: dict[str, dict[int, dict[str, float]]]) -> dict:
+    """The figures by variant: of each seed, their means, and both relative to the exact recipe (the means' ratio).
+
+    found: variant -> seed -> COLUMNS. Raises UserError without the exact recipe, to which all is relative.
+    """
+    if "exact" not in found:
+        raise UserError("the exact recipe has not been run with all seeds; run it first, with --only exact")
+    variants, shares = {}, ("quality", "flop", "seconds")
+    exact = {"mean": mean(found["exact"].values()), **found["exact"]}
+    for name, runs in found.items():
+        rows = {"mean": mean(runs.values()), **runs}
+        for key, row in rows.items():
+            row["relative"] = {column: round(row[column] / exact[key][column], 4) for column in shares}
+        variants[name] = {"title": VARIANTS[name].title, "recipe": VARIANTS[name].recipe}
+        variants[name] |= {"changes": list(VARIANTS[name].changes), "mean": rows.pop("mean"), "seeds": rows}
+    machine = f"cpu, {os.cpu_count()} cores, 1 thread a run"
+    return {"machine": machine, "torch": torch.__version__, "variants": variants}
+
+
+def mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {column: round(fmean(row[column] for row in rows), 4) for column in COLUMNS}
+
+
+def table(record: dict) -> str:
+    """The means by variant as a table of Markdown, the quality of each seed in brackets."""
+    head = "| variant | optimizer steps | quality | of the exact | alignment | FLOP | seconds |"
+    lines = [head, "|---|---|---|---|---|---|---|"]
+    for variant in record["variants"].values():
+        row, seeds = variant["mean"], variant["seeds"].values()
+        each = " ".join(f"{seed['quality']:.3f}" for seed in seeds)
+        share = row["relative"]
+        lines.append(
+            f"| {variant['title']} | {row['optimizer_steps']:.0f} | {row['quality']:+.3f} ({each}) | "
+            f"{share['quality']:.2f} | {row['alignment']:+.3f} | {share['flop']:.2f} | {share['seconds']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

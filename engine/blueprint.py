@@ -1,0 +1,206 @@
+"""The networks of a recipe on the meta device: their architecture without a weight, for counting what they take.
+
+Nothing is downloaded. The architecture is that of the configuration files where model.path is a folder of this machine,
+else that of the family in architectures.py, and `source` says which. The classes are those that a run uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+from transformers import CLIPConfig, CLIPModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from strop.engine import single_file
+from strop.engine.architectures import FAMILIES, PICKSCORE
+from strop.engine.base_model import DTYPES, KINDS, latent_shape
+from strop.engine.clip import TimeConditionedCLIP
+from strop.engine.conditioning import Conditioning
+from strop.engine.config import Config, JudgeConfig, ModelConfig
+from strop.engine.ddim import DDIMSchedule
+from strop.engine.diffusion import LatentDiffusion, pixels_per_latent
+from strop.engine.errors import UserError
+from strop.engine.family import TEXT_ENCODERS, family_of, read_config, read_index
+from strop.engine.gauge import on_meta
+from strop.engine.policy import Policy
+from strop.engine.preference import StepAwarePreferenceModel
+from strop.engine.tiny_decoder import TinyDecoder
+from strop.kernels import DDIMCoefficients
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """parts: configurations by the part's name, as in architectures.py; judge: that of its CLIP; source: whose they
+    are, in words."""
+
+    config: Config
+    family: str
+    parts: dict[str, dict]
+    judge_config: CLIPConfig
+    source: str
+
+    @classmethod
+    def of(cls, config: Config, family: str | None = None) -> Blueprint:
+        """family: which, where neither a folder nor a file says so; None goes by the name. Raises UserError where the
+        files are of no model that strop trains."""
+        found, parts, source = _base_model(config.model, family)
+        judge, of_judge = _judge(config.judge)
+        return cls(config, found, parts, judge, f"{source}; judge: {of_judge}")
+
+    def policy(self) -> Policy:
+        """The UNet with its LoRA; neither upsampling is folded nor gradient checkpointing on."""
+        config = self.config
+        with on_meta(self.dtype):
+            unet = KINDS["unet"].from_config(self.parts["unet"])
+            return Policy(unet, config.lora.rank, config.lora.target_modules, 0, self.latent_shape)
+
+    def decoder(self) -> TinyDecoder | None:
+        """rollout.decoder where there is one; of a hub id, the architecture is TAESD's."""
+        path = self.config.rollout.decoder
+        if path is None:
+            return None
+        folder = Path(path).expanduser()
+        config = read_config(folder, "", "rollout.decoder") if folder.is_dir() else {}
+        with on_meta(self.dtype):
+            return TinyDecoder(KINDS["tiny_decoder"].from_config(config))
+
+    def diffusion(self) -> LatentDiffusion:
+        """Text encoders, VAE and schedule, all latents decoded at once."""
+        with on_meta(self.dtype):
+            encoders = [KINDS[name](KINDS[name].config_class(**self.parts[name])) for name in self._text_encoders()]
+        with on_meta(self.vae_dtype):
+            vae = KINDS["vae"].from_config(self.parts["vae"])
+        tokenizers = [BlankTokenizer(encoder.config.max_position_embeddings) for encoder in encoders]
+        scheduler = DDIMScheduler.from_config(self.parts["scheduler"])
+        return LatentDiffusion(
+            self.family, tokenizers, encoders, vae, scheduler, self.latent_shape, zero_null=self.zero_null
+        )
+
+    def judge(self) -> StepAwarePreferenceModel:
+        with on_meta(torch.float32):
+            clip = TimeConditionedCLIP(CLIPModel(self.judge_config), modulated=self.config.judge.kind != "pickscore")
+        tokenizer = BlankTokenizer(self.judge_config.text_config.max_position_embeddings)
+        clip.requires_grad_(False).eval()
+        return StepAwarePreferenceModel(clip, tokenizer, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, self.config.judge.kind)
+
+    def schedule(self, device: str) -> DDIMSchedule:
+        """The rollout's."""
+        given, scheduler = self.config.rollout, DDIMScheduler.from_config(self.parts["scheduler"])
+        table = DDIMCoefficients.build(
+            scheduler.alphas_cumprod,
+            given.num_steps,
+            given.eta,
+            scheduler.config.prediction_type,
+            max(1, scheduler.config.steps_offset),
+        )
+        return DDIMSchedule(table, given.guidance, device)
+
+    def conditioning(self, prompts: int) -> Conditioning:
+        """What the models know of so many prompts."""
+        unet, made = self.parts["unet"], lambda *shape: torch.empty(shape, device="meta", dtype=self.dtype)
+        length, width = self.parts["text_encoder"].get("max_position_embeddings", 77), unet["cross_attention_dim"]
+        judge = torch.empty(prompts, self.judge_config.projection_dim, device="meta")
+        if self.family == "sd15":
+            return Conditioning(made(prompts, length, width), made(1, length, width), judge)
+        pooled = self.parts["text_encoder_2"].get("projection_dim", 512)
+        more = {"pooled": made(prompts, pooled), "null_pooled": made(1, pooled), "time_ids": made(1, 6)}
+        return Conditioning(made(prompts, length, width), made(1, length, width), judge, **more)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.config.model.dtype]
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        """As base_model.py loads it: a VAE of SDXL that overflows in float16 is float32."""
+        overflows = self.family == "sdxl" and self.parts["vae"].get("force_upcast", True)
+        return torch.float32 if overflows and self.dtype == torch.float16 else self.dtype
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a latent's side."""
+        return pixels_per_latent(SimpleNamespace(config=SimpleNamespace(**self.parts["vae"])))
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return latent_shape(self.config.model, self.parts["unet"], self.factor, self.config.model.path)
+
+    @property
+    def zero_null(self) -> bool:
+        """Whether the empty prompt is zeros and not its encoding."""
+        return self.family == "sdxl" and self.parts["model_index"].get("force_zeros_for_empty_prompt", True)
+
+    def _text_encoders(self) -> Sequence[str]:
+        return TEXT_ENCODERS[self.family]
+
+
+class BlankTokenizer:
+    """Tokens on the meta device, as many to a prompt as a text encoder takes."""
+
+    def __init__(self, length: int):
+        self.model_max_length = length
+
+    def __call__(self, prompts: Sequence[str], padding: str = "", **_) -> SimpleNamespace:
+        if not padding:  # asked for how long the prompts are
+            return SimpleNamespace(input_ids=[[0]] * len(prompts))
+        return SimpleNamespace(input_ids=self._blank(len(prompts)))
+
+    def _blank(self, prompts: int) -> Tensor:
+        return torch.empty(prompts, self.model_max_length, dtype=torch.int64, device="meta")
+
+
+def _base_model(model: ModelConfig, family: str | None) -> tuple[str, dict[str, dict], str]:
+    """(family, configurations by part, whose they are)."""
+    path = Path(model.path).expanduser()
+    folder = path if path.is_dir() else Path(model.components).expanduser() if model.components else None
+    if folder is not None and folder.is_dir():
+        key = "model.path" if path.is_dir() else "model.components"
+        found = family_of(folder, key)
+        names = ("unet", "vae", *TEXT_ENCODERS[found], "scheduler")
+        parts = {name: read_config(folder, name, key) for name in names} | {"model_index": read_index(folder, key)}
+        source = f"the configuration files in {folder}"
+    else:
+        found, why = _family(path, model, family)
+        parts, source = dict(FAMILIES[found]), f"{NAMES[found]}'s own ({why})"
+    if model.vae:
+        parts["vae"] = _vae(model.vae, parts["vae"])
+    return found, parts, source
+
+
+NAMES = {"sd15": "SD-1.5", "sdxl": "SDXL"}
+
+
+def _family(path: Path, model: ModelConfig, asked: str | None) -> tuple[str, str]:
+    """(family, why) of a checkpoint file or of a model that is not on this machine."""
+    if path.is_file():
+        return single_file.family_of_file(path, "model.path", own_vae=model.vae is None), f"as {path} is"
+    if asked:
+        return asked, f"{model.path} is not on this machine, --family says so"
+    return ("sdxl" if "xl" in model.path.lower() else "sd15"), f"{model.path} is not on this machine, its name says so"
+
+
+def _vae(path: str, own: dict) -> dict:
+    """The configuration of model.vae: of a folder its own, else that of the model, taken not to overflow."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return own | {"force_upcast": False}
+    return read_config(folder, "vae" if (folder / "vae").is_dir() else "", "model.vae")
+
+
+def _judge(judge: JudgeConfig) -> tuple[CLIPConfig, str]:
+    """The configuration of the judge's CLIP, and whose it is."""
+    folders = [Path(path).expanduser() for path in (judge.path, judge.components) if path]
+    folder = next((folder for folder in folders if (folder / "config.json").is_file()), None)
+    if folder is None:
+        return CLIPConfig(**PICKSCORE), "PickScore's CLIP, ViT-H/14"
+    try:
+        return CLIPConfig.from_pretrained(folder), f"the config.json in {folder}"
+    except (OSError, ValueError, TypeError) as error:
+        found = " ".join(str(error).split())
+        raise UserError(f"judge.path: {folder / 'config.json'} describes no CLIP ({found})") from None

@@ -1,0 +1,252 @@
+"""What one row of each network costs: operations and memory, measured on the meta device with the functions of a run.
+
+Both grow with the number of rows and with nothing else, so that one row tells of all. That it is so holds a test.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from strop.engine.blueprint import Blueprint
+from strop.engine.conditioning import Conditioning
+from strop.engine.diffusion import BATCH, LatentDiffusion
+from strop.engine.gauge import Flops, Reading, gauge
+from strop.engine.pairs import PreferencePairs
+from strop.engine.policy import Policy
+from strop.engine.preference import StepAwarePreferenceModel
+from strop.engine.tiny_decoder import TinyDecoder
+from strop.engine.update import update
+from strop.engine.upsample import fold_upsamplers
+
+
+@dataclass(frozen=True, slots=True)
+class UNetPrices:
+    """Of one row of the UNet, where a guided latent is two.
+
+    sample: a forward of a rollout; keep: keys and values of a prompt's text; both without the LoRA: sample_base and
+    keep_base. merge: adding the LoRA to the weights, once a rollout. reference: a forward of the update without the
+    LoRA; train: forward and backward with it; recompute: what gradient checkpointing adds. Bytes: sample_peak of a
+    forward, kept of a prompt's keys and values, merged of the weights beside which the LoRA is merged, update_peak of
+    an update, and checkpointed_peak.
+    """
+
+    sample: Flops
+    sample_base: Flops
+    keep: Flops
+    keep_base: Flops
+    merge: Flops
+    reference: Flops
+    train: Flops
+    recompute: Flops
+    sample_peak: float
+    kept: float
+    merged: float
+    update_peak: float
+    checkpointed_peak: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """unet: with the keys of this recipe; published: of the UNet as it came and no text kept.
+
+    Of one latent: decode of the rollout, evaluated of the evaluation and, with upsampling as it came, decode_published.
+    Of one image: judge, and modulation, which the judge makes of a timestep. Of one prompt: text and judge_text. Bytes:
+    peaks of one of each, of text those of a batch; image, which a latent is decoded to; weights of each network.
+    """
+
+    unet: UNetPrices
+    published: UNetPrices
+    decode: Flops
+    decode_peak: float
+    evaluated: Flops
+    evaluated_peak: float
+    decode_published: Flops
+    image: float
+    judge: Flops
+    judge_peak: float
+    modulation: Flops
+    text: Flops
+    text_peak: float
+    judge_text: Flops
+    judge_text_peak: float
+    weights: Weights
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Bytes of each network's parameters and buffers; lora: how many numbers are trained."""
+
+    unet: int
+    vae_decoder: int
+    vae_encoder: int
+    tiny_decoder: int
+    text_encoders: int
+    judge: int
+    judge_text: int
+    lora: int
+
+
+def prices(blueprint: Blueprint, compare: bool = True) -> Prices:
+    """Builds every network once and lets each do its work on one row.
+
+    Without compare, seconds are saved: published prices and those without the LoRA are then not right, and what is
+    recomputed is part of `train`.
+    """
+    config = blueprint.config
+    policy, diffusion, judge, tiny = blueprint.policy(), blueprint.diffusion(), blueprint.judge(), blueprint.decoder()
+    published = unet_prices(blueprint, policy, as_published=True) if compare else None
+    as_it_came = decoding(diffusion, diffusion.latent_shape)
+    if config.model.fold_upsample:
+        fold_upsamplers(policy.unet)
+        fold_upsamplers(diffusion.vae)
+    evaluated = decoding(diffusion, diffusion.latent_shape)
+    decode = decoding(tiny, diffusion.latent_shape) if tiny else evaluated
+    unet = unet_prices(blueprint, policy, compare=compare)
+    shape = (3, *(side * blueprint.factor for side in blueprint.latent_shape[1:]))
+    image = torch.empty(1, *shape, device="meta", dtype=blueprint.dtype if tiny else blueprint.vae_dtype)
+    return Prices(
+        unet=unet,
+        published=published or unet,
+        decode=decode.flops,
+        decode_peak=decode.peak,
+        evaluated=evaluated.flops,
+        evaluated_peak=evaluated.peak,
+        decode_published=as_it_came.flops,
+        image=image.numel() * image.element_size(),
+        **of_judge(judge, image),
+        **of_text(diffusion, judge),
+        weights=weigh(policy, diffusion, judge, tiny),
+    )
+
+
+def unet_prices(blueprint: Blueprint, policy: Policy, as_published: bool = False, compare: bool = True) -> UNetPrices:
+    """Those of a policy as it is. as_published: no text kept, no LoRA merged, nothing recomputed; compare as above."""
+    config, cond = blueprint.config, blueprint.conditioning(1)
+    x = torch.empty(1, *policy.latent_shape, device="meta")
+    text_kv = config.rollout.text_kv and not as_published
+    policy.merge_lora = config.model.merges_lora and not as_published
+    merge, keep, sample = sampling(policy, x, cond, text_kv)
+    keep_base, base = keep, sample
+    with policy.reference():
+        if compare:
+            _, keep_base, base = sampling(policy, x, cond, text_kv)
+        reference = gauge(lambda: policy.eps(x, _t(), cond)) if text_kv or not compare else base
+    own = config.model.gradient_checkpointing
+    first, second = (own, own) if not compare else (False, not as_published)
+    plain, rows = updating(blueprint, policy, x, cond, checkpointing=first)
+    again, _ = (plain, rows) if first == second else updating(blueprint, policy, x, cond, checkpointing=second)
+    return UNetPrices(
+        sample=sample.flops * 0.5,
+        sample_base=base.flops * 0.5,
+        keep=keep.flops * 0.5,
+        keep_base=keep_base.flops * 0.5,
+        merge=merge.flops,
+        reference=reference.flops * 0.5,
+        train=plain.flops * (1 / rows) - reference.flops * 0.5,
+        recompute=(again.flops - plain.flops) * (1 / rows),
+        sample_peak=sample.peak / 2,
+        kept=keep.peak / 2,
+        merged=merge.peak,
+        update_peak=plain.peak / rows,
+        checkpointed_peak=again.peak / rows,
+    )
+
+
+def sampling(policy: Policy, x: Tensor, cond: Conditioning, text_kv: bool) -> tuple[Reading, Reading, Reading]:
+    """Of merging the LoRA; of keeping the text of `cond`, which is two with the empty prompt; and of a forward of
+    x (1, C, h, w), two rows."""
+    with ExitStack() as stack:
+        merge = gauge(lambda: stack.enter_context(policy.sampling(cond, text_kv=False)))
+    with ExitStack() as stack:
+        known = []
+        both = gauge(lambda: known.append(stack.enter_context(policy.sampling(cond, text_kv))))
+        forward = gauge(lambda: policy.eps(x, _t(), known[0]))
+    return merge, Reading(both.flops - merge.flops, both.peak - merge.peak), forward
+
+
+def updating(
+    blueprint: Blueprint, policy: Policy, x: Tensor, cond: Conditioning, checkpointing: bool
+) -> tuple[Reading, int]:
+    """(of an update by one pair that shares x (1, C, h, w); its rows in the UNet). Gradients are there already."""
+    (policy.unet.enable_gradient_checkpointing if checkpointing else policy.unet.disable_gradient_checkpointing)()
+    for parameter in policy.parameters:
+        parameter.grad = torch.empty_like(parameter)
+    schedule, optim = blueprint.schedule("meta"), blueprint.config.optim
+    zero = torch.zeros(1, dtype=torch.int64, device="meta")
+    pair = PreferencePairs(x.unsqueeze(0), x.expand(2, *x.shape).clone(), zero, zero)
+    reading = gauge(lambda: update(pair, 1, cond, policy, schedule, _NoOptimizer(), optim, _NoMetrics()))
+    return reading, 2 if optim.guided and schedule.guidance != 1 else 1
+
+
+def decoding(decoder: LatentDiffusion | TinyDecoder, latent_shape: tuple[int, int, int]) -> Reading:
+    """Of one latent."""
+    return gauge(lambda: decoder.decode(torch.empty(1, *latent_shape, device="meta")))
+
+
+def of_judge(judge: StepAwarePreferenceModel, image: Tensor) -> dict[str, Flops | float]:
+    """Of one image (1, 3, H, W), for the fields of Prices."""
+    made = []
+    modulation = gauge(lambda: made.append(judge.clip.modulation(_t()) if judge.clip.modulated else None))
+    with torch.no_grad():
+        tower = gauge(lambda: judge.clip.tower(judge.pixels(image), made[0]))
+    return {"judge": tower.flops, "judge_peak": tower.peak, "modulation": modulation.flops}
+
+
+def of_text(diffusion: LatentDiffusion, judge: StepAwarePreferenceModel) -> dict[str, Flops | float]:
+    """Of one prompt, and the peaks of a batch of them, for the fields of Prices."""
+    prompts = [""] * BATCH
+    text = gauge(lambda: diffusion.encode(prompts))
+    with torch.no_grad():
+        judge_text = gauge(lambda: judge.encode(prompts))
+    encoded = BATCH + (not diffusion.zero_null)
+    return {
+        "text": text.flops * (1 / encoded),
+        "text_peak": text.peak,
+        "judge_text": judge_text.flops * (1 / BATCH),
+        "judge_text_peak": judge_text.peak,
+    }
+
+
+def weigh(
+    policy: Policy, diffusion: LatentDiffusion, judge: StepAwarePreferenceModel, tiny: TinyDecoder | None
+) -> Weights:
+    """Of networks as they are."""
+    vae, clip, lora = diffusion.vae, judge.clip, sum(p.numel() for p in policy.parameters)
+    decoder, judge_text = _bytes(vae.decoder, vae.post_quant_conv), _bytes(clip.text_model, clip.text_projection)
+    return Weights(
+        unet=_bytes(policy.unet) - sum(p.nbytes for p in policy.parameters),
+        vae_decoder=decoder,
+        vae_encoder=_bytes(vae) - decoder,
+        tiny_decoder=_bytes(tiny.network) if tiny else 0,
+        text_encoders=_bytes(*diffusion.text_encoders),
+        judge=_bytes(clip) - judge_text,
+        judge_text=judge_text,
+        lora=lora,
+    )
+
+
+def _bytes(*networks: nn.Module) -> int:
+    return sum(t.nbytes for network in networks for t in (*network.parameters(), *network.buffers()))
+
+
+def _t() -> Tensor:
+    return torch.zeros(1, dtype=torch.int64, device="meta")
+
+
+class _NoOptimizer:
+    """The backward pass alone."""
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        """Keeps the gradients where they are."""
+
+
+class _NoMetrics:
+    def add_mean(self, weight: float = 1.0, **values: Tensor) -> None:
+        """Nothing is logged."""

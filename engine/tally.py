@@ -1,0 +1,134 @@
+"""How many rows an iteration puts through each network, counted by running it: rollout, balance and update themselves.
+
+They run on stand-ins: latents of one number, a policy that notes the rows it is given and computes nothing, a judge
+that is sure of every pair. So nothing of the order of things is written down twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from strop.engine.conditioning import Conditioning
+from strop.engine.config import Config
+from strop.engine.ddim import DDIMSchedule
+from strop.engine.ranks import Ranks, balance
+from strop.engine.rollout import judged_segments, rollout
+from strop.engine.update import micro_batches, update, with_reference
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """Of one iteration of one process, whose pairs are all kept.
+
+    rows: by (stage, call), how many rows went through; most: the largest number in one call. Calls are `unet`, a
+    forward of the policy while sampling, `train`, one with the backward pass after it, and `reference`, all in rows of
+    the UNet, where a guided latent is two; `decode` in latents and `judge` in images. pairs: trained on, passes not
+    multiplied; made: by the rollout; separate: of these, those of which winner and loser have their own x_t.
+    """
+
+    prompts: int
+    rows: Counter = field(default_factory=Counter)
+    most: Counter = field(default_factory=Counter)
+    pairs: int = 0
+    made: int = 0
+    sides: int = 1
+    events: int = 0
+    micro_batches: int = 0
+
+    def of(self, call: str, stage: str | None = None) -> int:
+        """Rows of a call, of one stage or of all."""
+        return sum(rows for (s, c), rows in self.rows.items() if c == call and stage in (None, s))
+
+
+def tally(config: Config, schedule: DDIMSchedule) -> Tally:
+    """Runs one iteration of a recipe; schedule: its rollout's, on the CPU."""
+    notes = _Notes(config)
+    cond = Conditioning(
+        *(torch.zeros(n, 1, 1) for n in (config.rollout.prompts, 1)), torch.zeros(config.rollout.prompts)
+    )
+    rng = torch.Generator().manual_seed(0)
+    made = rollout(notes, notes, notes, schedule, cond, config.rollout, rng, notes.clock).pairs
+    pairs = balance(made, config.rollout.prompts, ALONE, rng)
+    pairs = pairs[: math.ceil(config.optim.keep_pairs * len(pairs))]
+    forks = {cut.start for cut in judged_segments(schedule, config.rollout)}
+    notes.stage = "update"
+    if config.optim.passes > 1:
+        pairs = with_reference(pairs, forks, cond, notes, schedule, config.optim)
+    for again in range(config.optim.passes):
+        pairs = pairs.shuffle(rng) if again else pairs
+        for batch, shared in micro_batches(pairs, config.optim.micro_batch, forks):
+            update(batch, shared, cond, notes, schedule, notes, config.optim, notes)
+    return Tally(
+        config.rollout.prompts,
+        notes.rows,
+        notes.most,
+        len(pairs),
+        len(made),
+        len(made.x_t),
+        notes.calls["judge"],
+        notes.calls["train"],
+    )
+
+
+class _Notes:
+    """Policy, diffusion, judge, optimizer and metrics in one, none of which does anything but note what it is given."""
+
+    latent_shape = (1, 1, 1)
+
+    def __init__(self, config: Config):
+        self.multiple = config.optim.micro_batch if config.model.compile else 1
+        self.rows, self.most, self.calls = Counter(), Counter(), Counter()
+        self.stage, self.is_reference = "", False
+
+    @contextmanager
+    def clock(self, stage: str) -> Iterator[None]:
+        self.stage = stage
+        yield
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        self.is_reference = True
+        with torch.no_grad():
+            yield
+        self.is_reference = False
+
+    def eps(self, x: Tensor, step_t: Tensor, cond: Conditioning, guided: bool = True) -> Tensor:
+        halves, rows = 2 if guided else 1, len(x)
+        call = "reference" if self.is_reference else "train" if torch.is_grad_enabled() else "unet"
+        if call != "unet":
+            rows += -rows % self.multiple
+        self._note(call, halves * rows)
+        return torch.zeros(halves, *x.shape, requires_grad=call == "train")
+
+    def decode(self, latents: Tensor) -> Tensor:
+        self._note("decode", latents[..., 0, 0, 0].numel())
+        return latents
+
+    def score(self, images: Tensor, text: Tensor, t: int) -> Tensor:
+        """Scores (K, B) so far apart that no threshold takes a pair for unsure."""
+        k, prompts = images.shape[:2]
+        self._note("judge", k * prompts)
+        return 1e3 * torch.arange(k, dtype=torch.float32).unsqueeze(1).expand(k, prompts)
+
+    def backward(self, loss: Tensor) -> None:
+        """The optimizer's."""
+
+    def step(self) -> None:
+        """The optimizer's."""
+
+    def add_mean(self, weight: float = 1.0, **values: Tensor) -> None:
+        """The metrics'."""
+
+    def _note(self, call: str, rows: int) -> None:
+        self.calls[call] += 1
+        self.rows[self.stage, call] += rows
+        self.most[call] = max(self.most[call], rows)
