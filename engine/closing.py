@@ -7,6 +7,7 @@ from strop.engine.verdict import NOT_MEASURED, examined, number
 LEDGER = {  # label: name in the summary's ledger, and how its value is written
     "GPU-hours": ("gpu_hours", "{:,.3f}"),
     "energy": ("energy_kwh", "{:,.3f} kWh"),
+    "share of peak": ("share_of_peak", "{:.1%} in rollout and update"),
     "GPU utilisation": ("utilisation", "{:.1%}"),
     "SM clock": ("sm_mhz", "{:,.0f} MHz"),
     "memory clock": ("memory_mhz", "{:,.0f} MHz"),

@@ -1,9 +1,9 @@
-"""What a run costs its GPUs: hours, energy, utilisation, clocks, and what slowed the clocks.
+"""What a run costs its GPUs: hours, energy, utilisation, clocks, what slowed them, and the share of the peak reached.
 
-NVML is read by a thread of its own, about once a second, and beside the computation: no stream is touched and nothing
-waits. Without a GPU or without NVML there is no thread and nothing else changes; a query that the card does not answer
-(or a part of a card under MIG, where NVML knows the whole card only) leaves its value open and the rest goes on.
-Not here: seconds by stage and prompts per second (metrics.py), the rows that a person reads (closing.py).
+NVML is read by a thread of its own, about once a second, beside the computation: no stream is touched, nothing waits.
+Without a GPU or without NVML there is no thread and nothing else changes; what a card does not answer, or NVML of a
+part of one (MIG), stays open. Not here: seconds by stage (metrics.py), what work takes at the peak (at_peak.py), the
+rows that a person reads (closing.py).
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ REASONS = {  # why clocks are lower than they might be, of NVML's clocks event r
     "hardware_slowdown": pynvml.nvmlClocksEventReasonHwSlowdown,
     "clock_setting": pynvml.nvmlClocksEventReasonApplicationsClocksSetting,
 }
-MEANS = ("utilisation", "sm_mhz", "memory_mhz")
+MEANS = ("share_of_peak", "utilisation", "sm_mhz", "memory_mhz")
 NAMES = ("seconds", "joules", *MEANS, *REASONS)
+SECONDS, SHARE = NAMES.index("seconds"), NAMES.index("share_of_peak")
 
 
 class Reading(NamedTuple):
@@ -48,13 +49,16 @@ class Reading(NamedTuple):
 class Ledger:
     """The ledger of one process and its GPU: `with Ledger(device) as ledger:` around all that is to be counted.
 
-    before: what `totals` had said when the checkpoint was written with which the run goes on.
+    before: what `totals` had said when the checkpoint was written with which the run goes on. at_peak: seconds that a
+    prompt's rollout and a pair's update would take the GPU at its peak; None where that is not known.
     """
 
     def __init__(self, device: torch.device):
         self.before: Mapping[str, list[float]] = {}
-        self._device = device
-        self._begun = time.perf_counter()
+        self.at_peak: tuple[float, float] | None = None
+        self._work = 0.0  # seconds at the peak since the last record
+        self._share = torch.zeros(2, dtype=torch.float64)  # seconds at work, and at the peak, up to the last record
+        self._device, self._begun = device, time.perf_counter()
         self._sums = torch.zeros(2, len(NAMES), dtype=torch.float64)  # how many readings, their sum; never in place
         self._told = self._sums
         self._last: Reading | None = None
@@ -73,8 +77,17 @@ class Ledger:
         if self._thread:
             self._thread.join(timeout=10 * EVERY)
 
-    def add_to(self, metrics: Metrics) -> None:
-        """Adds what was measured since the last call to the record that is flushed next; see metrics.RECORD_FIELDS."""
+    def work(self, prompts: int, pairs: int) -> None:
+        """Notes what was done: rollouts of so many prompts, updates by so many pairs."""
+        if self.at_peak:
+            self._work += prompts * self.at_peak[0] + pairs * self.at_peak[1]
+
+    def add_to(self, metrics: Metrics, worked: float = 0.0) -> None:
+        """Adds what was measured since the last call to the next record; worked: seconds of what `work` was told of."""
+        if self.at_peak:
+            self._share[0] += worked
+            self._share[1] += self._work
+            self._work = 0.0
         sums = self._so_far()
         counts, values = sums - self._told
         self._told = sums
@@ -89,17 +102,13 @@ class Ledger:
             metrics.add_mean(count[NAMES[-1]], throttled=(values / counts)[-len(REASONS) :])
 
     def totals(self) -> dict[str, list[float]]:
-        """By name, how many readings there were and their sum: of all processes and of the whole run.
-
-        A collective call, for a checkpoint and at the end.
-        """
+        """By name, [how many readings, their sum] of all processes and of the whole run. A collective call."""
         sums = self._so_far()
         if dist.is_initialized():
             sums = sums.to(self._device)
             dist.all_reduce(sums)
-        nothing = [0.0, 0.0]
         return {
-            name: [now + then for now, then in zip(column, self.before.get(name, nothing), strict=True)]
+            name: [now + then for now, then in zip(column, self.before.get(name, (0.0, 0.0)), strict=True)]
             for name, column in zip(NAMES, sums.T.tolist(), strict=True)
         }
 
@@ -107,7 +116,8 @@ class Ledger:
         """(2, N) in the order of NAMES: of this process since it began."""
         sums = self._sums.clone()
         if self._device.type == "cuda":
-            sums[:, 0] = time.perf_counter() - self._begun
+            sums[:, SECONDS] = time.perf_counter() - self._begun
+        sums[:, SHARE] = self._share
         return sums
 
     def _watch(self) -> None:
@@ -120,7 +130,7 @@ class Ledger:
         now, last = read(self._handle), self._last
         joules = energy(last, now) if last else None
         slowed = [None if now.reasons is None else bool(now.reasons & bits) for bits in REASONS.values()]
-        values = [None, joules, now.utilisation, now.sm_mhz, now.memory_mhz, *slowed]
+        values = [None, joules, None, now.utilisation, now.sm_mhz, now.memory_mhz, *slowed]
         row = [[value is not None for value in values], [value or 0.0 for value in values]]
         self._sums = self._sums + torch.tensor(row, dtype=torch.float64)
         self._last = now
@@ -175,12 +185,11 @@ def figures(totals: Mapping[str, list[float]]) -> dict[str, Any] | str:
     if not totals["seconds"][0]:
         return NOT_AVAILABLE
     mean = {name: value / count if count else None for name, (count, value) in totals.items()}
-    energy_known, reasons_known = totals["joules"][0], totals[NAMES[-1]][0]
     return {
         "gpu_hours": totals["seconds"][1] / 3600,
-        "energy_kwh": totals["joules"][1] / 3.6e6 if energy_known else None,
+        "energy_kwh": totals["joules"][1] / 3.6e6 if totals["joules"][0] else None,
         **{name: mean[name] for name in MEANS},
-        "throttled": {name: mean[name] for name in REASONS} if reasons_known else None,
+        "throttled": {name: mean[name] for name in REASONS} if totals[NAMES[-1]][0] else None,
     }
 
 

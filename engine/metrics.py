@@ -20,13 +20,14 @@ from torch import Tensor
 
 # One line of metrics.jsonl, in this order; what was not measured is null. "prompts", "pairs", "optimizer_steps",
 # "gpu_hours" and "energy_wh" (sums over the GPUs) count from the beginning of the run, everything else covers the
-# iterations since the line before: "utilisation" is the share of time in which a kernel ran, "sm_mhz" and "memory_mhz"
+# iterations since the line before: "share_of_peak" is that of the GPU's matrix arithmetic in rollout and update,
+# "utilisation" is the share of time in which a kernel ran, "sm_mhz" and "memory_mhz"
 # are clocks, "throttled" the share of readings by reason, all of them means over the GPUs (ledger.py), on the first
 # line since the process began.
 RECORD_FIELDS = (
     "iteration", "prompts", "pairs", "optimizer_steps", "judge", "kept", "pairs_per_t", "loss", "margin", "accuracy",
-    "clipped", "grad_norm", "seconds", "prompts_per_second", "eta_seconds", "gpu_hours", "energy_wh", "utilisation",
-    "sm_mhz", "memory_mhz", "throttled",
+    "clipped", "grad_norm", "seconds", "prompts_per_second", "eta_seconds", "gpu_hours", "energy_wh",
+    "share_of_peak", "utilisation", "sm_mhz", "memory_mhz", "throttled",
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from strop.engine import checkpoint, zero
+from strop.engine.at_peak import seconds_at_peak
 from strop.engine.base_model import load_unet, quiet_libraries
 from strop.engine.config import Config, RolloutConfig, load
 from strop.engine.ddim import DDIMSchedule
@@ -86,6 +87,7 @@ def main(argv: Sequence[str]) -> None:
         with clock("load"):
             parts = build(config, ranks)
             resumed = checkpoint.open_run(config, ranks, parts.policy)
+            ledger.at_peak = seconds_at_peak(config, parts.policy.family, ranks.device)
         ledger.before = checkpoint.ledger_before(resumed)
         spent = RunTime(clock, checkpoint.seconds_before(resumed))
         with clock("evaluate"):
@@ -213,14 +215,16 @@ def train(
                 pairs = pairs.shuffle(rngs["shuffle"]) if again else pairs
                 for batch, shared in micro_batches(pairs, config.optim.micro_batch, forks):
                     update(batch, shared, cond, policy, parts.schedule, optimizer, config.optim, metrics)
+        ledger.work(len(prompts), len(pairs))
         possible = len(prompts) * judged_steps
         metrics.add_total(prompts=len(prompts), pairs=len(result.pairs))
         metrics.add_sum(pairs_per_t=result.kept)
         metrics.add_mean(judge=result.score, kept=result.kept.sum() / possible)
         last = iteration + 1 == run.iterations
         if last or (iteration + 1) % run.log_every == 0:
-            ledger.add_to(metrics)
-            record = metrics.flush(iteration + 1, optimizer_steps=optimizer.steps, seconds=clock.lap())
+            seconds = clock.lap()
+            ledger.add_to(metrics, seconds["rollout"] + seconds["update"])
+            record = metrics.flush(iteration + 1, optimizer_steps=optimizer.steps, seconds=seconds)
             if ranks.first:
                 progress.show(record)
         if last or (iteration + 1) % run.save_every == 0:

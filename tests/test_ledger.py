@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import distributed as dist
 
 from strop.engine import ledger
-from strop.engine.ledger import REASONS, Ledger, figures, gpu, read
+from strop.engine.ledger import MEANS, REASONS, Ledger, figures, gpu, read
 from strop.engine.metrics import RECORD_FIELDS, Metrics
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -55,6 +55,7 @@ def test_energy_is_the_difference_of_the_counter_means_are_over_readings(nvml, n
     assert found == {
         "gpu_hours": pytest.approx(3 / 3600),
         "energy_kwh": pytest.approx(700 / 3.6e6),
+        "share_of_peak": None,
         "utilisation": pytest.approx((1.0 + 0.4 + 0.4) / 3),
         "sm_mhz": pytest.approx((1410 + 1110 + 1110) / 3),
         "memory_mhz": 1593,
@@ -97,14 +98,15 @@ def test_reasons_are_told_apart_and_idling_is_none(nvml, now):
 def test_what_the_card_does_not_answer_stays_open_and_the_rest_goes_on(nvml, now, tmp_path, missing, open_value):
     nvml.missing |= missing
     made = watched(now, [1, 1])
-    found = figures(made.totals())
-    assert [name for name, value in found.items() if value is None] == [open_value] * (open_value is not None)
+    made.at_peak = (1.0, 1.0)
     metrics = Metrics(tmp_path, "cpu", True, start=0, iterations=1, labels={"throttled": REASONS})
-    made.add_to(metrics)
+    made.add_to(metrics, 2.0)
     record = metrics.flush(1)
     metrics.close()
+    found = figures(made.totals())
+    assert [name for name, value in found.items() if value is None] == [open_value] * (open_value is not None)
     named = {"energy_kwh": "energy_wh"}.get(open_value, open_value)
-    fields = ("gpu_hours", "energy_wh", "utilisation", "sm_mhz", "memory_mhz", "throttled")
+    fields = ("gpu_hours", "energy_wh", *MEANS, "throttled")
     assert [name for name in fields if record[name] is None] == [named] * (open_value is not None)
 
 
@@ -161,6 +163,25 @@ def test_records_cover_their_iterations_and_sums_run_on(nvml, now, tmp_path):
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [e.value for e in board.Scalars("train/sm_mhz")] == pytest.approx([1210, 900])
     assert [e.value for e in board.Scalars("throttled/power_cap")] == pytest.approx([2 / 3, 1.0])
+
+
+def test_the_share_of_the_peak_is_of_the_seconds_at_work(nvml, now, tmp_path):
+    made = Ledger(GPU)
+    made.at_peak = (0.5, 0.125)
+    metrics = Metrics(tmp_path, "cpu", True, start=0, iterations=2)
+    now[0] += 500  # spent on something else
+    made.work(prompts=4, pairs=8)
+    made.work(prompts=4, pairs=0)
+    made.add_to(metrics, 10.0)
+    first = metrics.flush(1)
+    made.work(prompts=4, pairs=16)
+    checkpoint = made.totals()  # between two records
+    made.add_to(metrics, 8.0)
+    second = metrics.flush(2)
+    metrics.close()
+    assert (first["share_of_peak"], second["share_of_peak"]) == ((2 + 1 + 2) / 10, (2 + 2) / 8)
+    assert figures(checkpoint)["share_of_peak"] == 5 / 10
+    assert figures(made.totals())["share_of_peak"] == (5 + 4) / (10 + 8)
 
 
 def test_a_resumed_run_goes_on_counting(nvml, now):

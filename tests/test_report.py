@@ -19,7 +19,8 @@ from strop.engine.report import main, make_report, paired_delta, read_run, write
 from strop.engine.verdict import headline, number, verdict
 
 LEDGER = {
-    "gpu_hours": 1234.5678, "energy_kwh": 0.8214, "utilisation": 0.973, "sm_mhz": 1395.6, "memory_mhz": None,
+    "gpu_hours": 1234.5678, "energy_kwh": 0.8214, "share_of_peak": 0.434, "utilisation": 0.973,
+    "sm_mhz": 1395.6, "memory_mhz": None,
     "throttled": {"power_cap": 0.125, "heat": 0.0, "power_brake": 0.01},
 }  # fmt: skip
 
@@ -195,6 +196,7 @@ def test_the_ledger_in_words():
     assert ledger_rows({"ledger": LEDGER}) == [
         ("GPU-hours", "1,234.568"),
         ("energy", "0.821 kWh"),
+        ("share of peak", "43.4% in rollout and update"),
         ("GPU utilisation", "97.3%"),
         ("SM clock", "1,396 MHz"),
         ("time throttled", "12.5% by power cap, 1.0% by power brake"),
@@ -202,7 +204,9 @@ def test_the_ledger_in_words():
     ]
     calm = LEDGER | {"throttled": {"power_cap": 0.0}, "memory_mhz": 1593.0}
     assert ledger_rows({"ledger": calm})[-2:] == [("memory clock", "1,593 MHz"), ("time throttled", "none")]
-    everything = [("not available", "GPU-hours, energy, GPU utilisation, SM clock, memory clock, time throttled")]
+    everything = [
+        ("not available", "GPU-hours, energy, share of peak, GPU utilisation, SM clock, memory clock, time throttled")
+    ]
     assert ledger_rows({"ledger": "not available"}) == ledger_rows({}) == everything
 
 

@@ -108,7 +108,7 @@ def test_a_run_writes_what_it_promises(recipe, tmp_path, capsys):
     assert str(run / "report.html") in printed
 
 
-MISSING = "GPU-hours, energy, GPU utilisation, SM clock, memory clock, time throttled"
+MISSING = "GPU-hours, energy, share of peak, GPU utilisation, SM clock, memory clock, time throttled"
 
 
 def test_on_a_cpu_the_ledger_is_not_available_and_says_so_once(recipe, tmp_path, capsys):
