@@ -108,7 +108,7 @@ def test_a_run_writes_what_it_promises(recipe, tmp_path, capsys):
     assert str(run / "report.html") in printed
 
 
-MISSING = "GPU-hours, energy, GPU utilisation, SM clock, memory clock, time throttled"
+MISSING = "GPU-hours, energy, utilisation, SM clock, memory clock, throttled"
 
 
 def test_on_a_cpu_the_ledger_is_not_available_and_says_so_once(recipe, tmp_path, capsys):
@@ -119,7 +119,7 @@ def test_on_a_cpu_the_ledger_is_not_available_and_says_so_once(recipe, tmp_path,
     pace = summary["prompts"] / (summary["seconds"]["rollout"] + summary["seconds"]["update"])
     assert summary["prompts_per_second"] == pytest.approx(pace)
     printed = capsys.readouterr().out
-    assert f"not available           {MISSING}" in printed
+    assert f"not available   {MISSING}" in printed
     assert printed.count("not available") == 1
     assert f"<dt>not available</dt><dd>{MISSING}</dd>" in (run / "report.html").read_text()
     (line,) = read_records(run / "metrics.jsonl")
@@ -148,7 +148,7 @@ def test_a_ledger_goes_on_over_a_resumption_and_changes_no_bit(recipe, tmp_path,
     assert second["gpu_hours"] > first["gpu_hours"] > 0
     assert (first["energy_wh"], second["energy_wh"]) == pytest.approx((700 / 3600, 770 / 3600))
     shown = (tmp_path / "run" / "report.html").read_text()
-    assert "<dt>time throttled</dt><dd>100.0% by power cap</dd>" in shown
+    assert "<dt>throttled</dt><dd>100.0% of the time by power cap</dd>" in shown
     assert "not available" not in shown + capsys.readouterr().out
 
 
