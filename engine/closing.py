@@ -8,10 +8,10 @@ LEDGER = {  # label: name in the summary's ledger, and how its value is written
     "GPU-hours": ("gpu_hours", "{:,.3f}"),
     "energy": ("energy_kwh", "{:,.3f} kWh"),
     "share of peak": ("share_of_peak", "{:.1%} in rollout and update"),
-    "GPU utilisation": ("utilisation", "{:.1%}"),
+    "utilisation": ("utilisation", "{:.1%}"),
     "SM clock": ("sm_mhz", "{:,.0f} MHz"),
     "memory clock": ("memory_mhz", "{:,.0f} MHz"),
-    "time throttled": ("throttled", "{:.1%} by {}"),
+    "throttled": ("throttled", "{:.1%} of the time by {}"),
 }
 
 
@@ -26,7 +26,7 @@ def closing_table(summary: dict) -> str:
         label = "  " * name.count("/") + name.rsplit("/", 1)[-1]
         lines.append(f"{label:<24}{time:>14}{'' if share is None else f'{share:.1%}':>14}".rstrip())
     lines += ["", *(f"{label:<24}{value}" for label, value in count_rows(summary))]
-    lines += ["", *(f"{label:<24}{value}" for label, value in ledger_rows(summary))]
+    lines += ["", *(f"{label:<16}{value}" for label, value in ledger_rows(summary))]
     lines += ["", *(f"{name:<14}{path}" for name, path in (summary.get("paths") or {}).items())]
     return "\n".join(lines)
 

@@ -178,10 +178,8 @@ def energy(before: Reading, after: Reading) -> float | None:
 
 
 def figures(totals: Mapping[str, list[float]]) -> dict[str, Any] | str:
-    """For summary.json, from `Ledger.totals`: sums over GPUs, means over readings, None for what was not measured.
-
-    throttled: share of the readings, by reason. "not available" alone where there was no GPU.
-    """
+    """For summary.json, from `Ledger.totals`: sums over GPUs, means over readings, None for what was not measured;
+    "not available" where there was no GPU at all."""
     if not totals["seconds"][0]:
         return NOT_AVAILABLE
     mean = {name: value / count if count else None for name, (count, value) in totals.items()}

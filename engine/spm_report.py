@@ -91,5 +91,5 @@ def close(
         print(f"{name:<52}{accuracy_cells(row)}")
     stages = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items() if name != "total")
     print(f"\n{seconds['total']:.0f} seconds ({stages}), {after['pairs']:,} pairs")
-    print("\n".join(f"{label:<24}{value}" for label, value in ledger_rows(summary)))
+    print("\n".join(f"{label:<16}{value}" for label, value in ledger_rows(summary)))
     print("\n".join(f"{name:<10}{path}" for name, path in paths.items()))

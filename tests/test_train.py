@@ -108,7 +108,7 @@ def test_a_run_writes_what_it_promises(recipe, tmp_path, capsys):
     assert str(run / "report.html") in printed
 
 
-MISSING = "GPU-hours, energy, share of peak, GPU utilisation, SM clock, memory clock, time throttled"
+MISSING = "GPU-hours, energy, share of peak, utilisation, SM clock, memory clock, throttled"
 
 
 def test_on_a_cpu_the_ledger_is_not_available_and_says_so_once(recipe, tmp_path, capsys):
@@ -119,7 +119,7 @@ def test_on_a_cpu_the_ledger_is_not_available_and_says_so_once(recipe, tmp_path,
     pace = summary["prompts"] / (summary["seconds"]["rollout"] + summary["seconds"]["update"])
     assert summary["prompts_per_second"] == pytest.approx(pace)
     printed = capsys.readouterr().out
-    assert f"not available           {MISSING}" in printed
+    assert f"not available   {MISSING}" in printed
     assert printed.count("not available") == 1
     assert f"<dt>not available</dt><dd>{MISSING}</dd>" in (run / "report.html").read_text()
     (line,) = read_records(run / "metrics.jsonl")
@@ -131,6 +131,7 @@ def test_a_ledger_goes_on_over_a_resumption_and_changes_no_bit(recipe, tmp_path,
     capsys.readouterr()
     nvml.answers |= {"CurrentClocksEventReasons": [4], "TotalEnergyConsumption": [7_000_000, 7_700_000]}
     monkeypatch.setattr(ledger, "EVERY", 0.01)
+    monkeypatch.setattr(train, "seconds_at_peak", lambda config, family, device: (0.002, 0.001))
     monkeypatch.setattr(train, "Ledger", lambda device: Ledger(torch.device("cuda", 0)))
     main(recipe("run.iterations=1"))
     half = json.loads((tmp_path / "run" / "summary.json").read_text())["ledger"]
@@ -147,8 +148,12 @@ def test_a_ledger_goes_on_over_a_resumption_and_changes_no_bit(recipe, tmp_path,
     first, second = read_records(tmp_path / "run" / "metrics.jsonl")
     assert second["gpu_hours"] > first["gpu_hours"] > 0
     assert (first["energy_wh"], second["energy_wh"]) == pytest.approx((700 / 3600, 770 / 3600))
+    at_work = [line["seconds"]["rollout"] + line["seconds"]["update"] for line in (first, second)]
+    at_peak = 2 * 0.002 + 6 * 0.001  # two prompts, six pairs
+    assert [first["share_of_peak"], second["share_of_peak"]] == pytest.approx([at_peak / s for s in at_work])
+    assert whole["share_of_peak"] == pytest.approx(2 * at_peak / sum(at_work))
     shown = (tmp_path / "run" / "report.html").read_text()
-    assert "<dt>time throttled</dt><dd>100.0% by power cap</dd>" in shown
+    assert "<dt>throttled</dt><dd>100.0% of the time by power cap</dd>" in shown
     assert "not available" not in shown + capsys.readouterr().out
 
 
