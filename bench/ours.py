@@ -13,33 +13,43 @@ from strop.engine import zero
 from strop.engine.config import Config
 from strop.engine.diffusion import LatentDiffusion
 from strop.engine.embeddings import Embeddings
+from strop.engine.machine import prepare
 from strop.engine.metrics import Metrics
 from strop.engine.pairs import PreferencePairs
 from strop.engine.policy import Policy
 from strop.engine.preference import StepAwarePreferenceModel
 from strop.engine.ranks import Ranks, balance
-from strop.engine.rollout import rollout, segments
-from strop.engine.update import micro_batches, update
+from strop.engine.rollout import judged_segments, rollout
+from strop.engine.tiny_decoder import TinyDecoder
+from strop.engine.update import learn
 
 
 class Ours:
     """The parts of a run of one process."""
 
     def __init__(
-        self, unet: UNet2DConditionModel, diffusion: LatentDiffusion, judge: StepAwarePreferenceModel, config: Config
+        self,
+        unet: UNet2DConditionModel,
+        diffusion: LatentDiffusion,
+        judge: StepAwarePreferenceModel,
+        config: Config,
+        decoder: TinyDecoder | None = None,
     ):
-        """Takes `unet` for the policy, whose LoRA starts from run.seed."""
+        """Takes `unet` for the policy, whose LoRA starts from run.seed; decoder: that of rollout.decoder if given."""
         lora, given, model, shape = config.lora, config.rollout, config.model, diffusion.latent_shape
         seed, rows, merge = config.run.seed, model.unet_rows, model.merges_lora
         self.policy = Policy(unet, lora.rank, lora.target_modules, seed, shape, rows, merge)
+        prepare(model, self.policy, diffusion, judge, config.optim.micro_batch)
         self.diffusion, self.judge, self.config = diffusion, judge, config
         self.schedule = diffusion.schedule(given.num_steps, given.eta, given.guidance)
         self.ranks = Ranks(0, 1, diffusion.device)
         settings = zero.AdamWSettings.of(config.optim, config.zero.stage, config.model.dtype)
         self.optimizer = zero.build(self.policy.unet, settings, self.ranks)
         self.metrics = Metrics(config.run.dir, diffusion.device, False, start=0, iterations=config.run.iterations)
-        judged = self.schedule.steps_within(*given.t_range)
-        self.forks = {cut.start for cut in segments(judged, given.inner_steps, given.merge_last)}
+        self.forks = {cut.start for cut in judged_segments(self.schedule, given)}
+        if given.decoder and decoder is None:
+            decoder = TinyDecoder.load(given.decoder, model.dtype, diffusion)
+        self.decoder = decoder or diffusion
 
 
 class Clocked:
@@ -60,7 +70,7 @@ def iteration(
     shuffle: torch.Generator,
     clock: Clock = nullcontext,
 ) -> PreferencePairs:
-    """Rollout, shuffle and one pass over the pairs, which are returned, shuffled.
+    """Rollout, shuffle and all passes over the pairs, which are returned, shuffled.
 
     Prompts are encoded here, as if none came twice in a run; train.py encodes each once, before the loop.
     """
@@ -68,10 +78,10 @@ def iteration(
     with clock("text"):
         cond = Embeddings(diffusion, models.judge, [list(prompts)])[prompts]
     with models.policy.sampling(cond, config.rollout.text_kv) as known:
-        made = rollout(models.policy, diffusion, models.judge, models.schedule, known, config.rollout, rng, clock)
+        made = rollout(models.policy, models.decoder, models.judge, models.schedule, known, config.rollout, rng, clock)
     with clock("update"):
         pairs = balance(made.pairs, len(prompts), models.ranks, shuffle)
         optimizer = Clocked(models.optimizer, clock)
-        for batch, shared in micro_batches(pairs, config.optim.micro_batch, models.forks):
-            update(batch, shared, cond, models.policy, models.schedule, optimizer, config.optim, models.metrics)
+        given = models.policy, models.schedule, optimizer, config.optim, shuffle, models.metrics
+        learn(pairs, models.forks, cond, *given)
     return pairs

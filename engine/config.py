@@ -51,7 +51,7 @@ class ModelConfig(Section):
         False, description="Recompute the UNet's activations in the backward pass: less memory, a third more time."
     )
     decode_rows: int | None = Field(
-        None, ge=1, description="Latents per forward of the VAE decoder; null decodes all branches at once."
+        None, ge=1, description="Latents per forward of a decoder; null decodes all branches at once."
     )
     unet_rows: int | None = Field(
         None,

@@ -77,21 +77,22 @@ class LatentDiffusion:
         return DDIMSchedule(coefficients, guidance, self.device)
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
+    def encode(self, prompts: Sequence[str], onto: torch.device | None = None) -> Conditioning:
         """Embeddings of the prompts and of the empty prompt (the negative one), on the device.
 
         SD-1.5: the text encoder's last states after its final LayerNorm. SDXL: the last but one of both encoders side
         by side, and the second's pooled projection. Over-long prompts are cut as the tokenizer does, with one warning.
+        onto: another device, to which embeddings go batch by batch, as those of thousands take gigabytes.
         """
         if not self.text_encoders:
             raise RuntimeError("the text encoders have been released: encode all prompts before")
         self._warn_of_cuts(prompts)
-        batches = [self._states(prompts[i : i + BATCH]) for i in range(0, len(prompts), BATCH)]
+        batches = [self._states(prompts[i : i + BATCH], onto) for i in range(0, len(prompts), BATCH)]
         text, pooled = (torch.cat(column) if column[0] is not None else None for column in zip(*batches, strict=True))
         if self.zero_null:
             null, null_pooled = torch.zeros_like(text[:1]), torch.zeros_like(pooled[:1])
         else:
-            null, null_pooled = self._states([""])
+            null, null_pooled = self._states([""], onto)
         if self.family == "sd15":
             return Conditioning(text, null)
         height, width = (side * self.factor for side in self.latent_shape[1:])
@@ -117,7 +118,7 @@ class LatentDiffusion:
         noise = torch.randn(posterior.mean.shape, generator=rng, device=images.device, dtype=posterior.mean.dtype)
         return (posterior.mean + posterior.std * noise) * self.vae.config.scaling_factor
 
-    def _states(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+    def _states(self, prompts: Sequence[str], onto: torch.device | None) -> tuple[Tensor, Tensor | None]:
         """Hidden states (N, L, D) of some prompts and, of SDXL, the pooled projection (N, P)."""
         outputs = []
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
@@ -130,8 +131,9 @@ class LatentDiffusion:
             ).input_ids
             outputs.append(encoder(ids.to(self.device), output_hidden_states=True))
         if self.family == "sd15":
-            return outputs[0].last_hidden_state, None
-        return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[-1].text_embeds
+            return outputs[0].last_hidden_state.to(onto), None
+        text = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        return text.to(onto), outputs[-1].text_embeds.to(onto)
 
     def _warn_of_cuts(self, prompts: Sequence[str]) -> None:
         tokenizer = self.tokenizers[0]

@@ -36,7 +36,8 @@ class Embeddings:
     def _encode(diffusion: LatentDiffusion, judge: StepAwarePreferenceModel, prompts: Sequence[str]) -> Conditioning:
         with torch.no_grad():
             features = [judge.encode(prompts[i : i + BATCH]) for i in range(0, len(prompts), BATCH)]
-        return diffusion.encode(prompts).with_judge(torch.cat(features)).to(torch.device("cpu"))
+        host = torch.device("cpu")
+        return diffusion.encode(prompts, onto=host).with_judge(torch.cat(features)).to(host)
 
     @staticmethod
     def _whole(parts: list[Conditioning], name: str) -> torch.Tensor | None:

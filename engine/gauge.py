@@ -62,12 +62,12 @@ def gauge(work: Callable[[], object]) -> Reading:
 
 
 @contextmanager
-def on_meta(dtype: torch.dtype) -> Iterator[None]:
-    """Inside, networks are built on the meta device, in `dtype`."""
+def built_on(device: torch.device | str, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, networks are built on this device, in `dtype`."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.device("meta"):
+        with torch.device(device):
             yield
     finally:
         torch.set_default_dtype(before)

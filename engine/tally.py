@@ -6,7 +6,6 @@ that is sure of every pair. So nothing of the order of things is written down tw
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from strop.engine.config import Config
 from strop.engine.ddim import DDIMSchedule
 from strop.engine.ranks import Ranks, balance
 from strop.engine.rollout import judged_segments, rollout
-from strop.engine.update import micro_batches, update, with_reference
+from strop.engine.update import learn
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -31,17 +30,17 @@ class Tally:
 
     rows: by (stage, call), how many rows went through; most: the largest number in one call. Calls are `unet`, a
     forward of the policy while sampling, `train`, one with the backward pass after it, and `reference`, all in rows of
-    the UNet, where a guided latent is two; `decode` in latents and `judge` in images. pairs: trained on, passes not
-    multiplied; made: by the rollout; separate: of these, those of which winner and loser have their own x_t.
+    the UNet, where a guided latent is two; `decode` in latents and `judge` in images. made: pairs of the rollout;
+    sides: latents x_t of each, 2 where winner and loser may have their own; pairs: those trained on, however often;
+    micro_batches: of all passes.
     """
 
     prompts: int
     rows: Counter = field(default_factory=Counter)
     most: Counter = field(default_factory=Counter)
-    pairs: int = 0
     made: int = 0
     sides: int = 1
-    events: int = 0
+    pairs: int = 0
     micro_batches: int = 0
 
     def of(self, call: str, stage: str | None = None) -> int:
@@ -52,30 +51,22 @@ class Tally:
 def tally(config: Config, schedule: DDIMSchedule) -> Tally:
     """Runs one iteration of a recipe; schedule: its rollout's, on the CPU."""
     notes = _Notes(config)
-    cond = Conditioning(
-        *(torch.zeros(n, 1, 1) for n in (config.rollout.prompts, 1)), torch.zeros(config.rollout.prompts)
-    )
+    prompts = config.rollout.prompts
+    cond = Conditioning(torch.zeros(prompts, 1, 1), torch.zeros(1, 1, 1), torch.zeros(prompts))
     rng = torch.Generator().manual_seed(0)
     made = rollout(notes, notes, notes, schedule, cond, config.rollout, rng, notes.clock).pairs
-    pairs = balance(made, config.rollout.prompts, ALONE, rng)
-    pairs = pairs[: math.ceil(config.optim.keep_pairs * len(pairs))]
+    pairs = balance(made, prompts, ALONE, rng)
     forks = {cut.start for cut in judged_segments(schedule, config.rollout)}
     notes.stage = "update"
-    if config.optim.passes > 1:
-        pairs = with_reference(pairs, forks, cond, notes, schedule, config.optim)
-    for again in range(config.optim.passes):
-        pairs = pairs.shuffle(rng) if again else pairs
-        for batch, shared in micro_batches(pairs, config.optim.micro_batch, forks):
-            update(batch, shared, cond, notes, schedule, notes, config.optim, notes)
+    learn(pairs, forks, cond, notes, schedule, notes, config.optim, rng, notes)
     return Tally(
-        config.rollout.prompts,
+        prompts,
         notes.rows,
         notes.most,
-        len(pairs),
         len(made),
         len(made.x_t),
-        notes.calls["judge"],
-        notes.calls["train"],
+        notes.trained // config.optim.passes,
+        notes.micro_batches,
     )
 
 
@@ -86,7 +77,8 @@ class _Notes:
 
     def __init__(self, config: Config):
         self.multiple = config.optim.micro_batch if config.model.compile else 1
-        self.rows, self.most, self.calls = Counter(), Counter(), Counter()
+        self.rows, self.most = Counter(), Counter()
+        self.trained = self.micro_batches = 0
         self.stage, self.is_reference = "", False
 
     @contextmanager
@@ -126,9 +118,10 @@ class _Notes:
         """The optimizer's."""
 
     def add_mean(self, weight: float = 1.0, **values: Tensor) -> None:
-        """The metrics'."""
+        """The metrics': of a micro-batch, whose pairs are the weight."""
+        self.trained += weight
+        self.micro_batches += 1
 
     def _note(self, call: str, rows: int) -> None:
-        self.calls[call] += 1
         self.rows[self.stage, call] += rows
         self.most[call] = max(self.most[call], rows)

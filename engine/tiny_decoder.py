@@ -19,8 +19,10 @@ from strop.engine.hub import fetch
 class TinyDecoder:
     """A frozen AutoencoderTiny with the `decode` of LatentDiffusion."""
 
-    def __init__(self, network: AutoencoderTiny):
+    def __init__(self, network: AutoencoderTiny, decode_rows: int | None = None):
+        """decode_rows: latents decoded at once; None is all of them."""
         self.network = network.eval().requires_grad_(False)
+        self.decode_rows = decode_rows
 
     @classmethod
     def load(cls, path: str, dtype: str, diffusion: LatentDiffusion) -> TinyDecoder:
@@ -41,7 +43,7 @@ class TinyDecoder:
                 f"to a latent's side, expected an AutoencoderTiny with {CHANNELS} and {diffusion.factor}"
             )
         network = load_network(path, None, "", DTYPES[dtype], "rollout.decoder", kind="tiny_decoder")
-        return cls(network.to(diffusion.device))
+        return cls(network.to(diffusion.device), diffusion.decode_rows)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -49,5 +51,6 @@ class TinyDecoder:
 
         An AutoencoderTiny takes scaled latents: they are not divided by the VAE's scaling factor.
         """
-        images = self.network.decode(latents.flatten(0, -4).to(self.network.dtype)).sample
+        flat = latents.flatten(0, -4).to(self.network.dtype)
+        images = torch.cat([self.network.decode(part).sample for part in flat.split(self.decode_rows or len(flat))])
         return images.unflatten(0, latents.shape[:-3])

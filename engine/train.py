@@ -6,7 +6,6 @@ The whole of it on one page: build the parts, evaluate the base model, run the l
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ from strop.engine.ranks import Ranks, balance, start
 from strop.engine.report import closing_table, make_report, paired_delta, write_summary
 from strop.engine.rollout import judged_segments, rollout, segments
 from strop.engine.tiny_decoder import TinyDecoder
-from strop.engine.update import micro_batches, update, with_reference
+from strop.engine.update import learn
 from strop.kernels import use_reference
 
 
@@ -208,13 +207,7 @@ def train(
             pairs = balance(result.pairs, len(prompts), ranks, rngs["shuffle"])
             if ranks.size > 1:  # pairs of any rank's prompts
                 cond = parts.embeddings[batch_of(parts.prompts, iteration, len(prompts) * ranks.size, run.seed)]
-            pairs = pairs[: math.ceil(config.optim.keep_pairs * len(pairs))]  # they come shuffled
-            if config.optim.passes > 1:
-                pairs = with_reference(pairs, forks, cond, policy, parts.schedule, config.optim)
-            for again in range(config.optim.passes):
-                pairs = pairs.shuffle(rngs["shuffle"]) if again else pairs
-                for batch, shared in micro_batches(pairs, config.optim.micro_batch, forks):
-                    update(batch, shared, cond, policy, parts.schedule, optimizer, config.optim, metrics)
+            learn(pairs, forks, cond, policy, parts.schedule, optimizer, config.optim, rngs["shuffle"], metrics)
         ledger.work(len(prompts), len(pairs))
         possible = len(prompts) * judged_steps
         metrics.add_total(prompts=len(prompts), pairs=len(result.pairs))

@@ -5,6 +5,7 @@ Winner and loser of a step at which the branches forked share their x_t, and a U
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 
@@ -32,6 +33,27 @@ def micro_batches(pairs: PreferencePairs, size: int, forks: Collection[int]) -> 
         rows = sorted(range(start, min(start + size, len(pairs))), key=lambda row: apart[row])
         batch = pairs[torch.tensor(rows).to(pairs.step.device, non_blocking=True)]
         yield batch, len(rows) - sum(apart[row] for row in rows)
+
+
+def learn(
+    pairs: PreferencePairs,
+    forks: Collection[int],
+    cond: Conditioning,
+    policy: Policy,
+    schedule: DDIMSchedule,
+    optimizer: zero.LocalAdamW | zero.ZeroAdamW,
+    config: OptimConfig,
+    rng: torch.Generator,
+    metrics: Metrics,
+) -> None:
+    """All passes over the shuffled pairs of a rollout; rng shuffles them anew for each after the first."""
+    pairs = pairs[: math.ceil(config.keep_pairs * len(pairs))]
+    if config.passes > 1:
+        pairs = with_reference(pairs, forks, cond, policy, schedule, config)
+    for again in range(config.passes):
+        pairs = pairs.shuffle(rng) if again else pairs
+        for batch, shared in micro_batches(pairs, config.micro_batch, forks):
+            update(batch, shared, cond, policy, schedule, optimizer, config, metrics)
 
 
 def with_reference(

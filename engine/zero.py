@@ -108,7 +108,11 @@ class ZeroAdamW:
                     "train_micro_batch_size_per_gpu": settings.micro_batch,
                     "gradient_accumulation_steps": settings.accumulate,
                     "gradient_clipping": settings.max_grad_norm or 0.0,  # 0 never clips
-                    "zero_optimization": {"stage": settings.stage, "overlap_comm": False},
+                    "zero_optimization": {
+                        "stage": settings.stage,
+                        "overlap_comm": False,
+                        "reduce_bucket_size": sum(p.numel() for p in parameters),  # DeepSpeed's own takes 2 GB
+                    },
                     "zero_allow_untested_optimizer": True,
                     "steps_per_print": 10**9,
                 },

@@ -29,9 +29,9 @@ def test_prompts_and_their_pairs_take_what_the_plan_says(recipe, monkeypatch, ch
     planned = make(recipe, "tiny", "a100", 1)
     stages, counted = planned.cost.stages, planned.counted
     expected = CARDS["a100"].seconds(planned.cost.done, 1.0) - CARDS["a100"].seconds(stages["text"], 1.0)
-    assert prompt + pair * counted.pairs / counted.prompts == pytest.approx(expected, rel=1e-9)
+    assert prompt + pair * counted.made / counted.prompts == pytest.approx(expected, rel=1e-9)
     update = CARDS["a100"].seconds(stages["update: policy"] + stages["update: reference"], 1.0)
-    assert pair * counted.pairs / counted.prompts == pytest.approx(update, rel=1e-9)
+    assert pair * counted.made / counted.prompts == pytest.approx(update, rel=1e-9)
     assert prompt > 0
 
 

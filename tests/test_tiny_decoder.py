@@ -27,6 +27,17 @@ def test_it_decodes_latents_as_diffusers_does(tiny_decoder_folder, diffusion):
                 torch.testing.assert_close(images[i, j], expected, rtol=0, atol=1e-5)
 
 
+def test_it_decodes_as_many_rows_at_once_as_the_recipe_says(tiny_decoder_folder, diffusion):
+    whole, parts = TinyDecoder.load(str(tiny_decoder_folder), "float32", diffusion), []
+    cut = TinyDecoder(whole.network, decode_rows=4)
+    latents = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    hook = whole.network.decoder.register_forward_hook(lambda module, given, made: parts.append(len(made)))
+    found = cut.decode(latents)
+    hook.remove()
+    assert parts == [4, 2]
+    torch.testing.assert_close(found, whole.decode(latents), rtol=0, atol=1e-6)
+
+
 def test_it_runs_in_the_type_of_the_base_model(tiny_decoder_folder, diffusion):
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     precise, half = (TinyDecoder.load(str(tiny_decoder_folder), t, diffusion).decode(latents) for t in FLOATS)

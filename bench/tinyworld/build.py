@@ -18,7 +18,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from strop.bench.tinyworld import card, judge_figures, train_examiners, train_pickscore, train_unet, train_vae
+from strop.bench.tinyworld import (
+    card,
+    judge_figures,
+    train_examiners,
+    train_pickscore,
+    train_tiny_decoder,
+    train_unet,
+    train_vae,
+)
 from strop.bench.tinyworld.training import record, stage_seed
 from strop.bench.tinyworld.world import write_prompts
 
@@ -54,6 +62,7 @@ STAGES = {
     "prompts": prompts,
     "vae": train_vae.train,
     "unet": train_unet.train,
+    "tiny_decoder": train_tiny_decoder.train,
     "examiners": train_examiners.train,
     "pickscore": train_pickscore.train,
     "base": base,

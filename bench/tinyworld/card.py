@@ -8,6 +8,7 @@ from pathlib import Path
 _TITLES = {
     "vae": "Autoencoder (sd/vae)",
     "unet": "UNet and text encoder (sd/unet, sd/text_encoder)",
+    "tiny_decoder": "Tiny decoder (tiny_decoder/): PSNR to the autoencoder's images",
     "base": "Base model: 384 held-out prompts, DDIM 20 steps, eta 0",
     "examiners": "Examiners (examiners/)",
     "pickscore": "PickScore (pickscore/)",
@@ -30,6 +31,7 @@ data, no other weights. 64x64 RGB images, 16x16x4 latents, fp16 safetensors.
 | folder | class | what it is for |
 |---|---|---|
 | `sd/` | diffusers `StableDiffusionPipeline` | the base model that is post-trained |
+| `tiny_decoder/` | diffusers `AutoencoderTiny`, its decoder | decodes the judge's images in cheap rollouts |
 | `pickscore/` | transformers `CLIPModel` | generic preferences: alignment and quality blended |
 | `judge/` | made from `pickscore/` by `strop.engine.train_spm` | the step-aware preference model |
 | `examiners/` | two CNNs, see `examiners.py` | grade quality and alignment; never used in training a model |

@@ -5,8 +5,8 @@ keys below changed. Gains are those on held-out prompts, as the examiners of tin
 loop, rollouts and updates; evaluation, loading, and the texts, which are encoded before the loop, are left out of it.
 What a saving is worth shows beside the control, which spends less by asking for fewer prompts and nothing else.
 
-Finished runs are kept, and not run again. Written are bench/results/frontier_tinyworld.json and .png, of all variants
-whose runs are there.
+Finished runs are kept, and not run again. Written are bench/results/frontier_tinyworld.json and .png, of all the runs
+that are there.
 """
 
 from __future__ import annotations
@@ -100,17 +100,24 @@ def main(argv: Sequence[str]) -> None:
     torch.set_num_threads(1)
     seeds = range(42, 42 + args.seeds)
     run_all([(name, seed) for name in VARIANTS if name in args.only for seed in seeds], args.out, args.jobs)
-    found = {
-        name: {seed: measure(folder(args.out, name, seed), costs(name)) for seed in seeds}
-        for name in VARIANTS
-        if all(finished(args.out, name, seed) for seed in seeds)
-    }
+    found = collect(args.out, seeds)
     record = summarise(found)
     target = ROOT / "bench" / "results" / "frontier_tinyworld.json"
     target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(record, indent=2) + "\n")
     plot(record, target.with_suffix(".png"))
     print(f"{table(record)}\n\n{target}\n{target.with_suffix('.png')}")
+
+
+def collect(out: Path, seeds: Sequence[int]) -> dict[str, dict[int, dict[str, float]]]:
+    """variant -> seed -> COLUMNS, of the runs that are there."""
+    found = {}
+    for name in VARIANTS:
+        done = [folder(out, name, seed) for seed in seeds if finished(out, name, seed)]
+        if done:
+            cost = costs(name)
+            found[name] = {load(run / "config.yaml").run.seed: measure(run, cost) for run in done}
+    return found
 
 
 def recipe(name: str, *more: str) -> Config:
@@ -204,22 +211,30 @@ def measure(run: Path, cost: Costs) -> dict[str, float]:
 
 
 def summarise(found: dict[str, dict[int, dict[str, float]]]) -> dict:
-    """The figures by variant: of each seed, their means, and both relative to the exact recipe (the means' ratio).
+    """The figures by variant: of each seed, their means, and both relative to the exact recipe of the same seeds.
 
     found: variant -> seed -> COLUMNS. Raises UserError without the exact recipe, to which all is relative.
     """
-    if "exact" not in found:
-        raise UserError("the exact recipe has not been run with all seeds; run it first, with --only exact")
-    variants, shares = {}, ("quality", "flop", "seconds")
-    exact = {"mean": mean(found["exact"].values()), **found["exact"]}
+    exact, variants = found.get("exact", {}), {}
     for name, runs in found.items():
-        rows = {"mean": mean(runs.values()), **runs}
-        for key, row in rows.items():
-            row["relative"] = {column: round(row[column] / exact[key][column], 4) for column in shares}
-        variants[name] = {"title": VARIANTS[name].title, "recipe": VARIANTS[name].recipe}
-        variants[name] |= {"changes": list(VARIANTS[name].changes), "mean": rows.pop("mean"), "seeds": rows}
+        if not runs.keys() <= exact.keys():
+            raise UserError(f"{name} has seeds that the exact recipe has not; run that first, with --only exact")
+        rows = {seed: row | relative(row, exact[seed]) for seed, row in runs.items()}
+        own = mean(runs.values())
+        variants[name] = {
+            "title": VARIANTS[name].title,
+            "recipe": VARIANTS[name].recipe,
+            "changes": list(VARIANTS[name].changes),
+            "mean": own | relative(own, mean([exact[seed] for seed in runs])),
+            "seeds": rows,
+        }
     machine = f"cpu, {os.cpu_count()} cores, 1 thread a run"
     return {"machine": machine, "torch": torch.__version__, "variants": variants}
+
+
+def relative(row: dict[str, float], exact: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Under that name, what of the exact recipe's gain and costs a row has."""
+    return {"relative": {name: round(row[name] / exact[name], 4) for name in ("quality", "flop", "seconds")}}
 
 
 def mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import PercentFormatter
 from matplotlib.transforms import Bbox
 
 from strop.engine.figures import FAINT, INK, LIMIT, LINE
 
-CONTROL = ("exact", "control", "half")  # less of the same: what any saving has to beat
+Point = tuple[float, float]
+CONTROL = ("control", "half")  # less of the same: what any saving has to beat
 
 
 def plot(record: dict, path: Path) -> None:
@@ -20,37 +23,45 @@ def plot(record: dict, path: Path) -> None:
     figure = Figure(figsize=(9, 6), dpi=130, facecolor="white", layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    points = {}
+    place = lambda row: (row["relative"]["flop"], row["quality"])
+    points = {name: place(variant["mean"]) for name, variant in record["variants"].items()}
+    seeds = []
     for name, variant in record["variants"].items():
-        colour = FAINT if name in CONTROL else LIMIT if name.startswith("recipe") else LINE
-        seeds = variant["seeds"].values()
-        compute = [seed["relative"]["flop"] for seed in seeds]
-        axes.scatter(compute, [seed["quality"] for seed in seeds], s=12, color=colour, alpha=0.45, linewidths=0)
-        points[name] = variant["mean"]["relative"]["flop"], variant["mean"]["quality"]
+        colour = FAINT if name in ("exact", *CONTROL) else LIMIT if name.startswith("recipe") else LINE
+        each = [place(row) for row in variant["seeds"].values()]
+        axes.scatter(*zip(*each, strict=True), s=12, color=colour, alpha=0.45, linewidths=0)
         axes.scatter(*points[name], s=60, color=colour, edgecolors="white", zorder=3)
-    line = sorted(points[name] for name in CONTROL if name in points)
-    axes.plot(*zip(*line, strict=True), color=FAINT, linewidth=1, linestyle="--", zorder=1)
+        seeds += each
+    for name in CONTROL:
+        if name in points:
+            ends = zip(points[name], points["exact"], strict=True)
+            axes.plot(*ends, color=FAINT, linewidth=1, linestyle="--", zorder=1)
     axes.set_xlim(0, 1.12)
-    axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
     axes.xaxis.set_major_formatter(PercentFormatter(1))
-    axes.set_xlabel("compute of the training loop, of the exact recipe's", color=INK)
+    axes.set_xlabel("compute of rollouts and updates, relative to the exact recipe", color=INK)
     axes.set_ylabel("quality gain on held-out prompts", color=INK)
-    axes.set_title("Large dots are means over seeds, small ones the seeds; dashed: fewer prompts", color=FAINT, size=10)
+    caption = "Large dots are means over seeds, small ones the seeds; dashed: less of the same"
+    axes.set_title(caption, color=FAINT, size=10)
     axes.grid(color="#e5e7eb", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     canvas.draw()
-    label(axes, points, {name: variant["title"] for name, variant in record["variants"].items()})
+    label(axes, points, {name: variant["title"] for name, variant in record["variants"].items()}, seeds)
     figure.savefig(path)
 
 
-def label(axes: Axes, points: dict[str, tuple[float, float]], titles: dict[str, str]) -> None:
-    """Writes each point's title as near to it as it finds room, with a thin line where that is not beside it."""
+def label(axes: Axes, points: dict[str, Point], titles: dict[str, str], others: Sequence[Point] = ()) -> None:
+    """Writes each point's title as near to it as it finds room, with a thin line where that is not beside it.
+
+    others: points that are not written over, and have no title.
+    """
     pixels = {name: axes.transData.transform(point) for name, point in points.items()}
     taken = [Bbox.from_bounds(x - 9, y - 9, 18, 18) for x, y in pixels.values()]
+    taken += [Bbox.from_bounds(x - 3, y - 3, 6, 6) for x, y in map(axes.transData.transform, others)]
     spots = [(side, rise) for rise in (0, 16, -16, 32, -32, 48, -48, 64, -64, 80, -80) for side in (12, -12)]
     for name in sorted(points, key=lambda name: -points[name][1]):
-        text = axes.annotate(titles[name], points[name], textcoords="offset pixels", color=INK, size=9, va="center")
+        text = axes.annotate(titles[name], points[name], (0, 0), textcoords="offset pixels", color=INK, size=9)
+        text.set(va="center", path_effects=[withStroke(linewidth=3, foreground="white")])
         for side, rise in spots:
             text.set_position((side, rise))
             text.set_ha("left" if side > 0 else "right")

@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -97,6 +97,19 @@ def vae(seed: int) -> AutoencoderKL:
             latent_channels=4,
             norm_num_groups=8,
             sample_size=64,
+        ),
+        seed,
+    )
+
+
+def tiny_decoder(seed: int) -> AutoencoderTiny:
+    """(n, 4, 16, 16) latents to (n, 3, 64, 64) images; of the encoder as little as the class allows."""
+    return _seeded(
+        lambda: AutoencoderTiny(
+            encoder_block_out_channels=(4, 4, 4),
+            num_encoder_blocks=(1, 1, 1),
+            decoder_block_out_channels=(16, 16, 16),
+            num_decoder_blocks=(4, 3, 1),
         ),
         seed,
     )

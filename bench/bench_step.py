@@ -1,0 +1,276 @@
+"""Strop against the published recipe in one process: `python -m strop.bench.bench_step tinyworld`, or sd15, or sdxl.
+
+The baseline (published.py), the exact recipe and the fast one take turns, an iteration each, on the same networks and
+prompts. Per side and stage: seconds, operations, and the share of the rate that matrix products reach in the same run;
+peak memory, pairs per second; last how many times faster a prompt is done, and the whole run with its prompts, of which
+the fast recipe has fewer. Networks that are not on this machine get random weights at full size, as what an iteration
+costs does not depend on them. Every pair is kept, as plan.py counts, unless --threshold says otherwise. Prompts are
+encoded anew in each iteration, as if none came twice. Quality is the matter of bench/tinyworld/frontier.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from strop.bench import ours, published
+from strop.engine.base_model import DTYPES, load_unet, quiet_libraries
+from strop.engine.blueprint import Blueprint
+from strop.engine.config import Config, load
+from strop.engine.diffusion import LatentDiffusion
+from strop.engine.errors import UserError, exit_on_user_error
+from strop.engine.metrics import Stopwatch
+from strop.engine.preference import StepAwarePreferenceModel
+from strop.engine.prompts import read_prompts
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+STAGES = ("text", "rollout/trunk", "rollout/branches", "rollout/decode", "rollout/judge", "update", "update/optimizer")
+
+
+@dataclass(slots=True)
+class Side:
+    """One of those compared: its modules and what was measured of it, a number or a stage's numbers an iteration."""
+
+    iteration: ModuleType
+    models: published.Published | ours.Ours
+    config: Config
+    pairs: int = 0
+    flops: dict[str, float] = field(default_factory=dict)
+    rounds: list[dict[str, float]] = field(default_factory=list)
+    peak: int | None = None
+
+    def run(self, prompts: Sequence[str], clock) -> int:
+        """One iteration with the same draws each time; returns the number of its pairs."""
+        rngs = [torch.Generator(self.models.diffusion.device).manual_seed(seed) for seed in (0, 1)]
+        made = self.iteration.iteration(self.models, prompts[: self.config.rollout.prompts], *rngs, clock)
+        return len(made[0]["t"] if isinstance(made, tuple) else made)
+
+
+@exit_on_user_error
+def main(argv: Sequence[str]) -> None:
+    """Times the published recipe, strop's and the fast one in turn, and says what each takes."""
+    parser = argparse.ArgumentParser(prog="python -m strop.bench.bench_step", description=main.__doc__)
+    parser.add_argument("recipe", help="tinyworld, sd15 or sdxl: of configs/, NAME.yaml and NAME_fast.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all sides, such as model.compile=true")
+    parser.add_argument("--rounds", type=int, default=3, help="timed iterations of each side")
+    parser.add_argument(
+        "--threshold", type=float, default=0.0, help="rollout.threshold of all sides; 0 keeps every pair"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    quiet_libraries()
+    overrides = [*args.overrides, f"rollout.threshold={args.threshold}"]
+    exact, fast = (load(ROOT / "configs" / f"{args.recipe}{kind}.yaml", overrides) for kind in ("", "_fast"))
+    device = torch.device(args.device)
+    if device.type == "cpu" and not Path(exact.model.path).exists():
+        raise UserError(f"bench_step: {exact.model.path} is not on this machine, and at full size a CPU takes hours")
+    record = measure(exact, fast, args.recipe, args.rounds, device)
+    print(f"\n{table(record)}\n\nwritten to {write(record)}")
+
+
+def measure(exact: Config, fast: Config, recipe: str, rounds: int, device: torch.device) -> dict:
+    """The record that is written: all sides, `rounds` times in turn after one iteration each that is counted."""
+    file = Path(exact.prompts.train)
+    prompts = read_prompts(str(file), "prompts.train") if file.exists() else [f"prompt {i}" for i in range(64)]
+    sides = {
+        "published": Side(published, build(published.Published, exact, device), exact),
+        "exact": Side(ours, build(ours.Ours, exact, device), exact),
+        "fast": Side(ours, build(ours.Ours, fast, device), fast),
+    }
+    for name, side in sides.items():
+        meter = Meter()
+        with meter, torch.compiler.set_stance("force_eager"):
+            side.pairs = side.run(prompts, meter.clock)
+        side.flops = meter.flops
+        side.run(prompts, Stopwatch(device))  # compiles what is to be compiled, and warms up
+        print(f"{name}: {side.pairs} pairs and {sum(meter.flops.values()) / 1e12:.3g} TFLOP an iteration", flush=True)
+    begun = time.perf_counter()
+    for done in range(1, rounds + 1):
+        for side in sides.values():
+            time_one(side, prompts, device)
+        spent = time.perf_counter() - begun
+        left = spent / done * (rounds - done)
+        print(f"round {done} of {rounds}, {spent:.0f} s, {left:.0f} s to go", flush=True)
+    rate = matmul_rate(device, DTYPES[exact.model.dtype])
+    return {
+        "recipe": recipe,
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "dtype": exact.model.dtype,
+        "compile": exact.model.compile,
+        "threshold": exact.rollout.threshold,
+        "rounds": rounds,
+        "matmul_tflop_per_second": rate / 1e12,
+        "sides": {name: summary(side, rate) for name, side in sides.items()},
+        "faster_per_prompt": {name: ratio(sides["published"], sides[name]) for name in ("exact", "fast")},
+        "faster_per_run": {
+            name: ratio(sides["published"], sides[name]) * run_prompts(exact) / run_prompts(sides[name].config)
+            for name in ("exact", "fast")
+        },
+    }
+
+
+def write(record: dict) -> Path:
+    """Keeps the record under bench/results/."""
+    RESULTS.mkdir(exist_ok=True)
+    target = RESULTS / f"bench_step-{record['machine'].replace(' ', '-')}-{record['recipe']}.json"
+    target.write_text(json.dumps(record, indent=2) + "\n")
+    return target
+
+
+def run_prompts(config: Config) -> int:
+    """How many a run of this recipe rolls out, on one process."""
+    return config.run.iterations * config.rollout.prompts
+
+
+def build(kind: type, config: Config, device: torch.device) -> published.Published | ours.Ours:
+    """One side's models: its own copies, since each treats them in its own way."""
+    if Path(config.model.path).exists():
+        judge = StepAwarePreferenceModel.load(config.judge, device)
+        return kind(load_unet(config.model, device), LatentDiffusion.load(config.model, device), judge, config)
+    torch.manual_seed(0)
+    random = Blueprint.of(config, device=device)
+    unet, diffusion = random.unet(), random.diffusion()
+    diffusion.decode_rows = config.model.decode_rows
+    if config.model.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if kind is published.Published:
+        return kind(unet, diffusion, random.judge(), config)
+    return kind(unet, diffusion, random.judge(), config, random.decoder())
+
+
+def time_one(side: Side, prompts: Sequence[str], device: torch.device) -> None:
+    """One timed iteration; on a GPU also the most memory that was taken, of other sides' models what lies there too."""
+    clock = Stopwatch(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    with clock("total"):
+        side.run(prompts, clock)
+    side.rounds.append(clock.seconds())
+    if device.type == "cuda":
+        grown = torch.cuda.max_memory_allocated(device) - before
+        side.peak = max(side.peak or 0, grown + bytes_of(side.models))
+
+
+def bytes_of(models: published.Published | ours.Ours) -> int:
+    """What a side's networks take between iterations, with gradients and optimizer state of the LoRA in float32."""
+    diffusion = models.diffusion
+    networks = [models.policy.unet, diffusion.vae, *diffusion.text_encoders, models.judge.clip]
+    networks += [models.reference] if isinstance(models, published.Published) else []
+    tensors = [t for network in networks for t in (*network.parameters(), *network.buffers())]
+    return sum(t.nbytes for t in tensors) + 3 * sum(p.nbytes for p in models.policy.parameters)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a large matrix product, the best of some."""
+    size, times = (8192, 10) if device.type == "cuda" else (1024, 30)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = math.inf
+    for _ in range(times):
+        clock = Stopwatch(device)
+        with clock("product"):
+            a @ b
+        best = min(best, clock.seconds()["product"])
+    return 2 * size**3 / best
+
+
+def summary(side: Side, rate: float) -> dict:
+    """What the record says of a side; seconds are medians over the rounds."""
+    seconds = {name: statistics.median(one.get(name, 0.0) for one in side.rounds) for name in (*STAGES, "total")}
+    tflop = {name: side.flops.get(name, 0.0) / 1e12 for name in STAGES}
+    tflop["update"] += tflop["update/optimizer"]
+    tflop["total"] = sum(side.flops.values()) / 1e12
+    prompts = side.config.rollout.prompts
+    return {
+        "prompts": prompts,
+        "pairs": side.pairs,
+        "seconds": seconds,
+        "tflop": tflop,
+        "share_of_matmul": {
+            name: 1e12 * tflop[name] / seconds[name] / rate if seconds[name] else None for name in tflop
+        },
+        "peak_bytes": side.peak,
+        "seconds_per_prompt": seconds["total"] / prompts,
+        "pairs_per_second": side.pairs / seconds["total"],
+    }
+
+
+def ratio(baseline: Side, side: Side) -> float:
+    """How many times faster a prompt is done than by the baseline: median over the rounds, in each of them."""
+    per_prompt = lambda s, i: s.rounds[i]["total"] / s.config.rollout.prompts
+    return statistics.median(per_prompt(baseline, i) / per_prompt(side, i) for i in range(len(side.rounds)))
+
+
+def table(record: dict) -> str:
+    """The record in Markdown."""
+    sides = record["sides"]
+    lines = [
+        f"{record['recipe']} on {record['machine']}, {record['threads']} threads, {record['dtype']}, PyTorch "
+        f"{record['torch']}, threshold {record['threshold']:g}: seconds of an iteration, and in brackets the share of "
+        f"the rate of matrix products, {record['matmul_tflop_per_second']:.3g} TFLOP/s",
+        "",
+        "| | " + " | ".join(sides) + " |",
+        "|---|" + "---|" * len(sides),
+    ]
+    for stage in (*STAGES, "total"):
+        cells = [cell(side["seconds"][stage], side["share_of_matmul"][stage]) for side in sides.values()]
+        lines.append(f"| {stage.split('/')[-1]} | " + " | ".join(cells) + " |")
+    rows = {
+        "TFLOP": lambda side: f"{side['tflop']['total']:.3g}",
+        "prompts, pairs": lambda side: f"{side['prompts']}, {side['pairs']}",
+        "seconds a prompt": lambda side: f"{side['seconds_per_prompt']:.3g}",
+        "pairs a second": lambda side: f"{side['pairs_per_second']:.3g}",
+        "peak memory": lambda side: f"{side['peak_bytes'] / 1e9:.1f} GB" if side["peak_bytes"] else "not measured",
+    }
+    lines += [f"| {name} | " + " | ".join(map(show, sides.values())) + " |" for name, show in rows.items()]
+    for name in ("faster_per_prompt", "faster_per_run"):
+        cells = [f"**{record[name][side]:.2f}x**" if side in record[name] else "1" for side in sides]
+        lines.append(f"| {name.replace('_', ' ')} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cell(seconds: float, share: float | None) -> str:
+    return f"{seconds:.3g} ({share:.0%})" if share else f"{seconds:.3g}"
+
+
+class Meter(TorchDispatchMode):
+    """Floating-point operations by stage, by PyTorch's formulas."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops: dict[str, float] = {}
+        self.stages = ["other"]
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if formula := flop_registry.get(function._overloadpacket):
+            stage = self.stages[-1]
+            self.flops[stage] = self.flops.get(stage, 0) + formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+    @contextmanager
+    def clock(self, stage: str) -> Iterator[None]:
+        """In place of a Stopwatch."""
+        self.stages.append(stage)
+        yield
+        self.stages.pop()
+
+
+if __name__ == "__main__":
+    main()
