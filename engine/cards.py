@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +58,12 @@ def card(key: str) -> Card:
     near = difflib.get_close_matches(known, CARDS, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise UserError(f"--gpu: found {key!r}, expected one of {', '.join(CARDS)}{hint}")
+
+
+def card_called(name: str) -> Card | None:
+    """The card that CUDA calls so, such as "NVIDIA A100-SXM4-80GB"; None for one that is not in the list."""
+    key = re.sub(r"nvidia|tesla|geforce|sxm\d*|hbm3e?|\d+gb|[^a-z0-9]", "", name.lower())
+    return CARDS.get("a100" if key == "a100pcie" else key)  # whose peak is that of the module
 
 
 def measured_share(results: Path, key: str, recipe: str) -> tuple[float, Path] | None:
