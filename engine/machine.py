@@ -1,9 +1,9 @@
 """What a recipe says of the machine's speed, done to the loaded models: section `model`, keys that change no result.
 
-Every one of them leaves the numbers as they are but for rounding. The compiler's cache is PyTorch's own, which it keeps
-between runs where TORCHINDUCTOR_CACHE_DIR says, or in the system's folder for temporary files. What saves work in the
-order of things (rows at once, keys and values of the text) stands where that order is: policy.py, text_kv.py,
-diffusion.py.
+Every one of them leaves the numbers as they are but for rounding; with tf32 that is to ten bits in the judge, as
+published. The compiler's cache is PyTorch's own, which it keeps between runs where TORCHINDUCTOR_CACHE_DIR says, or in
+the system's folder for temporary files. What saves work in the order of things (rows at once, keys and values of the
+text, a merged LoRA) stands where that order is: policy.py, text_kv.py, diffusion.py.
 """
 
 from __future__ import annotations
@@ -36,7 +36,11 @@ def prepare(
 def prepare_networks(
     model: ModelConfig, unet: nn.Module, diffusion: LatentDiffusion, judge: StepAwarePreferenceModel
 ) -> None:
-    """Makes loaded models as fast as section `model` asks, in place; before the optimizer is made."""
+    """Makes loaded models as fast as section `model` asks, in place; before the optimizer is made.
+
+    TF32 is a setting of PyTorch, for the whole process.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = model.uses_tf32
     if model.fold_upsample:
         fold_upsamplers(unet)
         fold_upsamplers(diffusion.vae)

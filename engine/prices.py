@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from strop.engine.blueprint import Blueprint
 from strop.engine.conditioning import Conditioning
 from strop.engine.diffusion import BATCH, LatentDiffusion
-from strop.engine.gauge import Flops, Reading, gauge
+from strop.engine.gauge import Flops, Reading, gauge, tf32_allowed
 from strop.engine.pairs import PreferencePairs
 from strop.engine.policy import Policy
 from strop.engine.preference import StepAwarePreferenceModel
@@ -96,6 +96,11 @@ def prices(blueprint: Blueprint, compare: bool = True) -> Prices:
     Without compare, seconds are saved: published prices and those without the LoRA are then not right, and what is
     recomputed is part of `train`.
     """
+    with tf32_allowed(blueprint.config.model.uses_tf32):
+        return _prices(blueprint, compare)
+
+
+def _prices(blueprint: Blueprint, compare: bool) -> Prices:
     config = blueprint.config
     policy, diffusion, judge, tiny = blueprint.policy(), blueprint.diffusion(), blueprint.judge(), blueprint.decoder()
     published = unet_prices(blueprint, policy, as_published=True) if compare else None
