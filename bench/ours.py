@@ -66,7 +66,8 @@ def iteration(
     config, diffusion = models.config, models.diffusion
     with clock("text"):
         cond = Embeddings(diffusion, models.judge, [list(prompts)])[prompts]
-    made = rollout(models.policy, diffusion, models.judge, models.schedule, cond, config.rollout, rng, clock)
+    with models.policy.sampling(cond, config.rollout.text_kv) as known:
+        made = rollout(models.policy, diffusion, models.judge, models.schedule, known, config.rollout, rng, clock)
     with clock("update"):
         pairs = balance(made.pairs, len(prompts), models.ranks, shuffle)
         optimizer = Clocked(models.optimizer, clock)
