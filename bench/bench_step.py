@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 import statistics
 import time
@@ -108,7 +109,7 @@ def measure(exact: Config, fast: Config, recipe: str, rounds: int, device: torch
     rate = matmul_rate(device, DTYPES[exact.model.dtype])
     return {
         "recipe": recipe,
-        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}",
+        "machine": machine(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "dtype": exact.model.dtype,
@@ -125,10 +126,18 @@ def measure(exact: Config, fast: Config, recipe: str, rounds: int, device: torch
     }
 
 
+def machine(device: torch.device) -> str:
+    """The card's name, or how many cores of which architecture."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{os.cpu_count()}-core {platform.machine()} CPU"
+
+
 def write(record: dict) -> Path:
     """Keeps the record under bench/results/."""
     RESULTS.mkdir(exist_ok=True)
-    target = RESULTS / f"bench_step-{record['machine'].replace(' ', '-')}-{record['recipe']}.json"
+    kept = f"-threshold-{record['threshold']:g}" if record["threshold"] else ""
+    target = RESULTS / f"bench_step-{record['machine'].replace(' ', '-')}-{record['recipe']}{kept}.json"
     target.write_text(json.dumps(record, indent=2) + "\n")
     return target
 

@@ -13,7 +13,7 @@ from strop.engine.cards import card_called
 from strop.engine.config import Config
 from strop.engine.cost import RECOMPUTED, cost
 from strop.engine.gauge import Flops
-from strop.engine.prices import prices
+from strop.engine.prices import Networks, prices
 from strop.engine.tally import tally
 
 ROLLOUT = ("trunk", "branches", "decode", "judge")
@@ -31,7 +31,7 @@ def seconds_at_peak(config: Config, family: str, device: torch.device) -> tuple[
         return None
     blueprint = Blueprint.of(config, family)
     counted = tally(config, blueprint.schedule("cpu"))
-    stages = cost(blueprint, counted, prices(blueprint)).stages
+    stages = cost(blueprint, counted, prices(blueprint, Networks.of(blueprint))).stages
     rollout, update = (
         card.seconds(sum((stages[name] for name in names if name in stages), Flops()), share=1.0)
         for names in (ROLLOUT, UPDATE)

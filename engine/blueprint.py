@@ -136,6 +136,12 @@ class Blueprint:
         return latent_shape(self.config.model, self.parts["unet"], self.factor, self.config.model.path)
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of an image in pixels."""
+        _, height, width = self.latent_shape
+        return height * self.factor, width * self.factor
+
+    @property
     def zero_null(self) -> bool:
         """Whether the empty prompt is zeros and not its encoding."""
         return self.family == "sdxl" and self.parts["model_index"].get("force_zeros_for_empty_prompt", True)
@@ -203,8 +209,7 @@ def _judge(judge: JudgeConfig) -> tuple[CLIPConfig, str]:
     folder = next((folder for folder in folders if (folder / "config.json").is_file()), None)
     if folder is None:
         return CLIPConfig(**PICKSCORE), "PickScore's CLIP, ViT-H/14"
-    try:
-        return CLIPConfig.from_pretrained(folder), f"the config.json in {folder}"
-    except (OSError, ValueError, TypeError) as error:
-        found = " ".join(str(error).split())
-        raise UserError(f"judge.path: {folder / 'config.json'} describes no CLIP ({found})") from None
+    kind = read_config(folder.parent, folder.name, "judge.path").get("model_type")
+    if kind != "clip":
+        raise UserError(f"judge.path: {folder / 'config.json'} is of a model of type {kind}, expected clip")
+    return CLIPConfig.from_pretrained(folder), f"the config.json in {folder}"

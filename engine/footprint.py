@@ -102,7 +102,7 @@ def evaluation_bytes(blueprint: Blueprint, price: Prices) -> float:
     rows = batch * (2 if given.guidance != 1 else 1)
     kept = price.unet.kept * (batch + 1) + price.unet.merged
     unet = kept + price.unet.sample_peak * min(rows, model.unet_rows or rows)
-    float32 = math.prod((3, *(side * blueprint.factor for side in blueprint.latent_shape[1:]))) * FLOAT
+    float32 = 3 * math.prod(blueprint.size) * FLOAT
     decode = decoding_bytes(price.evaluated_peak, float32, batch, model.decode_rows)
     judge = 2 * float32 * batch + price.judge_peak * batch
     return max(unet, kept + decode, judge)

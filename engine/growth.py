@@ -9,7 +9,7 @@ from strop.engine.blueprint import Blueprint
 from strop.engine.cards import Card
 from strop.engine.cost import Cost, cost
 from strop.engine.footprint import footprint
-from strop.engine.prices import Prices, prices
+from strop.engine.prices import Networks, Prices, resized
 from strop.engine.settings import varied
 from strop.engine.tally import Tally, tally
 from strop.engine.traffic import balance_bytes, zero_bytes
@@ -55,17 +55,15 @@ def along_inner_steps(blueprint: Blueprint, price: Prices, ranks: int) -> list[S
     return [_step(blueprint, {"rollout.inner_steps": n}, n, n == own, price, ranks) for n in values]
 
 
-def along_resolution(blueprint: Blueprint, price: Prices, ranks: int) -> list[Step]:
+def along_resolution(blueprint: Blueprint, networks: Networks, price: Prices, ranks: int) -> list[Step]:
     """Half, one and one and a half times the recipe's height and width, as the UNet takes them."""
     blocks, made = len(blueprint.parts["unet"].get("block_out_channels", range(4))), []
     multiple = blueprint.factor * 2 ** (blocks - 1)
-    height, width = (side * blueprint.factor for side in blueprint.latent_shape[1:])
     for times in (0.5, 1, 1.5):
-        sides = [max(1, round(times * side / multiple)) * multiple for side in (height, width)]
-        sized = _varied(blueprint, dict(zip(("model.height", "model.width"), sides, strict=True)))
-        own = times == 1
-        label = f"{sides[0]}x{sides[1]}"
-        made.append(_step(sized, {}, label, own, price if own else prices(sized, compare=False), ranks))
+        height, width = (max(1, round(times * side / multiple)) * multiple for side in blueprint.size)
+        sized = _varied(blueprint, {"model.height": height, "model.width": width})
+        sized_price = price if times == 1 else resized(sized, networks, price)
+        made.append(_step(sized, {}, f"{height}x{width}", times == 1, sized_price, ranks))
     return made
 
 

@@ -24,7 +24,8 @@ from strop.engine.footprint import RESERVE, Footprint, footprint
 from strop.engine.growth import Share, Step, along_gpus, along_inner_steps, along_k, along_resolution, gpu_share
 from strop.engine.mend import Mend, mends
 from strop.engine.plan_page import page
-from strop.engine.prices import prices
+from strop.engine.prices import Networks, prices
+from strop.engine.rollout import check_steps
 from strop.engine.tally import Tally, tally
 
 ASSUMED = 0.4  # of the peak: about what the published runs used of theirs
@@ -94,6 +95,8 @@ def main(argv: Sequence[str]) -> None:
             raise UserError(f"{name}: found {value}, expected at least 1")
     if args.share is not None and not 0 < args.share <= 1:
         raise UserError(f"--share: found {args.share:g}, expected a share of the peak above 0 and at most 1")
+    if args.json and not Path(args.json).parent.is_dir():
+        raise UserError(f"--json: found {args.json}, expected a file in a folder that there is")
     made = make(config, Path(args.recipe).stem, args.gpu, args.gpus, args.prompts, args.share, args.family)
     if args.json:
         Path(args.json).write_text(json.dumps(record(made), indent=2) + "\n", encoding="utf-8")
@@ -115,9 +118,9 @@ def make(
     """
     device, blueprint = card(gpu), Blueprint.of(config, family)
     schedule = blueprint.schedule("cpu")
-    if not schedule.steps_within(*config.rollout.t_range):
-        raise UserError(f"rollout.t_range: found {list(config.rollout.t_range)}, which holds none of {schedule.t[:-1]}")
-    counted, price = tally(config, schedule), prices(blueprint)
+    check_steps(config.rollout, schedule)
+    networks = Networks.of(blueprint)
+    counted, price = tally(config, schedule), prices(blueprint, networks)
     share, share_from = _share(share, gpu, recipe)
     total = prompts or config.run.iterations * config.rollout.prompts * gpus
     each, as_published = cost(blueprint, counted, price), published_recipe(blueprint)
@@ -149,7 +152,7 @@ def make(
         evaluation_hours=device.seconds(evaluation(config, price), share) / gpus / 3600,
         k=along_k(blueprint, price, gpus),
         inner_steps=along_inner_steps(blueprint, price, gpus),
-        resolution=along_resolution(blueprint, price, gpus),
+        resolution=along_resolution(blueprint, networks, price, gpus),
         sharing=along_gpus(blueprint, counted, price, device, share, total),
     )
 

@@ -25,10 +25,10 @@ def page(plan: Plan) -> str:
 def head(plan: Plan) -> list[str]:
     """What is planned, and from what."""
     counted = plan.counted
-    each = f"{counted.prompts} prompts, {counted.pairs} pairs, {counted.micro_batches} micro-batches"
+    each = f"prompts {counted.prompts}, pairs {counted.pairs} (all kept), micro-batches {counted.micro_batches}"
     return [
         f"{plan.recipe} on {plan.gpus} x {plan.card.name}: {plan.prompts:,} prompts, {plan.iterations:,} iterations",
-        f"An iteration of one GPU: {each}, all pairs kept.",
+        f"An iteration of one GPU: {each}.",
         f"Architecture: {plan.source}.",
     ]
 
@@ -43,7 +43,7 @@ def operations(plan: Plan) -> list[str]:
         former = theirs.stages.get(name)
         rows.append((name, tera(flops), tera(former) if former else "", *time_of(second(flops), whole)))
     total = ("total", tera(ours.done), tera(theirs.done), *time_of(whole, whole))
-    head = ("TFLOP per prompt", "this recipe", "published", "GPU seconds", "of them")
+    head = ("TFLOP per prompt", "this recipe", "published", "GPU seconds", "share")
     return table(head, [*rows, total]) + ratios(plan)
 
 

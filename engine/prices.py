@@ -5,8 +5,9 @@ Both grow with the number of rows and with nothing else, so that one row tells o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -90,68 +91,96 @@ class Weights:
     lora: int
 
 
-def prices(blueprint: Blueprint, compare: bool = True) -> Prices:
-    """Builds every network once and lets each do its work on one row.
+@dataclass(frozen=True, slots=True)
+class Networks:
+    """A recipe's, on the meta device; tiny: the rollout's decoder where it is another than the VAE's."""
 
-    Without compare, seconds are saved: published prices and those without the LoRA are then not right, and what is
-    recomputed is part of `train`.
+    policy: Policy
+    diffusion: LatentDiffusion
+    judge: StepAwarePreferenceModel
+    tiny: TinyDecoder | None
+
+    @classmethod
+    def of(cls, blueprint: Blueprint) -> Networks:
+        return cls(blueprint.policy(), blueprint.diffusion(), blueprint.judge(), blueprint.decoder())
+
+    def fold(self) -> None:
+        """Folds upsampling, as machine.py does."""
+        fold_upsamplers(self.policy.unet)
+        fold_upsamplers(self.diffusion.vae)
+
+
+def prices(blueprint: Blueprint, networks: Networks) -> Prices:
+    """Lets each of the networks, as they came, do its work on one row; upsampling is folded then, if it is to be."""
+    config, shape = blueprint.config, blueprint.latent_shape
+    with tf32_allowed(config.model.uses_tf32):
+        published = unet_prices(blueprint, networks.policy, modes=(False,), as_published=True)
+        as_it_came = decoding(networks.diffusion, shape)
+        if config.model.fold_upsample:
+            networks.fold()
+        image = torch.empty(1, 3, *blueprint.size, device="meta", dtype=blueprint.vae_dtype)
+        return Prices(
+            **of_sampling(blueprint, networks),
+            published=published,
+            decode_published=as_it_came.flops,
+            **of_judge(networks.judge, image),
+            **of_text(networks.diffusion, networks.judge),
+            weights=weigh(networks),
+        )
+
+
+def resized(blueprint: Blueprint, networks: Networks, price: Prices) -> Prices:
+    """Prices at the resolution of `blueprint`, made of those at another; published ones stay as they were."""
+    networks.policy.latent_shape = blueprint.latent_shape
+    model = blueprint.config.model
+    with tf32_allowed(model.uses_tf32):
+        return replace(price, **of_sampling(blueprint, networks, modes=(model.gradient_checkpointing,)))
+
+
+def of_sampling(
+    blueprint: Blueprint, networks: Networks, modes: Sequence[bool] = (False, True)
+) -> dict[str, UNetPrices | Flops | float]:
+    """The fields of Prices that depend on the resolution; modes: as for unet_prices."""
+    shape, tiny = blueprint.latent_shape, networks.tiny
+    evaluated = decoding(networks.diffusion, shape)
+    decode = decoding(tiny, shape) if tiny else evaluated
+    image = torch.empty(3, *blueprint.size, device="meta", dtype=blueprint.dtype if tiny else blueprint.vae_dtype)
+    return {
+        "unet": unet_prices(blueprint, networks.policy, modes),
+        "decode": decode.flops,
+        "decode_peak": decode.peak,
+        "evaluated": evaluated.flops,
+        "evaluated_peak": evaluated.peak,
+        "image": image.nbytes,
+    }
+
+
+def unet_prices(
+    blueprint: Blueprint, policy: Policy, modes: Sequence[bool] = (False, True), as_published: bool = False
+) -> UNetPrices:
+    """Those of a policy as it is. as_published: no text kept and no LoRA merged.
+
+    modes: of the update, whether with gradient checkpointing. Of two the second says what is recomputed; of one alone
+    `train` has all that there is.
     """
-    with tf32_allowed(blueprint.config.model.uses_tf32):
-        return _prices(blueprint, compare)
-
-
-def _prices(blueprint: Blueprint, compare: bool) -> Prices:
-    config = blueprint.config
-    policy, diffusion, judge, tiny = blueprint.policy(), blueprint.diffusion(), blueprint.judge(), blueprint.decoder()
-    published = unet_prices(blueprint, policy, as_published=True) if compare else None
-    as_it_came = decoding(diffusion, diffusion.latent_shape)
-    if config.model.fold_upsample:
-        fold_upsamplers(policy.unet)
-        fold_upsamplers(diffusion.vae)
-    evaluated = decoding(diffusion, diffusion.latent_shape)
-    decode = decoding(tiny, diffusion.latent_shape) if tiny else evaluated
-    unet = unet_prices(blueprint, policy, compare=compare)
-    shape = (3, *(side * blueprint.factor for side in blueprint.latent_shape[1:]))
-    image = torch.empty(1, *shape, device="meta", dtype=blueprint.dtype if tiny else blueprint.vae_dtype)
-    return Prices(
-        unet=unet,
-        published=published or unet,
-        decode=decode.flops,
-        decode_peak=decode.peak,
-        evaluated=evaluated.flops,
-        evaluated_peak=evaluated.peak,
-        decode_published=as_it_came.flops,
-        image=image.numel() * image.element_size(),
-        **of_judge(judge, image),
-        **of_text(diffusion, judge),
-        weights=weigh(policy, diffusion, judge, tiny),
-    )
-
-
-def unet_prices(blueprint: Blueprint, policy: Policy, as_published: bool = False, compare: bool = True) -> UNetPrices:
-    """Those of a policy as it is. as_published: no text kept, no LoRA merged, nothing recomputed; compare as above."""
     config, cond = blueprint.config, blueprint.conditioning(1)
-    x = torch.empty(1, *policy.latent_shape, device="meta")
+    x = torch.empty(1, *blueprint.latent_shape, device="meta")
     text_kv = config.rollout.text_kv and not as_published
     policy.merge_lora = config.model.merges_lora and not as_published
     merge, keep, sample = sampling(policy, x, cond, text_kv)
-    keep_base, base = keep, sample
     with policy.reference():
-        if compare:
-            _, keep_base, base = sampling(policy, x, cond, text_kv)
-        reference = gauge(lambda: policy.eps(x, _t(), cond)) if text_kv or not compare else base
-    own = config.model.gradient_checkpointing
-    first, second = (own, own) if not compare else (False, not as_published)
-    plain, rows = updating(blueprint, policy, x, cond, checkpointing=first)
-    again, _ = (plain, rows) if first == second else updating(blueprint, policy, x, cond, checkpointing=second)
+        _, keep_base, base = sampling(policy, x, cond, text_kv)
+    reference = (base.flops + keep_base.flops) * 0.5  # in the update, a row makes its own keys and values
+    updates = [updating(blueprint, policy, x, cond, checkpointing) for checkpointing in modes]
+    (plain, rows), (again, _) = updates[0], updates[-1]
     return UNetPrices(
         sample=sample.flops * 0.5,
         sample_base=base.flops * 0.5,
         keep=keep.flops * 0.5,
         keep_base=keep_base.flops * 0.5,
         merge=merge.flops,
-        reference=reference.flops * 0.5,
-        train=plain.flops * (1 / rows) - reference.flops * 0.5,
+        reference=reference,
+        train=plain.flops * (1 / rows) - reference,
         recompute=(again.flops - plain.flops) * (1 / rows),
         sample_peak=sample.peak / 2,
         kept=keep.peak / 2,
@@ -216,21 +245,19 @@ def of_text(diffusion: LatentDiffusion, judge: StepAwarePreferenceModel) -> dict
     }
 
 
-def weigh(
-    policy: Policy, diffusion: LatentDiffusion, judge: StepAwarePreferenceModel, tiny: TinyDecoder | None
-) -> Weights:
+def weigh(networks: Networks) -> Weights:
     """Of networks as they are."""
-    vae, clip, lora = diffusion.vae, judge.clip, sum(p.numel() for p in policy.parameters)
+    policy, vae, clip, tiny = networks.policy, networks.diffusion.vae, networks.judge.clip, networks.tiny
     decoder, judge_text = _bytes(vae.decoder, vae.post_quant_conv), _bytes(clip.text_model, clip.text_projection)
     return Weights(
         unet=_bytes(policy.unet) - sum(p.nbytes for p in policy.parameters),
         vae_decoder=decoder,
         vae_encoder=_bytes(vae) - decoder,
         tiny_decoder=_bytes(tiny.network) if tiny else 0,
-        text_encoders=_bytes(*diffusion.text_encoders),
+        text_encoders=_bytes(*networks.diffusion.text_encoders),
         judge=_bytes(clip) - judge_text,
         judge_text=judge_text,
-        lora=lora,
+        lora=sum(p.numel() for p in policy.parameters),
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from strop.engine.ddim import DDIMSchedule
 from strop.engine.draws import Replay, integers
+from strop.engine.errors import UserError
 from strop.engine.pairs import PreferencePairs
 from strop.engine.preference import is_sure
 
@@ -85,6 +86,25 @@ def judged_segments(schedule: DDIMSchedule, config) -> list[range]:
     """The segments that branches fork in, judged and trained on; config is the section `rollout`."""
     steps = schedule.steps_within(*config.t_range)
     return segments(steps, config.inner_steps, config.merge_last)[:: config.judge_every]
+
+
+def check_steps(config, schedule: DDIMSchedule) -> None:
+    """Raises UserError where t_range holds no step, or fewer segments than judge_every passes over.
+
+    config is the section `rollout`.
+    """
+    steps = schedule.steps_within(*config.t_range)
+    if not steps:
+        raise UserError(
+            f"rollout.t_range: found {list(config.t_range)}, expected a range with at least one of the "
+            f"{config.num_steps} timesteps {', '.join(map(str, schedule.t[:-1]))}"
+        )
+    count = len(segments(steps, config.inner_steps, config.merge_last))
+    if config.judge_every > count:
+        raise UserError(
+            f"rollout.judge_every: found {config.judge_every}, expected at most {count}, the number of segments in "
+            "rollout.t_range"
+        )
 
 
 def segments(steps: range, length: int, merge_last: bool) -> list[range]:

@@ -17,7 +17,7 @@ import torch
 from strop.engine import checkpoint, zero
 from strop.engine.at_peak import seconds_at_peak
 from strop.engine.base_model import load_unet, quiet_libraries
-from strop.engine.config import Config, RolloutConfig, load
+from strop.engine.config import Config, load
 from strop.engine.ddim import DDIMSchedule
 from strop.engine.diffusion import BATCH, LatentDiffusion
 from strop.engine.embeddings import Embeddings
@@ -35,7 +35,7 @@ from strop.engine.progress import Progress
 from strop.engine.prompts import batch_of, first_used, read_prompts, split_prompts
 from strop.engine.ranks import Ranks, balance, start
 from strop.engine.report import closing_table, make_report, paired_delta, write_summary
-from strop.engine.rollout import judged_segments, rollout, segments
+from strop.engine.rollout import check_steps, judged_segments, rollout
 from strop.engine.tiny_decoder import TinyDecoder
 from strop.engine.update import learn
 from strop.kernels import use_reference
@@ -131,22 +131,6 @@ def build(config: Config, ranks: Ranks) -> Parts:
         Evaluator(diffusion, judge, examine, embeddings, heldout, config.evaluate, ranks, config.rollout.text_kv),
         zero.build(policy.unet, zero.AdamWSettings.of(config.optim, config.zero.stage, model.dtype), ranks),
     )
-
-
-def check_steps(config: RolloutConfig, schedule: DDIMSchedule) -> None:
-    """Raises UserError where rollout.t_range holds no step, or fewer segments than rollout.judge_every passes over."""
-    steps = schedule.steps_within(*config.t_range)
-    if not steps:
-        raise UserError(
-            f"rollout.t_range: found {list(config.t_range)}, expected a range with at least one of the "
-            f"{config.num_steps} timesteps {', '.join(map(str, schedule.t[:-1]))}"
-        )
-    count = len(segments(steps, config.inner_steps, config.merge_last))
-    if config.judge_every > count:
-        raise UserError(
-            f"rollout.judge_every: found {config.judge_every}, expected at most {count}, the number of segments in "
-            "rollout.t_range"
-        )
 
 
 def prompts_of(config: Config, ranks: Ranks) -> tuple[list[str], list[str]]:

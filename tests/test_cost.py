@@ -16,7 +16,7 @@ from strop.engine.cost import cost, published_cost, published_recipe
 from strop.engine.diffusion import LatentDiffusion
 from strop.engine.machine import prepare
 from strop.engine.preference import StepAwarePreferenceModel
-from strop.engine.prices import prices
+from strop.engine.prices import Networks, prices
 from strop.engine.tally import tally
 
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def planned(request, tiny_folder, tiny_sdxl_folder, clip_folder):
         }
     )
     blueprint = Blueprint.of(config)
-    return request.param, blueprint, prices(blueprint)
+    return request.param, blueprint, prices(blueprint, Networks.of(blueprint))
 
 
 class Stages:

@@ -35,7 +35,7 @@ WEIGHTS = Weights(5 * GB, 1 * GB, 0.5 * GB, 0, 3 * GB, 4 * GB, 1 * GB, lora=GB /
 class Blank:
     """As much of a Blueprint as a footprint reads."""
 
-    latent_shape, factor = (4, 8, 8), 8
+    latent_shape, size = (4, 8, 8), (64, 64)
 
     def __init__(self, config):
         self.config = config
