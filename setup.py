@@ -35,6 +35,7 @@ setup(
         "numpy>=1.26",
         "pillow>=10",
         "pyarrow>=18",
+        "nvidia-ml-py>=12.535",  # NVML; imports without a driver
         "matplotlib>=3.8",
         "tensorboard>=2.15",
     ],

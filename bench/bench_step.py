@@ -1,9 +1,11 @@
-"""Strop against the published recipe, iteration by iteration in one process: `python -m strop.bench.bench_step tinyworld`.
+"""Strop against the published recipe in one process: `python -m strop.bench.bench_step tinyworld`, or sd15, or sdxl.
 
-The baseline (published.py), the exact recipe and the fast one take turns on the same networks and prompts. Per side and
-stage: seconds, operations, the share of the rate that matrix products reach in the same run; peak memory; pairs per
-second. Last the ratio of the seconds that a prompt takes. Every pair is kept, as plan.py counts, unless --threshold says
-otherwise; prompts are encoded anew in each iteration, as if none came twice. Quality is bench/tinyworld's matter.
+The baseline (published.py), the exact recipe and the fast one take turns, an iteration each, on the same networks and
+prompts. Per side and stage: seconds, operations, and the share of the rate that matrix products reach in the same run;
+peak memory, pairs per second; last how many times faster a prompt is done, and the whole run with its prompts, of which
+the fast recipe has fewer. Networks that are not on this machine get random weights at full size, as what an iteration
+costs does not depend on them. Every pair is kept, as plan.py counts, unless --threshold says otherwise. Prompts are
+encoded anew in each iteration, as if none came twice. Quality is the matter of bench/tinyworld/frontier.py.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 import statistics
 import time
@@ -26,9 +29,10 @@ from torch.utils.flop_counter import flop_registry
 
 from strop.bench import ours, published
 from strop.engine.base_model import DTYPES, load_unet, quiet_libraries
+from strop.engine.blueprint import Blueprint
 from strop.engine.config import Config, load
 from strop.engine.diffusion import LatentDiffusion
-from strop.engine.errors import exit_on_user_error
+from strop.engine.errors import UserError, exit_on_user_error
 from strop.engine.metrics import Stopwatch
 from strop.engine.preference import StepAwarePreferenceModel
 from strop.engine.prompts import read_prompts
@@ -61,7 +65,7 @@ class Side:
 def main(argv: Sequence[str]) -> None:
     """Times the published recipe, strop's and the fast one in turn, and says what each takes."""
     parser = argparse.ArgumentParser(prog="python -m strop.bench.bench_step", description=main.__doc__)
-    parser.add_argument("recipe", help="tinyworld, or another of which configs/ has NAME.yaml and NAME_fast.yaml")
+    parser.add_argument("recipe", help="tinyworld, sd15 or sdxl: of configs/, NAME.yaml and NAME_fast.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all sides, such as model.compile=true")
     parser.add_argument("--rounds", type=int, default=3, help="timed iterations of each side")
     parser.add_argument(
@@ -71,21 +75,18 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     quiet_libraries()
     overrides = [*args.overrides, f"rollout.threshold={args.threshold}"]
+    exact, fast = (load(ROOT / "configs" / f"{args.recipe}{kind}.yaml", overrides) for kind in ("", "_fast"))
     device = torch.device(args.device)
-    configs = {
-        side: load(ROOT / "configs" / name, overrides)
-        for side, name in (("exact", f"{args.recipe}.yaml"), ("fast", f"{args.recipe}_fast.yaml"))
-    }
-    record = measure(configs["exact"], configs["fast"], args.recipe, args.rounds, device)
-    RESULTS.mkdir(exist_ok=True)
-    target = RESULTS / f"bench_step-{record['machine'].replace(' ', '-')}-{args.recipe}.json"
-    target.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"{table(record)}\n\nwritten to {target}")
+    if device.type == "cpu" and not Path(exact.model.path).exists():
+        raise UserError(f"bench_step: {exact.model.path} is not on this machine, and at full size a CPU takes hours")
+    record = measure(exact, fast, args.recipe, args.rounds, device)
+    print(f"\n{table(record)}\n\nwritten to {write(record)}")
 
 
 def measure(exact: Config, fast: Config, recipe: str, rounds: int, device: torch.device) -> dict:
     """The record that is written: all sides, `rounds` times in turn after one iteration each that is counted."""
-    prompts = read_prompts(exact.prompts.train, "prompts.train")
+    file = Path(exact.prompts.train)
+    prompts = read_prompts(str(file), "prompts.train") if file.exists() else [f"prompt {i}" for i in range(64)]
     sides = {
         "published": Side(published, build(published.Published, exact, device), exact),
         "exact": Side(ours, build(ours.Ours, exact, device), exact),
@@ -108,7 +109,7 @@ def measure(exact: Config, fast: Config, recipe: str, rounds: int, device: torch
     rate = matmul_rate(device, DTYPES[exact.model.dtype])
     return {
         "recipe": recipe,
-        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}",
+        "machine": machine(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "dtype": exact.model.dtype,
@@ -117,14 +118,49 @@ def measure(exact: Config, fast: Config, recipe: str, rounds: int, device: torch
         "rounds": rounds,
         "matmul_tflop_per_second": rate / 1e12,
         "sides": {name: summary(side, rate) for name, side in sides.items()},
-        "ratio": {name: ratio(sides["published"], sides[name]) for name in ("exact", "fast")},
+        "faster_per_prompt": {name: ratio(sides["published"], sides[name]) for name in ("exact", "fast")},
+        "faster_per_run": {
+            name: ratio(sides["published"], sides[name]) * run_prompts(exact) / run_prompts(sides[name].config)
+            for name in ("exact", "fast")
+        },
     }
+
+
+def machine(device: torch.device) -> str:
+    """The card's name, or how many cores of which architecture."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{os.cpu_count()}-core {platform.machine()} CPU"
+
+
+def write(record: dict) -> Path:
+    """Keeps the record under bench/results/."""
+    RESULTS.mkdir(exist_ok=True)
+    kept = f"-threshold-{record['threshold']:g}" if record["threshold"] else ""
+    target = RESULTS / f"bench_step-{record['machine'].replace(' ', '-')}-{record['recipe']}{kept}.json"
+    target.write_text(json.dumps(record, indent=2) + "\n")
+    return target
+
+
+def run_prompts(config: Config) -> int:
+    """How many a run of this recipe rolls out, on one process."""
+    return config.run.iterations * config.rollout.prompts
 
 
 def build(kind: type, config: Config, device: torch.device) -> published.Published | ours.Ours:
     """One side's models: its own copies, since each treats them in its own way."""
-    judge = StepAwarePreferenceModel.load(config.judge, device)
-    return kind(load_unet(config.model, device), LatentDiffusion.load(config.model, device), judge, config)
+    if Path(config.model.path).exists():
+        judge = StepAwarePreferenceModel.load(config.judge, device)
+        return kind(load_unet(config.model, device), LatentDiffusion.load(config.model, device), judge, config)
+    torch.manual_seed(0)
+    random = Blueprint.of(config, device=device)
+    unet, diffusion = random.unet(), random.diffusion()
+    diffusion.decode_rows = config.model.decode_rows
+    if config.model.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if kind is published.Published:
+        return kind(unet, diffusion, random.judge(), config)
+    return kind(unet, diffusion, random.judge(), config, random.decoder())
 
 
 def time_one(side: Side, prompts: Sequence[str], device: torch.device) -> None:
@@ -194,9 +230,9 @@ def table(record: dict) -> str:
     """The record in Markdown."""
     sides = record["sides"]
     lines = [
-        f"{record['recipe']}, {record['machine']}, {record['threads']} threads, {record['dtype']}, PyTorch "
-        f"{record['torch']}; seconds of an iteration (share of the matmul rate, "
-        f"{record['matmul_tflop_per_second']:.3g} TFLOP/s)",
+        f"{record['recipe']} on {record['machine']}, {record['threads']} threads, {record['dtype']}, PyTorch "
+        f"{record['torch']}, threshold {record['threshold']:g}: seconds of an iteration, and in brackets the share of "
+        f"the rate of matrix products, {record['matmul_tflop_per_second']:.3g} TFLOP/s",
         "",
         "| | " + " | ".join(sides) + " |",
         "|---|" + "---|" * len(sides),
@@ -212,8 +248,10 @@ def table(record: dict) -> str:
         "peak memory": lambda side: f"{side['peak_bytes'] / 1e9:.1f} GB" if side["peak_bytes"] else "not measured",
     }
     lines += [f"| {name} | " + " | ".join(map(show, sides.values())) + " |" for name, show in rows.items()]
-    ratios = [f"**{record['ratio'][name]:.2f}x**" if name in record["ratio"] else "1" for name in sides]
-    return "\n".join([*lines, "| faster per prompt | " + " | ".join(ratios) + " |"])
+    for name in ("faster_per_prompt", "faster_per_run"):
+        cells = [f"**{record[name][side]:.2f}x**" if side in record[name] else "1" for side in sides]
+        lines.append(f"| {name.replace('_', ' ')} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def cell(seconds: float, share: float | None) -> str:

@@ -29,6 +29,7 @@ from strop.engine.conditioning import Conditioning
 from strop.engine.config import Config, load
 from strop.engine.diffusion import LatentDiffusion
 from strop.engine.errors import UserError, exit_on_user_error
+from strop.engine.gauge import tf32_allowed
 from strop.engine.machine import prepare
 from strop.engine.metrics import Metrics, Stopwatch
 from strop.engine.pairs import PreferencePairs
@@ -170,7 +171,8 @@ def noise(
     same_sign: share of pairs for which implicit accuracy is the same; gradient_cosine: between the two gradients.
     """
     margin, gradient = margin_and_gradient(policy, pairs, schedule, cond, config)
-    exact, exact_gradient = margin_and_gradient(precise, pairs, schedule, cond.to(torch.float32), config)
+    with tf32_allowed(False):
+        exact, exact_gradient = margin_and_gradient(precise, pairs, schedule, cond.to(torch.float32), config)
     return {
         "pairs": len(pairs),
         "noise_to_signal": ((margin - exact).square().mean() / exact.square().mean()).sqrt().item(),

@@ -28,9 +28,14 @@ class Ours:
     """The parts of a run of one process."""
 
     def __init__(
-        self, unet: UNet2DConditionModel, diffusion: LatentDiffusion, judge: StepAwarePreferenceModel, config: Config
+        self,
+        unet: UNet2DConditionModel,
+        diffusion: LatentDiffusion,
+        judge: StepAwarePreferenceModel,
+        config: Config,
+        decoder: TinyDecoder | None = None,
     ):
-        """Takes `unet` for the policy, whose LoRA starts from run.seed."""
+        """Takes `unet` for the policy, whose LoRA starts from run.seed; decoder: that of rollout.decoder if given."""
         lora, given, model, shape = config.lora, config.rollout, config.model, diffusion.latent_shape
         seed, rows, merge = config.run.seed, model.unet_rows, model.merges_lora
         self.policy = Policy(unet, lora.rank, lora.target_modules, seed, shape, rows, merge)
@@ -42,7 +47,9 @@ class Ours:
         self.optimizer = zero.build(self.policy.unet, settings, self.ranks)
         self.metrics = Metrics(config.run.dir, diffusion.device, False, start=0, iterations=config.run.iterations)
         self.forks = {cut.start for cut in judged_segments(self.schedule, given)}
-        self.decoder = TinyDecoder.load(given.decoder, model.dtype, diffusion) if given.decoder else diffusion
+        if given.decoder and decoder is None:
+            decoder = TinyDecoder.load(given.decoder, model.dtype, diffusion)
+        self.decoder = decoder or diffusion
 
 
 class Clocked:

@@ -1,4 +1,4 @@
-"""The networks of a recipe on the meta device: their architecture without a weight, for counting what they take.
+"""The networks of a recipe without its weights: on the meta device, for counting what they take, or of random ones.
 
 Nothing is downloaded. The architecture is that of the configuration files where model.path is a folder of this machine,
 else that of the family in architectures.py, and `source` says which. The classes are those that a run uses.
@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPConfig, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -26,7 +26,7 @@ from strop.engine.ddim import DDIMSchedule
 from strop.engine.diffusion import LatentDiffusion, ddim_schedule
 from strop.engine.errors import UserError
 from strop.engine.family import TEXT_ENCODERS, family_of, read_config, read_index
-from strop.engine.gauge import on_meta
+from strop.engine.gauge import built_on
 from strop.engine.policy import Policy
 from strop.engine.preference import StepAwarePreferenceModel
 from strop.engine.tiny_decoder import TinyDecoder
@@ -37,7 +37,7 @@ class Blueprint:
     """A recipe with the configurations of its networks.
 
     parts: by the part's name, as in architectures.py; judge_config: of the judge's CLIP; source: whose they are, in
-    words.
+    words; device: where networks are made.
     """
 
     config: Config
@@ -45,23 +45,27 @@ class Blueprint:
     parts: dict[str, dict]
     judge_config: CLIPConfig
     source: str
+    device: torch.device | str = "meta"
 
     @classmethod
-    def of(cls, config: Config, family: str | None = None) -> Blueprint:
+    def of(cls, config: Config, family: str | None = None, device: torch.device | str = "meta") -> Blueprint:
         """family: of a model that is not on this machine; None goes by its name.
 
         Raises UserError where the files are of no model that strop trains.
         """
         found, parts, source = _base_model(config.model, family)
         judge, of_judge = _judge(config.judge)
-        return cls(config, found, parts, judge, f"{source}; judge: {of_judge}")
+        return cls(config, found, parts, judge, f"{source}; judge: {of_judge}", device)
 
     def policy(self) -> Policy:
         """The UNet with its LoRA; neither upsampling is folded nor gradient checkpointing on."""
-        config = self.config
-        with on_meta(self.dtype):
-            unet = KINDS["unet"].from_config(self.parts["unet"])
-            return Policy(unet, config.lora.rank, config.lora.target_modules, 0, self.latent_shape)
+        lora = self.config.lora
+        with built_on(self.device, self.dtype):
+            return Policy(self.unet(), lora.rank, lora.target_modules, 0, self.latent_shape)
+
+    def unet(self) -> UNet2DConditionModel:
+        with built_on(self.device, self.dtype):
+            return KINDS["unet"].from_config(self.parts["unet"])
 
     def decoder(self) -> TinyDecoder | None:
         """rollout.decoder where there is one; of a hub id, the architecture is TAESD's."""
@@ -70,26 +74,26 @@ class Blueprint:
             return None
         folder = Path(path).expanduser()
         config = read_config(folder, "", "rollout.decoder") if folder.is_dir() else {}
-        with on_meta(self.dtype):
+        with built_on(self.device, self.dtype):
             return TinyDecoder(KINDS["tiny_decoder"].from_config(config))
 
     def diffusion(self) -> LatentDiffusion:
         """Text encoders, VAE and schedule, all latents decoded at once."""
-        with on_meta(self.dtype):
-            names = TEXT_ENCODERS[self.family]
+        names = TEXT_ENCODERS[self.family]
+        with built_on(self.device, self.dtype):
             encoders = [KINDS[name](KINDS[name].config_class(**self.parts[name])) for name in names]
-        with on_meta(self.vae_dtype):
+        with built_on(self.device, self.vae_dtype):
             vae = KINDS["vae"].from_config(self.parts["vae"])
-        tokenizers = [BlankTokenizer(encoder.config.max_position_embeddings) for encoder in encoders]
+        tokenizers = [BlankTokenizer(encoder.config.max_position_embeddings, self.device) for encoder in encoders]
         scheduler = DDIMScheduler.from_config(self.parts["scheduler"])
         return LatentDiffusion(
             self.family, tokenizers, encoders, vae, scheduler, self.latent_shape, zero_null=self.zero_null
         )
 
     def judge(self) -> StepAwarePreferenceModel:
-        with on_meta(torch.float32):
+        with built_on(self.device, torch.float32):
             clip = TimeConditionedCLIP(CLIPModel(self.judge_config), modulated=self.config.judge.kind != "pickscore")
-        tokenizer = BlankTokenizer(self.judge_config.text_config.max_position_embeddings)
+        tokenizer = BlankTokenizer(self.judge_config.text_config.max_position_embeddings, self.device)
         clip.requires_grad_(False).eval()
         return StepAwarePreferenceModel(clip, tokenizer, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, self.config.judge.kind)
 
@@ -100,9 +104,9 @@ class Blueprint:
 
     def conditioning(self, prompts: int) -> Conditioning:
         """What the models know of so many prompts."""
-        unet, made = self.parts["unet"], lambda *shape: torch.empty(shape, device="meta", dtype=self.dtype)
+        unet, made = self.parts["unet"], lambda *shape: torch.empty(shape, device=self.device, dtype=self.dtype)
         length, width = self.parts["text_encoder"].get("max_position_embeddings", 77), unet["cross_attention_dim"]
-        judge = torch.empty(prompts, self.judge_config.projection_dim, device="meta")
+        judge = torch.empty(prompts, self.judge_config.projection_dim, device=self.device)
         if self.family == "sd15":
             return Conditioning(made(prompts, length, width), made(1, length, width), judge)
         pooled = self.parts["text_encoder_2"].get("projection_dim", 512)
@@ -141,16 +145,16 @@ class Blueprint:
 
 
 class BlankTokenizer:
-    """Tokens on the meta device, as many to a prompt as a text encoder takes."""
+    """The same token over and over, as many to a prompt as a text encoder takes."""
 
-    def __init__(self, length: int):
-        self.model_max_length = length
+    def __init__(self, length: int, device: torch.device | str):
+        self.model_max_length, self.device = length, device
 
     def __call__(self, prompts: Sequence[str], padding: str = "", **_) -> SimpleNamespace:
         if not padding:  # asked for how long the prompts are
             return SimpleNamespace(input_ids=[[0]] * len(prompts))
         shape = (len(prompts), self.model_max_length)
-        return SimpleNamespace(input_ids=torch.empty(shape, dtype=torch.int64, device="meta"))
+        return SimpleNamespace(input_ids=torch.zeros(shape, dtype=torch.int64, device=self.device))
 
 
 def _base_model(model: ModelConfig, family: str | None) -> tuple[str, dict[str, dict], str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,13 +63,10 @@ def card(key: str) -> Card:
     raise UserError(f"--gpu: found {key!r}, expected one of {', '.join(CARDS)}{hint}")
 
 
-def named(machine: str) -> str | None:
-    """The key of the GPU that torch.cuda.get_device_name() calls so; None where it is none of them."""
-    words = machine.lower().replace("rtx ", "rtx").replace("-", " ").split()
-    if {"ti", "super", "laptop", "d", "pcie"} & set(words):  # relatives with other figures
-        return None
-    key = next((key for key in CARDS if key in words), None)
-    return "a100-40" if key == "a100" and "40gb" in words else key
+def card_called(name: str) -> Card | None:
+    """The card that CUDA calls so, such as "NVIDIA A100-SXM4-80GB"; None for one that is not in the list."""
+    key = re.sub(r"nvidia|tesla|geforce|sxm\d*|hbm3e?|\d+gb|[^a-z0-9]", "", name.lower())
+    return CARDS.get("a100" if key == "a100pcie" else key)  # whose peak is that of the module
 
 
 def measured_share(results: Path, key: str, recipe: str) -> tuple[float, Path] | None:

@@ -145,13 +145,14 @@ def save(
     rngs: dict[str, torch.Generator],
     ranks: Ranks,
     seconds: dict[str, float],
+    ledger: dict[str, list[float]],
 ) -> Path:
     """`save_with` of a policy, whose LoRA is all that is trained."""
 
     def write(folder: Path) -> None:
         policy.save_lora(folder, facts(config, policy.family, iteration))
 
-    return save_with(write, config, iteration, optimizer, rngs, ranks, seconds)
+    return save_with(write, config, iteration, optimizer, rngs, ranks, seconds, ledger)
 
 
 def save_with(
@@ -162,12 +163,13 @@ def save_with(
     rngs: dict[str, torch.Generator],
     ranks: Ranks,
     seconds: dict[str, float],
+    ledger: dict[str, list[float]],
     keep: int | None = None,
 ) -> Path:
     """Writes run.dir/checkpoints/<iteration>; it gets its name when it is complete. Every rank calls it.
 
-    write: puts what is trained into a folder, on the first rank. seconds: by stage, of the run so far. keep: how many
-    checkpoints may stay; older ones are removed.
+    write: puts what is trained into a folder, on the first rank. seconds: by stage, of the run so far. ledger: its
+    totals. keep: how many checkpoints may stay; older ones are removed.
     """
     final = Path(config.run.dir) / "checkpoints" / f"{iteration:06d}"
     draft = final.with_name(f".{final.name}.draft")
@@ -180,7 +182,7 @@ def save_with(
     if ranks.first:
         write(draft)
         dump(config, draft / "config.yaml")
-        state = {"iteration": iteration, "ranks": ranks.size, "seconds": seconds}
+        state = {"iteration": iteration, "ranks": ranks.size, "seconds": seconds, "ledger": ledger}
         (draft / "state.json").write_text(json.dumps(state))
     _wait(ranks)
     if ranks.first:
@@ -214,6 +216,11 @@ def restore_state(
 def seconds_before(checkpoint: Path | None) -> dict[str, float]:
     """Seconds by stage that the run had taken when this checkpoint was written; none for a new run."""
     return _state(checkpoint)["seconds"] if checkpoint else {}
+
+
+def ledger_before(checkpoint: Path | None) -> dict[str, list[float]]:
+    """The ledger's totals when this checkpoint was written; none for a new run."""
+    return _state(checkpoint).get("ledger", {}) if checkpoint else {}
 
 
 def _state(checkpoint: Path) -> dict:

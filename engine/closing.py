@@ -1,7 +1,18 @@
 """The figures of a finished run as rows of text, for the terminal and for the page."""
 
+from strop.engine.ledger import NOT_AVAILABLE
 from strop.engine.progress import duration
 from strop.engine.verdict import NOT_MEASURED, examined, number
+
+LEDGER = {  # label: name in the summary's ledger, and how its value is written
+    "GPU-hours": ("gpu_hours", "{:,.3f}"),
+    "energy": ("energy_kwh", "{:,.3f} kWh"),
+    "share of peak": ("share_of_peak", "{:.1%} in rollout and update"),
+    "utilisation": ("utilisation", "{:.1%}"),
+    "SM clock": ("sm_mhz", "{:,.0f} MHz"),
+    "memory clock": ("memory_mhz", "{:,.0f} MHz"),
+    "throttled": ("throttled", "{:.1%} of the time by {}"),
+}
 
 
 def closing_table(summary: dict) -> str:
@@ -15,6 +26,7 @@ def closing_table(summary: dict) -> str:
         label = "  " * name.count("/") + name.rsplit("/", 1)[-1]
         lines.append(f"{label:<24}{time:>14}{'' if share is None else f'{share:.1%}':>14}".rstrip())
     lines += ["", *(f"{label:<24}{value}" for label, value in count_rows(summary))]
+    lines += ["", *(f"{label:<16}{value}" for label, value in ledger_rows(summary))]
     lines += ["", *(f"{name:<14}{path}" for name, path in (summary.get("paths") or {}).items())]
     return "\n".join(lines)
 
@@ -62,11 +74,31 @@ def count_rows(summary: dict) -> list[tuple[str, str]]:
     }
     rows = [(label, summary.get(name)) for name, label in counts.items()]
     rows = [(label, NOT_MEASURED if value is None else f"{value:,}") for label, value in rows]
+    pace = summary.get("prompts_per_second")
+    if pace is not None:
+        rows.insert(2, ("prompts per second", f"{pace:.3g} in rollout and update"))
     state = summary.get("optimizer_state_bytes_per_rank")
     if state is not None:
         rows.append(("optimizer state", f"{state / 2**20:,.1f} MiB per process"))
     named = {name: summary.get(name) for name in ("device", "seed", "version")}
     return rows + [(name, str(value)) for name, value in named.items() if value is not None]
+
+
+def ledger_rows(summary: dict) -> list[tuple[str, str]]:
+    """(label, value) of what the run cost its GPUs; the last row names what was not available."""
+    found = summary.get("ledger")
+    found = found if isinstance(found, dict) else {}
+    rows, missing = [], []
+    for label, (name, form) in LEDGER.items():
+        value = found.get(name)
+        if value is None:
+            missing.append(label)
+        elif isinstance(value, dict):
+            shares = [form.format(share, reason.replace("_", " ")) for reason, share in value.items() if share]
+            rows.append((label, ", ".join(shares) or "none"))
+        else:
+            rows.append((label, form.format(value)))
+    return rows + ([(NOT_AVAILABLE, ", ".join(missing))] if missing else [])
 
 
 def _line(name: str, base: str, tuned: str, change: str, interval: str) -> str:

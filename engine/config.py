@@ -82,8 +82,18 @@ class ModelConfig(Section):
         "run, less where PyTorch finds its cache of an earlier one (TORCHINDUCTOR_CACHE_DIR). Not yet measured on a "
         "GPU.",
     )
+    tf32: bool | None = Field(
+        None,
+        description="On a GPU, what is computed in float32 goes through TF32, as published: the judge, the LoRA. "
+        "null does so unless dtype is float32, which is chosen for the digits.",
+    )
     height: Pixels | None = Field(None, description="Height of the images in pixels; null is the model's own.")
     width: Pixels | None = Field(None, description="Width of the images in pixels; null is the model's own.")
+
+    @property
+    def uses_tf32(self) -> bool:
+        """What tf32 comes to for this dtype."""
+        return self.dtype != "float32" if self.tf32 is None else self.tf32
 
     @property
     def merges_lora(self) -> bool:

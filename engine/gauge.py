@@ -24,8 +24,8 @@ from torch.utils.flop_counter import flop_registry
 class Flops:
     """Operations of matrix products and convolutions, a multiplication and an addition each.
 
-    By the unit of a GPU that does them where nobody says otherwise: convolutions in float32 run in TF32, matrix
-    products in float32 as such, and all that is in half precision in half precision.
+    By the unit of a GPU that does them: what is in half precision in half precision, what is in float32 as PyTorch
+    is set, which out of the box runs convolutions in TF32 and matrix products in float32 as such.
     """
 
     half: float = 0
@@ -62,15 +62,29 @@ def gauge(work: Callable[[], object]) -> Reading:
 
 
 @contextmanager
-def on_meta(dtype: torch.dtype) -> Iterator[None]:
-    """Inside, networks are built on the meta device, in `dtype`."""
+def built_on(device: torch.device | str, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, networks are built on this device, in `dtype`."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.device("meta"):
+        with torch.device(device):
             yield
     finally:
         torch.set_default_dtype(before)
+
+
+@contextmanager
+def tf32_allowed(allowed: bool) -> Iterator[None]:
+    """Inside, PyTorch is set to TF32 for what is in float32, or to float32 as such."""
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = allowed
+        yield
+    finally:
+        for backend, own in zip(backends, before, strict=True):
+            backend.allow_tf32 = own
 
 
 class _Meter(TorchDispatchMode):
@@ -100,7 +114,9 @@ class _Meter(TorchDispatchMode):
     def _unit(function, args) -> str:
         if next(a for a in args if isinstance(a, Tensor)).dtype != torch.float32:
             return "half"
-        return "tf32" if "convolution" in str(function) else "float32"
+        convolution = "convolution" in str(function)
+        tf32 = torch.backends.cudnn.allow_tf32 if convolution else torch.backends.cuda.matmul.allow_tf32
+        return "tf32" if tf32 else "float32"
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()

@@ -1,14 +1,15 @@
 """What a recipe says of the machine's speed, done to the loaded models: section `model`, keys that change no result.
 
-Every one of them leaves the numbers as they are but for rounding. The compiler's cache is PyTorch's own, which it keeps
-between runs where TORCHINDUCTOR_CACHE_DIR says, or in the system's folder for temporary files. What saves work in the
-order of things (rows at once, keys and values of the text) stands where that order is: policy.py, text_kv.py,
-diffusion.py.
+Every one of them leaves the numbers as they are but for rounding; with tf32 that is to ten bits in the judge, as
+published. The compiler's cache is PyTorch's own, which it keeps between runs where TORCHINDUCTOR_CACHE_DIR says, or in
+the system's folder for temporary files. What saves work in the order of things (rows at once, keys and values of the
+text, a merged LoRA) stands where that order is: policy.py, text_kv.py, diffusion.py.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from strop.engine.config import ModelConfig
 from strop.engine.diffusion import LatentDiffusion
@@ -22,19 +23,31 @@ GRAPHS = 64  # of one network: rollout, evaluation and update each have their ow
 def prepare(
     model: ModelConfig, policy: Policy, diffusion: LatentDiffusion, judge: StepAwarePreferenceModel, micro_batch: int
 ) -> None:
-    """Makes loaded models as fast as section `model` asks, in place; before the optimizer is made.
+    """`prepare_networks` of a policy.
 
     micro_batch: pairs per forward of the update. Compiled, a UNet needs the same rows each time, so that the last
     micro-batch, and those of MSPO, are filled up to a multiple of it with copies whose result nobody reads.
     """
+    prepare_networks(model, policy.unet, diffusion, judge)
+    if model.compile:
+        policy.multiple = micro_batch
+
+
+def prepare_networks(
+    model: ModelConfig, unet: nn.Module, diffusion: LatentDiffusion, judge: StepAwarePreferenceModel
+) -> None:
+    """Makes loaded models as fast as section `model` asks, in place; before the optimizer is made.
+
+    TF32 is a setting of PyTorch, for the whole process.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = model.uses_tf32
     if model.fold_upsample:
-        fold_upsamplers(policy.unet)
+        fold_upsamplers(unet)
         fold_upsamplers(diffusion.vae)
     if model.channels_last:
-        policy.unet.to(memory_format=torch.channels_last)
+        unet.to(memory_format=torch.channels_last)
         diffusion.vae.to(memory_format=torch.channels_last)
     if model.compile:
-        policy.unet.compile(dynamic=False, recompile_limit=GRAPHS)
-        policy.multiple = micro_batch
+        unet.compile(dynamic=False, recompile_limit=GRAPHS)
         diffusion.vae.decoder.compile(dynamic=False, recompile_limit=GRAPHS)
         judge.clip.compile_tower()

@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,11 +18,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# One line of metrics.jsonl, in this order; what was not measured is null. "prompts", "pairs" and "optimizer_steps"
-# count from the beginning of the run, everything else covers the iterations since the line before.
+# One line of metrics.jsonl, in this order; what was not measured is null. "prompts", "pairs", "optimizer_steps",
+# "gpu_hours" and "energy_wh" (sums over the GPUs) count from the beginning of the run, everything else covers the
+# iterations since the line before: "share_of_peak" is that of the GPU's matrix arithmetic in rollout and update,
+# "utilisation" is the share of time in which a kernel ran, "sm_mhz" and "memory_mhz"
+# are clocks, "throttled" the share of readings by reason, all of them means over the GPUs (ledger.py), on the first
+# line since the process began.
 RECORD_FIELDS = (
     "iteration", "prompts", "pairs", "optimizer_steps", "judge", "kept", "pairs_per_t", "loss", "margin", "accuracy",
-    "clipped", "grad_norm", "seconds", "prompts_per_second", "eta_seconds",
+    "clipped", "grad_norm", "seconds", "prompts_per_second", "eta_seconds", "gpu_hours", "energy_wh",
+    "share_of_peak", "utilisation", "sm_mhz", "memory_mhz", "throttled",
 )  # fmt: skip
 
 
@@ -42,7 +47,7 @@ class Metrics:
         *,
         start: int,
         iterations: int,
-        labels: Mapping[str, Sequence[int]] | None = None,
+        labels: Mapping[str, Iterable[int | str]] | None = None,
     ):
         """Make it just before the loop: the first `prompts_per_second` counts from here.
 

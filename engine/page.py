@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from strop.engine.closing import count_rows, score_rows, stage_rows
+from strop.engine.closing import count_rows, ledger_rows, score_rows, stage_rows
 from strop.engine.verdict import NOT_MEASURED, Finding, headline, verdict
 
 STYLE = """
@@ -66,6 +66,7 @@ def page(run_dir: Path, records: Sequence[dict], summary: dict, config: str) -> 
                          "Watch the judge's score instead.")),
         _section("Where the time went", _times(summary)),
         _section("What was done", _list(count_rows(summary))),
+        _section("What it cost the GPU", _list(ledger_rows(summary))),
         _section("Where things lie", _list((name, str(path)) for name, path in _paths(run_dir, summary))),
         _section("Use the LoRA", f"<pre><code>{escape(_snippet(summary, config))}</code></pre>"),
         f"<details><summary>Configuration</summary><pre>{escape(config or NOT_MEASURED)}</pre></details>",

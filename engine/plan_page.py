@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from strop.engine.cost import RECOMPUTED
@@ -56,10 +57,11 @@ def ratios(plan: Plan) -> list[str]:
         lines.append(f"With this recipe's rollout it would need {tera(plan.alike.needed)}, {times(plan.alike)}.")
     plain = f"{tera(ours.plain)} (published {tera(theirs.plain)})"
     lines.append(f"Without the LoRA, and a backward pass counted as one forward: {plain}.")
-    full = Flops(0, ours.done.tf32, ours.done.float32)
+    full = replace(ours.done, half=0)
     if ours.done.half and full.all:
         slow = plan.card.seconds(full, plan.share) / plan.card.seconds(ours.done, plan.share)
-        lines.append(f"In float32 (judge, LoRA): {full.all / ours.done.all:.1%} of the TFLOP, {slow:.0%} of the time.")
+        unit = "TF32" if full.tf32 else "float32"
+        lines.append(f"In {unit} (judge, LoRA): {full.all / ours.done.all:.1%} of the TFLOP, {slow:.0%} of the time.")
     return lines
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from strop.engine.blueprint import Blueprint
 from strop.engine.conditioning import Conditioning
 from strop.engine.diffusion import BATCH, LatentDiffusion
-from strop.engine.gauge import Flops, Reading, gauge
+from strop.engine.gauge import Flops, Reading, gauge, tf32_allowed
 from strop.engine.pairs import PreferencePairs
 from strop.engine.policy import Policy
 from strop.engine.preference import StepAwarePreferenceModel
@@ -113,25 +113,28 @@ class Networks:
 def prices(blueprint: Blueprint, networks: Networks) -> Prices:
     """Lets each of the networks, as they came, do its work on one row; upsampling is folded then, if it is to be."""
     config, shape = blueprint.config, blueprint.latent_shape
-    published = unet_prices(blueprint, networks.policy, modes=(False,), as_published=True)
-    as_it_came = decoding(networks.diffusion, shape)
-    if config.model.fold_upsample:
-        networks.fold()
-    image = torch.empty(1, 3, *blueprint.size, device="meta", dtype=blueprint.vae_dtype)
-    return Prices(
-        **of_sampling(blueprint, networks),
-        published=published,
-        decode_published=as_it_came.flops,
-        **of_judge(networks.judge, image),
-        **of_text(networks.diffusion, networks.judge),
-        weights=weigh(networks),
-    )
+    with tf32_allowed(config.model.uses_tf32):
+        published = unet_prices(blueprint, networks.policy, modes=(False,), as_published=True)
+        as_it_came = decoding(networks.diffusion, shape)
+        if config.model.fold_upsample:
+            networks.fold()
+        image = torch.empty(1, 3, *blueprint.size, device="meta", dtype=blueprint.vae_dtype)
+        return Prices(
+            **of_sampling(blueprint, networks),
+            published=published,
+            decode_published=as_it_came.flops,
+            **of_judge(networks.judge, image),
+            **of_text(networks.diffusion, networks.judge),
+            weights=weigh(networks),
+        )
 
 
 def resized(blueprint: Blueprint, networks: Networks, price: Prices) -> Prices:
     """Prices at the resolution of `blueprint`, made of those at another; published ones stay as they were."""
     networks.policy.latent_shape = blueprint.latent_shape
-    return replace(price, **of_sampling(blueprint, networks, modes=(blueprint.config.model.gradient_checkpointing,)))
+    model = blueprint.config.model
+    with tf32_allowed(model.uses_tf32):
+        return replace(price, **of_sampling(blueprint, networks, modes=(model.gradient_checkpointing,)))
 
 
 def of_sampling(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from strop.engine.closing import ledger_rows
 from strop.engine.metrics import finite, read_records, write_atomically
 from strop.engine.preference import StepAwarePreferenceModel
 from strop.engine.progress import duration
@@ -56,8 +57,9 @@ def close(
     optimizer: LocalAdamW | ZeroAdamW,
     ranks: Ranks,
     seconds: dict[str, float],
+    ledger: dict | str,
 ) -> None:
-    """Writes summary.json and prints the closing table. seconds: by stage and in total."""
+    """Writes summary.json and prints the closing table. seconds: by stage and in total. ledger: its figures."""
     run_dir = Path(config.run.dir)
     records = read_records(run_dir / "metrics.jsonl")
     before, after = records[0], records[-1]
@@ -67,6 +69,7 @@ def close(
         "accuracy": accuracy,
         "loss": after["loss"],
         "seconds": seconds,
+        "ledger": ledger,
         "optimizer_steps": optimizer.steps,
         "pairs": after["pairs"],
         "training_pairs": len(sets.train),
@@ -88,4 +91,5 @@ def close(
         print(f"{name:<52}{accuracy_cells(row)}")
     stages = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items() if name != "total")
     print(f"\n{seconds['total']:.0f} seconds ({stages}), {after['pairs']:,} pairs")
+    print("\n".join(f"{label:<16}{value}" for label, value in ledger_rows(summary)))
     print("\n".join(f"{name:<10}{path}" for name, path in paths.items()))

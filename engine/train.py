@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from strop.engine import checkpoint, zero
+from strop.engine.at_peak import seconds_at_peak
 from strop.engine.base_model import load_unet, quiet_libraries
 from strop.engine.config import Config, load
 from strop.engine.ddim import DDIMSchedule
@@ -24,6 +25,7 @@ from strop.engine.entrypoint import resolve
 from strop.engine.errors import UserError, exit_on_user_error
 from strop.engine.evaluation import Evaluation, Evaluator
 from strop.engine.figures import before_after
+from strop.engine.ledger import REASONS, Ledger, figures
 from strop.engine.lora import facts, write
 from strop.engine.machine import prepare
 from strop.engine.metrics import Metrics, Stopwatch, read_records
@@ -80,17 +82,21 @@ def main(argv: Sequence[str]) -> None:
     ranks = start(config.run.device)
     clock = Stopwatch(ranks.device)
     checkpoint.check_run(config, ranks)
-    with clock("load"):
-        parts = build(config, ranks)
-        resumed = checkpoint.open_run(config, ranks, parts.policy)
-    spent = RunTime(clock, checkpoint.seconds_before(resumed))
-    with clock("evaluate"):
-        base = evaluate_base(parts)
-    train(config, parts, ranks, clock, spent, resumed)
-    with clock("evaluate"):
-        tuned = parts.evaluator(parts.policy, "tuned model")
+    with Ledger(ranks.device) as ledger:
+        with clock("load"):
+            parts = build(config, ranks)
+            resumed = checkpoint.open_run(config, ranks, parts.policy)
+            ledger.at_peak = seconds_at_peak(config, parts.policy.family, ranks.device)
+        ledger.before = checkpoint.ledger_before(resumed)
+        spent = RunTime(clock, checkpoint.seconds_before(resumed))
+        with clock("evaluate"):
+            base = evaluate_base(parts)
+        train(config, parts, ranks, clock, spent, ledger, resumed)
+        with clock("evaluate"):
+            tuned = parts.evaluator(parts.policy, "tuned model")
+    totals = ledger.totals()
     if ranks.first:
-        close(config, parts, ranks, base, tuned, spent())
+        close(config, parts, ranks, base, tuned, spent(), figures(totals))
 
 
 def build(config: Config, ranks: Ranks) -> Parts:
@@ -151,7 +157,15 @@ def evaluate_base(parts: Parts) -> Evaluation:
         return parts.evaluator(parts.policy, "base model")
 
 
-def train(config: Config, parts: Parts, ranks: Ranks, clock: Stopwatch, spent: RunTime, resumed: Path | None) -> None:
+def train(
+    config: Config,
+    parts: Parts,
+    ranks: Ranks,
+    clock: Stopwatch,
+    spent: RunTime,
+    ledger: Ledger,
+    resumed: Path | None,
+) -> None:
     """The loop: roll out, balance, update; log and save now and then. Leaves the last checkpoint and run.dir/lora."""
     run, policy, optimizer = config.run, parts.policy, parts.optimizer
     rngs = {  # prior, branches and choices are each rank's own; the shuffle is the same on all
@@ -159,7 +173,7 @@ def train(config: Config, parts: Parts, ranks: Ranks, clock: Stopwatch, spent: R
         "shuffle": torch.Generator(ranks.device).manual_seed(run.seed),
     }
     done = checkpoint.restore(resumed, policy, optimizer, rngs, ranks) if resumed else 0
-    labels = {"pairs_per_t": parts.schedule.t[:-1]}
+    labels = {"pairs_per_t": parts.schedule.t[:-1], "throttled": REASONS}
     metrics = Metrics(run.dir, ranks.device, ranks.first, start=done, iterations=run.iterations, labels=labels)
     progress = Progress(run.iterations)
     judged = judged_segments(parts.schedule, config.rollout)
@@ -178,18 +192,21 @@ def train(config: Config, parts: Parts, ranks: Ranks, clock: Stopwatch, spent: R
             if ranks.size > 1:  # pairs of any rank's prompts
                 cond = parts.embeddings[batch_of(parts.prompts, iteration, len(prompts) * ranks.size, run.seed)]
             learn(pairs, forks, cond, policy, parts.schedule, optimizer, config.optim, rngs["shuffle"], metrics)
+        ledger.work(len(prompts), len(pairs))
         possible = len(prompts) * judged_steps
         metrics.add_total(prompts=len(prompts), pairs=len(result.pairs))
         metrics.add_sum(pairs_per_t=result.kept)
         metrics.add_mean(judge=result.score, kept=result.kept.sum() / possible)
         last = iteration + 1 == run.iterations
         if last or (iteration + 1) % run.log_every == 0:
-            record = metrics.flush(iteration + 1, optimizer_steps=optimizer.steps, seconds=clock.lap())
+            seconds = clock.lap()
+            ledger.add_to(metrics, seconds["rollout"] + seconds["update"])
+            record = metrics.flush(iteration + 1, optimizer_steps=optimizer.steps, seconds=seconds)
             if ranks.first:
                 progress.show(record)
         if last or (iteration + 1) % run.save_every == 0:
             with clock("save"):
-                checkpoint.save(config, iteration + 1, policy, optimizer, rngs, ranks, spent())
+                checkpoint.save(config, iteration + 1, policy, optimizer, rngs, ranks, spent(), ledger.totals())
     metrics.close()
 
 
@@ -200,7 +217,13 @@ def share_of(prompts: list[str], iteration: int, size: int, seed: int, ranks: Ra
 
 
 def close(
-    config: Config, parts: Parts, ranks: Ranks, base: Evaluation, tuned: Evaluation, seconds: dict[str, float]
+    config: Config,
+    parts: Parts,
+    ranks: Ranks,
+    base: Evaluation,
+    tuned: Evaluation,
+    seconds: dict[str, float],
+    ledger: dict | str,
 ) -> None:
     """Writes the LoRA, summary.json, before_after.png, curves.png and report.html, and prints the closing table."""
     run_dir = Path(config.run.dir)
@@ -212,9 +235,11 @@ def close(
     last = read_records(run_dir / "metrics.jsonl")[-1]
     summary = {name: paired_delta(base.scores[name], tuned.scores[name]) for name in base.scores} | {
         "seconds": seconds,
+        "ledger": ledger,
         "family": parts.policy.family,
         "iterations": config.run.iterations,
         "prompts": last["prompts"],
+        "prompts_per_second": last["prompts"] / (seconds["rollout"] + seconds["update"]),
         "pairs": last["pairs"],
         "optimizer_steps": parts.optimizer.steps,
         "optimizer_state_bytes_per_rank": parts.optimizer.state_bytes(),

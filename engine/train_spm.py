@@ -24,6 +24,8 @@ from strop.engine.conditioning import Conditioning
 from strop.engine.config import load
 from strop.engine.diffusion import LatentDiffusion
 from strop.engine.errors import exit_on_user_error
+from strop.engine.ledger import REASONS, Ledger, figures
+from strop.engine.machine import prepare_networks
 from strop.engine.metrics import Metrics, Stopwatch
 from strop.engine.preference import StepAwarePreferenceModel
 from strop.engine.ranks import Ranks, start
@@ -75,18 +77,20 @@ def main(argv: Sequence[str]) -> None:
     ranks = start(config.run.device)
     clock = Stopwatch(ranks.device)
     checkpoint.check_run(config, ranks)
-    parts = build(config, ranks, clock)
-    resumed = checkpoint.open_run(config, ranks)
-    before = checkpoint.seconds_before(resumed)
+    with Ledger(ranks.device) as ledger:
+        parts = build(config, ranks, clock)
+        resumed = checkpoint.open_run(config, ranks)
+        ledger.before, before = checkpoint.ledger_before(resumed), checkpoint.seconds_before(resumed)
 
-    def spent() -> dict[str, float]:
-        now = clock.seconds() | {"total": time.perf_counter() - begun}
-        return {stage: before.get(stage, 0.0) + now.get(stage, 0.0) for stage in before | now}
+        def spent() -> dict[str, float]:
+            now = clock.seconds() | {"total": time.perf_counter() - begun}
+            return {stage: before.get(stage, 0.0) + now.get(stage, 0.0) for stage in before | now}
 
-    train(config, parts, ranks, clock, spent, resumed)
+        train(config, parts, ranks, clock, spent, ledger, resumed)
+    totals = ledger.totals()
     if ranks.first:
         parts.judge.save(Path(config.run.dir) / "judge")
-        close(config, parts.sets, parts.judge, parts.optimizer, ranks, spent())
+        close(config, parts.sets, parts.judge, parts.optimizer, ranks, spent(), figures(totals))
 
 
 def build(config: SpmConfig, ranks: Ranks, clock: Stopwatch) -> Parts:
@@ -101,6 +105,7 @@ def build(config: SpmConfig, ranks: Ranks, clock: Stopwatch) -> Parts:
         judge = StepAwarePreferenceModel.load(config.judge, ranks.device, torch.Generator().manual_seed(seed))
         check_labeller(config, judge)
         denoiser = Denoiser(diffusion, load_unet(model, ranks.device), optim.guidance)
+        prepare_networks(model, denoiser.unet, diffusion, judge)
     with clock("prepare"):
         sets = make_sets(config, chosen, denoiser, judge, ranks)
         views = heldout_views(config, sets.heldout, denoiser, judge, ranks)
@@ -127,6 +132,7 @@ def train(
     ranks: Ranks,
     clock: Stopwatch,
     spent: Callable[[], dict[str, float]],
+    ledger: Ledger,
     resumed: Path | None,
 ) -> None:
     """The loop: show a batch, update the judge; log, evaluate and save now and then.
@@ -139,13 +145,13 @@ def train(
     batches = shares(len(parts.sets.train), optim.batch, optim.steps * optim.accumulate, run.seed, ranks)
     batches = islice(batches, begin * optim.accumulate, None)
     loader = iter(DataLoader(parts.sets.train, batch_sampler=batches, num_workers=config.data.workers))
-    labels = {"heldout_accuracy": TIMESTEPS}
+    labels = {"heldout_accuracy": TIMESTEPS, "throttled": REASONS}
     metrics = Metrics(run.dir, ranks.device, ranks.first, start=begin, iterations=optim.steps, labels=labels)
     due = {round(optim.steps * part / EVALUATIONS) for part in range(1, EVALUATIONS + 1)}
     if ranks.first:
         announce(config, parts.sets)
     if begin == 0:
-        report(0, config, parts, ranks, clock, metrics, evaluated=True)
+        report(0, config, parts, ranks, clock, ledger, metrics, evaluated=True)
     for step in range(begin, optim.steps):
         optimizer.set_lr(learning_rate(step, optim.steps, optim.warmup, optim.lr, optim.warmup_shape))
         for batch_number in range(step * optim.accumulate, (step + 1) * optim.accumulate):
@@ -156,10 +162,10 @@ def train(
                 update(batch, pixels, t, config, parts, ranks, metrics)
         done = step + 1
         if done in due or done % run.log_every == 0:
-            report(done, config, parts, ranks, clock, metrics, evaluated=done in due)
+            report(done, config, parts, ranks, clock, ledger, metrics, evaluated=done in due)
         if done % run.save_every == 0 and done < optim.steps:
             with clock("save"):
-                save(config, done, parts, rng, ranks, spent())
+                save(config, done, parts, rng, ranks, spent(), ledger.totals())
     metrics.close()
 
 
@@ -210,25 +216,35 @@ def update(
 
 
 def report(
-    done: int, config: SpmConfig, parts: Parts, ranks: Ranks, clock: Stopwatch, metrics: Metrics, evaluated: bool
+    done: int,
+    config: SpmConfig,
+    parts: Parts,
+    ranks: Ranks,
+    clock: Stopwatch,
+    ledger: Ledger,
+    metrics: Metrics,
+    evaluated: bool,
 ) -> None:
     """Writes and prints the record after `done` steps, with the held-out accuracy where it is due."""
     if evaluated:
         with clock("evaluate"):
             evaluate(parts.judge, parts.views, lambda: autocast(config, ranks), ranks, metrics)
+    ledger.add_to(metrics)
     record = metrics.flush(done, optimizer_steps=parts.optimizer.steps, seconds=clock.lap())
     if ranks.first:
         print(progress_line(record, config.optim.steps), flush=True)
 
 
-def save(config: SpmConfig, done: int, parts: Parts, rng: torch.Generator, ranks: Ranks, seconds: dict) -> None:
+def save(
+    config: SpmConfig, done: int, parts: Parts, rng: torch.Generator, ranks: Ranks, seconds: dict, ledger: dict
+) -> None:
     """A checkpoint after `done` steps; only the newest few stay."""
 
     def write(folder: Path) -> None:
         state = {name: value.contiguous() for name, value in parts.judge.clip.state_dict().items()}
         save_file(state, folder / JUDGE_FILE)
 
-    checkpoint.save_with(write, config, done, parts.optimizer, {"show": rng}, ranks, seconds, keep=CHECKPOINTS)
+    checkpoint.save_with(write, config, done, parts.optimizer, {"show": rng}, ranks, seconds, ledger, keep=CHECKPOINTS)
 
 
 def restore(folder: Path, parts: Parts, rng: torch.Generator, ranks: Ranks) -> int:

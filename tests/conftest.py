@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow as pa
+import pynvml
 import pytest
 import torch
 from diffusers import (
@@ -346,3 +347,57 @@ def write_jsonl(folder, rows):
         lines.append(json.dumps(line))
     (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
     return folder / "pairs.jsonl"
+
+
+class FakeNvml:
+    """NVML of a machine with two cards, of which CUDA shows the second as its only one: the numbers of an A100.
+
+    `answers` are what each query says in turn, the last one for ever; a name in `missing` is not supported.
+    """
+
+    SHOWN, HIDDEN = "8d3a-second", "1f0e-first"
+
+    def __init__(self, monkeypatch):
+        self.answers = {
+            "MigMode": [[0, 0]],
+            "TotalEnergyConsumption": [7_000_000, 7_300_000, 7_700_000],  # mJ
+            "PowerUsage": [300_000, 400_000],  # mW
+            "UtilizationRates": [100, 40],
+            "ClockInfo 1": [1410, 1110],
+            "ClockInfo 2": [1593],
+            "CurrentClocksEventReasons": [0],
+        }
+        self.missing = set()
+        self.asked = {}
+        self.here = True
+        for name in {key.split()[0] for key in self.answers}:
+            monkeypatch.setattr(pynvml, f"nvmlDeviceGet{name}", functools.partial(self.ask, name))
+        monkeypatch.setattr(pynvml, "nvmlInit", self.init)
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", self.handle)
+        properties = SimpleNamespace(uuid=self.SHOWN)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+    def init(self):
+        if not self.here:
+            raise pynvml.NVMLError_LibraryNotFound()
+
+    def handle(self, uuid):
+        if uuid not in (f"GPU-{self.HIDDEN}", f"GPU-{self.SHOWN}"):
+            raise pynvml.NVMLError_NotFound()
+        return uuid
+
+    def ask(self, name, handle, *kind):
+        assert handle == f"GPU-{self.SHOWN}", "another card's numbers"
+        key = " ".join([name, *map(str, kind)])
+        turn = self.asked[key] = self.asked.get(key, -1) + 1
+        if key in self.missing:
+            raise pynvml.NVMLError_NotSupported()
+        answers = self.answers[key]
+        answer = answers[min(turn, len(answers) - 1)]
+        return SimpleNamespace(gpu=answer) if name == "UtilizationRates" else answer
+
+
+@pytest.fixture
+def nvml(monkeypatch):
+    """A machine with NVML, in place of this one's: cuda:0 is its second card."""
+    return FakeNvml(monkeypatch)

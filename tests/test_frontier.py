@@ -44,7 +44,7 @@ def made_up_run(out, name, seed, pairs=(7, 12), quality=0.3, rollout=8.0):
 
 
 def columns(quality, flop=10.0, seconds=20.0):
-    return dict(zip(COLUMNS, (quality, 0.01, 30, flop, seconds), strict=True))
+    return dict(zip(COLUMNS, (quality, 0.01, 30, flop, seconds, 60.0), strict=True))
 
 
 @pytest.fixture
@@ -78,14 +78,15 @@ def test_a_run_costs_its_prompts_and_every_pass_over_its_pairs():
 
 
 def test_a_run_is_measured_without_its_evaluation(tmp_path):
-    cost = Costs(prompt=100, policy=3, reference=1)
+    cost = {"flop": Costs(prompt=100, policy=3, reference=1), "seconds": Costs(prompt=0.5, policy=0.1, reference=0.05)}
     found = frontier.measure(made_up_run(tmp_path, "exact", 42), cost)
     assert found == {
         "quality": 0.3,
         "alignment": 0.01,
         "optimizer_steps": 5,
         "flop": 20 * 100 + 12 * (3 + 1),
-        "seconds": 10.0,
+        "seconds": pytest.approx(20 * 0.5 + 12 * (0.1 + 0.05)),
+        "wall_seconds": 10.0,
     }
     half = frontier.measure(made_up_run(tmp_path, "keep_pairs", 42), cost)
     assert half["flop"] == 20 * 100 + (4 + 3) * (3 + 1)  # of 7 and 5 pairs, each half rounded up
@@ -105,9 +106,25 @@ def test_figures_are_relative_to_the_exact_recipe_of_the_same_seed(record):
     assert json.loads(json.dumps(record))["variants"]["exact"]["seeds"]["42"]["quality"] == 0.3
 
 
-def test_nothing_is_compared_without_the_exact_recipe():
-    with pytest.raises(UserError, match=r"^the exact recipe has not been run"):
-        frontier.summarise({"control": {42: columns(0.2)}})
+def test_fewer_seeds_are_compared_with_the_same_of_the_exact_recipe():
+    found = {"exact": {42: columns(0.3), 43: columns(0.4)}, "half": {43: columns(0.2)}}
+    assert frontier.summarise(found)["variants"]["half"]["mean"]["relative"]["quality"] == 0.5
+
+
+@pytest.mark.parametrize("exact", [{}, {"exact": {43: columns(0.3)}}], ids=["none", "another-seed"])
+def test_nothing_is_compared_without_the_exact_recipe(exact):
+    with pytest.raises(UserError, match=r"^control has seeds that the exact recipe has not; run that first"):
+        frontier.summarise(exact | {"control": {42: columns(0.2)}})
+
+
+def test_what_has_been_run_is_collected(tmp_path, monkeypatch):
+    for name, seed in (("exact", 42), ("exact", 43), ("control", 43)):
+        made_up_run(tmp_path, name, seed)
+    prices = {"exact": Costs(prompt=100, policy=3, reference=1), "control": Costs(prompt=50, policy=3, reference=1)}
+    monkeypatch.setattr(frontier, "costs", lambda name: {"flop": prices[name], "seconds": prices[name]})
+    found = frontier.collect(tmp_path, range(42, 45))
+    flops = {name: {seed: row["flop"] for seed, row in runs.items()} for name, runs in found.items()}
+    assert flops == {"exact": {42: 2048, 43: 2048}, "control": {43: 10 * 50 + 48}}
 
 
 def test_the_table_has_a_row_each_with_every_seed(record):
@@ -188,7 +205,7 @@ def test_costs_are_those_of_the_networks_calls():
         unet(torch.zeros(1, 4, 16, 16), 1, torch.zeros(1, 16, 64))
     with torch.no_grad(), FlopCounterMode(display=False) as decode:
         vae.decode(torch.zeros(1, 4, 16, 16))
-    exact, text = frontier.costs("exact"), frontier.costs("look_ahead")
+    exact, text = frontier.costs("exact")["flop"], frontier.costs("look_ahead")["flop"]
     assert exact.reference == pytest.approx(2 * row.get_total_flops(), rel=0.1)
     assert exact.policy == pytest.approx(2 * exact.reference, rel=0.1)
     assert exact.prompt - text.prompt == pytest.approx(15 * (8 - 5) * row.get_total_flops(), rel=0.1)

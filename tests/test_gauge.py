@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from strop.engine.gauge import Flops, gauge, on_meta
+from strop.engine.gauge import Flops, built_on, gauge, tf32_allowed
 
 
 def made(*shape, dtype=torch.float32):
@@ -15,8 +15,11 @@ def made(*shape, dtype=torch.float32):
 
 def test_a_product_is_two_operations_for_each_pair_of_numbers():
     a, b = made(3, 5), made(5, 7)
-    reading = gauge(lambda: a @ b)
+    with tf32_allowed(False):
+        reading = gauge(lambda: a @ b)
     assert reading.flops == Flops(float32=2 * 3 * 5 * 7)
+    with tf32_allowed(True):
+        assert gauge(lambda: a @ b).flops == Flops(tf32=2 * 3 * 5 * 7)
     assert reading.peak == 4 * 3 * 7
 
 
@@ -27,7 +30,8 @@ def test_a_product_is_two_operations_for_each_pair_of_numbers():
 )
 def test_a_convolution_counts_for_the_unit_that_does_it(dtype, flops):
     x, weight = made(1, 4, 8, 8, dtype=dtype), made(6, 4, 3, 3, dtype=dtype)
-    assert gauge(lambda: F.conv2d(x, weight, padding=1)).flops == flops
+    with tf32_allowed(True):
+        assert gauge(lambda: F.conv2d(x, weight, padding=1)).flops == flops
 
 
 def test_the_peak_is_of_what_lives_at_once():
@@ -72,7 +76,7 @@ def test_checkpointing_trades_operations_for_memory():
 
 
 def test_operations_are_those_of_pytorchs_counter():
-    with on_meta(torch.float32):
+    with built_on("meta", torch.float32):
         model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8 * 36, 5))
     x = made(2, 3, 8, 8)
     work = lambda: model(x).sum().backward()

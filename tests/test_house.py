@@ -29,6 +29,7 @@ ROOMS = {
     "objective": set(),
     "pairs": set(),
     "metrics": set(),
+    "ledger": {"metrics"},
     "settings": set(),
     "config": {"settings"},
     "spm_config": {"config", "settings"},
@@ -53,6 +54,7 @@ OUTSIDE = {
     "pair_data": {"torch", "PIL", "pyarrow"},
     "pairs": {"torch"},
     "metrics": {"torch"},
+    "ledger": {"torch", "pynvml"},
     "settings": {"pydantic", "yaml"},
     "config": {"pydantic"},
     "spm_config": {"pydantic"},
@@ -71,6 +73,7 @@ HOMES = {
     "peft": {"policy"},
     "deepspeed": {"zero", "ranks"},
     "pyarrow": {"pair_data"},
+    "pynvml": {"ledger"},
 }
 DRAWS = {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli"}
 DRAWS |= {"multinomial", "poisson", "normal_", "uniform_", "random_", "bernoulli_", "exponential_"}

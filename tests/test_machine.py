@@ -12,7 +12,8 @@ from strop.engine import zero
 from strop.engine.base_model import load_unet
 from strop.engine.config import Config, JudgeConfig, ModelConfig
 from strop.engine.diffusion import LatentDiffusion
-from strop.engine.machine import prepare
+from strop.engine.gauge import tf32_allowed
+from strop.engine.machine import prepare, prepare_networks
 from strop.engine.metrics import Metrics
 from strop.engine.policy import Policy
 from strop.engine.preference import StepAwarePreferenceModel
@@ -95,6 +96,24 @@ def test_a_key_of_speed_changes_no_number_but_for_rounding(tiny_folder, clip_fol
     assert_alike(
         run(tiny_folder, clip_folder, tmp_path, 2, **keys), run(tiny_folder, clip_folder, tmp_path, 2, text_kv=False)
     )
+
+
+@pytest.mark.parametrize(
+    "keys, allowed",
+    [
+        ({"dtype": "float16"}, True),  # the judge in TF32, as published
+        ({"dtype": "float32"}, False),  # PyTorch's own setting would have TF32 in convolutions
+        ({"dtype": "float16", "tf32": False}, False),
+        ({"dtype": "float32", "tf32": True}, True),
+    ],
+    ids=str,
+)
+def test_float32_goes_through_tf32_unless_the_model_is_of_it(tiny_folder, keys, allowed):
+    model = ModelConfig(path=str(tiny_folder), **keys)
+    diffusion = LatentDiffusion.load(model, CPU)
+    with tf32_allowed(not allowed):
+        prepare_networks(model, load_unet(model, CPU), diffusion, None)
+        assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is allowed
 
 
 def test_sdxl_takes_them_all(tiny_sdxl_folder, clip_folder, tmp_path):

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from strop.engine.blueprint import Blueprint
 from strop.engine.config import Config
-from strop.engine.gauge import gauge
+from strop.engine.gauge import gauge, tf32_allowed
 from strop.engine.pairs import PreferencePairs
 from strop.engine.prices import (
     Networks,
@@ -98,9 +98,10 @@ def test_the_full_size_networks(family, forward, decode, text):
     found = of_text(diffusion, judge)
     assert found["text"].all / 1e12 == pytest.approx(text, rel=0.01)
     assert found["judge_text"].all / 1e12 == pytest.approx(0.047, rel=0.01)
-    found = of_judge(judge, torch.empty(1, 3, 512, 512, device="meta", dtype=torch.float16))
+    with tf32_allowed(True):
+        found = of_judge(judge, torch.empty(1, 3, 512, 512, device="meta", dtype=torch.float16))
     assert found["judge"].all / 1e12 == pytest.approx(0.335, rel=0.01)
-    assert found["judge"].float32 > 0.99 * found["judge"].all
+    assert found["judge"].tf32 > 0.99 * found["judge"].all
 
 
 def test_the_published_lora_has_as_many_numbers():

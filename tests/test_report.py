@@ -12,11 +12,17 @@ import pytest
 import torch
 from PIL import Image
 
-from strop.engine.closing import closing_table, stage_rows
+from strop.engine.closing import closing_table, ledger_rows, stage_rows
 from strop.engine.errors import UserError
 from strop.engine.figures import before_after, curves, running_mean
 from strop.engine.report import main, make_report, paired_delta, read_run, write_summary
 from strop.engine.verdict import headline, number, verdict
+
+LEDGER = {
+    "gpu_hours": 1234.5678, "energy_kwh": 0.8214, "share_of_peak": 0.434, "utilisation": 0.973,
+    "sm_mhz": 1395.6, "memory_mhz": None,
+    "throttled": {"power_cap": 0.125, "heat": 0.0, "power_brake": 0.01},
+}  # fmt: skip
 
 
 def row(low, high, base=0.5):
@@ -41,6 +47,7 @@ def summary():
         "quality": row(0.331, 0.369, base=0.546), "alignment": row(-0.02, 0.01), "judge": row(0.1, 0.2),
         "seconds": {"total": 80.0, "load": 4.0, "rollout": 40.0, "rollout/unet": 24.0, "update": 30.0},
         "prompts": 1200, "pairs": 12345, "optimizer_steps": 66, "iterations": 30, "heldout_prompts": 384,
+        "prompts_per_second": 17.142857, "ledger": LEDGER,
         "world_size": 1, "device": "cpu", "seed": 42, "version": "0.1.0",
         "paths": {"run": "runs/a", "lora": "runs/a/lora", "report": "runs/a/report.html"},
     }  # fmt: skip
@@ -180,7 +187,26 @@ def test_closing_table_has_the_figures_and_fits(summary):
     assert ["unet", "24.0 s", "30.0%"] in lines
     assert ["preference pairs", "12,345"] in lines
     assert ["lora", "runs/a/lora"] in lines
-    assert max(map(len, table.splitlines())) <= 100
+    assert ["prompts per second", "17.1 in rollout and update"] in lines
+    assert ["energy", "0.821 kWh"] in lines
+    without = closing_table(summary | {"ledger": "not available"})
+    assert max(map(len, f"{table}\n{without}".splitlines())) <= 100
+
+
+def test_the_ledger_in_words():
+    assert ledger_rows({"ledger": LEDGER}) == [
+        ("GPU-hours", "1,234.568"),
+        ("energy", "0.821 kWh"),
+        ("share of peak", "43.4% in rollout and update"),
+        ("utilisation", "97.3%"),
+        ("SM clock", "1,396 MHz"),
+        ("throttled", "12.5% of the time by power cap, 1.0% of the time by power brake"),
+        ("not available", "memory clock"),
+    ]
+    calm = LEDGER | {"throttled": {"power_cap": 0.0}, "memory_mhz": 1593.0}
+    assert ledger_rows({"ledger": calm})[-2:] == [("memory clock", "1,593 MHz"), ("throttled", "none")]
+    everything = [("not available", "GPU-hours, energy, share of peak, utilisation, SM clock, memory clock, throttled")]
+    assert ledger_rows({"ledger": "not available"}) == ledger_rows({}) == everything
 
 
 def test_closing_table_says_what_was_not_measured():

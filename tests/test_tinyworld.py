@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTokenizer
 
-from strop.bench.tinyworld import examiners, models, pairs, world
+from strop.bench.tinyworld import examiners, models, pairs, train_tiny_decoder, world
 from strop.bench.tinyworld.render import render, to_float, to_uint8
 from strop.bench.tinyworld.train_vae import psnr, roundtrip
+from strop.engine.config import ModelConfig
+from strop.engine.diffusion import LatentDiffusion
+from strop.engine.tiny_decoder import TinyDecoder
 
 HERE = Path(examiners.__file__).parent
 
@@ -106,6 +110,21 @@ def test_saved_tokenizers_are_the_code_s():
     for folder in ("sd/tokenizer", "pickscore"):
         saved = CLIPTokenizer.from_pretrained(HERE / "weights" / folder)
         assert saved(text).input_ids == models.tokenizer()(text).input_ids
+
+
+def test_the_tiny_decoder_shows_what_the_autoencoder_shows_for_less():
+    folder = HERE / "weights" / "tiny_decoder"
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 1e6
+    diffusion = LatentDiffusion.load(ModelConfig(path=str(HERE / "weights" / "sd")), torch.device("cpu"))
+    tiny = TinyDecoder.load(str(folder), "float32", diffusion)
+    latents, images = train_tiny_decoder.shown(HERE / "weights", 64, _rng(10), "test")
+    with FlopCounterMode(display=False) as few:
+        decoded = tiny.decode(latents)
+    with FlopCounterMode(display=False) as many:
+        plain = diffusion.decode(latents)
+    assert psnr(plain, images.float()) > 60  # what it was trained towards, in half precision
+    assert psnr(decoded, images.float()) > 29
+    assert few.get_total_flops() < many.get_total_flops() / 3
 
 
 def test_examiners_grade_decoded_renders():

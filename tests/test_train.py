@@ -9,9 +9,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from strop.engine import ledger, train
 from strop.engine.base_model import load_unet
 from strop.engine.conditioning import Conditioning
 from strop.engine.config import ModelConfig, load
+from strop.engine.ledger import MEANS, Ledger
 from strop.engine.lora import read
 from strop.engine.metrics import Metrics, read_records
 from strop.engine.pairs import PreferencePairs
@@ -57,8 +59,8 @@ def recipe(tmp_path, tiny_folder, clip_folder, monkeypatch):
 
 
 def records(folder):
-    """metrics.jsonl without what depends on the clock."""
-    clocks = ("seconds", "prompts_per_second", "eta_seconds")
+    """metrics.jsonl without what depends on the clock and the GPU."""
+    clocks = ("seconds", "prompts_per_second", "eta_seconds", "gpu_hours", "energy_wh", *MEANS, "throttled")
     return [{k: v for k, v in line.items() if k not in clocks} for line in read_records(folder / "metrics.jsonl")]
 
 
@@ -104,6 +106,55 @@ def test_a_run_writes_what_it_promises(recipe, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "brightness" in printed
     assert str(run / "report.html") in printed
+
+
+MISSING = "GPU-hours, energy, share of peak, utilisation, SM clock, memory clock, throttled"
+
+
+def test_on_a_cpu_the_ledger_is_not_available_and_says_so_once(recipe, tmp_path, capsys):
+    main(recipe("run.iterations=1"))
+    run = tmp_path / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["ledger"] == "not available"
+    pace = summary["prompts"] / (summary["seconds"]["rollout"] + summary["seconds"]["update"])
+    assert summary["prompts_per_second"] == pytest.approx(pace)
+    printed = capsys.readouterr().out
+    assert f"not available   {MISSING}" in printed
+    assert printed.count("not available") == 1
+    assert f"<dt>not available</dt><dd>{MISSING}</dd>" in (run / "report.html").read_text()
+    (line,) = read_records(run / "metrics.jsonl")
+    assert {line[name] for name in ("gpu_hours", "energy_wh", *MEANS, "throttled")} == {None}
+
+
+def test_a_ledger_goes_on_over_a_resumption_and_changes_no_bit(recipe, tmp_path, nvml, monkeypatch, capsys):
+    main(recipe(f"run.dir={tmp_path / 'without'}"))
+    capsys.readouterr()
+    nvml.answers |= {"CurrentClocksEventReasons": [4], "TotalEnergyConsumption": [7_000_000, 7_700_000]}
+    monkeypatch.setattr(ledger, "EVERY", 0.01)
+    monkeypatch.setattr(train, "seconds_at_peak", lambda config, family, device: (0.002, 0.001))
+    monkeypatch.setattr(train, "Ledger", lambda device: Ledger(torch.device("cuda", 0)))
+    main(recipe("run.iterations=1"))
+    half = json.loads((tmp_path / "run" / "summary.json").read_text())["ledger"]
+    state = json.loads((tmp_path / "run" / "checkpoints" / "000001" / "state.json").read_text())["ledger"]
+    nvml.asked.clear()  # the counter of another day
+    nvml.answers["TotalEnergyConsumption"] = [1_000_000, 1_070_000]
+    main(recipe("run.resume=true"))
+    assert_same_tensors(lora(tmp_path / "run"), lora(tmp_path / "without"))
+    assert records(tmp_path / "run") == records(tmp_path / "without")
+    whole = json.loads((tmp_path / "run" / "summary.json").read_text())["ledger"]
+    assert whole["energy_kwh"] == pytest.approx((state["joules"][1] + 70) / 3.6e6)
+    assert whole["gpu_hours"] > state["seconds"][1] / 3600 > 0
+    assert half["energy_kwh"] == pytest.approx(700 / 3.6e6)
+    first, second = read_records(tmp_path / "run" / "metrics.jsonl")
+    assert second["gpu_hours"] > first["gpu_hours"] > 0
+    assert (first["energy_wh"], second["energy_wh"]) == pytest.approx((700 / 3600, 770 / 3600))
+    at_work = [line["seconds"]["rollout"] + line["seconds"]["update"] for line in (first, second)]
+    at_peak = 2 * 0.002 + 6 * 0.001  # two prompts, six pairs
+    assert [first["share_of_peak"], second["share_of_peak"]] == pytest.approx([at_peak / s for s in at_work])
+    assert whole["share_of_peak"] == pytest.approx(2 * at_peak / sum(at_work))
+    shown = (tmp_path / "run" / "report.html").read_text()
+    assert "<dt>throttled</dt><dd>100.0% of the time by power cap</dd>" in shown
+    assert "not available" not in shown + capsys.readouterr().out
 
 
 def test_same_seed_same_bits_other_seed_other_bits(recipe, tmp_path):

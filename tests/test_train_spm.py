@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader
 from transformers import CLIPModel
 
@@ -26,6 +27,7 @@ from strop.engine.spm import Denoiser
 from strop.engine.spm_config import SpmConfig
 from strop.engine.spm_heldout import TIMESTEPS
 from strop.engine.train_spm import build, main, show, update
+from strop.engine.upsample import FoldedUpsample
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 PAIRS = '''
@@ -252,6 +254,34 @@ def test_the_cache_changes_nothing_but_rounding(file_recipe, tmp_path):
     kept, live = (records(tmp_path / name) for name in ("kept", "live"))
     assert [line["loss"] for line in kept[1:]] == pytest.approx([line["loss"] for line in live[1:]], rel=0.02)
     assert kept[0]["heldout_accuracy"] == live[0]["heldout_accuracy"]
+
+
+def losses(recipe, tmp_path, name, *overrides):
+    main(recipe(f"run.dir={tmp_path / name}", "run.log_every=1", *overrides))
+    return [line["loss"] for line in records(tmp_path / name)[1:]]
+
+
+@pytest.mark.parametrize("key", ["fold_upsample", "channels_last"])
+def test_a_key_of_speed_changes_nothing_but_rounding(recipe, tmp_path, key):
+    plain = losses(recipe, tmp_path, "plain", "model.fold_upsample=false")
+    found = losses(recipe, tmp_path, "found", "model.fold_upsample=false", f"model.{key}=true")
+    assert found == pytest.approx(plain, rel=1e-4)
+    config = load(*split(recipe("model.fold_upsample=false", f"model.{key}=true")), cls=SpmConfig)
+    parts = build(config, ALONE, Stopwatch("cpu"))
+    for network in (parts.denoiser.unet, parts.denoiser.diffusion.vae):
+        folded = any(isinstance(module, FoldedUpsample) for module in network.modules())
+        ordered = all(w.is_contiguous(memory_format=torch.channels_last) for w in network.parameters() if w.ndim == 4)
+        assert (folded, ordered) == (key == "fold_upsample", key == "channels_last")
+
+
+@pytest.mark.slow
+def test_a_judge_is_trained_compiled(recipe, tmp_path, monkeypatch):
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *what, **given: whole(*what, **given | {"backend": "eager"}))
+    torch._dynamo.reset()
+    plain, counted = losses(recipe, tmp_path, "plain"), counters["stats"]["unique_graphs"]
+    assert losses(recipe, tmp_path, "compiled", "model.compile=true") == pytest.approx(plain, rel=1e-4)
+    assert counters["stats"]["unique_graphs"] > counted
 
 
 def test_clean_pairs_are_read_beside_the_cache(file_recipe, tmp_path):

@@ -5,8 +5,8 @@ keys below changed. Gains are those on held-out prompts, as the examiners of tin
 loop, rollouts and updates; evaluation, loading, and the texts, which are encoded before the loop, are left out of it.
 What a saving is worth shows beside the control, which spends less by asking for fewer prompts and nothing else.
 
-Finished runs are kept, and not run again. Written are bench/results/frontier_tinyworld.json and .png, of all variants
-whose runs are there.
+Finished runs are kept, and not run again. Written are bench/results/frontier_tinyworld.json and .png, of all the runs
+that are there.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -36,10 +37,11 @@ from strop.engine.checkpoint import MAY_CHANGE
 from strop.engine.config import Config, load
 from strop.engine.errors import UserError, exit_on_user_error
 from strop.engine.metrics import Metrics, read_records
+from strop.engine.pairs import PreferencePairs
 from strop.engine.ranks import Ranks
 from strop.engine.rollout import judged_segments, rollout
 from strop.engine.settings import differences
-from strop.engine.train import build, share_of
+from strop.engine.train import Parts, build, share_of
 from strop.engine.update import micro_batches, update, with_reference
 
 ROOT = Path(__file__).parents[2]
@@ -70,13 +72,14 @@ VARIANTS = {
     "decoder": Variant("tiny decoder", (TINY,)),
     "recipe_decoder": Variant("fast recipe, tiny decoder", (TINY,), FAST),
 }
-COLUMNS = ("quality", "alignment", "optimizer_steps", "flop", "seconds")
+# seconds are of one thread, from iterations timed apart; wall_seconds the run's own, with whatever ran beside it.
+COLUMNS = ("quality", "alignment", "optimizer_steps", "flop", "seconds", "wall_seconds")
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """FLOP of the training loop: of a prompt's rollout, and of a pair in the policy (forward and backward) and in the
-    reference."""
+    """FLOP or seconds of the training loop: of a prompt's rollout, and of a pair in the policy (forward and backward)
+    and in the reference."""
 
     prompt: float
     policy: float
@@ -100,17 +103,24 @@ def main(argv: Sequence[str]) -> None:
     torch.set_num_threads(1)
     seeds = range(42, 42 + args.seeds)
     run_all([(name, seed) for name in VARIANTS if name in args.only for seed in seeds], args.out, args.jobs)
-    found = {
-        name: {seed: measure(folder(args.out, name, seed), costs(name)) for seed in seeds}
-        for name in VARIANTS
-        if all(finished(args.out, name, seed) for seed in seeds)
-    }
+    found = collect(args.out, seeds)
     record = summarise(found)
     target = ROOT / "bench" / "results" / "frontier_tinyworld.json"
     target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(record, indent=2) + "\n")
     plot(record, target.with_suffix(".png"))
     print(f"{table(record)}\n\n{target}\n{target.with_suffix('.png')}")
+
+
+def collect(out: Path, seeds: Sequence[int]) -> dict[str, dict[int, dict[str, float]]]:
+    """variant -> seed -> COLUMNS, of the runs that are there."""
+    found = {}
+    for name in VARIANTS:
+        done = [folder(out, name, seed) for seed in seeds if finished(out, name, seed)]
+        if done:
+            cost = costs(name)
+            found[name] = {load(run / "config.yaml").run.seed: measure(run, cost) for run in done}
+    return found
 
 
 def recipe(name: str, *more: str) -> Config:
@@ -164,33 +174,54 @@ def run_one(name: str, seed: int, out: Path) -> Path:
     return run
 
 
-def costs(name: str) -> Costs:
-    """What a variant's prompts and pairs cost, counted while the engine does one small iteration of it."""
-    small = ("rollout.prompts=2", "rollout.threshold=0", "run.iterations=1", "evaluate.prompts=1")
-    config, ranks = recipe(name, *small), Ranks(0, 1, torch.device("cpu"))
+def costs(name: str) -> dict[str, Costs]:
+    """FLOP and seconds of a variant's prompts and pairs, while the engine does a few iterations of it."""
+    config, ranks = recipe(name, "rollout.threshold=0", "run.iterations=1"), Ranks(0, 1, torch.device("cpu"))
     parts = build(config, ranks)
-    policy, schedule, rng = parts.policy, parts.schedule, torch.Generator().manual_seed(config.run.seed)
     prompts = share_of(parts.prompts, 0, config.rollout.prompts, config.run.seed, ranks)
-    cond = parts.embeddings[prompts]
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernel of a CPU would not be counted
-        with FlopCounterMode(display=False) as rolled, policy.sampling(cond, config.rollout.text_kv) as known:
-            pairs = rollout(policy, parts.decoder, parts.judge, schedule, known, config.rollout, rng).pairs
-        forks = {cut.start for cut in judged_segments(schedule, config.rollout)}
-        with FlopCounterMode(display=False) as referred:
-            pairs = with_reference(pairs, forks, cond, policy, schedule, config.optim)
-        with FlopCounterMode(display=False) as trained:
-            metrics = Metrics(config.run.dir, ranks.device, False, start=0, iterations=1)
-            for batch, shared in micro_batches(pairs, config.optim.micro_batch, forks):
-                update(batch, shared, cond, policy, schedule, parts.optimizer, config.optim, metrics)
-    return Costs(
-        rolled.get_total_flops() / len(prompts),
-        trained.get_total_flops() / len(pairs),
-        referred.get_total_flops() / len(pairs),
-    )
+        flop = iteration(config, parts, prompts[:2], flop_of)
+    timed = [astuple(iteration(config, parts, prompts, seconds_of)) for _ in range(2)]
+    return {"flop": flop, "seconds": Costs(*map(min, *timed))}
 
 
-def measure(run: Path, cost: Costs) -> dict[str, float]:
-    """COLUMNS of a finished run; seconds are those of rollouts and updates."""
+def iteration(config: Config, parts: Parts, prompts: Sequence[str], measured: Callable) -> Costs:
+    """One iteration as engine/train.py makes it, in three parts; measured(part) gives its result and what it took."""
+    policy, schedule, cond = parts.policy, parts.schedule, parts.embeddings[prompts]
+    forks = {cut.start for cut in judged_segments(schedule, config.rollout)}
+    rng = torch.Generator().manual_seed(config.run.seed)
+
+    def roll() -> PreferencePairs:
+        with policy.sampling(cond, config.rollout.text_kv) as known:
+            return rollout(policy, parts.decoder, parts.judge, schedule, known, config.rollout, rng).pairs
+
+    def train() -> None:
+        metrics = Metrics(config.run.dir, "cpu", False, start=0, iterations=1)
+        for batch, shared in micro_batches(pairs, config.optim.micro_batch, forks):
+            update(batch, shared, cond, policy, schedule, parts.optimizer, config.optim, metrics)
+
+    pairs, rolled = measured(roll)
+    pairs, referred = measured(lambda: with_reference(pairs, forks, cond, policy, schedule, config.optim))
+    _, trained = measured(train)
+    return Costs(rolled / len(prompts), trained / len(pairs), referred / len(pairs))
+
+
+def flop_of(work: Callable) -> tuple[Any, float]:
+    """Result of `work()` and the operations of its matrix products and convolutions."""
+    with FlopCounterMode(display=False) as mode:
+        result = work()
+    return result, mode.get_total_flops()
+
+
+def seconds_of(work: Callable) -> tuple[Any, float]:
+    """Result of `work()` and the seconds of this process, which do not count those given to others."""
+    begun = time.process_time()
+    result = work()
+    return result, time.process_time() - begun
+
+
+def measure(run: Path, cost: dict[str, Costs]) -> dict[str, float]:
+    """COLUMNS of a finished run."""
     summary, optim = json.loads((run / "summary.json").read_text()), load(run / "config.yaml").optim
     so_far = [0, *(record["pairs"] for record in read_records(run / "metrics.jsonl"))]
     trained = sum(math.ceil(optim.keep_pairs * (now - before)) for before, now in pairwise(so_far))
@@ -198,28 +229,36 @@ def measure(run: Path, cost: Costs) -> dict[str, float]:
         "quality": summary["quality"]["delta"],
         "alignment": summary["alignment"]["delta"],
         "optimizer_steps": summary["optimizer_steps"],
-        "flop": cost.of_run(summary["prompts"], trained, optim.passes),
-        "seconds": summary["seconds"]["rollout"] + summary["seconds"]["update"],
+        **{name: each.of_run(summary["prompts"], trained, optim.passes) for name, each in cost.items()},
+        "wall_seconds": summary["seconds"]["rollout"] + summary["seconds"]["update"],
     }
 
 
 def summarise(found: dict[str, dict[int, dict[str, float]]]) -> dict:
-    """The figures by variant: of each seed, their means, and both relative to the exact recipe (the means' ratio).
+    """The figures by variant: of each seed, their means, and both relative to the exact recipe of the same seeds.
 
     found: variant -> seed -> COLUMNS. Raises UserError without the exact recipe, to which all is relative.
     """
-    if "exact" not in found:
-        raise UserError("the exact recipe has not been run with all seeds; run it first, with --only exact")
-    variants, shares = {}, ("quality", "flop", "seconds")
-    exact = {"mean": mean(found["exact"].values()), **found["exact"]}
+    exact, variants = found.get("exact", {}), {}
     for name, runs in found.items():
-        rows = {"mean": mean(runs.values()), **runs}
-        for key, row in rows.items():
-            row["relative"] = {column: round(row[column] / exact[key][column], 4) for column in shares}
-        variants[name] = {"title": VARIANTS[name].title, "recipe": VARIANTS[name].recipe}
-        variants[name] |= {"changes": list(VARIANTS[name].changes), "mean": rows.pop("mean"), "seeds": rows}
+        if not runs.keys() <= exact.keys():
+            raise UserError(f"{name} has seeds that the exact recipe has not; run that first, with --only exact")
+        rows = {seed: row | relative(row, exact[seed]) for seed, row in runs.items()}
+        own = mean(runs.values())
+        variants[name] = {
+            "title": VARIANTS[name].title,
+            "recipe": VARIANTS[name].recipe,
+            "changes": list(VARIANTS[name].changes),
+            "mean": own | relative(own, mean([exact[seed] for seed in runs])),
+            "seeds": rows,
+        }
     machine = f"cpu, {os.cpu_count()} cores, 1 thread a run"
     return {"machine": machine, "torch": torch.__version__, "variants": variants}
+
+
+def relative(row: dict[str, float], exact: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Under that name, what of the exact recipe's gain and costs a row has."""
+    return {"relative": {name: round(row[name] / exact[name], 4) for name in ("quality", "flop", "seconds")}}
 
 
 def mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -1,0 +1,112 @@
+"""strop.bench.bench_step on tiny networks: what it counts, what it divides, and where it takes random weights."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from strop.bench import bench_step, published
+from strop.bench.bench_step import Side, measure, ratio, summary, table
+from strop.engine import blueprint
+from strop.engine.architectures import FAMILIES
+from strop.engine.config import Config
+
+CPU = torch.device("cpu")
+STAGES = {"text", "rollout/trunk", "rollout/branches", "rollout/decode", "rollout/judge", "update", "update/optimizer"}
+
+
+@pytest.fixture
+def recipe(tiny_folder, clip_folder, tmp_path):
+    """recipe(rollout={...}, ...) -> a Config of the tiny SD-1.5, three prompts, all pairs kept."""
+    (tmp_path / "prompts.txt").write_text("a b c\nd\ne f\n")
+
+    def make(path=tiny_folder, rollout=(), optim=(), iterations=8):
+        common = {"prompts": 3, "k": 3, "num_steps": 5, "t_range": (0, 601), "threshold": 0.0}
+        return Config.model_validate(
+            {
+                "model": {"path": str(path)},
+                "judge": {"path": str(clip_folder), "kind": "pickscore"},
+                "prompts": {"train": str(tmp_path / "prompts.txt")},
+                "rollout": common | dict(rollout),
+                "optim": {"micro_batch": 4} | dict(optim),
+                "run": {"dir": str(tmp_path), "iterations": iterations},
+            }
+        )
+
+    return make
+
+
+def test_a_record_of_all_sides(recipe, capsys):
+    fast = recipe(rollout={"look_ahead": "text"}, optim={"passes": 2}, iterations=2)
+    record = json.loads(json.dumps(measure(recipe(), fast, "tiny", 2, CPU)))
+    sides = record["sides"]
+    assert [sides[name]["pairs"] for name in ("published", "exact", "fast")] == [12, 12, 12]  # 3 prompts at 4 steps
+    for side in sides.values():
+        assert set(side["seconds"]) == {*STAGES, "total"}
+        assert side["seconds_per_prompt"] == side["seconds"]["total"] / 3
+        whole = sum(v for k, v in side["tflop"].items() if k not in ("total", "update/optimizer"))
+        assert side["tflop"]["total"] == pytest.approx(whole, rel=0.02)  # keys and values of the text are in no stage
+        assert side["share_of_matmul"]["rollout/decode"] > 0
+        assert side["peak_bytes"] is None
+    spent = lambda stage: [sides[name]["tflop"][stage] for name in ("published", "exact", "fast")]
+    assert spent("text")[0] > spent("text")[1] == spent("text")[2]
+    assert spent("update")[0] > 1.9 * spent("update")[1]  # winner and loser in one forward
+    assert spent("update")[2] == pytest.approx(spent("update")[1] * 5 / 3, rel=0.1)  # forward and backward once more
+    assert spent("rollout/branches")[0] > spent("rollout/branches")[1] > 1.5 * spent("rollout/branches")[2]
+    assert spent("rollout/decode")[0] > spent("rollout/decode")[1] == spent("rollout/decode")[2]
+    per_prompt, per_run = record["faster_per_prompt"], record["faster_per_run"]
+    assert per_run["exact"] == per_prompt["exact"]
+    assert per_run["fast"] == pytest.approx(4 * per_prompt["fast"])  # two iterations in place of eight
+    assert "round 2 of 2" in capsys.readouterr().out
+
+
+def test_the_ratio_is_of_prompts_and_within_rounds():
+    """A slow second round, in which both were twice as slow, leaves the ratio as it is."""
+    config = lambda prompts: SimpleNamespace(rollout=SimpleNamespace(prompts=prompts))
+    baseline = Side(published, None, config(10), rounds=[{"total": 30.0}, {"total": 60.0}, {"total": 30.0}])
+    side = Side(published, None, config(5), rounds=[{"total": 5.0}, {"total": 10.0}, {"total": 6.0}])
+    assert ratio(baseline, side) == 3.0
+    side.flops, side.pairs = {"update": 8e12, "update/optimizer": 2e12}, 12
+    found = summary(side, rate=5e12)
+    assert found["tflop"]["update"] == 10.0
+    assert found["share_of_matmul"]["total"] == pytest.approx(10 / 6 / 5)
+    assert found["share_of_matmul"]["rollout/decode"] is None
+    assert found["pairs_per_second"] == 2.0
+
+
+def test_networks_that_are_not_here_get_random_weights(recipe, monkeypatch):
+    """At the family's own size, here a tiny one; every stage does what it would do at full size."""
+    made = json.loads((bench_step.ROOT / "tests" / "golden" / "tiny_configs.json").read_text())
+    tiny = {name: made[name]["ctor"] | {"scheduler": made[name]["scheduler"], "model_index": {}} for name in FAMILIES}
+    monkeypatch.setattr(blueprint, "FAMILIES", tiny)
+    made = {path: measure(recipe(path), recipe(path), "tiny", 1, CPU)["sides"] for path in ("nobody/sd", "nobody/sdxl")}
+    for sides in made.values():
+        assert sides["exact"]["pairs"] == sides["published"]["pairs"] == 12
+        assert sides["exact"]["tflop"]["update"] < sides["published"]["tflop"]["update"]
+    small, large = (made[path]["exact"]["tflop"]["rollout/branches"] for path in made)
+    assert 0 < small < large
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_full_size_needs_a_gpu(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bench_step.main(["sd15"])
+    assert stopped.value.code == 2
+    assert "at full size a CPU takes hours" in capsys.readouterr().err
+
+
+def test_the_readme_has_the_table_of_the_last_measurement():
+    readme = (bench_step.ROOT / "README.md").read_text()
+    for file in sorted(bench_step.RESULTS.glob("bench_step-*.json")):
+        assert table(json.loads(file.read_text())) in readme, f"make it anew of {file.name}"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="full size needs a GPU")
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_full_size_on_a_gpu(name):
+    load = lambda kind: bench_step.load(bench_step.ROOT / "configs" / f"{name}{kind}.yaml", ["rollout.threshold=0"])
+    record = measure(load(""), load("_fast"), name, 2, torch.device("cuda"))
+    assert record["faster_per_prompt"]["fast"] > record["faster_per_prompt"]["exact"] > 1
+    assert record["sides"]["exact"]["peak_bytes"] < record["sides"]["published"]["peak_bytes"]
