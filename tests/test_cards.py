@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from strop.engine.cards import CARDS, card, card_called, measured_share
+from strop.engine.cards import CARDS, card, measured_share
 from strop.engine.errors import UserError
 from strop.engine.gauge import Flops
 
@@ -27,24 +27,6 @@ def test_an_unknown_card_lists_the_known(key, hint):
     with pytest.raises(UserError, match=f"--gpu: found '{key}'") as error:
         card(key)
     assert hint in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "name, key",
-    [
-        ("NVIDIA A100-SXM4-80GB", "a100"),
-        ("NVIDIA A100-PCIE-40GB", "a100"),
-        ("NVIDIA A10", "a10"),
-        ("NVIDIA A10G", None),
-        ("NVIDIA H100 80GB HBM3", "h100"),
-        ("NVIDIA H100 PCIe", None),
-        ("NVIDIA GeForce RTX 4090", "rtx4090"),
-        ("NVIDIA GeForce RTX 3080 Ti", None),
-        ("Tesla V100-SXM2-32GB", "v100"),
-    ],
-)
-def test_a_card_is_known_by_the_name_that_cuda_gives(name, key):
-    assert card_called(name) == (CARDS[key] if key else None)
 
 
 def test_a_measured_share_is_taken_of_the_same_recipe_first(tmp_path):
