@@ -43,8 +43,8 @@ def operations(plan: Plan) -> list[str]:
         former = theirs.stages.get(name)
         rows.append((name, tera(flops), tera(former) if former else "", *time_of(second(flops), whole)))
     total = ("total", tera(ours.done), tera(theirs.done), *time_of(whole, whole))
-    head = ("TFLOP per prompt", "this recipe", "published", "GPU seconds", "share")
-    return table(head, [*rows, total]) + ratios(plan)
+    titles = ("TFLOP per prompt", "this recipe", "published", "GPU seconds", "share")
+    return table(titles, [*rows, total]) + ratios(plan)
 
 
 def ratios(plan: Plan) -> list[str]:
@@ -116,8 +116,8 @@ def growth(plan: Plan) -> list[str]:
     groups = (("rollout.k", plan.k), ("rollout.inner_steps", plan.inner_steps), ("pixels", plan.resolution))
     own = next(step.flops for step in plan.k if step.own)
     rows = [row(key if i == 0 else "", step, own) for key, steps in groups for i, step in enumerate(steps)]
-    head = ("How it grows, per prompt", "(* this recipe)", "TFLOP", "of this", "pairs", "peak GB")
-    return table(head, rows)
+    titles = ("How it grows, per prompt", "(* this recipe)", "TFLOP", "of this", "pairs", "peak GB")
+    return table(titles, rows)
 
 
 def row(key: str, step: Step, own: float) -> Sequence[str]:
@@ -129,11 +129,11 @@ def row(key: str, step: Step, own: float) -> Sequence[str]:
 def sharing(plan: Plan) -> list[str]:
     """The same prompts on 1 to 64 GPUs."""
     link = f"{plan.card.link:g} GB/s each way between them ({plan.card.link_name}; between machines it is less)"
-    head = ("GPUs", "ZeRO MB", "balance MB", "computing s", "receiving s", "optimizer steps", "hours", "GPU-hours")
+    titles = ("GPUs", "ZeRO MB", "balance MB", "computing s", "receiving s", "optimizer steps", "hours", "GPU-hours")
     return [
         f"The same {plan.prompts:,} prompts on more GPUs, {link}",
         "MB that each receives and seconds are those of an iteration; hours are without the evaluations.",
-        *table(head, [shared(each) for each in plan.sharing]),
+        *table(titles, [shared(each) for each in plan.sharing]),
     ]
 
 
@@ -145,11 +145,11 @@ def shared(each: Share) -> Sequence[str]:
     return (f"{each.gpus:>4}", *mega, *seconds, *run)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of aligned columns, the first to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
     padded = lambda row: [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-    return ["  ".join([row[0].ljust(widths[0]), *padded(row)]).rstrip() for row in (head, *rows)]
+    return ["  ".join([row[0].ljust(widths[0]), *padded(row)]).rstrip() for row in (titles, *rows)]
 
 
 def time_of(seconds: float, whole: float) -> tuple[str, str]:
