@@ -26,9 +26,11 @@ from strop.engine.mend import Mend, mends
 from strop.engine.plan_page import page
 from strop.engine.prices import Networks, prices
 from strop.engine.rollout import check_steps
+from strop.engine.settings import varied
 from strop.engine.tally import Tally, tally
 
 ASSUMED = 0.4  # of the peak: about what the published runs used of theirs
+CHECKPOINTING = "model.gradient_checkpointing"
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
 
 
@@ -37,7 +39,8 @@ class Plan:
     """Everything that is printed.
 
     published: what the authors' code does; alike: that code with this recipe's rollout, None where they are the same.
-    fixes: what makes it fit, after which it takes `fixed`. evaluation_hours: of drawing the held-out prompts, twice.
+    fixes: what makes it fit, after which it takes `fixed`. unchecked: what it takes without gradient checkpointing,
+    None where it has none. evaluation_hours: of drawing the held-out prompts, twice.
     """
 
     recipe: str
@@ -55,6 +58,7 @@ class Plan:
     memory: Footprint
     fixes: list[Mend]
     fixed: Footprint
+    unchecked: Footprint | None
     run: Share
     evaluation_hours: float
     k: list[Step]
@@ -148,6 +152,7 @@ def make(
         memory=weigh(config),
         fixes=fixes,
         fixed=fixed,
+        unchecked=weigh(varied(config, {CHECKPOINTING: False})) if config.model.gradient_checkpointing else None,
         run=along_gpus(blueprint, counted, price, device, share, total, [gpus])[0],
         evaluation_hours=device.seconds(evaluation(config, price), share) / gpus / 3600,
         k=along_k(blueprint, price, gpus),

@@ -77,8 +77,16 @@ def memory(plan: Plan) -> list[str]:
     lines = table(("GB of memory on each GPU: what stays", "", ""), rows)
     of = f"{giga(plan.room)} GB ({plan.card.memory:g} less {giga(RESERVE)} left to context and allocator)"
     if found.peak <= plan.room:
-        return [*lines, f"fits: {giga(found.peak)} of {of}."]
+        return [*lines, f"fits: {giga(found.peak)} of {of}.", *spare(plan)]
     return [*lines, f"will not fit: {found.peak_phase} takes {giga(found.peak)} of {of}.", *advice(plan)]
+
+
+def spare(plan: Plan) -> list[str]:
+    """Whether there is room for keeping what the recipe computes again."""
+    if plan.unchecked is None or plan.unchecked.peak > plan.room:
+        return []
+    saved = tera(plan.cost.stages[RECOMPUTED])
+    return [f"model.gradient_checkpointing=false: {giga(plan.unchecked.peak)} GB fit too, and {saved} TFLOP are saved."]
 
 
 def advice(plan: Plan) -> list[str]:
