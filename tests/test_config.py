@@ -72,6 +72,16 @@ def test_every_recipe_of_the_repository_is_valid(path):
     load(path, cls=SpmConfig if path.name.startswith("spm_") else Config)
 
 
+@pytest.mark.parametrize("name", ["tinyworld", "sd15", "sdxl"])
+def test_a_fast_recipe_changes_the_rollout_and_how_its_pairs_are_used(name):
+    """And nothing of what is learned from a pair."""
+    exact, fast = (load(RECIPES[0].parent / f"{file}.yaml") for file in (name, f"{name}_fast"))
+    rollout = {f"rollout.{key}" for key in ("num_steps", "inner_steps", "judge_every", "look_ahead", "decoder")}
+    rest = {"rollout.merge_last", "optim.passes", "optim.micro_batch", "optim.accumulate", "run.dir", "run.iterations"}
+    changed = {line.split(":")[0] for line in differences(exact, fast)}
+    assert {"rollout.num_steps", "rollout.look_ahead", "run.dir"} <= changed <= rollout | rest
+
+
 @pytest.mark.parametrize(
     "override, key, value",
     [
