@@ -25,11 +25,13 @@ from types import ModuleType
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from strop.bench import ours, published
+from strop.engine.at_peak import seconds_at_peak
 from strop.engine.base_model import DTYPES, load_unet, quiet_libraries
 from strop.engine.blueprint import Blueprint
+from strop.engine.cards import CARDS, card_called
 from strop.engine.config import Config, load
 from strop.engine.diffusion import LatentDiffusion
 from strop.engine.errors import UserError, exit_on_user_error
@@ -40,6 +42,17 @@ from strop.engine.prompts import read_prompts
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 STAGES = ("text", "rollout/trunk", "rollout/branches", "rollout/decode", "rollout/judge", "update", "update/optimizer")
+FORMULAS = (
+    flop_registry
+    | {  # PyTorch has none of its own attention on a CPU
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(
+            *(tensor.shape for tensor in shapes[:3])
+        ),
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: (
+            sdpa_backward_flop_count(*(tensor.shape for tensor in shapes[:4]))
+        ),
+    }
+)
 
 
 @dataclass(slots=True)
@@ -118,11 +131,26 @@ def measure(exact: Config, fast: Config, recipe: str, rounds: int, device: torch
         "rounds": rounds,
         "matmul_tflop_per_second": rate / 1e12,
         "sides": {name: summary(side, rate) for name, side in sides.items()},
+        **at_peak(sides["exact"], device),
         "faster_per_prompt": {name: ratio(sides["published"], sides[name]) for name in ("exact", "fast")},
         "faster_per_run": {
             name: ratio(sides["published"], sides[name]) * run_prompts(exact) / run_prompts(sides[name].config)
             for name in ("exact", "fast")
         },
+    }
+
+
+def at_peak(side: Side, device: torch.device) -> dict[str, str | float]:
+    """What plan.py reads of a card in its list: which it is, and the share of its peak that this side reached."""
+    peak = seconds_at_peak(side.config, side.models.diffusion.family, device)
+    if peak is None:
+        return {}
+    card = card_called(torch.cuda.get_device_name(device))
+    key = next(key for key, known in CARDS.items() if known is card)
+    seconds = statistics.median(one["total"] for one in side.rounds)
+    return {
+        "gpu": key,
+        "share_of_peak": (side.config.rollout.prompts * peak[0] + side.pairs * peak[1]) / seconds,
     }
 
 
@@ -268,7 +296,7 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if formula := flop_registry.get(function._overloadpacket):
+        if formula := FORMULAS.get(function._overloadpacket):
             stage = self.stages[-1]
             self.flops[stage] = self.flops.get(stage, 0) + formula(*args, **(kwargs or {}), out_val=result)
         return result
