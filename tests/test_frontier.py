@@ -182,6 +182,12 @@ def test_the_plot_is_drawn(record, tmp_path):
         assert len(image.convert("RGB").getcolors(1 << 20)) > 20
 
 
+def test_a_single_seed_is_called_one(record):
+    several = record["variants"]["exact"]
+    assert frontier_plot.titled(several) == "exact"
+    assert frontier_plot.titled(several | {"seeds": {42: several["seeds"][42]}}) == "exact (one seed)"
+
+
 def test_labels_keep_clear_of_each_other_and_of_the_points():
     figure = Figure(figsize=(9, 6), dpi=100)
     canvas, axes = FigureCanvasAgg(figure), figure.add_subplot()

@@ -262,7 +262,7 @@ def relative(row: dict[str, float], exact: dict[str, float]) -> dict[str, dict[s
 
 
 def mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {column: round(fmean(row[column] for row in rows), 4) for column in COLUMNS}
+    return {column: float(f"{fmean(row[column] for row in rows):.5g}") for column in COLUMNS}
 
 
 def table(record: dict) -> str:

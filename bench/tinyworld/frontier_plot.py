@@ -46,8 +46,13 @@ def plot(record: dict, path: Path) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     canvas.draw()
-    label(axes, points, {name: variant["title"] for name, variant in record["variants"].items()}, seeds)
+    label(axes, points, {name: titled(variant) for name, variant in record["variants"].items()}, seeds)
     figure.savefig(path)
+
+
+def titled(variant: dict) -> str:
+    """Its title, which says so where there is but one seed."""
+    return variant["title"] + (" (one seed)" if len(variant["seeds"]) == 1 else "")
 
 
 def label(axes: Axes, points: dict[str, Point], titles: dict[str, str], others: Sequence[Point] = ()) -> None:
