@@ -38,6 +38,7 @@ from strop.engine.errors import UserError, exit_on_user_error
 from strop.engine.metrics import Stopwatch
 from strop.engine.preference import StepAwarePreferenceModel
 from strop.engine.prompts import read_prompts
+from strop.engine.ranks import start
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -80,16 +81,17 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m strop.bench.bench_step", description=main.__doc__)
     parser.add_argument("recipe", help="tinyworld, sd15 or sdxl: of configs/, NAME.yaml and NAME_fast.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all sides, such as model.compile=true")
-    parser.add_argument("--rounds", type=int, default=3, help="timed iterations of each side")
+    parser.add_argument("--rounds", type=int, default=3, help="timed iterations of each side, at least 1")
     parser.add_argument(
         "--threshold", type=float, default=0.0, help="rollout.threshold of all sides; 0 keeps every pair"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     quiet_libraries()
+    if args.rounds < 1:
+        raise UserError(f"--rounds: found {args.rounds}, expected 1 or more")
     overrides = [*args.overrides, f"rollout.threshold={args.threshold}"]
     exact, fast = (load(ROOT / "configs" / f"{args.recipe}{kind}.yaml", overrides) for kind in ("", "_fast"))
-    device = torch.device(args.device)
+    device = start(exact.run.device).device
     if device.type == "cpu" and not Path(exact.model.path).exists():
         raise UserError(f"bench_step: {exact.model.path} is not on this machine, and at full size a CPU takes hours")
     record = measure(exact, fast, args.recipe, args.rounds, device)

@@ -98,11 +98,25 @@ def test_plan_reads_the_share_of_a_known_card(recipe, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_full_size_needs_a_gpu(capsys):
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["sd15"],
+            "bench_step: stable-diffusion-v1-5/stable-diffusion-v1-5 is not on this machine, and at full size a",
+        ),
+        (["tinyworld", "--rounds", "0"], "--rounds: found 0, expected 1 or more"),
+        (["tinyworld", "run.device=cuda"], "run.device: found cuda, but PyTorch sees no GPU"),
+        (["tinyworld", "--threshold", "1"], "rollout.threshold"),
+        (["nothing"], "nothing.yaml: cannot be read"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_measured_is_said_in_a_sentence(arguments, message, capsys):
     with pytest.raises(SystemExit) as stopped:
-        bench_step.main(["sd15"])
+        bench_step.main(arguments)
     assert stopped.value.code == 2
-    assert "at full size a CPU takes hours" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_the_readme_has_the_table_of_the_last_measurement():
