@@ -63,7 +63,7 @@ def label(axes: Axes, points: dict[str, Point], titles: dict[str, str], others: 
     pixels = {name: axes.transData.transform(point) for name, point in points.items()}
     taken = [Bbox.from_bounds(x - 9, y - 9, 18, 18) for x, y in pixels.values()]
     taken += [Bbox.from_bounds(x - 3, y - 3, 6, 6) for x, y in map(axes.transData.transform, others)]
-    spots = [(side, rise) for rise in (0, 16, -16, 32, -32, 48, -48, 64, -64, 80, -80) for side in (12, -12)]
+    spots = [(side, rise) for rise in (0, 16, -16, 32, -32, 48, -48, 64, -64, 80, -80) for side in (14, -14)]
     for name in sorted(points, key=lambda name: -points[name][1]):
         text = axes.annotate(titles[name], points[name], (0, 0), textcoords="offset pixels", color=INK, size=9)
         text.set(va="center", path_effects=[withStroke(linewidth=3, foreground="white")])
