@@ -44,7 +44,7 @@ test: lint  ## ruff and the fast tests
 	@$(BIN)/pytest -q
 
 test-slow: lint  ## ruff and all tests, the slow ones too
-	@$(BIN)/pytest -q -m "slow or not slow"
+	@$(BIN)/python -m pytest -q -m "slow or not slow"
 
 bench: $(STAMP)  ## time what the design claims to save
 	@$(PIP) --constraint constraints.txt --editable ".[bench]"
