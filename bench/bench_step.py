@@ -25,7 +25,7 @@ from types import ModuleType
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
 from strop.bench import ours, published
 from strop.engine.at_peak import seconds_at_peak
@@ -43,17 +43,13 @@ from strop.engine.ranks import start
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 STAGES = ("text", "rollout/trunk", "rollout/branches", "rollout/decode", "rollout/judge", "update", "update/optimizer")
-FORMULAS = (
-    flop_registry
-    | {  # PyTorch has none of its own attention on a CPU
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(
-            *(tensor.shape for tensor in shapes[:3])
-        ),
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: (
-            sdpa_backward_flop_count(*(tensor.shape for tensor in shapes[:4]))
-        ),
-    }
-)
+FUSED_ON_CPU = {  # of which PyTorch's counter has no formula, though of a GPU's
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
+    ),
+}
+FORMULAS = flop_registry | {function: shape_wrapper(formula) for function, formula in FUSED_ON_CPU.items()}
 
 
 @dataclass(slots=True)
@@ -185,7 +181,6 @@ def build(kind: type, config: Config, device: torch.device) -> published.Publish
     torch.manual_seed(0)
     random = Blueprint.of(config, device=device)
     unet, diffusion = random.unet(), random.diffusion()
-    diffusion.decode_rows = config.model.decode_rows
     if config.model.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if kind is published.Published:

@@ -75,10 +75,10 @@ class Blueprint:
         folder = Path(path).expanduser()
         config = read_config(folder, "", "rollout.decoder") if folder.is_dir() else {}
         with built_on(self.device, self.dtype):
-            return TinyDecoder(KINDS["tiny_decoder"].from_config(config))
+            return TinyDecoder(KINDS["tiny_decoder"].from_config(config), self.config.model.decode_rows)
 
     def diffusion(self) -> LatentDiffusion:
-        """Text encoders, VAE and schedule, all latents decoded at once."""
+        """Text encoders, VAE and schedule."""
         names = TEXT_ENCODERS[self.family]
         with built_on(self.device, self.dtype):
             encoders = [KINDS[name](KINDS[name].config_class(**self.parts[name])) for name in names]
@@ -86,9 +86,8 @@ class Blueprint:
             vae = KINDS["vae"].from_config(self.parts["vae"])
         tokenizers = [BlankTokenizer(encoder.config.max_position_embeddings, self.device) for encoder in encoders]
         scheduler = DDIMScheduler.from_config(self.parts["scheduler"])
-        return LatentDiffusion(
-            self.family, tokenizers, encoders, vae, scheduler, self.latent_shape, zero_null=self.zero_null
-        )
+        shape, rows = self.latent_shape, self.config.model.decode_rows
+        return LatentDiffusion(self.family, tokenizers, encoders, vae, scheduler, shape, self.zero_null, rows)
 
     def judge(self) -> StepAwarePreferenceModel:
         with built_on(self.device, torch.float32):

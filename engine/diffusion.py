@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from textwrap import shorten
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler
 from torch import Tensor
 from transformers import CLIPTokenizer
 
@@ -101,10 +101,7 @@ class LatentDiffusion:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (..., C, h, w) -> images (..., 3, H, W) of the VAE's type, about [-1, 1] and not clamped."""
-        flat = latents.flatten(0, -4).to(self.vae.dtype) / self.vae.config.scaling_factor
-        parts = [self.vae.decode(part).sample for part in flat.split(self.decode_rows or len(flat))]
-        images = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return images.unflatten(0, latents.shape[:-3])
+        return decode_in_parts(self.vae, latents.to(self.vae.dtype) / self.vae.config.scaling_factor, self.decode_rows)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, rng: torch.Generator) -> Tensor:
@@ -140,6 +137,14 @@ class LatentDiffusion:
                 f"{len(cut)} of {len(prompts)} prompts have more than {limit} tokens, and what is past them is not "
                 f"read, as in {shorten(cut[0], 100, placeholder=' ...')!r}"
             )
+
+
+def decode_in_parts(decoder: AutoencoderKL | AutoencoderTiny, latents: Tensor, rows: int | None) -> Tensor:
+    """Latents (..., C, h, w) as the decoder takes them -> images (..., 3, H, W), at most `rows` at once; None: all."""
+    flat = latents.flatten(0, -4)
+    parts = [decoder.decode(part).sample for part in flat.split(rows or len(flat))]
+    images = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return images.unflatten(0, latents.shape[:-3])
 
 
 def ddim_schedule(

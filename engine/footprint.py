@@ -52,8 +52,7 @@ def footprint(blueprint: Blueprint, counted: Tally, price: Prices, ranks: int) -
     gradients = gradient_bytes(config.zero.stage, lora, ranks)
     most, images = counted.most, price.image * counted.most["decode"]
     kept = price.unet.kept * (counted.prompts + 1) + price.unet.merged + pairs
-    at_once = None if config.rollout.decoder else config.model.decode_rows
-    decode = decoding_bytes(price.decode_peak, price.image, most["decode"], at_once)
+    decode = decoding_bytes(price.decode_peak, price.image, most["decode"], config.model.decode_rows)
     unet_rows = min(most["unet"], config.model.unet_rows or most["unet"])
     update = price.unet.checkpointed_peak if config.model.gradient_checkpointing else price.unet.update_peak
     towers = weights.text_encoders + weights.judge_text

@@ -252,6 +252,18 @@ class Stopwatch:
         return begin.elapsed_time(end) / 1000  # ms
 
 
+class RunTime:
+    """Seconds by stage and in total since the run began, those before a resumption included."""
+
+    def __init__(self, clock: Stopwatch, begun: float, before: Mapping[str, float]):
+        """begun: time.perf_counter() of this process then; before: what the checkpoint says with which it goes on."""
+        self._clock, self._begun, self._before = clock, begun, before
+
+    def __call__(self) -> dict[str, float]:
+        now = self._clock.seconds() | {"total": time.perf_counter() - self._begun}
+        return {stage: self._before.get(stage, 0.0) + now.get(stage, 0.0) for stage in {**self._before, **now}}
+
+
 def read_records(path: Path | str) -> list[dict]:
     """The records of a metrics.jsonl, oldest first; none when there is no such file.
 

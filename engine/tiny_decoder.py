@@ -10,7 +10,7 @@ from diffusers import AutoencoderTiny
 from torch import Tensor
 
 from strop.engine.base_model import DTYPES, load_network
-from strop.engine.diffusion import LatentDiffusion
+from strop.engine.diffusion import LatentDiffusion, decode_in_parts
 from strop.engine.errors import UserError
 from strop.engine.family import CHANNELS, read_config
 from strop.engine.hub import fetch
@@ -51,6 +51,4 @@ class TinyDecoder:
 
         An AutoencoderTiny takes scaled latents: they are not divided by the VAE's scaling factor.
         """
-        flat = latents.flatten(0, -4).to(self.network.dtype)
-        images = torch.cat([self.network.decode(part).sample for part in flat.split(self.decode_rows or len(flat))])
-        return images.unflatten(0, latents.shape[:-3])
+        return decode_in_parts(self.network, latents.to(self.network.dtype), self.decode_rows)

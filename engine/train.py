@@ -28,7 +28,7 @@ from strop.engine.figures import before_after
 from strop.engine.ledger import REASONS, Ledger, figures
 from strop.engine.lora import facts, write
 from strop.engine.machine import prepare
-from strop.engine.metrics import Metrics, Stopwatch, read_records
+from strop.engine.metrics import Metrics, RunTime, Stopwatch, read_records
 from strop.engine.policy import Policy
 from strop.engine.preference import StepAwarePreferenceModel
 from strop.engine.progress import Progress
@@ -57,17 +57,6 @@ class Parts:
     optimizer: zero.LocalAdamW | zero.ZeroAdamW
 
 
-class RunTime:
-    """Seconds by stage and in total since the run began, those before a resumption included."""
-
-    def __init__(self, clock: Stopwatch, before: dict[str, float]):
-        self.clock, self.before, self.begun = clock, before, time.perf_counter() - sum(clock.seconds().values())
-
-    def __call__(self) -> dict[str, float]:
-        now = self.clock.seconds() | {"total": time.perf_counter() - self.begun}
-        return {stage: self.before.get(stage, 0.0) + now.get(stage, 0.0) for stage in {**self.before, **now}}
-
-
 @exit_on_user_error
 def main(argv: Sequence[str]) -> None:
     """Trains by a recipe; the last lines on the terminal say what came out and where it lies."""
@@ -83,12 +72,13 @@ def main(argv: Sequence[str]) -> None:
     clock = Stopwatch(ranks.device)
     checkpoint.check_run(config, ranks)
     with Ledger(ranks.device) as ledger:
+        begun = time.perf_counter()
         with clock("load"):
             parts = build(config, ranks)
             resumed = checkpoint.open_run(config, ranks, parts.policy)
             ledger.at_peak = seconds_at_peak(config, parts.policy.family, ranks.device)
         ledger.before = checkpoint.ledger_before(resumed)
-        spent = RunTime(clock, checkpoint.seconds_before(resumed))
+        spent = RunTime(clock, begun, checkpoint.seconds_before(resumed))
         with clock("evaluate"):
             base = evaluate_base(parts)
         train(config, parts, ranks, clock, spent, ledger, resumed)

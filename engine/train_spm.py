@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -26,7 +26,7 @@ from strop.engine.diffusion import LatentDiffusion
 from strop.engine.errors import exit_on_user_error
 from strop.engine.ledger import REASONS, Ledger, figures
 from strop.engine.machine import prepare_networks
-from strop.engine.metrics import Metrics, Stopwatch
+from strop.engine.metrics import Metrics, RunTime, Stopwatch
 from strop.engine.preference import StepAwarePreferenceModel
 from strop.engine.ranks import Ranks, start
 from strop.engine.spm import (
@@ -80,12 +80,8 @@ def main(argv: Sequence[str]) -> None:
     with Ledger(ranks.device) as ledger:
         parts = build(config, ranks, clock)
         resumed = checkpoint.open_run(config, ranks)
-        ledger.before, before = checkpoint.ledger_before(resumed), checkpoint.seconds_before(resumed)
-
-        def spent() -> dict[str, float]:
-            now = clock.seconds() | {"total": time.perf_counter() - begun}
-            return {stage: before.get(stage, 0.0) + now.get(stage, 0.0) for stage in before | now}
-
+        ledger.before = checkpoint.ledger_before(resumed)
+        spent = RunTime(clock, begun, checkpoint.seconds_before(resumed))
         train(config, parts, ranks, clock, spent, ledger, resumed)
     totals = ledger.totals()
     if ranks.first:
@@ -131,7 +127,7 @@ def train(
     parts: Parts,
     ranks: Ranks,
     clock: Stopwatch,
-    spent: Callable[[], dict[str, float]],
+    spent: RunTime,
     ledger: Ledger,
     resumed: Path | None,
 ) -> None:

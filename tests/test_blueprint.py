@@ -104,7 +104,8 @@ def test_a_tiny_decoder_is_taesd_or_that_of_its_folder(tmp_path):
     config = {"_class_name": "AutoencoderTiny", "decoder_block_out_channels": [8, 8], "num_decoder_blocks": [1, 1]}
     config |= {"encoder_block_out_channels": [8, 8], "num_encoder_blocks": [1, 1]}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    small = blueprint("somebody/sd", decoder=str(tmp_path)).decoder()
+    small = blueprint("somebody/sd", decoder=str(tmp_path), decode_rows=3).decoder()
+    assert (taesd.decode_rows, small.decode_rows) == (None, 3)
     assert sum(p.numel() for p in small.network.decoder.parameters()) < decoder / 10
 
 

@@ -4,10 +4,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPModel
 
 from strop.bench import ours, published
+from strop.bench.bench_step import FUSED_ON_CPU
 from strop.engine.base_model import load_unet
 from strop.engine.blueprint import Blueprint
 from strop.engine.clip import TimeConditionedCLIP
@@ -21,12 +22,6 @@ from strop.engine.tally import tally
 
 CPU = torch.device("cpu")
 PROMPTS = ["a b c", "d", "e f"]
-FUSED_ON_CPU = {  # of which PyTorch's counter has no formula, though of a GPU's
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
-    ),
-}
 EXACT = 1e-9
 CASES = {
     "sd15": {"k": 4, "t_range": (0, 701)},

@@ -95,6 +95,11 @@ def test_each_key_makes_its_phase_smaller(config, weigh):
         assert before.phases[phase] - after.phases[phase] == pytest.approx(less * GB), key
 
 
+def test_a_tiny_decoder_decodes_in_parts_too(config, weigh):
+    parts = lambda decoder: weigh(varied(config, {"model.decode_rows": 2, "rollout.decoder": decoder})).phases
+    assert parts("somebody/taesd")["rollout: decode"] == parts(None)["rollout: decode"]
+
+
 def test_zero_shards_the_optimizer_and_then_the_gradients(config, weigh):
     alone, four = weigh(config), weigh(config, ranks=4)
     assert four.parts["optimizer state"] == (2 / 4 + 1 / 4) * GB

@@ -216,3 +216,10 @@ def test_costs_are_those_of_the_networks_calls():
     assert exact.policy == pytest.approx(2 * exact.reference, rel=0.1)
     assert exact.prompt - text.prompt == pytest.approx(15 * (8 - 5) * row.get_total_flops(), rel=0.1)
     assert exact.prompt > 130 * row.get_total_flops() + 0.7 * 64 * decode.get_total_flops()  # less what folding saves
+
+
+def test_the_readme_has_the_table_of_the_last_measurement():
+    record = json.loads((frontier.ROOT / "bench" / "results" / "frontier_tinyworld.json").read_text())
+    assert frontier.table(record) in (frontier.ROOT / "README.md").read_text(), (
+        "make it anew of frontier_tinyworld.json"
+    )
