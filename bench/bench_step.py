@@ -2,10 +2,11 @@
 
 The baseline (published.py), the exact recipe and the fast one take turns, an iteration each, on the same networks and
 prompts. Per side and stage: seconds, operations, and the share of the rate that matrix products reach in the same run;
-peak memory, pairs per second; last how many times faster a prompt is done, and the whole run with its prompts, of which
-the fast recipe has fewer. Networks that are not on this machine get random weights at full size, as what an iteration
-costs does not depend on them. Every pair is kept, as plan.py counts, unless --threshold says otherwise. Prompts are
-encoded anew in each iteration, as if none came twice. Quality is the matter of bench/tinyworld/frontier.py.
+peak memory, pairs per second; how many times faster a prompt is done, and the whole run with its prompts, of which
+the fast recipe has fewer; last the operations that the exact recipe spends most time in. Networks that are not on this
+machine get random weights at full size, as what an iteration costs does not depend on them. Every pair is kept, as
+plan.py counts, unless --threshold says otherwise. Prompts are encoded anew in each iteration, as if none came twice.
+Quality is the matter of bench/tinyworld/frontier.py.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import platform
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -27,9 +28,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
-from strop.bench import ours, published
+from strop.bench import longest, ours, published
 from strop.engine.at_peak import seconds_at_peak
-from strop.engine.base_model import DTYPES, load_unet, quiet_libraries
+from strop.engine.base_model import DTYPES, equip, load_unet, quiet_libraries
 from strop.engine.blueprint import Blueprint
 from strop.engine.cards import CARDS, card_called
 from strop.engine.config import Config, load
@@ -63,6 +64,7 @@ class Side:
     flops: dict[str, float] = field(default_factory=dict)
     rounds: list[dict[str, float]] = field(default_factory=list)
     peak: int | None = None
+    profile: dict | None = None
 
     def run(self, prompts: Sequence[str], clock) -> int:
         """One iteration with the same draws each time; returns the number of its pairs."""
@@ -91,7 +93,8 @@ def main(argv: Sequence[str]) -> None:
     if device.type == "cpu" and not Path(exact.model.path).exists():
         raise UserError(f"bench_step: {exact.model.path} is not on this machine, and at full size a CPU takes hours")
     record = measure(exact, fast, args.recipe, args.rounds, device)
-    print(f"\n{table(record)}\n\nwritten to {write(record)}")
+    print(f"\n{table(record)}\n\nexact:\n\n{longest.table(record['sides']['exact']['profile'])}")
+    print(f"\nwritten to {write(record)}")
 
 
 def measure(exact: Config, fast: Config, recipe: str, rounds: int, device: torch.device) -> dict:
@@ -117,6 +120,8 @@ def measure(exact: Config, fast: Config, recipe: str, rounds: int, device: torch
         spent = time.perf_counter() - begun
         left = spent / done * (rounds - done)
         print(f"round {done} of {rounds}, {spent:.0f} s, {left:.0f} s to go", flush=True)
+    for side in sides.values():
+        side.profile = longest.longest(device, side.run, prompts, nullcontext)
     rate = matmul_rate(device, DTYPES[exact.model.dtype])
     return {
         "recipe": recipe,
@@ -180,9 +185,7 @@ def build(kind: type, config: Config, device: torch.device) -> published.Publish
         return kind(load_unet(config.model, device), LatentDiffusion.load(config.model, device), judge, config)
     torch.manual_seed(0)
     random = Blueprint.of(config, device=device)
-    unet, diffusion = random.unet(), random.diffusion()
-    if config.model.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+    unet, diffusion = equip(random.unet(), config.model), random.diffusion()
     if kind is published.Published:
         return kind(unet, diffusion, random.judge(), config)
     return kind(unet, diffusion, random.judge(), config, random.decoder())
@@ -240,6 +243,7 @@ def summary(side: Side, rate: float) -> dict:
             name: 1e12 * tflop[name] / seconds[name] / rate if seconds[name] else None for name in tflop
         },
         "peak_bytes": side.peak,
+        "profile": side.profile,
         "seconds_per_prompt": seconds["total"] / prompts,
         "pairs_per_second": side.pairs / seconds["total"],
     }

@@ -23,7 +23,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from strop.engine import zero
 from strop.engine.architectures import FAMILIES, PICKSCORE
-from strop.engine.base_model import DTYPES
+from strop.engine.base_model import DTYPES, equip
 from strop.engine.clip import TimeConditionedCLIP
 from strop.engine.conditioning import Conditioning
 from strop.engine.config import Config, load
@@ -69,17 +69,15 @@ def measure(config: Config, family: str, architecture: dict, device: torch.devic
     rollout_config = config.rollout.model_copy(update={"threshold": 0.0})
     torch.manual_seed(0)
     with device:
-        unet = UNet2DConditionModel.from_config(architecture["unet"])
+        unet = equip(UNet2DConditionModel.from_config(architecture["unet"]), config.model)
     settings = zero.AdamWSettings.of(config.optim, 1, config.model.dtype)
     precise = Policy(unet, config.lora.rank, config.lora.target_modules, seed=0)
     move(precise)
     policy = copy.deepcopy(precise)
     policy.unet_rows, policy.merge_lora = config.model.unet_rows, config.model.merges_lora
+    policy.share_halves = config.model.share_halves
     halve(policy, DTYPES[config.model.dtype])
     diffusion, judge = surroundings(config, family, architecture, device)
-    if config.model.gradient_checkpointing:
-        policy.unet.enable_gradient_checkpointing()
-        precise.unet.enable_gradient_checkpointing()
     for each in (precise, policy):
         prepare(config.model, each, diffusion, judge, config.optim.micro_batch)
     schedule = diffusion.schedule(config.rollout.num_steps, config.rollout.eta, config.rollout.guidance)

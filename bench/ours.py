@@ -37,8 +37,8 @@ class Ours:
     ):
         """Takes `unet` for the policy, whose LoRA starts from run.seed; decoder: that of rollout.decoder if given."""
         lora, given, model, shape = config.lora, config.rollout, config.model, diffusion.latent_shape
-        seed, rows, merge = config.run.seed, model.unet_rows, model.merges_lora
-        self.policy = Policy(unet, lora.rank, lora.target_modules, seed, shape, rows, merge)
+        savings = model.unet_rows, model.merges_lora, model.share_halves
+        self.policy = Policy(unet, lora.rank, lora.target_modules, config.run.seed, shape, *savings)
         prepare(model, self.policy, diffusion, judge, config.optim.micro_batch)
         self.diffusion, self.judge, self.config = diffusion, judge, config
         self.schedule = diffusion.schedule(given.num_steps, given.eta, given.guidance)

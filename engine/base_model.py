@@ -182,7 +182,11 @@ def load_unet(model: ModelConfig, device: torch.device) -> UNet2DConditionModel:
     """
     if model.attention == "xformers":
         _check_xformers(device)
-    unet = BaseModel.find(model).part("unet", DTYPES[model.dtype]).to(device)
+    return equip(BaseModel.find(model).part("unet", DTYPES[model.dtype]).to(device), model)
+
+
+def equip(unet: UNet2DConditionModel, model: ModelConfig) -> UNet2DConditionModel:
+    """Gives a UNet the attention and the gradient checkpointing that are asked for, in place, and returns it."""
     if model.attention == "xformers":
         try:
             unet.enable_xformers_memory_efficient_attention()

@@ -107,12 +107,14 @@ def _cost(
     recompute: Flops | None,
 ) -> Cost:
     """Of an iteration: rollouts as counted, so many rows of the UNet trained and seen by the reference."""
-    trunk, branches = (counted.of("unet", f"rollout/{stage}") for stage in ("trunk", "branches"))
-    rollout, update = (unet.sample * trunk, unet.sample * branches), (unet.train * train, unet.reference * reference)
+    sampled = lambda stage: unet.sample * counted.of("unet", stage) + unet.alone * counted.of("alone", stage)
+    rollout = sampled("rollout/trunk"), sampled("rollout/branches")
+    update = unet.train * train, unet.reference * reference
     stages = dict(zip(STAGES, (text + text_kept, *rollout, images, scores, *update), strict=True))
     if recompute is not None:
         stages[RECOMPUTED] = recompute * train
-    base = unet.sample_base * (trunk + branches) + unet.reference * (2 * train + reference)
+    base = unet.sample_base * counted.of("unet") + unet.alone_base * counted.of("alone")
+    base += unet.reference * (2 * train + reference)
     plain = text + text_kept_base + images + scores + base
     each = 1 / counted.prompts
     return Cost({name: flops * each for name, flops in stages.items()}, plain.all * each)
@@ -127,5 +129,5 @@ def published_recipe(blueprint: Blueprint) -> Blueprint:
 def evaluation(config: Config, price: Prices) -> Flops:
     """Of a whole run: held-out prompts drawn twice, by the base and by the tuned model, over all processes."""
     given = config.evaluate
-    rows = given.num_steps * (2 if given.guidance != 1 else 1)
-    return (price.unet.sample * rows + price.unet.keep + price.evaluated + price.judge) * (2 * given.prompts)
+    forward = price.unet.sample * 2 if given.guidance != 1 else price.unet.alone
+    return (forward * given.num_steps + price.unet.keep + price.evaluated + price.judge) * (2 * given.prompts)

@@ -53,7 +53,8 @@ def footprint(blueprint: Blueprint, counted: Tally, price: Prices, ranks: int) -
     most, images = counted.most, price.image * counted.most["decode"]
     kept = price.unet.kept * (counted.prompts + 1) + price.unet.merged + pairs
     decode = decoding_bytes(price.decode_peak, price.image, most["decode"], config.model.decode_rows)
-    unet_rows = min(most["unet"], config.model.unet_rows or most["unet"])
+    unet_rows = max(most["unet"], most["alone"])
+    unet_rows = min(unet_rows, config.model.unet_rows or unet_rows)
     update = price.unet.checkpointed_peak if config.model.gradient_checkpointing else price.unet.update_peak
     towers = weights.text_encoders + weights.judge_text
     phases = {
@@ -78,9 +79,8 @@ def gradient_bytes(stage: int, lora: float, ranks: int) -> float:
 
 def update_rows(blueprint: Blueprint, counted: Tally) -> int:
     """Most rows that a micro-batch can put through the UNet: of MSPO, all pairs of one may have two latents."""
-    optim = blueprint.config.optim
-    halves = 2 if optim.guided and blueprint.config.rollout.guidance != 1 else 1
-    return halves * min(optim.micro_batch, counted.made) * counted.sides
+    halves = 2 if blueprint.config.guided_update else 1
+    return halves * min(blueprint.config.optim.micro_batch, counted.made) * counted.sides
 
 
 def decoding_bytes(peak: float, image: float, latents: int, at_once: int | None) -> float:

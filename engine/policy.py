@@ -16,6 +16,7 @@ from torch import Tensor
 
 from strop.engine.conditioning import Conditioning
 from strop.engine.errors import UserError
+from strop.engine.halves import SharedHalves
 from strop.engine.lora import LORA_FILE, Lora, read, write
 from strop.engine.text_kv import kept_text, text_rows
 
@@ -32,16 +33,19 @@ class Policy:
         latent_shape: tuple[int, int, int] | None = None,
         unet_rows: int | None = None,
         merge_lora: bool = False,
+        share_halves: bool = False,
     ):
         """Adds a fresh LoRA: A ~ N(0, 1/rank^2) from `seed`, B = 0, alpha = rank: policy and reference start equal.
 
         latent_shape: (C, h, w) of a latent; None is the UNet's own resolution. unet_rows: most rows of a forward inside
-        `sampling`; None is no bound. merge_lora: inside `sampling`, the LoRA is part of the weights.
+        `sampling`; None is no bound. merge_lora: inside `sampling`, the LoRA is part of the weights. share_halves: what
+        both guidance halves have in common is computed once.
         """
         self.unet = unet.requires_grad_(False).eval()
         self.rank = rank
         self.unet_rows = unet_rows
         self.merge_lora = merge_lora
+        self.share_halves = share_halves
         self.is_sampling = self.is_reference = False
         self.multiple = 1  # outside of `sampling`, latents are filled up to a multiple of this (machine.py)
         size = unet.config.sample_size
@@ -56,6 +60,7 @@ class Policy:
         except ValueError as error:
             raise UserError(f"lora.target_modules: found {list(target_modules)}; {error}") from None
         cast_training_params(self.unet, torch.float32)
+        self._halves = SharedHalves(self.unet)
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -68,15 +73,16 @@ class Policy:
         x (N, C, H, W); step_t (N,) training timesteps; cond of N prompts. Returns (2, N, C, H, W): without the prompt,
         with the prompt; (1, N, C, H, W) when not guided. DDIMSchedule combines the halves.
         """
-        missing = -len(x) % self.multiple
-        if missing and not self.is_sampling:
-            full = torch.arange(len(x) + missing, device=x.device).clamp(max=len(x) - 1)
-            return unet_eps(self.unet, x[full], step_t[full], cond[full], guided)[:, : len(x)]
-        rows = (self.unet_rows or 0) // (2 if guided else 1) if self.is_sampling else 0
-        if rows == 0 or len(x) <= rows:
-            return unet_eps(self.unet, x, step_t, cond, guided)
-        parts = [slice(start, start + rows) for start in range(0, len(x), rows)]
-        return torch.cat([unet_eps(self.unet, x[p], step_t[p], cond[p], guided) for p in parts], dim=1)
+        with self._halves.shared() if guided and self.share_halves else nullcontext():
+            missing = -len(x) % self.multiple
+            if missing and not self.is_sampling:
+                full = torch.arange(len(x) + missing, device=x.device).clamp(max=len(x) - 1)
+                return unet_eps(self.unet, x[full], step_t[full], cond[full], guided)[:, : len(x)]
+            rows = (self.unet_rows or 0) // (2 if guided else 1) if self.is_sampling else 0
+            if rows == 0 or len(x) <= rows:
+                return unet_eps(self.unet, x, step_t, cond, guided)
+            parts = [slice(start, start + rows) for start in range(0, len(x), rows)]
+            return torch.cat([unet_eps(self.unet, x[p], step_t[p], cond[p], guided) for p in parts], dim=1)
 
     @contextmanager
     def sampling(self, cond: Conditioning, text_kv: bool) -> Iterator[Conditioning]:

@@ -28,15 +28,17 @@ from strop.engine.upsample import fold_upsamplers
 class UNetPrices:
     """Of one row of the UNet, where a guided latent is two.
 
-    sample: a forward of a rollout; keep: keys and values of a prompt's text; both without the LoRA: sample_base and
-    keep_base. merge: adding the LoRA to the weights, once a rollout. reference: a forward of the update without the
-    LoRA; train: forward and backward with it; recompute: what gradient checkpointing adds. Bytes: sample_peak of a
-    forward, kept of a prompt's keys and values, merged of the weights beside which the LoRA is merged, update_peak of
-    an update, and checkpointed_peak.
+    sample: a forward of a rollout, guided; alone: one that has one half alone; keep: keys and values of a prompt; all
+    without the LoRA: sample_base, alone_base and keep_base. merge: adding the LoRA to the weights, once a rollout.
+    reference: a forward of the update without the LoRA; train: forward and backward with it; recompute: what gradient
+    checkpointing adds. Bytes: sample_peak of a forward, kept of a prompt's keys and values, merged of the weights
+    beside which the LoRA is merged, update_peak of an update, and checkpointed_peak.
     """
 
     sample: Flops
     sample_base: Flops
+    alone: Flops
+    alone_base: Flops
     keep: Flops
     keep_base: Flops
     merge: Flops
@@ -158,7 +160,7 @@ def of_sampling(
 def unet_prices(
     blueprint: Blueprint, policy: Policy, modes: Sequence[bool] = (False, True), as_published: bool = False
 ) -> UNetPrices:
-    """Those of a policy as it is. as_published: no text kept and no LoRA merged.
+    """Those of a policy as it is. as_published: no text kept, no LoRA merged and no half shared.
 
     modes: of the update, whether with gradient checkpointing. Of two the second says what is recomputed; of one alone
     `train` has all that there is.
@@ -167,15 +169,19 @@ def unet_prices(
     x = torch.empty(1, *blueprint.latent_shape, device="meta")
     text_kv = config.rollout.text_kv and not as_published
     policy.merge_lora = config.model.merges_lora and not as_published
-    merge, keep, sample = sampling(policy, x, cond, text_kv)
+    policy.share_halves = config.model.share_halves and not as_published
+    merge, keep, sample, alone = sampling(policy, x, cond, text_kv)
     with policy.reference():
-        _, keep_base, base = sampling(policy, x, cond, text_kv)
-    reference = (base.flops + keep_base.flops) * 0.5  # in the update, a row makes its own keys and values
+        _, keep_base, base, alone_base = sampling(policy, x, cond, text_kv)
+    row = base.flops * 0.5 if config.guided_update else alone_base.flops
+    reference = row + keep_base.flops * 0.5  # in the update, a row makes its own keys and values
     updates = [updating(blueprint, policy, x, cond, checkpointing) for checkpointing in modes]
     (plain, rows), (again, _) = updates[0], updates[-1]
     return UNetPrices(
         sample=sample.flops * 0.5,
         sample_base=base.flops * 0.5,
+        alone=alone.flops,
+        alone_base=alone_base.flops,
         keep=keep.flops * 0.5,
         keep_base=keep_base.flops * 0.5,
         merge=merge.flops,
@@ -190,16 +196,17 @@ def unet_prices(
     )
 
 
-def sampling(policy: Policy, x: Tensor, cond: Conditioning, text_kv: bool) -> tuple[Reading, Reading, Reading]:
-    """Of merging the LoRA; of keeping the text of `cond`, which is two with the empty prompt; and of a forward of
-    x (1, C, h, w), two rows."""
+def sampling(policy: Policy, x: Tensor, cond: Conditioning, text_kv: bool) -> tuple[Reading, ...]:
+    """Of merging the LoRA; of keeping the text of `cond`, which is two with the empty prompt; of a forward of
+    x (1, C, h, w), two rows; of one without guidance, one row."""
     with ExitStack() as stack:
         merge = gauge(lambda: stack.enter_context(policy.sampling(cond, text_kv=False)))
     with ExitStack() as stack:
         known = []
         both = gauge(lambda: known.append(stack.enter_context(policy.sampling(cond, text_kv))))
         forward = gauge(lambda: policy.eps(x, _t(), known[0]))
-    return merge, Reading(both.flops - merge.flops, both.peak - merge.peak), forward
+        alone = gauge(lambda: policy.eps(x, _t(), known[0], guided=False))
+    return merge, Reading(both.flops - merge.flops, both.peak - merge.peak), forward, alone
 
 
 def updating(
@@ -209,11 +216,11 @@ def updating(
     (policy.unet.enable_gradient_checkpointing if checkpointing else policy.unet.disable_gradient_checkpointing)()
     for parameter in policy.parameters:
         parameter.grad = torch.empty_like(parameter)
-    schedule, optim = blueprint.schedule("meta"), blueprint.config.optim
+    schedule, config = blueprint.schedule("meta"), blueprint.config
     zero = torch.zeros(1, dtype=torch.int64, device="meta")
     pair = PreferencePairs(x.unsqueeze(0), x.expand(2, *x.shape).clone(), zero, zero)
-    reading = gauge(lambda: update(pair, 1, cond, policy, schedule, _NoOptimizer(), optim, _NoMetrics()))
-    return reading, 2 if optim.guided and schedule.guidance != 1 else 1
+    reading = gauge(lambda: update(pair, 1, cond, policy, schedule, _NoOptimizer(), config.optim, _NoMetrics()))
+    return reading, 2 if config.guided_update else 1
 
 
 def decoding(decoder: LatentDiffusion | TinyDecoder, latent_shape: tuple[int, int, int]) -> Reading:

@@ -28,11 +28,11 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 class Tally:
     """Of one iteration of one process, whose pairs are all kept.
 
-    rows: by (stage, call), how many rows went through; most: the largest number in one call. Calls are `unet`, a
-    forward of the policy while sampling, `train`, one with the backward pass after it, and `reference`, all in rows of
-    the UNet, where a guided latent is two; `decode` in latents and `judge` in images. made: pairs of the rollout;
-    sides: latents x_t of each, 2 where winner and loser may have their own; pairs: those trained on, however often;
-    micro_batches: of all passes.
+    rows: by (stage, call), how many rows went through; most: the largest number in one call. Calls are `unet`, a guided
+    forward of the policy while sampling, `alone`, one that has one half alone, `train`, one with the backward pass
+    after it, and `reference`, all in rows of the UNet, where a guided latent is two; `decode` in latents and `judge` in
+    images. made: pairs of the rollout; sides: latents x_t of each, 2 where winner and loser may have their own; pairs:
+    those trained on, however often; micro_batches: of all passes.
     """
 
     prompts: int
@@ -95,9 +95,11 @@ class _Notes:
 
     def eps(self, x: Tensor, step_t: Tensor, cond: Conditioning, guided: bool = True) -> Tensor:
         halves, rows = 2 if guided else 1, len(x)
-        call = "reference" if self.is_reference else "train" if torch.is_grad_enabled() else "unet"
-        if call != "unet":
+        if self.is_reference or torch.is_grad_enabled():
+            call = "reference" if self.is_reference else "train"
             rows += -rows % self.multiple
+        else:
+            call = "unet" if guided else "alone"
         self._note(call, halves * rows)
         return torch.zeros(halves, *x.shape, requires_grad=call == "train")
 

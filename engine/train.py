@@ -95,7 +95,8 @@ def build(config: Config, ranks: Ranks) -> Parts:
     model, device, lora = config.model, ranks.device, config.lora
     diffusion = LatentDiffusion.load(model, device)
     unet, shape = load_unet(model, device), diffusion.latent_shape
-    policy = Policy(unet, lora.rank, lora.target_modules, config.run.seed, shape, model.unet_rows, model.merges_lora)
+    savings = model.unet_rows, model.merges_lora, model.share_halves
+    policy = Policy(unet, lora.rank, lora.target_modules, config.run.seed, shape, *savings)
     judge = StepAwarePreferenceModel.load(config.judge, device)
     spec = config.evaluate.examiner
     examine = resolve(spec, "evaluate.examiner")(device) if spec else None

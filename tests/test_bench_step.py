@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from strop.bench import bench_step, published
+from strop.bench import bench_step, ours, published
 from strop.bench.bench_step import Side, measure, ratio, summary, table
 from strop.engine import blueprint
 from strop.engine.architectures import FAMILIES
 from strop.engine.config import Config
+from strop.engine.errors import UserError
+from strop.engine.settings import varied
 
 CPU = torch.device("cpu")
 STAGES = {"text", "rollout/trunk", "rollout/branches", "rollout/decode", "rollout/judge", "update", "update/optimizer"}
@@ -49,6 +51,9 @@ def test_a_record_of_all_sides(recipe, capsys):
         assert side["tflop"]["total"] == pytest.approx(whole, rel=0.02)  # keys and values of the text are in no stage
         assert side["share_of_matmul"]["rollout/decode"] > 0
         assert side["peak_bytes"] is None
+        shown = side["profile"]["longest"]
+        assert "aten::mkldnn_convolution" in [row["name"] for row in shown]
+        assert 0 < sum(row["seconds"] for row in shown) <= side["profile"]["seconds"]
     spent = lambda stage: [sides[name]["tflop"][stage] for name in ("published", "exact", "fast")]
     assert spent("text")[0] > spent("text")[1] == spent("text")[2]
     assert spent("update")[0] > 1.9 * spent("update")[1]  # winner and loser in one forward
@@ -75,17 +80,29 @@ def test_the_ratio_is_of_prompts_and_within_rounds():
     assert found["pairs_per_second"] == 2.0
 
 
-def test_networks_that_are_not_here_get_random_weights(recipe, monkeypatch):
-    """At the family's own size, here a tiny one; every stage does what it would do at full size."""
+@pytest.fixture
+def tiny_families(monkeypatch):
+    """Tiny networks under the names of the families, of which no files are here."""
     made = json.loads((bench_step.ROOT / "tests" / "golden" / "tiny_configs.json").read_text())
     tiny = {name: made[name]["ctor"] | {"scheduler": made[name]["scheduler"], "model_index": {}} for name in FAMILIES}
     monkeypatch.setattr(blueprint, "FAMILIES", tiny)
+
+
+def test_networks_that_are_not_here_get_random_weights(recipe, tiny_families):
+    """At the family's own size, here a tiny one; every stage does what it would do at full size."""
     made = {path: measure(recipe(path), recipe(path), "tiny", 1, CPU)["sides"] for path in ("nobody/sd", "nobody/sdxl")}
     for sides in made.values():
         assert sides["exact"]["pairs"] == sides["published"]["pairs"] == 12
         assert sides["exact"]["tflop"]["update"] < sides["published"]["tflop"]["update"]
     small, large = (made[path]["exact"]["tflop"]["rollout/branches"] for path in made)
     assert 0 < small < large
+
+
+def test_random_networks_are_as_the_recipe_asks(recipe, tiny_families):
+    models = bench_step.build(ours.Ours, varied(recipe("nobody/sd"), {"model.gradient_checkpointing": True}), CPU)
+    assert models.policy.unet.is_gradient_checkpointing
+    with pytest.raises(UserError, match=r"^model\.attention: xformers does not run"):
+        bench_step.build(ours.Ours, varied(recipe("nobody/sd"), {"model.attention": "xformers"}), CPU)
 
 
 def test_plan_reads_the_share_of_a_known_card(recipe, monkeypatch):

@@ -1,5 +1,6 @@
 """engine/footprint.py and engine/mend.py: parts and phases by hand, what the keys do to them, what is turned."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -15,14 +16,7 @@ from strop.engine.tally import Tally
 GB = 1e9
 NO = Flops()
 UNET = UNetPrices(
-    NO,
-    NO,
-    NO,
-    NO,
-    NO,
-    NO,
-    NO,
-    NO,
+    *[NO] * 10,
     sample_peak=1 * GB,
     kept=0.0,
     merged=0.0,
@@ -60,7 +54,7 @@ def config():
 def weigh():
     """weigh(config, ranks) -> its footprint: 8 images of 1 GB each at once, and 32 pairs."""
     price = Prices(UNET, UNET, NO, 2 * GB, NO, 2 * GB, NO, 0.5 * GB, NO, 0.25 * GB, NO, NO, 1 * GB, NO, 1 * GB, WEIGHTS)
-    most = {"unet": 16, "decode": 8, "judge": 8}
+    most = Counter(unet=16, decode=8, judge=8)
     counted = Tally(prompts=2, most=most, pairs=32, made=32)
     return lambda config, ranks=1: footprint(Blank(config), counted, price, ranks)
 

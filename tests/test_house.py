@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("engine", "kernels", "bench", "tests")
 SOURCES = sorted(str(p.relative_to(ROOT)) for folder in FOLDERS for p in (ROOT / folder).rglob("*.py"))
 EVERYWHERE, LIBRARY, SHIPPED = r".*", r"(engine|kernels)/.*", r"(engine|kernels|bench)/.*"
-HOT = r"engine/(rollout|objective|ddim|draws|pairs|policy|text_kv)\.py|kernels/.*"
+HOT = r"engine/(rollout|objective|ddim|draws|pairs|policy|text_kv|halves)\.py|kernels/.*"
 
 # What a room may import of the house (errors is open to all); a room without a row may import any but the entry points.
 ROOMS = {
@@ -37,6 +37,7 @@ ROOMS = {
     "conditioning": set(),
     "text_kv": {"conditioning"},
     "upsample": set(),
+    "halves": set(),
     "ddim": {"kernels", "draws"},
     "clip": {"kernels"},
     "judge_files": {"clip", "config", "hub"},
@@ -63,6 +64,7 @@ OUTSIDE = {
     "conditioning": {"torch"},
     "text_kv": {"torch"},
     "upsample": {"torch"},
+    "halves": {"torch"},
     "rollout": {"torch"},
     "lora": {"torch", "safetensors"},
 }

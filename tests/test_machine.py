@@ -22,7 +22,7 @@ from strop.engine.update import micro_batches, update
 
 CPU = torch.device("cpu")
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-PLAIN = {"fold_upsample": False, "merge_lora": False, "channels_last": False, "compile": False}
+PLAIN = {"fold_upsample": False, "merge_lora": False, "share_halves": False, "channels_last": False, "compile": False}
 
 
 def run(folder, judge_folder, tmp_path, iterations, inner_steps=1, text_kv=True, device=CPU, watch=None, **keys):
@@ -42,7 +42,8 @@ def run(folder, judge_folder, tmp_path, iterations, inner_steps=1, text_kv=True,
         }
     )
     diffusion = LatentDiffusion.load(model, device)
-    policy = Policy(load_unet(model, device), 4, LORA_TARGETS, 0, None, model.unet_rows, model.merges_lora)
+    savings = model.unet_rows, model.merges_lora, model.share_halves
+    policy = Policy(load_unet(model, device), 4, LORA_TARGETS, 0, None, *savings)
     judge = StepAwarePreferenceModel.load(JudgeConfig(path=str(judge_folder), kind="pickscore"), device)
     prepare(model, policy, diffusion, judge, config.optim.micro_batch)
     optimizer = zero.LocalAdamW(policy.unet, zero.AdamWSettings.of(config.optim, 1, "float32"))
@@ -89,6 +90,9 @@ def assert_alike(found, expected):
         {"decode_rows": 3},
         {"merge_lora": True},
         {"merge_lora": True, "text_kv": True},
+        {"share_halves": True},
+        {"share_halves": True, "gradient_checkpointing": True},
+        {"share_halves": True, "merge_lora": True, "text_kv": True, "unet_rows": 4},
     ],
     ids=lambda keys: "-".join(keys),
 )

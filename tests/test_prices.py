@@ -90,7 +90,7 @@ def test_the_full_size_networks(family, forward, decode, text):
     policy, diffusion, judge = blueprint.policy(), blueprint.diffusion(), blueprint.judge()
     x = torch.empty(1, *policy.latent_shape, device="meta")
     with policy.reference():
-        merge, keep, sample = sampling(policy, x, blueprint.conditioning(1), text_kv=False)
+        merge, keep, sample, _ = sampling(policy, x, blueprint.conditioning(1), text_kv=False)
     assert (merge.flops.all, keep.flops.all) == (0, 0)
     tera = lambda reading: reading.flops.all / 1e12
     assert tera(sample) / ROW == pytest.approx(forward, rel=0.01)

@@ -57,14 +57,17 @@ def test_the_schedule_of_sdxl(counted):
 
 def test_without_guidance_there_is_one_half(counted):
     both, one = counted(), counted({"guidance": 1.0})
-    for call in ("unet", "train", "reference"):
+    assert both.of("unet") == 2 * one.of("alone")
+    assert both.of("alone") == one.of("unet") == 0
+    for call in ("train", "reference"):
         assert both.of(call) == 2 * one.of(call)
 
 
 def test_the_text_half_looks_ahead_and_the_chosen_branch_gets_the_other(counted):
     found = counted({"look_ahead": "text"})
-    assert found.of("unet", BRANCHES) == 10 * 4 * 15
-    assert found.of("unet", TRUNK) == 10 * 2 * 5 + 10 * 15
+    assert found.of("alone", BRANCHES) == 10 * 4 * 15
+    assert found.of("unet", TRUNK) == 10 * 2 * 5
+    assert found.of("alone", TRUNK) == 10 * 15
 
 
 def test_judging_every_second_step(counted):
