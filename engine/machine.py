@@ -15,6 +15,7 @@ from strop.engine.config import ModelConfig
 from strop.engine.diffusion import LatentDiffusion
 from strop.engine.policy import Policy
 from strop.engine.preference import StepAwarePreferenceModel
+from strop.engine.residual import make_lean
 from strop.engine.upsample import fold_upsamplers
 
 GRAPHS = 64  # of one network: rollout, evaluation and update each have their own rows, with and without the LoRA
@@ -41,12 +42,12 @@ def prepare_networks(
     TF32 is a setting of PyTorch, for the whole process.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = model.uses_tf32
-    if model.fold_upsample:
-        fold_upsamplers(unet)
-        fold_upsamplers(diffusion.vae)
-    if model.channels_last:
-        unet.to(memory_format=torch.channels_last)
-        diffusion.vae.to(memory_format=torch.channels_last)
+    for network in (unet, diffusion.vae):
+        make_lean(network)
+        if model.fold_upsample:
+            fold_upsamplers(network)
+        if model.channels_last:
+            network.to(memory_format=torch.channels_last)
     if model.compile:
         unet.compile(dynamic=False, recompile_limit=GRAPHS)
         diffusion.vae.decoder.compile(dynamic=False, recompile_limit=GRAPHS)

@@ -19,6 +19,7 @@ from strop.engine.gauge import Flops, Reading, gauge, tf32_allowed
 from strop.engine.pairs import PreferencePairs
 from strop.engine.policy import Policy
 from strop.engine.preference import StepAwarePreferenceModel
+from strop.engine.residual import make_lean
 from strop.engine.tiny_decoder import TinyDecoder
 from strop.engine.update import update
 from strop.engine.upsample import fold_upsamplers
@@ -106,20 +107,21 @@ class Networks:
     def of(cls, blueprint: Blueprint) -> Networks:
         return cls(blueprint.policy(), blueprint.diffusion(), blueprint.judge(), blueprint.decoder())
 
-    def fold(self) -> None:
-        """Folds upsampling, as machine.py does."""
-        fold_upsamplers(self.policy.unet)
-        fold_upsamplers(self.diffusion.vae)
+    def prepare(self, fold_upsample: bool) -> None:
+        """As machine.py does."""
+        for network in (self.policy.unet, self.diffusion.vae):
+            make_lean(network)
+            if fold_upsample:
+                fold_upsamplers(network)
 
 
 def prices(blueprint: Blueprint, networks: Networks) -> Prices:
-    """Lets each of the networks, as they came, do its work on one row; upsampling is folded then, if it is to be."""
+    """Lets each of the networks do its work on one row, as they came and then as machine.py leaves them."""
     config, shape = blueprint.config, blueprint.latent_shape
     with tf32_allowed(config.model.uses_tf32):
         published = unet_prices(blueprint, networks.policy, modes=(False,), as_published=True)
         as_it_came = decoding(networks.diffusion, shape)
-        if config.model.fold_upsample:
-            networks.fold()
+        networks.prepare(config.model.fold_upsample)
         image = torch.empty(1, 3, *blueprint.size, device="meta", dtype=blueprint.vae_dtype)
         return Prices(
             **of_sampling(blueprint, networks),

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("engine", "kernels", "bench", "tests")
 SOURCES = sorted(str(p.relative_to(ROOT)) for folder in FOLDERS for p in (ROOT / folder).rglob("*.py"))
 EVERYWHERE, LIBRARY, SHIPPED = r".*", r"(engine|kernels)/.*", r"(engine|kernels|bench)/.*"
-HOT = r"engine/(rollout|objective|ddim|draws|pairs|policy|text_kv|halves)\.py|kernels/.*"
+HOT = r"engine/(rollout|objective|ddim|draws|pairs|policy|text_kv|halves|residual)\.py|kernels/.*"
 
 # What a room may import of the house (errors is open to all); a room without a row may import any but the entry points.
 ROOMS = {
@@ -38,6 +38,7 @@ ROOMS = {
     "text_kv": {"conditioning"},
     "upsample": set(),
     "halves": set(),
+    "residual": set(),
     "ddim": {"kernels", "draws"},
     "clip": {"kernels"},
     "judge_files": {"clip", "config", "hub"},
@@ -65,12 +66,13 @@ OUTSIDE = {
     "text_kv": {"torch"},
     "upsample": {"torch"},
     "halves": {"torch"},
+    "residual": {"torch", "diffusers"},
     "rollout": {"torch"},
     "lora": {"torch", "safetensors"},
 }
 # Libraries whose ways should be known in few rooms.
 HOMES = {
-    "diffusers": {"base_model", "blueprint", "single_file", "diffusion", "policy", "spm", "tiny_decoder"},
+    "diffusers": {"base_model", "blueprint", "single_file", "diffusion", "policy", "residual", "spm", "tiny_decoder"},
     "transformers": {"base_model", "blueprint", "diffusion", "clip", "judge_files", "preference"},
     "peft": {"policy"},
     "deepspeed": {"zero", "ranks"},
