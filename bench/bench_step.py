@@ -62,6 +62,7 @@ class Side:
     config: Config
     pairs: int = 0
     flops: dict[str, float] = field(default_factory=dict)
+    first: float = 0.0
     rounds: list[dict[str, float]] = field(default_factory=list)
     peak: int | None = None
     profile: dict | None = None
@@ -111,7 +112,9 @@ def measure(exact: Config, fast: Config, recipe: str, rounds: int, device: torch
         with meter, torch.compiler.set_stance("force_eager"):
             side.pairs = side.run(prompts, meter.clock)
         side.flops = meter.flops
+        begun = time.perf_counter()
         side.run(prompts, Stopwatch(device))  # compiles what is to be compiled, and warms up
+        side.first = time.perf_counter() - begun
         print(f"{name}: {side.pairs} pairs and {sum(meter.flops.values()) / 1e12:.3g} TFLOP an iteration", flush=True)
     begun = time.perf_counter()
     for done in range(1, rounds + 1):
@@ -167,8 +170,9 @@ def machine(device: torch.device) -> str:
 def write(record: dict) -> Path:
     """Keeps the record under bench/results/."""
     RESULTS.mkdir(exist_ok=True)
-    kept = f"-threshold-{record['threshold']:g}" if record["threshold"] else ""
-    target = RESULTS / f"bench_step-{record['machine'].replace(' ', '-')}-{record['recipe']}{kept}.json"
+    how = f"-threshold-{record['threshold']:g}" if record["threshold"] else ""
+    how += "-compiled" if record["compile"] else ""
+    target = RESULTS / f"bench_step-{record['machine'].replace(' ', '-')}-{record['recipe']}{how}.json"
     target.write_text(json.dumps(record, indent=2) + "\n")
     return target
 
@@ -237,6 +241,7 @@ def summary(side: Side, rate: float) -> dict:
     return {
         "prompts": prompts,
         "pairs": side.pairs,
+        "first_seconds": side.first,
         "seconds": seconds,
         "tflop": tflop,
         "share_of_matmul": {
@@ -258,10 +263,11 @@ def ratio(baseline: Side, side: Side) -> float:
 def table(record: dict) -> str:
     """The record in Markdown."""
     sides = record["sides"]
+    compiled = ", strop compiled" if record["compile"] else ""
     lines = [
         f"{record['recipe']} on {record['machine']}, {record['threads']} threads, {record['dtype']}, PyTorch "
-        f"{record['torch']}, threshold {record['threshold']:g}: seconds of an iteration, and in brackets the share of "
-        f"the rate of matrix products, {record['matmul_tflop_per_second']:.3g} TFLOP/s",
+        f"{record['torch']}, threshold {record['threshold']:g}{compiled}: seconds of an iteration, and in brackets the "
+        f"share of the rate of matrix products, {record['matmul_tflop_per_second']:.3g} TFLOP/s",
         "",
         "| | " + " | ".join(sides) + " |",
         "|---|" + "---|" * len(sides),
@@ -277,6 +283,9 @@ def table(record: dict) -> str:
         "peak memory": lambda side: f"{side['peak_bytes'] / 1e9:.1f} GB" if side["peak_bytes"] else "not measured",
     }
     lines += [f"| {name} | " + " | ".join(map(show, sides.values())) + " |" for name, show in rows.items()]
+    if record["compile"]:
+        firsts = [f"{side['first_seconds']:.3g}" for side in sides.values()]
+        lines.append(f"| first iteration, with compiling | {' | '.join(firsts)} |")
     for name in ("faster_per_prompt", "faster_per_run"):
         cells = [f"**{record[name][side]:.2f}x**" if side in record[name] else "1" for side in sides]
         lines.append(f"| {name.replace('_', ' ')} | " + " | ".join(cells) + " |")

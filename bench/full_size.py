@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from strop.bench.precision import halve, noise
 from strop.engine import zero
 from strop.engine.architectures import FAMILIES, PICKSCORE
 from strop.engine.base_model import DTYPES, equip
@@ -29,15 +29,13 @@ from strop.engine.conditioning import Conditioning
 from strop.engine.config import Config, load
 from strop.engine.diffusion import LatentDiffusion
 from strop.engine.errors import UserError, exit_on_user_error
-from strop.engine.gauge import tf32_allowed
 from strop.engine.machine import prepare
 from strop.engine.metrics import Metrics, Stopwatch
-from strop.engine.pairs import PreferencePairs
 from strop.engine.policy import Policy
 from strop.engine.preference import StepAwarePreferenceModel
 from strop.engine.ranks import Ranks
 from strop.engine.rollout import rollout
-from strop.engine.update import micro_batches, predict, update
+from strop.engine.update import micro_batches, update
 
 ROOT = Path(__file__).parents[1]
 # Text features are drawn, not made: one layer stands for the text tower.
@@ -107,7 +105,7 @@ def measure(config: Config, family: str, architecture: dict, device: torch.devic
         "pairs": len(pairs),
         "seconds": clock.seconds(),
         "peak_bytes": peak,
-        "log_ratio": noise(policy, precise, pairs[:NOISE_PAIRS], schedule, cond, config),
+        "log_ratio": noise(policy, precise, pairs[:NOISE_PAIRS], forks, schedule, cond, config),
     }
 
 
@@ -117,15 +115,6 @@ def move(policy: Policy) -> None:
     for name, parameter in policy.unet.named_parameters():
         if ".lora_B." in name:
             parameter.data.copy_(1e-3 * torch.randn(parameter.shape, generator=rng))
-
-
-def halve(policy: Policy, dtype: torch.dtype) -> None:
-    """Casts the frozen weights alone; the LoRA stays in float32."""
-    trained = {name: p.data for name, p in policy.unet.named_parameters() if p.requires_grad}
-    policy.unet.to(dtype)
-    for name, parameter in policy.unet.named_parameters():
-        if name in trained:
-            parameter.data = trained[name]
 
 
 def surroundings(
@@ -158,45 +147,6 @@ def conditioning(architecture: dict, diffusion: LatentDiffusion, prompts: int, d
     sides = [side * diffusion.factor for side in diffusion.latent_shape[1:]]
     time_ids = torch.tensor([[*sides, 0, 0, *sides]], dtype=dtype, device=device)
     return replace(cond, pooled=made(prompts, pooled), null_pooled=made(1, pooled), time_ids=time_ids)
-
-
-def noise(
-    policy: Policy, precise: Policy, pairs: PreferencePairs, schedule, cond: Conditioning, config: Config
-) -> dict[str, float]:
-    """How far the margin and the LoRA's gradient in the policy's dtype are from those in float32, on some pairs.
-
-    noise_to_signal: root mean square of the error of log_ratio[winner] - log_ratio[loser], over that of itself;
-    same_sign: share of pairs for which implicit accuracy is the same; gradient_cosine: between the two gradients.
-    """
-    margin, gradient = margin_and_gradient(policy, pairs, schedule, cond, config)
-    with tf32_allowed(False):
-        exact, exact_gradient = margin_and_gradient(precise, pairs, schedule, cond.to(torch.float32), config)
-    return {
-        "pairs": len(pairs),
-        "noise_to_signal": ((margin - exact).square().mean() / exact.square().mean()).sqrt().item(),
-        "same_sign": (margin.sign() == exact.sign()).double().mean().item(),
-        "gradient_cosine": torch.nn.functional.cosine_similarity(gradient, exact_gradient, dim=0).item(),
-    }
-
-
-def margin_and_gradient(
-    policy: Policy, pairs: PreferencePairs, schedule, cond: Conditioning, config: Config
-) -> tuple[Tensor, Tensor]:
-    """(log_ratio of the winners minus that of the losers (N,), gradient of its mean by the LoRA), in float64."""
-    margins = []
-    scale = zero.FLOAT16_SCALE  # a power of two, so that it changes no digit where it is not needed
-    for parameter in policy.parameters:
-        parameter.grad = None
-    for batch in pairs.split(config.optim.micro_batch):
-        eps = predict(policy, batch, 0, schedule, cond, guided=True)
-        with policy.reference():
-            eps_ref = predict(policy, batch, 0, schedule, cond, guided=True)
-        log_ratio = schedule.log_ratio(batch.x_prev, batch.x_t, eps, eps_ref, batch.step)
-        margin = log_ratio[0] - log_ratio[1]
-        (scale * margin.sum() / len(pairs)).backward()
-        margins.append(margin.detach().double())
-    gradient = torch.cat([p.grad.flatten().double() for p in policy.parameters]) / scale
-    return torch.cat(margins), gradient
 
 
 if __name__ == "__main__":

@@ -1,0 +1,151 @@
+"""What half precision does to the log-ratio, which decides the dtype of the recipes: `python -m strop.bench.precision`.
+
+Some iterations of tinyworld move the policy away from its base; on the pairs of one more rollout, the margin that the
+loss sees and the gradient of the LoRA are then computed in float32, float16 and bfloat16. On a CPU, in a few minutes.
+full_size.py asks the same of SD-1.5 and SDXL on a GPU, with random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from strop.bench import ours
+from strop.engine import zero
+from strop.engine.base_model import DTYPES, load_unet, quiet_libraries
+from strop.engine.conditioning import Conditioning
+from strop.engine.config import Config, load
+from strop.engine.ddim import DDIMSchedule
+from strop.engine.diffusion import LatentDiffusion
+from strop.engine.embeddings import Embeddings
+from strop.engine.errors import UserError, exit_on_user_error
+from strop.engine.gauge import tf32_allowed
+from strop.engine.pairs import PreferencePairs
+from strop.engine.policy import Policy
+from strop.engine.preference import StepAwarePreferenceModel
+from strop.engine.prompts import read_prompts
+from strop.engine.rollout import rollout
+from strop.engine.update import micro_batches, predict
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+
+
+@exit_on_user_error
+def main(argv: Sequence[str]) -> None:
+    """Measures the noise that half precision puts on the log-ratio."""
+    parser = argparse.ArgumentParser(prog="python -m strop.bench.precision", description=main.__doc__)
+    parser.add_argument("--iterations", type=int, default=6, help="of training before it is measured, at least 1")
+    args = parser.parse_args(argv)
+    quiet_libraries()
+    if args.iterations < 1:
+        raise UserError(f"--iterations: found {args.iterations}, expected 1 or more")
+    record = measure(load(ROOT / "configs" / "tinyworld.yaml"), args.iterations)
+    target = ROOT / "bench" / "results" / "precision_tinyworld.json"
+    target.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"\n{table(record)}\n\nwritten to {target}")
+
+
+def measure(config: Config, iterations: int) -> dict:
+    """The record: noise by dtype, on the pairs of a rollout after so many iterations."""
+    networks = load_unet(config.model, CPU), LatentDiffusion.load(config.model, CPU)
+    models = ours.Ours(*networks, StepAwarePreferenceModel.load(config.judge, CPU), config)
+    count = config.rollout.prompts
+    prompts = read_prompts(config.prompts.train, "prompts.train")[: count * (iterations + 1)]
+    rng, shuffle = (torch.Generator().manual_seed(seed) for seed in (0, 1))
+    for done in range(iterations):
+        pairs = ours.iteration(models, prompts[count * done : count * (done + 1)], rng, shuffle)
+        print(f"iteration {done + 1} of {iterations}: {len(pairs)} pairs", flush=True)
+    last = prompts[-count:]
+    cond = Embeddings(models.diffusion, models.judge, [last])[last]
+    with models.policy.sampling(cond, config.rollout.text_kv) as known:
+        given = models.policy, models.decoder, models.judge, models.schedule, known, config.rollout, rng
+        pairs = rollout(*given).pairs
+    found = {}
+    for name in ("float32", "float16", "bfloat16"):
+        policy = copy.deepcopy(models.policy)
+        halve(policy, DTYPES[name])
+        given = pairs, models.forks, models.schedule, cond.to(DTYPES[name]), config
+        found[name] = noise(policy, models.policy, *given)
+        print(f"{name}: {found[name]}", flush=True)
+    return {"recipe": "tinyworld", "torch": torch.__version__, "iterations": iterations, "log_ratio": found}
+
+
+def table(record: dict) -> str:
+    """The record in Markdown."""
+    lines = ["| dtype | noise / signal | same sign | gradient's cosine |", "|---|---|---|---|"]
+    for name, row in record["log_ratio"].items():
+        signal, sign = f"{row['noise_to_signal']:.2g}", f"{row['same_sign']:.1%}"
+        lines.append(f"| {name} | {signal} | {sign} | {row['gradient_cosine']:.6f} |")
+    return "\n".join(lines)
+
+
+def halve(policy: Policy, dtype: torch.dtype) -> None:
+    """Casts the frozen weights alone; the LoRA stays in float32."""
+    trained = {name: p.data for name, p in policy.unet.named_parameters() if p.requires_grad}
+    policy.unet.to(dtype)
+    for name, parameter in policy.unet.named_parameters():
+        if name in trained:
+            parameter.data = trained[name]
+
+
+def noise(
+    policy: Policy,
+    precise: Policy,
+    pairs: PreferencePairs,
+    forks: Sequence[int],
+    schedule: DDIMSchedule,
+    cond: Conditioning,
+    config: Config,
+) -> dict[str, float]:
+    """How far the margin and the LoRA's gradient in the policy's dtype are from those in float32, on some pairs.
+
+    precise: the same policy in float32; cond: in the policy's dtype. noise_to_signal: root mean square of the error of
+    log_ratio[winner] - log_ratio[loser], over that of itself; same_sign: share of pairs for which implicit accuracy is
+    the same; gradient_cosine: between the two gradients of the mean margin.
+    """
+    margin, gradient = margin_and_gradient(policy, pairs, forks, schedule, cond, config)
+    with tf32_allowed(False):
+        given = pairs, forks, schedule, cond.to(torch.float32), config
+        exact, exact_gradient = margin_and_gradient(precise, *given)
+    return {
+        "pairs": len(pairs),
+        "noise_to_signal": ((margin - exact).square().mean() / exact.square().mean()).sqrt().item(),
+        "same_sign": (margin.sign() == exact.sign()).double().mean().item(),
+        "gradient_cosine": torch.nn.functional.cosine_similarity(gradient, exact_gradient, dim=0).item(),
+    }
+
+
+def margin_and_gradient(
+    policy: Policy,
+    pairs: PreferencePairs,
+    forks: Sequence[int],
+    schedule: DDIMSchedule,
+    cond: Conditioning,
+    config: Config,
+) -> tuple[Tensor, Tensor]:
+    """(log_ratio of the winners minus that of the losers (N,), gradient of its mean by the LoRA), in float64."""
+    margins = []
+    scale = zero.FLOAT16_SCALE  # a power of two, so that it changes no digit where it is not needed
+    for parameter in policy.parameters:
+        parameter.grad = None
+    for batch, shared in micro_batches(pairs, config.optim.micro_batch, forks):
+        eps = predict(policy, batch, shared, schedule, cond, config.guided_update)
+        with policy.reference():
+            eps_ref = predict(policy, batch, shared, schedule, cond, config.guided_update)
+        log_ratio = schedule.log_ratio(batch.x_prev, batch.x_t, eps, eps_ref, batch.step)
+        margin = log_ratio[0] - log_ratio[1]
+        (scale * margin.sum() / len(pairs)).backward()
+        margins.append(margin.detach().double())
+    gradient = torch.cat([p.grad.flatten().double() for p in policy.parameters]) / scale
+    return torch.cat(margins), gradient
+
+
+if __name__ == "__main__":
+    main()
