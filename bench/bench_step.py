@@ -26,9 +26,10 @@ from types import ModuleType
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
+from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
 from strop.bench import longest, ours, published
+from strop.engine import gauge
 from strop.engine.at_peak import seconds_at_peak
 from strop.engine.base_model import DTYPES, equip, load_unet, quiet_libraries
 from strop.engine.blueprint import Blueprint
@@ -50,7 +51,7 @@ FUSED_ON_CPU = {  # of which PyTorch's counter has no formula, though of a GPU's
         lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
     ),
 }
-FORMULAS = flop_registry | {function: shape_wrapper(formula) for function, formula in FUSED_ON_CPU.items()}
+FORMULAS = gauge.FORMULAS | {function: shape_wrapper(formula) for function, formula in FUSED_ON_CPU.items()}
 
 
 @dataclass(slots=True)

@@ -17,7 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, shape_wrapper
+
+# Formulas on shapes that PyTorch's counter lacks; addmm_ adds (N, K) @ (K, M) to what is there.
+IN_PLACE = {torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1]}
+FORMULAS = flop_registry | {function: shape_wrapper(formula) for function, formula in IN_PLACE.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +105,7 @@ class _Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if formula := flop_registry.get(function._overloadpacket):
+        if formula := FORMULAS.get(function._overloadpacket):
             self.flops += Flops(**{self._unit(function, args): formula(*args, **(kwargs or {}), out_val=result)})
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         given = {t.untyped_storage()._cdata for t in tree_leaves(args) if isinstance(t, Tensor)} if made else ()

@@ -13,9 +13,10 @@ from torch import nn
 
 from strop.engine.config import ModelConfig
 from strop.engine.diffusion import LatentDiffusion
+from strop.engine.low_rank import make_loras_lean
 from strop.engine.policy import Policy
 from strop.engine.preference import StepAwarePreferenceModel
-from strop.engine.residual import make_lean
+from strop.engine.residual import make_residuals_lean
 from strop.engine.upsample import fold_upsamplers
 
 GRAPHS = 64  # of one network: rollout, evaluation and update each have their own rows, with and without the LoRA
@@ -42,8 +43,9 @@ def prepare_networks(
     TF32 is a setting of PyTorch, for the whole process.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = model.uses_tf32
+    make_loras_lean(unet)
     for network in (unet, diffusion.vae):
-        make_lean(network)
+        make_residuals_lean(network)
         if model.fold_upsample:
             fold_upsamplers(network)
         if model.channels_last:

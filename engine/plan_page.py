@@ -61,7 +61,7 @@ def ratios(plan: Plan) -> list[str]:
     if ours.done.half and full.all:
         slow = plan.card.seconds(full, plan.share) / plan.card.seconds(ours.done, plan.share)
         unit = "TF32" if full.tf32 else "float32"
-        lines.append(f"In {unit} (judge, LoRA): {full.all / ours.done.all:.1%} of the TFLOP, {slow:.0%} of the time.")
+        lines.append(f"In {unit} (judge): {full.all / ours.done.all:.1%} of the TFLOP, {slow:.0%} of the time.")
     return lines
 
 

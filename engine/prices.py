@@ -16,10 +16,11 @@ from strop.engine.blueprint import Blueprint
 from strop.engine.conditioning import Conditioning
 from strop.engine.diffusion import BATCH, LatentDiffusion
 from strop.engine.gauge import Flops, Reading, gauge, tf32_allowed
+from strop.engine.low_rank import make_loras_lean
 from strop.engine.pairs import PreferencePairs
 from strop.engine.policy import Policy
 from strop.engine.preference import StepAwarePreferenceModel
-from strop.engine.residual import make_lean
+from strop.engine.residual import make_residuals_lean
 from strop.engine.tiny_decoder import TinyDecoder
 from strop.engine.update import update
 from strop.engine.upsample import fold_upsamplers
@@ -109,8 +110,9 @@ class Networks:
 
     def prepare(self, fold_upsample: bool) -> None:
         """As machine.py does."""
+        make_loras_lean(self.policy.unet)
         for network in (self.policy.unet, self.diffusion.vae):
-            make_lean(network)
+            make_residuals_lean(network)
             if fold_upsample:
                 fold_upsamplers(network)
 

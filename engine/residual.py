@@ -31,7 +31,7 @@ def activated(h: Tensor) -> Tensor:
     return F.silu(h, inplace=not torch.is_grad_enabled())
 
 
-def make_lean(model: nn.Module) -> int:
+def make_residuals_lean(model: nn.Module) -> int:
     """Makes every residual block of a model that can be lean so, in place; returns how many."""
     found = [module for module in model.modules() if can_be_lean(module)]
     for module in found:

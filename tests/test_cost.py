@@ -15,6 +15,7 @@ from strop.engine.clip import TimeConditionedCLIP
 from strop.engine.config import Config
 from strop.engine.cost import cost, published_cost, published_recipe
 from strop.engine.diffusion import LatentDiffusion
+from strop.engine.gauge import IN_PLACE
 from strop.engine.machine import prepare
 from strop.engine.preference import StepAwarePreferenceModel
 from strop.engine.prices import Networks, prices
@@ -51,7 +52,7 @@ class Stages:
     """A clock that counts operations, those of a stage within another to the inner one alone."""
 
     def __init__(self):
-        self.counter = FlopCounterMode(display=False, custom_mapping=FUSED_ON_CPU)
+        self.counter = FlopCounterMode(display=False, custom_mapping=FUSED_ON_CPU | IN_PLACE)
         self.flops, self.inside = {}, []
 
     @contextmanager

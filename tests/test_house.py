@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("engine", "kernels", "bench", "tests")
 SOURCES = sorted(str(p.relative_to(ROOT)) for folder in FOLDERS for p in (ROOT / folder).rglob("*.py"))
 EVERYWHERE, LIBRARY, SHIPPED = r".*", r"(engine|kernels)/.*", r"(engine|kernels|bench)/.*"
-HOT = r"engine/(rollout|objective|ddim|draws|pairs|policy|text_kv|halves|residual)\.py|kernels/.*"
+HOT = r"engine/(rollout|objective|ddim|draws|pairs|policy|text_kv|halves|residual|low_rank)\.py|kernels/.*"
 
 # What a room may import of the house (errors is open to all); a room without a row may import any but the entry points.
 ROOMS = {
@@ -39,6 +39,7 @@ ROOMS = {
     "upsample": set(),
     "halves": set(),
     "residual": set(),
+    "low_rank": set(),
     "ddim": {"kernels", "draws"},
     "clip": {"kernels"},
     "judge_files": {"clip", "config", "hub"},
@@ -67,6 +68,7 @@ OUTSIDE = {
     "upsample": {"torch"},
     "halves": {"torch"},
     "residual": {"torch", "diffusers"},
+    "low_rank": {"torch", "peft"},
     "rollout": {"torch"},
     "lora": {"torch", "safetensors"},
 }
@@ -74,7 +76,7 @@ OUTSIDE = {
 HOMES = {
     "diffusers": {"base_model", "blueprint", "single_file", "diffusion", "policy", "residual", "spm", "tiny_decoder"},
     "transformers": {"base_model", "blueprint", "diffusion", "clip", "judge_files", "preference"},
-    "peft": {"policy"},
+    "peft": {"policy", "low_rank"},
     "deepspeed": {"zero", "ranks"},
     "pyarrow": {"pair_data"},
     "pynvml": {"ledger"},

@@ -12,7 +12,7 @@ ROOT = precision.ROOT
 
 @pytest.fixture(scope="module")
 def record():
-    overrides = ["rollout.prompts=2", "rollout.num_steps=6", "rollout.threshold=0"]
+    overrides = ["rollout.prompts=2", "rollout.num_steps=6", "rollout.threshold=0", "optim.lr=0.02"]
     return precision.measure(load(ROOT / "configs" / "tinyworld.yaml", overrides), 1)
 
 

@@ -12,7 +12,7 @@ from strop.engine.base_model import load_unet
 from strop.engine.config import ModelConfig
 from strop.engine.diffusion import LatentDiffusion
 from strop.engine.policy import Policy
-from strop.engine.residual import LeanResidual, make_lean
+from strop.engine.residual import LeanResidual, make_residuals_lean
 
 CPU = torch.device("cpu")
 BLOCK = {"in_channels": 32, "temb_channels": 16, "groups": 8}
@@ -29,7 +29,7 @@ def drawn(*shape, seed=0):
 def test_a_block_has_the_same_bits(keys, grad):
     plain = ResnetBlock2D(**BLOCK | keys).eval()
     lean = copy.deepcopy(plain)
-    assert make_lean(lean) == 1
+    assert make_residuals_lean(lean) == 1
     temb = drawn(3, 16, seed=1) if plain.time_emb_proj else None
     given = [drawn(3, 32, 6, 6).requires_grad_(grad) for _ in range(2)]
     with torch.set_grad_enabled(grad):
@@ -59,7 +59,7 @@ def test_a_block_has_the_same_bits(keys, grad):
 )
 def test_a_block_that_does_more_stays_as_it_is(keys):
     block = ResnetBlock2D(**BLOCK | keys)
-    assert make_lean(block) == 0
+    assert make_residuals_lean(block) == 0
     assert type(block) is ResnetBlock2D
 
 
@@ -68,9 +68,9 @@ def test_every_block_of_the_full_size_models_is_lean(name, in_unet):
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(FAMILIES[name]["unet"])
         vae = AutoencoderKL.from_config(FAMILIES[name]["vae"])
-    assert make_lean(unet) == in_unet
-    assert make_lean(vae.decoder) == 12 + 2
-    assert make_lean(unet) == 0  # they are already
+    assert make_residuals_lean(unet) == in_unet
+    assert make_residuals_lean(vae.decoder) == 12 + 2
+    assert make_residuals_lean(unet) == 0  # they are already
 
 
 def test_models_have_the_same_bits_and_names(tiny_folder):
@@ -84,7 +84,7 @@ def test_models_have_the_same_bits_and_names(tiny_folder):
     gradients = [p.grad.clone() for p in policy.parameters]
     images = diffusion.decode(x)
     for network in (policy.unet, diffusion.vae):
-        assert make_lean(network) == sum(isinstance(m, LeanResidual) for m in network.modules()) > 0
+        assert make_residuals_lean(network) == sum(isinstance(m, LeanResidual) for m in network.modules()) > 0
     assert names == [*policy.unet.state_dict(), *diffusion.vae.state_dict()]
     for p in policy.parameters:
         p.grad = None

@@ -36,6 +36,7 @@ from strop.engine.base_model import quiet_libraries
 from strop.engine.checkpoint import MAY_CHANGE
 from strop.engine.config import Config, load
 from strop.engine.errors import UserError, exit_on_user_error
+from strop.engine.gauge import IN_PLACE
 from strop.engine.metrics import Metrics, read_records
 from strop.engine.pairs import PreferencePairs
 from strop.engine.ranks import Ranks
@@ -208,7 +209,7 @@ def iteration(config: Config, parts: Parts, prompts: Sequence[str], measured: Ca
 
 def flop_of(work: Callable) -> tuple[Any, float]:
     """Result of `work()` and the operations of its matrix products and convolutions."""
-    with FlopCounterMode(display=False) as mode:
+    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as mode:
         result = work()
     return result, mode.get_total_flops()
 
