@@ -44,9 +44,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--iterations", type=int, default=6, help="of training before it is measured, at least 1")
     args = parser.parse_args(argv)
     quiet_libraries()
-    if args.iterations < 1:
-        raise UserError(f"--iterations: found {args.iterations}, expected 1 or more")
-    record = measure(load(ROOT / "configs" / "tinyworld.yaml"), args.iterations)
+    config = load(ROOT / "configs" / "tinyworld.yaml")
+    most = len(read_prompts(config.prompts.train, "prompts.train")) // config.rollout.prompts - 1
+    if not 1 <= args.iterations <= most:
+        raise UserError(f"--iterations: found {args.iterations}, expected 1 to {most}, for which there are prompts")
+    record = measure(config, args.iterations)
     target = ROOT / "bench" / "results" / "precision_tinyworld.json"
     target.write_text(json.dumps(record, indent=2) + "\n")
     print(f"\n{table(record)}\n\nwritten to {target}")

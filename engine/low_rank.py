@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
-# B begins at 0 and grows by the learning rate a step: in float16 it would be all foot. A power of two changes no digit.
+# B begins at 0 and grows by the learning rate a step, where float16 has a digit or two. A power of two changes none.
 B_SCALE = 64.0
 
 
@@ -23,7 +23,7 @@ class LeanLora(Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C) -> (..., O) in the type of the base layer."""
         base = self.get_base_layer()
-        if self.disable_adapters:
+        if self.disable_adapters or self.merged:
             return base(x)
         (name,) = self.active_adapters
         return LowRank.apply(x, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight)

@@ -1,0 +1,196 @@
+"""Which attention is fastest for a recipe: `python -m strop.bench.bench_attention sd15`, or sdxl, or tinyworld.
+
+The attention calls of the UNet, of the VAE decoder and of the judge are read off a forward of each on the meta device,
+at the number of rows that the recipe has in one call, and timed with every backend of PyTorch's SDPA that this machine
+has and, where it is installed, xformers; those of the update with their backward pass. `auto` is what PyTorch chooses,
+which is what strop runs unless `model.attention` says otherwise. Written to bench/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.benchmark import Timer
+
+from strop.bench.bench_step import RESULTS, ROOT, machine
+from strop.engine.base_model import quiet_libraries
+from strop.engine.blueprint import Blueprint
+from strop.engine.config import Config, load
+from strop.engine.errors import UserError, exit_on_user_error
+from strop.engine.prices import Networks
+from strop.engine.ranks import start
+from strop.engine.tally import tally
+
+BACKENDS = {
+    "auto": None,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """An attention call: `times` in one forward of a stage; learns: with its backward pass. Sizes are numbers."""
+
+    stage: str
+    rows: int
+    heads: int
+    queries: int
+    keys: int
+    width: int
+    dtype: str
+    learns: bool
+    times: int
+
+    def tensors(self, device: torch.device) -> list[Tensor]:
+        """Query, key, value (rows, heads, S or L, width), and the gradient of the output."""
+        drawn = lambda length: torch.randn(self.rows, self.heads, length, self.width, device=device)
+        given = [drawn(self.queries), drawn(self.keys), drawn(self.keys), drawn(self.queries)]
+        given = [tensor.to(getattr(torch, self.dtype)) for tensor in given]
+        return [tensor.requires_grad_(self.learns) for tensor in given[:3]] + given[3:]
+
+
+@exit_on_user_error
+def main(argv: Sequence[str]) -> None:
+    """Times the attention calls of a recipe with every backend there is."""
+    parser = argparse.ArgumentParser(prog="python -m strop.bench.bench_attention", description=main.__doc__)
+    parser.add_argument("recipe", help="tinyworld, sd15 or sdxl: of configs/, NAME.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.dtype=bfloat16")
+    args = parser.parse_args(argv)
+    quiet_libraries()
+    config = load(ROOT / "configs" / f"{args.recipe}.yaml", args.overrides)
+    device = start(config.run.device).device
+    if device.type == "cpu" and not Path(config.model.path).exists():
+        raise UserError(
+            f"bench_attention: {config.model.path} is not on this machine, and at full size a CPU takes hours"
+        )
+    record = {"recipe": args.recipe, "machine": machine(device), "torch": torch.__version__}
+    record["calls"] = measure(calls(config), device)
+    target = RESULTS / f"attention-{record['machine'].replace(' ', '-')}-{args.recipe}.json"
+    target.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"\n{table(record)}\n\nwritten to {target}")
+
+
+def calls(config: Config) -> list[Call]:
+    """Those of one forward of each stage, at as many rows as the recipe has in its largest."""
+    blueprint = Blueprint.of(config)
+    networks, most = Networks.of(blueprint), tally(config, blueprint.schedule("cpu")).most
+    latent = torch.empty(1, *blueprint.latent_shape, device="meta")
+    image = torch.empty(1, 3, *blueprint.size, device="meta", dtype=blueprint.vae_dtype)
+    cond, t = blueprint.conditioning(1), torch.zeros(1, dtype=torch.int64, device="meta")
+    judge = networks.judge
+    row = lambda: networks.policy.eps(latent, t, cond, guided=False)
+    look = lambda: judge.clip.tower(judge.pixels(image), judge.clip.modulation(t) if judge.clip.modulated else None)
+    stages = {
+        "branches": (row, max(most["unet"], most["alone"]), False),
+        "update": (row, most["train"], True),
+        "decode": (lambda: (networks.tiny or networks.diffusion).decode(latent), most["decode"], False),
+        "judge": (look, most["judge"], False),
+    }
+    found = []
+    for stage, (work, rows, learns) in stages.items():
+        with torch.no_grad(), noted() as notes:
+            work()
+        for (heads, queries, keys, width, dtype), times in notes.items():
+            found.append(Call(stage, rows, heads, queries, keys, width, dtype, learns, times))
+    return found
+
+
+@contextmanager
+def noted() -> Iterator[Counter]:
+    """Inside, how often PyTorch's SDPA is called, by (heads, queries, keys, width, dtype)."""
+    notes, plain = Counter(), F.scaled_dot_product_attention
+
+    def note(query: Tensor, key: Tensor, *args, **kwargs) -> Tensor:
+        notes[
+            query.shape[1], query.shape[2], key.shape[2], query.shape[3], str(query.dtype).removeprefix("torch.")
+        ] += 1
+        return plain(query, key, *args, **kwargs)
+
+    F.scaled_dot_product_attention = note
+    try:
+        yield notes
+    finally:
+        F.scaled_dot_product_attention = plain
+
+
+def measure(given: Sequence[Call], device: torch.device) -> list[dict]:
+    """Every call with its seconds by backend, None where that has no kernel for it or too little memory."""
+    names = [*BACKENDS] + ["xformers"] * (device.type == "cuda" and importlib.util.find_spec("xformers") is not None)
+    found = []
+    for done, call in enumerate(given, 1):
+        seconds = {name: seconds_of(call, name, device) for name in names}
+        found.append(asdict(call) | {"seconds": seconds})
+        print(f"{done} of {len(given)}: {call.stage}, {call.queries} x {call.keys}", flush=True)
+    return found
+
+
+def seconds_of(call: Call, backend: str, device: torch.device) -> float | None:
+    """Median time of one call."""
+    query, key, value, grad = call.tensors(device)
+    attend = F.scaled_dot_product_attention if backend in BACKENDS else of_xformers
+
+    def work() -> None:
+        out = attend(query, key, value)
+        if call.learns:
+            torch.autograd.grad(out, (query, key, value), grad)
+
+    only = BACKENDS.get(backend)
+    with sdpa_kernel(only) if only else nullcontext():
+        return timed(work)
+
+
+def timed(work: Callable[[], None]) -> float | None:
+    try:
+        work()
+    except (RuntimeError, ValueError):  # no kernel for these tensors, or out of memory, which is a RuntimeError too
+        return None
+    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=0.2).median
+
+
+def of_xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """As SDPA, which has the heads before the positions."""
+    from xformers.ops import memory_efficient_attention
+
+    return memory_efficient_attention(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
+
+
+def table(record: dict) -> str:
+    """The record in Markdown: microseconds of a call, the fastest in bold."""
+    names = [*record["calls"][0]["seconds"]]
+    lines = [
+        f"{record['recipe']} on {record['machine']}, PyTorch {record['torch']}: microseconds of an attention call",
+        "",
+        "| stage | times | rows x heads | queries x keys x width | dtype | " + " | ".join(names) + " |",
+        "|---|---|---|---|---|" + "---|" * len(names),
+    ]
+    for call in record["calls"]:
+        best = min((s for name, s in call["seconds"].items() if s and name != "auto"), default=None)
+        cells = [cell(call["seconds"][name], best) for name in names]
+        sizes = f"{call['rows']} x {call['heads']} | {call['queries']} x {call['keys']} x {call['width']}"
+        lines.append(f"| {call['stage']} | {call['times']} | {sizes} | {call['dtype']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def cell(seconds: float | None, best: float | None) -> str:
+    if seconds is None:
+        return "none"
+    return f"**{1e6 * seconds:.0f}**" if seconds == best else f"{1e6 * seconds:.0f}"
+
+
+if __name__ == "__main__":
+    main()
