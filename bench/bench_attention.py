@@ -56,8 +56,8 @@ class Call:
     times: int
 
     def tensors(self, device: torch.device) -> list[Tensor]:
-        """Query, key, value (rows, heads, S or L, width), and the gradient of the output."""
-        drawn = lambda length: torch.randn(self.rows, self.heads, length, self.width, device=device)
+        """Query, key, value (rows, heads, S or L, width) and the output's gradient, with the heads side by side."""
+        drawn = lambda length: torch.randn(self.rows, length, self.heads, self.width, device=device).transpose(1, 2)
         given = [drawn(self.queries), drawn(self.keys), drawn(self.keys), drawn(self.queries)]
         given = [tensor.to(getattr(torch, self.dtype)) for tensor in given]
         return [tensor.requires_grad_(self.learns) for tensor in given[:3]] + given[3:]
