@@ -73,16 +73,25 @@ class Policy:
         x (N, C, H, W); step_t (N,) training timesteps; cond of N prompts. Returns (2, N, C, H, W): without the prompt,
         with the prompt; (1, N, C, H, W) when not guided. DDIMSchedule combines the halves.
         """
+        forward = self._in_parts if self.is_sampling else self._filled_up
         with self._halves.shared() if guided and self.share_halves else nullcontext():
-            missing = -len(x) % self.multiple
-            if missing and not self.is_sampling:
-                full = torch.arange(len(x) + missing, device=x.device).clamp(max=len(x) - 1)
-                return unet_eps(self.unet, x[full], step_t[full], cond[full], guided)[:, : len(x)]
-            rows = (self.unet_rows or 0) // (2 if guided else 1) if self.is_sampling else 0
-            if rows == 0 or len(x) <= rows:
-                return unet_eps(self.unet, x, step_t, cond, guided)
-            parts = [slice(start, start + rows) for start in range(0, len(x), rows)]
-            return torch.cat([unet_eps(self.unet, x[p], step_t[p], cond[p], guided) for p in parts], dim=1)
+            return forward(x, step_t, cond, guided)
+
+    def _in_parts(self, x: Tensor, step_t: Tensor, cond: Conditioning, guided: bool) -> Tensor:
+        """As eps, with at most unet_rows rows in one forward."""
+        at_once = (self.unet_rows or 0) // (2 if guided else 1)
+        if at_once == 0 or len(x) <= at_once:
+            return unet_eps(self.unet, x, step_t, cond, guided)
+        parts = [slice(start, start + at_once) for start in range(0, len(x), at_once)]
+        return torch.cat([unet_eps(self.unet, x[p], step_t[p], cond[p], guided) for p in parts], dim=1)
+
+    def _filled_up(self, x: Tensor, step_t: Tensor, cond: Conditioning, guided: bool) -> Tensor:
+        """As eps, with latents filled up to a multiple of `multiple` by copies of the last."""
+        missing = -len(x) % self.multiple
+        if missing == 0:
+            return unet_eps(self.unet, x, step_t, cond, guided)
+        full = torch.arange(len(x) + missing, device=x.device).clamp(max=len(x) - 1)
+        return unet_eps(self.unet, x[full], step_t[full], cond[full], guided)[:, : len(x)]
 
     @contextmanager
     def sampling(self, cond: Conditioning, text_kv: bool) -> Iterator[Conditioning]:
