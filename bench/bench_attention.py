@@ -28,6 +28,7 @@ from strop.engine.base_model import quiet_libraries
 from strop.engine.blueprint import Blueprint
 from strop.engine.config import Config, load
 from strop.engine.errors import UserError, exit_on_user_error
+from strop.engine.gauge import attention_by
 from strop.engine.prices import Networks
 from strop.engine.ranks import start
 from strop.engine.tally import tally
@@ -93,7 +94,7 @@ def calls(config: Config) -> list[Call]:
     cond, t = blueprint.conditioning(1), torch.zeros(1, dtype=torch.int64, device="meta")
     judge = networks.judge
     row = lambda: networks.policy.eps(latent, t, cond, guided=False)
-    look = lambda: judge.clip.tower(judge.pixels(image), judge.clip.modulation(t) if judge.clip.modulated else None)
+    look = lambda: judge.clip.image_features(judge.pixels(image), t)
     stages = {
         "branches": (row, max(most["unet"], most["alone"]), False),
         "update": (row, most["train"], True),
@@ -120,11 +121,8 @@ def noted() -> Iterator[Counter]:
         ] += 1
         return plain(query, key, *args, **kwargs)
 
-    F.scaled_dot_product_attention = note
-    try:
+    with attention_by(note):
         yield notes
-    finally:
-        F.scaled_dot_product_attention = plain
 
 
 def measure(given: Sequence[Call], device: torch.device) -> list[dict]:

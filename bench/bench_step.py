@@ -26,10 +26,8 @@ from types import ModuleType
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
 from strop.bench import longest, ours, published
-from strop.engine import gauge
 from strop.engine.at_peak import seconds_at_peak
 from strop.engine.base_model import DTYPES, equip, load_unet, quiet_libraries
 from strop.engine.blueprint import Blueprint
@@ -37,6 +35,7 @@ from strop.engine.cards import CARDS, card_called
 from strop.engine.config import Config, load
 from strop.engine.diffusion import LatentDiffusion
 from strop.engine.errors import UserError, exit_on_user_error
+from strop.engine.gauge import FORMULAS
 from strop.engine.metrics import Stopwatch
 from strop.engine.preference import StepAwarePreferenceModel
 from strop.engine.prompts import read_prompts
@@ -45,13 +44,6 @@ from strop.engine.ranks import start
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 STAGES = ("text", "rollout/trunk", "rollout/branches", "rollout/decode", "rollout/judge", "update", "update/optimizer")
-FUSED_ON_CPU = {  # of which PyTorch's counter has no formula, though of a GPU's
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
-    ),
-}
-FORMULAS = gauge.FORMULAS | {function: shape_wrapper(formula) for function, formula in FUSED_ON_CPU.items()}
 
 
 @dataclass(slots=True)

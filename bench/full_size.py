@@ -35,7 +35,7 @@ from strop.engine.policy import Policy
 from strop.engine.preference import StepAwarePreferenceModel
 from strop.engine.ranks import Ranks
 from strop.engine.rollout import rollout
-from strop.engine.update import micro_batches, update
+from strop.engine.update import learn
 
 ROOT = Path(__file__).parents[1]
 # Text features are drawn, not made: one layer stands for the text tower.
@@ -91,8 +91,7 @@ def measure(config: Config, family: str, architecture: dict, device: torch.devic
             pairs = rollout(policy, diffusion, judge, schedule, known, rollout_config, rng, clock).pairs
         with clock("update"):
             metrics = Metrics(ROOT, device, False, start=0, iterations=1)
-            for batch, shared in micro_batches(pairs.shuffle(rng), config.optim.micro_batch, forks):
-                update(batch, shared, cond, policy, schedule, optimizer, config.optim, metrics)
+            learn(pairs.shuffle(rng), forks, cond, policy, schedule, optimizer, config.optim, rng, metrics)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     return {
         "family": family,

@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel
 
 from strop.bench.published import Clock
 from strop.engine import zero
+from strop.engine.conditioning import Conditioning
 from strop.engine.config import Config
 from strop.engine.diffusion import LatentDiffusion
 from strop.engine.embeddings import Embeddings
@@ -63,6 +64,21 @@ class Clocked:
             return self._optimizer.step()
 
 
+def roll(
+    models: Ours, prompts: Sequence[str], rng: torch.Generator, clock: Clock = nullcontext
+) -> tuple[Conditioning, PreferencePairs]:
+    """What the models know of the prompts, and the pairs of a rollout.
+
+    Prompts are encoded here, as if none came twice in a run; train.py encodes each once, before the loop.
+    """
+    given = models.config.rollout
+    with clock("text"):
+        cond = Embeddings(models.diffusion, models.judge, [list(prompts)])[prompts]
+    with models.policy.sampling(cond, given.text_kv) as known:
+        made = rollout(models.policy, models.decoder, models.judge, models.schedule, known, given, rng, clock)
+    return cond, made.pairs
+
+
 def iteration(
     models: Ours,
     prompts: Sequence[str],
@@ -70,18 +86,11 @@ def iteration(
     shuffle: torch.Generator,
     clock: Clock = nullcontext,
 ) -> PreferencePairs:
-    """Rollout, shuffle and all passes over the pairs, which are returned, shuffled.
-
-    Prompts are encoded here, as if none came twice in a run; train.py encodes each once, before the loop.
-    """
-    config, diffusion = models.config, models.diffusion
-    with clock("text"):
-        cond = Embeddings(diffusion, models.judge, [list(prompts)])[prompts]
-    with models.policy.sampling(cond, config.rollout.text_kv) as known:
-        made = rollout(models.policy, models.decoder, models.judge, models.schedule, known, config.rollout, rng, clock)
+    """Rollout, shuffle and all passes over the pairs, which are returned, shuffled."""
+    cond, pairs = roll(models, prompts, rng, clock)
     with clock("update"):
-        pairs = balance(made.pairs, len(prompts), models.ranks, shuffle)
+        pairs = balance(pairs, len(prompts), models.ranks, shuffle)
         optimizer = Clocked(models.optimizer, clock)
-        given = models.policy, models.schedule, optimizer, config.optim, shuffle, models.metrics
+        given = models.policy, models.schedule, optimizer, models.config.optim, shuffle, models.metrics
         learn(pairs, models.forks, cond, *given)
     return pairs

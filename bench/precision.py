@@ -23,14 +23,12 @@ from strop.engine.conditioning import Conditioning
 from strop.engine.config import Config, load
 from strop.engine.ddim import DDIMSchedule
 from strop.engine.diffusion import LatentDiffusion
-from strop.engine.embeddings import Embeddings
 from strop.engine.errors import UserError, exit_on_user_error
 from strop.engine.gauge import tf32_allowed
 from strop.engine.pairs import PreferencePairs
 from strop.engine.policy import Policy
 from strop.engine.preference import StepAwarePreferenceModel
 from strop.engine.prompts import read_prompts
-from strop.engine.rollout import rollout
 from strop.engine.update import micro_batches, predict
 
 ROOT = Path(__file__).parents[1]
@@ -64,11 +62,7 @@ def measure(config: Config, iterations: int) -> dict:
     for done in range(iterations):
         pairs = ours.iteration(models, prompts[count * done : count * (done + 1)], rng, shuffle)
         print(f"iteration {done + 1} of {iterations}: {len(pairs)} pairs", flush=True)
-    last = prompts[-count:]
-    cond = Embeddings(models.diffusion, models.judge, [last])[last]
-    with models.policy.sampling(cond, config.rollout.text_kv) as known:
-        given = models.policy, models.decoder, models.judge, models.schedule, known, config.rollout, rng
-        pairs = rollout(*given).pairs
+    cond, pairs = ours.roll(models, prompts[-count:], rng)
     found = {}
     for name in ("float32", "float16", "bfloat16"):
         policy = copy.deepcopy(models.policy)

@@ -17,11 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, shape_wrapper
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
-# Formulas on shapes that PyTorch's counter lacks; addmm_ adds (N, K) @ (K, M) to what is there.
-IN_PLACE = {torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1]}
-FORMULAS = flop_registry | {function: shape_wrapper(formula) for function, formula in IN_PLACE.items()}
+LACKING = {  # in PyTorch's counter, formulas on shapes: addmm_ adds (N, K) @ (K, M) to what is there; a CPU's attention
+    torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1],
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
+    ),
+}
+FORMULAS = flop_registry | {function: shape_wrapper(formula) for function, formula in LACKING.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +154,15 @@ def _fused_attention() -> Iterator[None]:
             return plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options)
         return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, scale=scale)[0]
 
-    F.scaled_dot_product_attention = fused
+    with attention_by(fused):
+        yield
+
+
+@contextmanager
+def attention_by(function: Callable[..., Tensor]) -> Iterator[None]:
+    """Inside, `function` is PyTorch's SDPA."""
+    plain = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = function
     try:
         yield
     finally:

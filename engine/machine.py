@@ -43,14 +43,20 @@ def prepare_networks(
     TF32 is a setting of PyTorch, for the whole process.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = model.uses_tf32
-    make_loras_lean(unet)
-    for network in (unet, diffusion.vae):
-        make_residuals_lean(network)
-        if model.fold_upsample:
-            fold_upsamplers(network)
-        if model.channels_last:
+    make_lean(unet, diffusion.vae, model.fold_upsample)
+    if model.channels_last:
+        for network in (unet, diffusion.vae):
             network.to(memory_format=torch.channels_last)
     if model.compile:
         unet.compile(dynamic=False, recompile_limit=GRAPHS)
         diffusion.vae.decoder.compile(dynamic=False, recompile_limit=GRAPHS)
         judge.clip.compile_tower()
+
+
+def make_lean(unet: nn.Module, vae: nn.Module, fold_upsample: bool) -> None:
+    """Takes out of networks, in place, the work that changes no number but for rounding; prices.py counts them so."""
+    make_loras_lean(unet)
+    for network in (unet, vae):
+        make_residuals_lean(network)
+        if fold_upsample:
+            fold_upsamplers(network)

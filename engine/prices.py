@@ -16,14 +16,12 @@ from strop.engine.blueprint import Blueprint
 from strop.engine.conditioning import Conditioning
 from strop.engine.diffusion import BATCH, LatentDiffusion
 from strop.engine.gauge import Flops, Reading, gauge, tf32_allowed
-from strop.engine.low_rank import make_loras_lean
+from strop.engine.machine import make_lean
 from strop.engine.pairs import PreferencePairs
 from strop.engine.policy import Policy
 from strop.engine.preference import StepAwarePreferenceModel
-from strop.engine.residual import make_residuals_lean
 from strop.engine.tiny_decoder import TinyDecoder
 from strop.engine.update import update
-from strop.engine.upsample import fold_upsamplers
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +106,6 @@ class Networks:
     def of(cls, blueprint: Blueprint) -> Networks:
         return cls(blueprint.policy(), blueprint.diffusion(), blueprint.judge(), blueprint.decoder())
 
-    def prepare(self, fold_upsample: bool) -> None:
-        """As machine.py does."""
-        make_loras_lean(self.policy.unet)
-        for network in (self.policy.unet, self.diffusion.vae):
-            make_residuals_lean(network)
-            if fold_upsample:
-                fold_upsamplers(network)
-
 
 def prices(blueprint: Blueprint, networks: Networks) -> Prices:
     """Lets each of the networks do its work on one row, as they came and then as machine.py leaves them."""
@@ -123,7 +113,7 @@ def prices(blueprint: Blueprint, networks: Networks) -> Prices:
     with tf32_allowed(config.model.uses_tf32):
         published = unet_prices(blueprint, networks.policy, modes=(False,), as_published=True)
         as_it_came = decoding(networks.diffusion, shape)
-        networks.prepare(config.model.fold_upsample)
+        make_lean(networks.policy.unet, networks.diffusion.vae, config.model.fold_upsample)
         image = torch.empty(1, 3, *blueprint.size, device="meta", dtype=blueprint.vae_dtype)
         return Prices(
             **of_sampling(blueprint, networks),

@@ -257,6 +257,17 @@ def policy(tiny_folder):
     return Policy(load_unet(ModelConfig(path=str(tiny_folder)), CPU), 4, LORA_TARGETS, seed=0)
 
 
+@pytest.fixture(params=["sd15", "sdxl"])
+def model(request, tiny_folder, tiny_sdxl_folder):
+    """A policy away from its base, with the Conditioning of three prompts; of each family."""
+    settings = ModelConfig(path=str(tiny_folder if request.param == "sd15" else tiny_sdxl_folder))
+    policy = Policy(load_unet(settings, CPU), 4, LORA_TARGETS, seed=0)
+    rng = torch.Generator().manual_seed(1)
+    for p in policy.parameters:
+        p.data.copy_(0.2 * torch.randn(p.shape, generator=rng))
+    return policy, LatentDiffusion.load(settings, CPU).encode(["a b", "c", "x y z"])
+
+
 @pytest.fixture(scope="session")
 def tiny_decoder_folder(tmp_path_factory):
     """An AutoencoderTiny of random weights for the golden models: two pixels to a latent's side."""

@@ -8,14 +8,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPModel
 
 from strop.bench import ours, published
-from strop.bench.bench_step import FUSED_ON_CPU
 from strop.engine.base_model import load_unet
 from strop.engine.blueprint import Blueprint
 from strop.engine.clip import TimeConditionedCLIP
 from strop.engine.config import Config
 from strop.engine.cost import cost, published_cost, published_recipe
 from strop.engine.diffusion import LatentDiffusion
-from strop.engine.gauge import IN_PLACE
+from strop.engine.gauge import LACKING
 from strop.engine.machine import prepare
 from strop.engine.preference import StepAwarePreferenceModel
 from strop.engine.prices import Networks, prices
@@ -52,7 +51,7 @@ class Stages:
     """A clock that counts operations, those of a stage within another to the inner one alone."""
 
     def __init__(self):
-        self.counter = FlopCounterMode(display=False, custom_mapping=FUSED_ON_CPU | IN_PLACE)
+        self.counter = FlopCounterMode(display=False, custom_mapping=LACKING)
         self.flops, self.inside = {}, []
 
     @contextmanager

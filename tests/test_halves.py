@@ -3,29 +3,12 @@
 import pytest
 import torch
 
-from strop.engine.base_model import load_unet
 from strop.engine.blueprint import Blueprint
-from strop.engine.config import Config, ModelConfig
-from strop.engine.diffusion import LatentDiffusion
+from strop.engine.config import Config
 from strop.engine.gauge import gauge
 from strop.engine.halves import before_text
-from strop.engine.policy import Policy
 
-CPU = torch.device("cpu")
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-PROMPTS = ["a b", "c", "x y z"]
 ROUNDING = 1e-5  # absolute, at outputs of about 1
-
-
-@pytest.fixture(params=["sd15", "sdxl"])
-def model(request, tiny_folder, tiny_sdxl_folder):
-    """A policy away from its base, with the Conditioning of three prompts."""
-    settings = ModelConfig(path=str(tiny_folder if request.param == "sd15" else tiny_sdxl_folder))
-    policy = Policy(load_unet(settings, CPU), 4, TARGETS, seed=0)
-    rng = torch.Generator().manual_seed(1)
-    for p in policy.parameters:
-        p.data.copy_(0.2 * torch.randn(p.shape, generator=rng))
-    return policy, LatentDiffusion.load(settings, CPU).encode(PROMPTS)
 
 
 def latents():

@@ -4,31 +4,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from strop.engine.base_model import load_unet
-from strop.engine.config import ModelConfig
-from strop.engine.diffusion import LatentDiffusion
-from strop.engine.policy import Policy
 from strop.engine.text_kv import kept_text, text_rows
 
-CPU = torch.device("cpu")
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-K, PROMPTS = 3, ["a b", "c", "x y z"]
+K, PROMPTS = 3, 3  # branches of each, and how many prompts the model's Conditioning has
 ROUNDING = 1e-5  # absolute, at outputs of about 1
 
 
-@pytest.fixture(params=["sd15", "sdxl"])
-def model(request, tiny_folder, tiny_sdxl_folder):
-    """A policy away from its base, with the Conditioning of three prompts."""
-    settings = ModelConfig(path=str(tiny_folder if request.param == "sd15" else tiny_sdxl_folder))
-    policy = Policy(load_unet(settings, CPU), 4, TARGETS, seed=0)
-    rng = torch.Generator().manual_seed(1)
-    for p in policy.parameters:
-        p.data.copy_(0.2 * torch.randn(p.shape, generator=rng))
-    return policy, LatentDiffusion.load(settings, CPU).encode(PROMPTS)
-
-
 def branches(k=K):
-    x = torch.randn(k * len(PROMPTS), 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    x = torch.randn(k * PROMPTS, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     return x, torch.full((len(x),), 501)
 
 

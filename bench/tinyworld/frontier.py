@@ -36,14 +36,14 @@ from strop.engine.base_model import quiet_libraries
 from strop.engine.checkpoint import MAY_CHANGE
 from strop.engine.config import Config, load
 from strop.engine.errors import UserError, exit_on_user_error
-from strop.engine.gauge import IN_PLACE
+from strop.engine.gauge import LACKING
 from strop.engine.metrics import Metrics, read_records
 from strop.engine.pairs import PreferencePairs
 from strop.engine.ranks import Ranks
 from strop.engine.rollout import judged_segments, rollout
 from strop.engine.settings import differences
 from strop.engine.train import Parts, build, share_of
-from strop.engine.update import micro_batches, update, with_reference
+from strop.engine.update import learn, with_reference
 
 ROOT = Path(__file__).parents[2]
 EXACT, FAST = "configs/tinyworld.yaml", "configs/tinyworld_fast.yaml"
@@ -177,7 +177,8 @@ def run_one(name: str, seed: int, out: Path) -> Path:
 
 def costs(name: str) -> dict[str, Costs]:
     """FLOP and seconds of a variant's prompts and pairs, while the engine does a few iterations of it."""
-    config, ranks = recipe(name, "rollout.threshold=0", "run.iterations=1"), Ranks(0, 1, torch.device("cpu"))
+    once = ("rollout.threshold=0", "run.iterations=1", "optim.passes=1", "optim.keep_pairs=1.0")
+    config, ranks = recipe(name, *once), Ranks(0, 1, torch.device("cpu"))
     parts = build(config, ranks)
     prompts = share_of(parts.prompts, 0, config.rollout.prompts, config.run.seed, ranks)
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernel of a CPU would not be counted
@@ -198,8 +199,7 @@ def iteration(config: Config, parts: Parts, prompts: Sequence[str], measured: Ca
 
     def train() -> None:
         metrics = Metrics(config.run.dir, "cpu", False, start=0, iterations=1)
-        for batch, shared in micro_batches(pairs, config.optim.micro_batch, forks):
-            update(batch, shared, cond, policy, schedule, parts.optimizer, config.optim, metrics)
+        learn(pairs, forks, cond, policy, schedule, parts.optimizer, config.optim, rng, metrics)
 
     pairs, rolled = measured(roll)
     pairs, referred = measured(lambda: with_reference(pairs, forks, cond, policy, schedule, config.optim))
@@ -209,7 +209,7 @@ def iteration(config: Config, parts: Parts, prompts: Sequence[str], measured: Ca
 
 def flop_of(work: Callable) -> tuple[Any, float]:
     """Result of `work()` and the operations of its matrix products and convolutions."""
-    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as mode:
+    with FlopCounterMode(display=False, custom_mapping=LACKING) as mode:
         result = work()
     return result, mode.get_total_flops()
 
