@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -95,7 +95,7 @@ def noise(
     policy: Policy,
     precise: Policy,
     pairs: PreferencePairs,
-    forks: Sequence[int],
+    forks: Collection[int],
     schedule: DDIMSchedule,
     cond: Conditioning,
     config: Config,
@@ -121,7 +121,7 @@ def noise(
 def margin_and_gradient(
     policy: Policy,
     pairs: PreferencePairs,
-    forks: Sequence[int],
+    forks: Collection[int],
     schedule: DDIMSchedule,
     cond: Conditioning,
     config: Config,
