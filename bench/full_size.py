@@ -34,7 +34,7 @@ from strop.engine.metrics import Metrics, Stopwatch
 from strop.engine.policy import Policy
 from strop.engine.preference import StepAwarePreferenceModel
 from strop.engine.ranks import Ranks
-from strop.engine.rollout import rollout
+from strop.engine.rollout import forking_steps, rollout
 from strop.engine.update import learn
 
 ROOT = Path(__file__).parents[1]
@@ -82,7 +82,7 @@ def measure(config: Config, family: str, architecture: dict, device: torch.devic
     optimizer = zero.build(policy.unet, replace(settings, lr=1e-30), Ranks(0, 1, device))  # both policies stay alike
     cond = conditioning(architecture, diffusion, config.rollout.prompts, DTYPES[config.model.dtype])
     rng = torch.Generator(device).manual_seed(0)
-    forks = range(0, config.rollout.num_steps, config.rollout.inner_steps)
+    forks = forking_steps(schedule, config.rollout)
     for warm in (False, True):
         clock = Stopwatch(device)
         if warm and device.type == "cuda":

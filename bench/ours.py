@@ -20,7 +20,7 @@ from strop.engine.pairs import PreferencePairs
 from strop.engine.policy import Policy
 from strop.engine.preference import StepAwarePreferenceModel
 from strop.engine.ranks import Ranks, balance
-from strop.engine.rollout import judged_segments, rollout
+from strop.engine.rollout import forking_steps, rollout
 from strop.engine.tiny_decoder import TinyDecoder
 from strop.engine.update import learn
 
@@ -47,7 +47,7 @@ class Ours:
         settings = zero.AdamWSettings.of(config.optim, config.zero.stage, config.model.dtype)
         self.optimizer = zero.build(self.policy.unet, settings, self.ranks)
         self.metrics = Metrics(config.run.dir, diffusion.device, False, start=0, iterations=config.run.iterations)
-        self.forks = {cut.start for cut in judged_segments(self.schedule, given)}
+        self.forks = forking_steps(self.schedule, given)
         if given.decoder and decoder is None:
             decoder = TinyDecoder.load(given.decoder, model.dtype, diffusion)
         self.decoder = decoder or diffusion

@@ -88,6 +88,11 @@ def judged_segments(schedule: DDIMSchedule, config) -> list[range]:
     return segments(steps, config.inner_steps, config.merge_last)[:: config.judge_every]
 
 
+def forking_steps(schedule: DDIMSchedule, config) -> set[int]:
+    """The steps at which branches fork: winner and loser share the latent there. config is the section `rollout`."""
+    return {cut.start for cut in judged_segments(schedule, config)}
+
+
 def check_steps(config, schedule: DDIMSchedule) -> None:
     """Raises UserError where t_range holds no step, or fewer segments than judge_every passes over.
 

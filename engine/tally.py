@@ -18,7 +18,7 @@ from strop.engine.conditioning import Conditioning
 from strop.engine.config import Config
 from strop.engine.ddim import DDIMSchedule
 from strop.engine.ranks import Ranks, balance
-from strop.engine.rollout import judged_segments, rollout
+from strop.engine.rollout import forking_steps, rollout
 from strop.engine.update import learn
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -56,7 +56,7 @@ def tally(config: Config, schedule: DDIMSchedule) -> Tally:
     rng = torch.Generator().manual_seed(0)
     made = rollout(notes, notes, notes, schedule, cond, config.rollout, rng, notes.clock).pairs
     pairs = balance(made, prompts, ALONE, rng)
-    forks = {cut.start for cut in judged_segments(schedule, config.rollout)}
+    forks = forking_steps(schedule, config.rollout)
     notes.stage = "update"
     learn(pairs, forks, cond, notes, schedule, notes, config.optim, rng, notes)
     return Tally(

@@ -35,7 +35,7 @@ from strop.engine.progress import Progress
 from strop.engine.prompts import batch_of, first_used, read_prompts, split_prompts
 from strop.engine.ranks import Ranks, balance, start
 from strop.engine.report import closing_table, make_report, paired_delta, write_summary
-from strop.engine.rollout import check_steps, judged_segments, rollout
+from strop.engine.rollout import check_steps, forking_steps, judged_segments, rollout
 from strop.engine.tiny_decoder import TinyDecoder
 from strop.engine.update import learn
 from strop.kernels import use_reference
@@ -167,8 +167,8 @@ def train(
     labels = {"pairs_per_t": parts.schedule.t[:-1], "throttled": REASONS}
     metrics = Metrics(run.dir, ranks.device, ranks.first, start=done, iterations=run.iterations, labels=labels)
     progress = Progress(run.iterations)
-    judged = judged_segments(parts.schedule, config.rollout)
-    forks, judged_steps = {cut.start for cut in judged}, sum(map(len, judged))
+    forks = forking_steps(parts.schedule, config.rollout)
+    judged_steps = sum(map(len, judged_segments(parts.schedule, config.rollout)))
     clock.lap()
     for iteration in range(done, run.iterations):
         prompts = share_of(parts.prompts, iteration, config.rollout.prompts, run.seed, ranks)

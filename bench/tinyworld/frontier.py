@@ -40,7 +40,7 @@ from strop.engine.gauge import LACKING
 from strop.engine.metrics import Metrics, read_records
 from strop.engine.pairs import PreferencePairs
 from strop.engine.ranks import Ranks
-from strop.engine.rollout import judged_segments, rollout
+from strop.engine.rollout import forking_steps, rollout
 from strop.engine.settings import differences
 from strop.engine.train import Parts, build, share_of
 from strop.engine.update import learn, with_reference
@@ -190,7 +190,7 @@ def costs(name: str) -> dict[str, Costs]:
 def iteration(config: Config, parts: Parts, prompts: Sequence[str], measured: Callable) -> Costs:
     """One iteration as engine/train.py makes it, in three parts; measured(part) gives its result and what it took."""
     policy, schedule, cond = parts.policy, parts.schedule, parts.embeddings[prompts]
-    forks = {cut.start for cut in judged_segments(schedule, config.rollout)}
+    forks = forking_steps(schedule, config.rollout)
     rng = torch.Generator().manual_seed(config.run.seed)
 
     def roll() -> PreferencePairs:
