@@ -77,7 +77,8 @@ def measure(config: Config, family: str, architecture: dict, device: torch.devic
     halve(policy, DTYPES[config.model.dtype])
     diffusion, judge = surroundings(config, family, architecture, device)
     for each in (precise, policy):
-        prepare(config.model, each, diffusion, judge, config.optim.micro_batch)
+        prepare(config.model, each.unet, diffusion.vae, judge.clip)
+        each.multiple = config.optim.micro_batch if config.model.compile else 1
     schedule = diffusion.schedule(config.rollout.num_steps, config.rollout.eta, config.rollout.guidance)
     optimizer = zero.build(policy.unet, replace(settings, lr=1e-30), Ranks(0, 1, device))  # both policies stay alike
     cond = conditioning(architecture, diffusion, config.rollout.prompts, DTYPES[config.model.dtype])

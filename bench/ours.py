@@ -16,10 +16,10 @@ from strop.engine.diffusion import LatentDiffusion
 from strop.engine.embeddings import Embeddings
 from strop.engine.machine import prepare
 from strop.engine.metrics import Metrics
-from strop.engine.pairs import PreferencePairs
+from strop.engine.pairs import PreferencePairs, balance
 from strop.engine.policy import Policy
 from strop.engine.preference import StepAwarePreferenceModel
-from strop.engine.ranks import Ranks, balance
+from strop.engine.ranks import Ranks
 from strop.engine.rollout import forking_steps, rollout
 from strop.engine.tiny_decoder import TinyDecoder
 from strop.engine.update import learn
@@ -40,7 +40,8 @@ class Ours:
         lora, given, model, shape = config.lora, config.rollout, config.model, diffusion.latent_shape
         savings = model.unet_rows, model.merges_lora, model.share_halves
         self.policy = Policy(unet, lora.rank, lora.target_modules, config.run.seed, shape, *savings)
-        prepare(model, self.policy, diffusion, judge, config.optim.micro_batch)
+        prepare(model, unet, diffusion.vae, judge.clip)
+        self.policy.multiple = config.optim.micro_batch if model.compile else 1
         self.diffusion, self.judge, self.config = diffusion, judge, config
         self.schedule = diffusion.schedule(given.num_steps, given.eta, given.guidance)
         self.ranks = Ranks(0, 1, diffusion.device)

@@ -18,8 +18,6 @@ from safetensors.torch import load_file, save_file
 
 from strop.engine.config import Config, load
 from strop.engine.errors import UserError
-from strop.engine.lora import facts
-from strop.engine.policy import Policy
 from strop.engine.ranks import Ranks
 from strop.engine.settings import differences, dump
 from strop.engine.spm_config import SpmConfig
@@ -47,17 +45,17 @@ MAY_CHANGE = (  # on resume; everything else decides what the run computes
 
 
 def check_run(config: Config | SpmConfig, ranks: Ranks) -> None:
-    """All that `open_run` complains of but the policy, early and without writing anything."""
+    """All that `open_run` complains of itself, early and without writing anything."""
     _on_first(ranks, lambda: _check(config, ranks))
 
 
-def open_run(config: Config | SpmConfig, ranks: Ranks, policy: Policy | None = None) -> Path | None:
+def open_run(config: Config | SpmConfig, ranks: Ranks, check: Callable[[Path], object] | None = None) -> Path | None:
     """Makes the run folder, writes config.yaml, and returns the checkpoint to go on from, or None for a new run.
 
     Raises UserError, on every rank and before anything is written, for a folder that holds something, cannot be
-    written, or does not fit run.resume and the policy.
+    written, or does not fit run.resume; and what `check` raises for the checkpoint.
     """
-    return _on_first(ranks, lambda: _open(config, ranks, policy))
+    return _on_first(ranks, lambda: _open(config, ranks, check))
 
 
 def _on_first(ranks: Ranks, action: Callable[[], Path | None]) -> Path | None:
@@ -75,10 +73,10 @@ def _on_first(ranks: Ranks, action: Callable[[], Path | None]) -> Path | None:
     return outcome[0]
 
 
-def _open(config: Config | SpmConfig, ranks: Ranks, policy: Policy | None) -> Path | None:
+def _open(config: Config | SpmConfig, ranks: Ranks, check: Callable[[Path], object] | None) -> Path | None:
     checkpoint = _check(config, ranks)
-    if checkpoint and policy:
-        policy.check_lora(checkpoint)
+    if checkpoint and check:
+        check(checkpoint)
     _write_config(config)
     return checkpoint
 
@@ -138,24 +136,6 @@ def _finished(run_dir: Path) -> list[Path]:
 
 
 def save(
-    config: Config,
-    iteration: int,
-    policy: Policy,
-    optimizer: LocalAdamW | ZeroAdamW,
-    rngs: dict[str, torch.Generator],
-    ranks: Ranks,
-    seconds: dict[str, float],
-    ledger: dict[str, list[float]],
-) -> Path:
-    """`save_with` of a policy, whose LoRA is all that is trained."""
-
-    def write(folder: Path) -> None:
-        policy.save_lora(folder, facts(config, policy.family, iteration))
-
-    return save_with(write, config, iteration, optimizer, rngs, ranks, seconds, ledger)
-
-
-def save_with(
     write: Callable[[Path], object],
     config: Config | SpmConfig,
     iteration: int,
@@ -195,17 +175,14 @@ def save_with(
 
 
 def restore(
-    checkpoint: Path, policy: Policy, optimizer: LocalAdamW | ZeroAdamW, rngs: dict[str, torch.Generator], ranks: Ranks
+    read: Callable[[Path], object],
+    checkpoint: Path,
+    optimizer: LocalAdamW | ZeroAdamW,
+    rngs: dict[str, torch.Generator],
+    ranks: Ranks,
 ) -> int:
-    """Puts everything back as `save` found it; returns the number of iterations done."""
-    policy.load_lora(checkpoint)
-    return restore_state(checkpoint, optimizer, rngs, ranks)
-
-
-def restore_state(
-    checkpoint: Path, optimizer: LocalAdamW | ZeroAdamW, rngs: dict[str, torch.Generator], ranks: Ranks
-) -> int:
-    """Puts back all but what is trained; returns the number of iterations done."""
+    """Puts everything back as `save` found it, what is trained by `read`; returns the number of iterations done."""
+    read(checkpoint)
     optimizer.load(checkpoint)
     states = load_file(checkpoint / f"generators-{ranks.rank}.safetensors")
     for name, rng in rngs.items():

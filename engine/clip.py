@@ -86,9 +86,9 @@ class TimeConditionedCLIP(nn.Module):
             return self._tower(pixel_values, None)
         return self._tower(pixel_values, self.modulation_at(t) if isinstance(t, int) else self.modulation(t))
 
-    def compile_tower(self) -> None:
-        """From now on the image tower runs through torch.compile, one graph for each number of images."""
-        self._tower = torch.compile(self.tower, dynamic=False)
+    def compile(self, **options: object) -> None:
+        """As in nn.Module, of the image tower: from now on it runs through torch.compile."""
+        self._tower = torch.compile(self.tower, **options)
 
     def tower(self, pixel_values: Tensor, made: Modulation | None) -> Tensor:
         """image_features under a modulation, each part (1, D) or (B, D); None is a plain CLIP."""

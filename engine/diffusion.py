@@ -103,13 +103,6 @@ class LatentDiffusion:
         """Latents (..., C, h, w) -> images (..., 3, H, W) of the VAE's type, about [-1, 1] and not clamped."""
         return decode_in_parts(self.vae, latents.to(self.vae.dtype) / self.vae.config.scaling_factor, self.decode_rows)
 
-    @torch.no_grad()
-    def encode_images(self, images: Tensor, rng: torch.Generator) -> Tensor:
-        """Images (N, 3, H, W) in [-1, 1] -> one sample of their latents (N, C, h, w), scaled as the UNet sees them."""
-        posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=rng, device=images.device, dtype=posterior.mean.dtype)
-        return (posterior.mean + posterior.std * noise) * self.vae.config.scaling_factor
-
     def _states(self, prompts: Sequence[str], onto: torch.device | None) -> tuple[Tensor, Tensor | None]:
         """Hidden states (N, L, D) of some prompts and, of SDXL, the pooled projection (N, P)."""
         outputs = []

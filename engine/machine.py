@@ -12,45 +12,27 @@ import torch
 from torch import nn
 
 from strop.engine.config import ModelConfig
-from strop.engine.diffusion import LatentDiffusion
 from strop.engine.low_rank import make_loras_lean
-from strop.engine.policy import Policy
-from strop.engine.preference import StepAwarePreferenceModel
 from strop.engine.residual import make_residuals_lean
 from strop.engine.upsample import fold_upsamplers
 
 GRAPHS = 64  # of one network: rollout, evaluation and update each have their own rows, with and without the LoRA
 
 
-def prepare(
-    model: ModelConfig, policy: Policy, diffusion: LatentDiffusion, judge: StepAwarePreferenceModel, micro_batch: int
-) -> None:
-    """`prepare_networks` of a policy.
-
-    micro_batch: pairs per forward of the update. Compiled, a UNet needs the same rows each time, so that the last
-    micro-batch, and those of MSPO, are filled up to a multiple of it with copies whose result nobody reads.
-    """
-    prepare_networks(model, policy.unet, diffusion, judge)
-    if model.compile:
-        policy.multiple = micro_batch
-
-
-def prepare_networks(
-    model: ModelConfig, unet: nn.Module, diffusion: LatentDiffusion, judge: StepAwarePreferenceModel
-) -> None:
-    """Makes loaded models as fast as section `model` asks, in place; before the optimizer is made.
+def prepare(model: ModelConfig, unet: nn.Module, vae: nn.Module, judge: nn.Module) -> None:
+    """Makes loaded networks as fast as section `model` asks, in place; before the optimizer is made.
 
     TF32 is a setting of PyTorch, for the whole process.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = model.uses_tf32
-    make_lean(unet, diffusion.vae, model.fold_upsample)
+    make_lean(unet, vae, model.fold_upsample)
     if model.channels_last:
-        for network in (unet, diffusion.vae):
+        for network in (unet, vae):
             network.to(memory_format=torch.channels_last)
     if model.compile:
         unet.compile(dynamic=False, recompile_limit=GRAPHS)
-        diffusion.vae.decoder.compile(dynamic=False, recompile_limit=GRAPHS)
-        judge.clip.compile_tower()
+        vae.decoder.compile(dynamic=False, recompile_limit=GRAPHS)
+        judge.compile(dynamic=False)
 
 
 def make_lean(unet: nn.Module, vae: nn.Module, fold_upsample: bool) -> None:

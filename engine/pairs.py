@@ -5,11 +5,14 @@ A pair names its prompt by number, so that text embeddings are stored and exchan
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from strop.engine.ranks import Ranks, gather_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +62,32 @@ class PreferencePairs:
         """Batches of `size` pairs in order; the last may be smaller."""
         for start in range(0, len(self), size):
             yield self[start : start + size]
+
+
+def is_sure(scores: Tensor, chosen: Tensor, threshold: float) -> Tensor:
+    """Where p(winner) - p(loser) > threshold: (B,) bool. scores (K, B); chosen (2, B), winner's and loser's branch.
+
+    The p are softmax(s_winner, s_loser), so this says s_winner - s_loser > 2 atanh(threshold).
+    """
+    winner, loser = scores.gather(0, chosen)
+    return winner - loser > 2 * math.atanh(threshold)
+
+
+def balance(pairs: PreferencePairs, prompts: int, ranks: Ranks, rng: torch.Generator) -> PreferencePairs:
+    """Equal shares of all ranks' pairs, drawn at random; every rank then takes the same number of optimizer steps.
+
+    prompts: of an iteration, on each rank; rng has the same state on every rank. The pairs returned name their prompt
+    among those of all ranks, in rank order: every rank knows them and has their embeddings, so these do not travel. A
+    remainder smaller than the number of ranks is dropped, as published, and so is everything when there are fewer pairs
+    than ranks.
+    """
+    if ranks.size == 1:
+        return pairs.shuffle(rng)
+    everyone = PreferencePairs(
+        x_t=gather_rows(pairs.x_t.transpose(0, 1), ranks).transpose(0, 1),
+        x_prev=gather_rows(pairs.x_prev.transpose(0, 1), ranks).transpose(0, 1),
+        step=gather_rows(pairs.step, ranks),
+        prompt=gather_rows(pairs.prompt + ranks.rank * prompts, ranks),
+    )
+    each = len(everyone) // ranks.size
+    return everyone.shuffle(rng)[slice(ranks.rank * each, (ranks.rank + 1) * each)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from strop.engine.conditioning import Conditioning
 from strop.engine.errors import UserError
 from strop.engine.halves import SharedHalves
 from strop.engine.lora import LORA_FILE, Lora, read, write
-from strop.engine.text_kv import kept_text, text_rows
+from strop.engine.text_kv import kept_text
 
 
 class Policy:
@@ -103,8 +104,13 @@ class Policy:
         merged = merged_lora(self.unet) if self.merge_lora and not self.is_reference else nullcontext()
         self.is_sampling = True
         try:
-            with torch.no_grad(), merged, kept_text(self.unet, cond) if text_kv else nullcontext(cond) as given:
-                yield given
+            with torch.no_grad(), merged:
+                if not text_kv:
+                    yield cond
+                    return
+                text = torch.cat([cond.null, cond.text])  # (1 + N, L, D)
+                with kept_text(self.unet, text):
+                    yield replace(cond, row=torch.arange(1, len(text), device=text.device))
         finally:
             self.is_sampling = False
 
@@ -154,11 +160,6 @@ class Policy:
             )
         return lora
 
-    def load_lora_state(self, state: dict[str, Tensor]) -> None:
-        """Replaces the LoRA by one of the same layers and rank, PEFT names. Raises UserError where they differ."""
-        self._check(state, "this LoRA")
-        set_peft_model_state_dict(self.unet, state)
-
     def _check(self, state: dict[str, Tensor], source: str) -> None:
         own = self.lora_state()
         odd = sorted(own.keys() ^ state.keys())
@@ -207,7 +208,10 @@ def unet_eps(unet: UNet2DConditionModel, x: Tensor, step_t: Tensor, cond: Condit
     """As Policy.eps, for any UNet: one forward for both guidance halves, (2 or 1, N, C, H, W) in float32."""
     halves = 2 if guided else 1
     dtype = cond.text.dtype
-    text = both_halves(cond.null, cond.text, guided) if cond.row is None else text_rows(cond, guided)
+    if cond.row is None:
+        text = both_halves(cond.null, cond.text, guided)
+    else:  # which of the kept texts each row has
+        text = both_halves(torch.zeros_like(cond.row[:1]), cond.row, guided)
     added = None
     if cond.pooled is not None:  # SDXL
         time_ids = cond.time_ids.expand(len(text), -1)

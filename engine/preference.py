@@ -1,8 +1,7 @@
-"""The judge: a step-aware preference model that scores decoded predictions, and the choice of winner and loser."""
+"""The judge: a step-aware preference model that scores decoded predictions."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from transformers import CLIPTokenizer
 from strop.engine import judge_files
 from strop.engine.clip import TimeConditionedCLIP
 from strop.engine.config import JudgeConfig
-from strop.engine.pairs import PreferencePairs
 
 STEPLESS_T = 0  # what a judge that is never told the timestep is told instead, in training and in scoring
 ENCODED_AT_ONCE = 256
@@ -105,24 +103,3 @@ class StepAwarePreferenceModel:
     def _needs_text_tower(self, use: str) -> None:
         if self.clip.text_model is None:
             raise RuntimeError(f"a judge without its text tower cannot be {use}; release_text_tower comes last")
-
-
-def pick_pairs(
-    x_t: Tensor, branches: Tensor, scores: Tensor, step: int, threshold: float
-) -> tuple[PreferencePairs, Tensor]:
-    """Best and worst branch of each prompt become winner and loser where the judge is sure enough.
-
-    x_t (B, C, H, W); branches (K, B, C, H, W) drawn from it at `step`; scores (K, B). Returns the pairs of all B
-    prompts, and which to keep (B,) bool, so that nothing waits for the device here.
-    """
-    chosen = torch.stack([scores.argmax(0), scores.argmin(0)])  # (2, B)
-    return PreferencePairs.of_step(x_t.unsqueeze(0), branches, chosen, step), is_sure(scores, chosen, threshold)
-
-
-def is_sure(scores: Tensor, chosen: Tensor, threshold: float) -> Tensor:
-    """Where p(winner) - p(loser) > threshold: (B,) bool. scores (K, B); chosen (2, B), winner's and loser's branch.
-
-    The p are softmax(s_winner, s_loser), so this says s_winner - s_loser > 2 atanh(threshold).
-    """
-    winner, loser = scores.gather(0, chosen)
-    return winner - loser > 2 * math.atanh(threshold)

@@ -1,4 +1,4 @@
-"""The processes of a run: who am I, how many are we, and the few exchanges that SPO needs. One process needs none."""
+"""The processes of a run: who am I, how many are we, and how rows are exchanged. One process needs none."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from strop.engine.errors import UserError
-from strop.engine.pairs import PreferencePairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,23 +72,3 @@ def gather_rows(rows: Tensor, ranks: Ranks) -> Tensor:
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-
-
-def balance(pairs: PreferencePairs, prompts: int, ranks: Ranks, rng: torch.Generator) -> PreferencePairs:
-    """Equal shares of all ranks' pairs, drawn at random; every rank then takes the same number of optimizer steps.
-
-    prompts: of an iteration, on each rank; rng has the same state on every rank. The pairs returned name their prompt
-    among those of all ranks, in rank order: every rank knows them and has their embeddings, so these do not travel. A
-    remainder smaller than the number of ranks is dropped, as published, and so is everything when there are fewer pairs
-    than ranks.
-    """
-    if ranks.size == 1:
-        return pairs.shuffle(rng)
-    everyone = PreferencePairs(
-        x_t=gather_rows(pairs.x_t.transpose(0, 1), ranks).transpose(0, 1),
-        x_prev=gather_rows(pairs.x_prev.transpose(0, 1), ranks).transpose(0, 1),
-        step=gather_rows(pairs.step, ranks),
-        prompt=gather_rows(pairs.prompt + ranks.rank * prompts, ranks),
-    )
-    each = len(everyone) // ranks.size
-    return everyone.shuffle(rng)[slice(ranks.rank * each, (ranks.rank + 1) * each)]

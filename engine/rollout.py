@@ -16,8 +16,7 @@ from torch import Tensor
 from strop.engine.ddim import DDIMSchedule
 from strop.engine.draws import Replay, integers
 from strop.engine.errors import UserError
-from strop.engine.pairs import PreferencePairs
-from strop.engine.preference import is_sure
+from strop.engine.pairs import PreferencePairs, is_sure
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ from torch import Tensor
 from strop.engine.conditioning import Conditioning
 from strop.engine.config import Config
 from strop.engine.ddim import DDIMSchedule
-from strop.engine.ranks import Ranks, balance
+from strop.engine.pairs import balance
+from strop.engine.ranks import Ranks
 from strop.engine.rollout import forking_steps, rollout
 from strop.engine.update import learn
 

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from strop.engine.conditioning import Conditioning
 
 
 class KeptText:
@@ -36,26 +33,20 @@ class KeptText:
 
 @contextmanager
 @torch.no_grad()
-def kept_text(unet: nn.Module, cond: Conditioning) -> Iterator[Conditioning]:
-    """Inside, the UNet knows the text of `cond`; gives `cond` with rows in its place.
+def kept_text(unet: nn.Module, text: Tensor) -> Iterator[None]:
+    """Inside, the UNet knows text (P, L, D) of P prompts, and takes (N,) int64 for it: which of them each row has.
 
     The LoRA is in the keys and values as it is on entry; on leaving, the layers are as they were.
     """
-    text = torch.cat([cond.null, cond.text])  # (1 + N, L, D)
     layers = [m for name, m in unet.named_modules() if name.endswith(".attn2")]
     former = [layer.processor for layer in layers]
     try:
         for layer in layers:
             layer.processor = KeptText(layer, text)
-        yield replace(cond, row=torch.arange(1, len(text), device=text.device))
+        yield
     finally:
         for layer, processor in zip(layers, former, strict=True):
             layer.processor = processor
-
-
-def text_rows(cond: Conditioning, guided: bool) -> Tensor:
-    """Which text each row of a forward has: (2N,) int64, the first half the empty prompt's; (N,) when not guided."""
-    return torch.cat([torch.zeros_like(cond.row), cond.row]) if guided else cond.row
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -6,6 +6,7 @@ The whole of it on one page: build the parts, evaluate the base model, run the l
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,11 +30,12 @@ from strop.engine.ledger import REASONS, Ledger, figures
 from strop.engine.lora import facts, write
 from strop.engine.machine import prepare
 from strop.engine.metrics import Metrics, RunTime, Stopwatch, read_records
+from strop.engine.pairs import balance
 from strop.engine.policy import Policy
 from strop.engine.preference import StepAwarePreferenceModel
 from strop.engine.progress import Progress
 from strop.engine.prompts import batch_of, first_used, read_prompts, split_prompts
-from strop.engine.ranks import Ranks, balance, start
+from strop.engine.ranks import Ranks, start
 from strop.engine.report import closing_table, make_report, paired_delta, write_summary
 from strop.engine.rollout import check_steps, forking_steps, judged_segments, rollout
 from strop.engine.tiny_decoder import TinyDecoder
@@ -75,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
         begun = time.perf_counter()
         with clock("load"):
             parts = build(config, ranks)
-            resumed = checkpoint.open_run(config, ranks, parts.policy)
+            resumed = checkpoint.open_run(config, ranks, parts.policy.check_lora)
             ledger.at_peak = seconds_at_peak(config, parts.policy.family, ranks.device)
         ledger.before = checkpoint.ledger_before(resumed)
         spent = RunTime(clock, begun, checkpoint.seconds_before(resumed))
@@ -104,7 +106,8 @@ def build(config: Config, ranks: Ranks) -> Parts:
     check_steps(config.rollout, schedule)
     tiny = config.rollout.decoder
     decoder = TinyDecoder.load(tiny, model.dtype, diffusion) if tiny else diffusion
-    prepare(model, policy, diffusion, judge, config.optim.micro_batch)
+    prepare(model, policy.unet, diffusion.vae, judge.clip)
+    policy.multiple = config.optim.micro_batch if model.compile else 1
     used = config.run.iterations * config.rollout.prompts * ranks.size
     trained = first_used(prompts, used, config.run.seed, BATCH)
     embeddings = Embeddings(diffusion, judge, [trained, heldout])
@@ -163,7 +166,7 @@ def train(
         "rollout": torch.Generator(ranks.device).manual_seed(run.seed + ranks.rank),
         "shuffle": torch.Generator(ranks.device).manual_seed(run.seed),
     }
-    done = checkpoint.restore(resumed, policy, optimizer, rngs, ranks) if resumed else 0
+    done = checkpoint.restore(policy.load_lora, resumed, optimizer, rngs, ranks) if resumed else 0
     labels = {"pairs_per_t": parts.schedule.t[:-1], "throttled": REASONS}
     metrics = Metrics(run.dir, ranks.device, ranks.first, start=done, iterations=run.iterations, labels=labels)
     progress = Progress(run.iterations)
@@ -197,7 +200,9 @@ def train(
                 progress.show(record)
         if last or (iteration + 1) % run.save_every == 0:
             with clock("save"):
-                checkpoint.save(config, iteration + 1, policy, optimizer, rngs, ranks, spent(), ledger.totals())
+                about = facts(config, policy.family, iteration + 1)
+                write_lora = functools.partial(policy.save_lora, facts=about)
+                checkpoint.save(write_lora, config, iteration + 1, optimizer, rngs, ranks, spent(), ledger.totals())
     metrics.close()
 
 

@@ -25,7 +25,7 @@ from strop.engine.config import load
 from strop.engine.diffusion import LatentDiffusion
 from strop.engine.errors import exit_on_user_error
 from strop.engine.ledger import REASONS, Ledger, figures
-from strop.engine.machine import prepare_networks
+from strop.engine.machine import prepare
 from strop.engine.metrics import Metrics, RunTime, Stopwatch
 from strop.engine.preference import StepAwarePreferenceModel
 from strop.engine.ranks import Ranks, start
@@ -101,7 +101,7 @@ def build(config: SpmConfig, ranks: Ranks, clock: Stopwatch) -> Parts:
         judge = StepAwarePreferenceModel.load(config.judge, ranks.device, torch.Generator().manual_seed(seed))
         check_labeller(config, judge)
         denoiser = Denoiser(diffusion, load_unet(model, ranks.device), optim.guidance)
-        prepare_networks(model, denoiser.unet, diffusion, judge)
+        prepare(model, denoiser.unet, diffusion.vae, judge.clip)
     with clock("prepare"):
         sets = make_sets(config, chosen, denoiser, judge, ranks)
         views = heldout_views(config, sets.heldout, denoiser, judge, ranks)
@@ -240,13 +240,16 @@ def save(
         state = {name: value.contiguous() for name, value in parts.judge.clip.state_dict().items()}
         save_file(state, folder / JUDGE_FILE)
 
-    checkpoint.save_with(write, config, done, parts.optimizer, {"show": rng}, ranks, seconds, ledger, keep=CHECKPOINTS)
+    checkpoint.save(write, config, done, parts.optimizer, {"show": rng}, ranks, seconds, ledger, keep=CHECKPOINTS)
 
 
 def restore(folder: Path, parts: Parts, rng: torch.Generator, ranks: Ranks) -> int:
     """Puts everything back as `save` found it; returns the number of steps done."""
-    parts.judge.clip.load_state_dict(load_file(folder / JUDGE_FILE))
-    return checkpoint.restore_state(folder, parts.optimizer, {"show": rng}, ranks)
+
+    def read(folder: Path) -> None:
+        parts.judge.clip.load_state_dict(load_file(folder / JUDGE_FILE))
+
+    return checkpoint.restore(read, folder, parts.optimizer, {"show": rng}, ranks)
 
 
 def clean_pairs(batch_number: int, config: SpmConfig) -> int:

@@ -39,8 +39,8 @@ from strop.engine.ddim import DDIMSchedule
 from strop.engine.diffusion import LatentDiffusion
 from strop.engine.draws import Replay
 from strop.engine.objective import spo_loss
+from strop.engine.pairs import is_sure
 from strop.engine.policy import Policy
-from strop.engine.preference import is_sure
 from strop.engine.rollout import choose
 from strop.kernels import DDIMCoefficients, ddim_branch, ddim_log_prob, ddim_x0_hat
 

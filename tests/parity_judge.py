@@ -12,7 +12,8 @@ from test_preference import SIZES, golden_judge
 from test_spm import criterion, denoiser_of, one_step
 from torch.nn.functional import normalize
 
-from strop.engine.preference import pick_pairs
+from strop.engine.pairs import PreferencePairs, is_sure
+from strop.engine.rollout import choose
 
 
 def judge(rows: Rows, world: SimpleNamespace) -> None:
@@ -64,7 +65,10 @@ def selection(rows: Rows, world: SimpleNamespace) -> None:
     for k in (2, 4, 8):
         branches = torch.arange(k).view(k, 1, 1, 1, 1).expand(k, 6, 1, 1, 1)
         for threshold in (0.3, 0.4):
-            pairs, kept = pick_pairs(torch.zeros(6, 1, 1, 1), branches, case[f"k{k}/scores"], 0, threshold)
+            scores = case[f"k{k}/scores"]
+            chosen = choose(scores, "best_worst", torch.Generator())
+            pairs = PreferencePairs.of_step(torch.zeros(1, 6, 1, 1, 1), branches, chosen, 0)
+            kept = is_sure(scores, chosen, threshold)
             recorded = part(case, f"k{k}/thr{threshold}/")
             rows.see("3 selection", "winner and loser", EXACT, pairs.x_prev.flatten(1), recorded["indices"])
             rows.see("3 selection", "pair kept or not", EXACT, kept, recorded["valid"])

@@ -15,7 +15,6 @@ from strop.engine.config import Config
 from strop.engine.cost import cost, published_cost, published_recipe
 from strop.engine.diffusion import LatentDiffusion
 from strop.engine.gauge import LACKING
-from strop.engine.machine import prepare
 from strop.engine.preference import StepAwarePreferenceModel
 from strop.engine.prices import Networks, prices
 from strop.engine.tally import tally
@@ -74,7 +73,6 @@ def counted(kind, iteration, config, spm, tokenizer):
     stages = Stages()
     draws = lambda: (torch.Generator().manual_seed(3), torch.Generator().manual_seed(4))
     if kind is ours.Ours:
-        prepare(config.model, models.policy, models.diffusion, judge, config.optim.micro_batch)
         iteration(models, PROMPTS, *draws())  # the judge's modulation is then known, as it is for the rest of a run
     with stages.counter, stages.clock("all"):
         iteration(models, PROMPTS, *draws(), stages.clock)

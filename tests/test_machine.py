@@ -13,7 +13,7 @@ from strop.engine.base_model import load_unet
 from strop.engine.config import Config, JudgeConfig, ModelConfig
 from strop.engine.diffusion import LatentDiffusion
 from strop.engine.gauge import tf32_allowed
-from strop.engine.machine import prepare, prepare_networks
+from strop.engine.machine import prepare
 from strop.engine.metrics import Metrics
 from strop.engine.policy import Policy
 from strop.engine.preference import StepAwarePreferenceModel
@@ -45,7 +45,8 @@ def run(folder, judge_folder, tmp_path, iterations, inner_steps=1, text_kv=True,
     savings = model.unet_rows, model.merges_lora, model.share_halves
     policy = Policy(load_unet(model, device), 4, LORA_TARGETS, 0, None, *savings)
     judge = StepAwarePreferenceModel.load(JudgeConfig(path=str(judge_folder), kind="pickscore"), device)
-    prepare(model, policy, diffusion, judge, config.optim.micro_batch)
+    prepare(model, policy.unet, diffusion.vae, judge.clip)
+    policy.multiple = config.optim.micro_batch if model.compile else 1
     optimizer = zero.LocalAdamW(policy.unet, zero.AdamWSettings.of(config.optim, 1, "float32"))
     schedule = diffusion.schedule(5, 1.0, 3.0)
     cond = diffusion.encode(["a b", "c"]).with_judge(judge.encode(["a b", "c"]))
@@ -116,7 +117,7 @@ def test_float32_goes_through_tf32_unless_the_model_is_of_it(tiny_folder, keys, 
     model = ModelConfig(path=str(tiny_folder), **keys)
     diffusion = LatentDiffusion.load(model, CPU)
     with tf32_allowed(not allowed):
-        prepare_networks(model, load_unet(model, CPU), diffusion, None)
+        prepare(model, load_unet(model, CPU), diffusion.vae, None)
         assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is allowed
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from peft import set_peft_model_state_dict
 from torch.autograd import gradcheck
 
 from strop.engine.conditioning import Conditioning
@@ -69,7 +70,8 @@ def trained(policy, case7):
 def with_lora(policy, case7):
     """The policy with the golden LoRA of the tag."""
     lora = {k: v for k, v in case7.items() if k.startswith("lora/")}
-    policy.load_lora_state({k.removeprefix("lora/").replace(".default", ""): v for k, v in lora.items()})
+    state = {k.removeprefix("lora/").replace(".default", ""): v for k, v in lora.items()}
+    set_peft_model_state_dict(policy.unet, state)
     return policy
 
 

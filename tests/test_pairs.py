@@ -1,11 +1,14 @@
 """strop.engine.pairs: what belongs to one pair stays together through cat, shuffle and split."""
 
+import itertools
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from strop.engine.pairs import PreferencePairs
+from strop.engine.pairs import PreferencePairs, is_sure
+from strop.engine.rollout import choose
 
 
 def numbered(first, count, shared=True):
@@ -85,3 +88,43 @@ def test_split_cuts_in_order(count, size, sizes):
 def test_pairs_cannot_be_changed():
     with pytest.raises(AttributeError):
         numbered(0, 1).step = torch.zeros(1)
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.4])
+@pytest.mark.parametrize("k", [2, 4, 8])
+def test_choices_are_the_published_ones(golden, k, threshold):
+    case3 = golden("case3_compare")
+    scores = case3[f"k{k}/scores"]
+    branches = torch.arange(k * 6.0).view(k, 6, 1, 1, 1)  # branch j of prompt i holds 6 j + i
+    x_t = -torch.arange(6.0).view(6, 1, 1, 1)
+    chosen = choose(scores, "best_worst", torch.Generator())
+    pairs, sure = PreferencePairs.of_step(x_t.unsqueeze(0), branches, chosen, 7), is_sure(scores, chosen, threshold)
+    indices = case3[f"k{k}/thr{threshold}/indices"]
+    assert torch.equal(pairs.x_prev.flatten(1), 6.0 * indices + torch.arange(6))
+    assert torch.equal(pairs.x_t, x_t.unsqueeze(0))
+    assert pairs.step.tolist() == [7] * 6
+    assert pairs.prompt.tolist() == [0, 1, 2, 3, 4, 5]
+    assert torch.equal(sure, case3[f"k{k}/thr{threshold}/valid"])
+
+
+def test_golden_choices_are_of_both_kinds(golden):
+    """Otherwise the agreement above would say nothing about the threshold."""
+    case3 = golden("case3_compare")
+    for k, threshold in itertools.product((2, 4, 8), (0.3, 0.4)):
+        assert case3[f"k{k}/thr{threshold}/indices"].shape == (2, 6)
+    valid = torch.cat([case3[f"k{k}/thr{threshold}/valid"] for k in (2, 4, 8) for threshold in (0.3, 0.4)])
+    assert valid.any()
+    assert not valid.all()
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.9])
+def test_the_threshold_is_one_of_probability(threshold):
+    """A pair just above the threshold is kept, one just below is not, and equal scores never."""
+    edge = 2 * math.atanh(threshold)
+    gap = torch.tensor([edge + 1e-5, edge - 1e-5, 0.0], dtype=torch.float64)
+    scores = torch.stack([torch.full_like(gap, 20.0), 20.0 + gap])
+    sure = is_sure(scores, choose(scores, "best_worst", torch.Generator()), threshold)
+    difference = torch.softmax(torch.stack([scores.amax(0), scores.amin(0)]), 0).diff(dim=0).neg().squeeze(0)
+    assert sure.tolist() == (difference > threshold).tolist()
+    assert sure.tolist()[0]
+    assert not sure.tolist()[2]

@@ -1,8 +1,6 @@
 """strop.engine.preference: the golden scores and choices, images to pixels, kinds of judge, what a judge keeps."""
 
 import copy
-import itertools
-import math
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ from transformers import CLIPModel
 from strop.engine import preference
 from strop.engine.clip import TimeConditionedCLIP
 from strop.engine.config import JudgeConfig
-from strop.engine.preference import StepAwarePreferenceModel, pick_pairs
+from strop.engine.preference import StepAwarePreferenceModel
 
 CPU = torch.device("cpu")
 SCORES = 1e-5  # two float32 runs, each up to 5e-6 off the float64 one
@@ -223,42 +221,3 @@ def test_saved_and_loaded_it_scores_the_same(judge, text, case2, spm, tmp_path, 
     assert torch.equal(again.encode(["a red dog"]), trained.encode(["a red dog"]))
     assert again.mean.flatten().tolist() == pytest.approx(spm.mean)
     assert again.std.flatten().tolist() == pytest.approx(spm.std)
-
-
-@pytest.mark.parametrize("threshold", [0.3, 0.4])
-@pytest.mark.parametrize("k", [2, 4, 8])
-def test_choices_are_the_published_ones(golden, k, threshold):
-    case3 = golden("case3_compare")
-    scores = case3[f"k{k}/scores"]
-    branches = torch.arange(k * 6.0).view(k, 6, 1, 1, 1)  # branch j of prompt i holds 6 j + i
-    x_t = -torch.arange(6.0).view(6, 1, 1, 1)
-    pairs, sure = pick_pairs(x_t, branches, scores, step=7, threshold=threshold)
-    indices = case3[f"k{k}/thr{threshold}/indices"]
-    assert torch.equal(pairs.x_prev.flatten(1), 6.0 * indices + torch.arange(6))
-    assert torch.equal(pairs.x_t, x_t.unsqueeze(0))
-    assert pairs.step.tolist() == [7] * 6
-    assert pairs.prompt.tolist() == [0, 1, 2, 3, 4, 5]
-    assert torch.equal(sure, case3[f"k{k}/thr{threshold}/valid"])
-
-
-def test_golden_choices_are_of_both_kinds(golden):
-    """Otherwise the agreement above would say nothing about the threshold."""
-    case3 = golden("case3_compare")
-    for k, threshold in itertools.product((2, 4, 8), (0.3, 0.4)):
-        assert case3[f"k{k}/thr{threshold}/indices"].shape == (2, 6)
-    valid = torch.cat([case3[f"k{k}/thr{threshold}/valid"] for k in (2, 4, 8) for threshold in (0.3, 0.4)])
-    assert valid.any()
-    assert not valid.all()
-
-
-@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.9])
-def test_the_threshold_is_one_of_probability(threshold):
-    """A pair just above the threshold is kept, one just below is not, and equal scores never."""
-    edge = 2 * math.atanh(threshold)
-    gap = torch.tensor([edge + 1e-5, edge - 1e-5, 0.0], dtype=torch.float64)
-    scores = torch.stack([torch.full_like(gap, 20.0), 20.0 + gap])
-    _, sure = pick_pairs(torch.zeros(3, 1, 1, 1), torch.zeros(2, 3, 1, 1, 1), scores, 0, threshold)
-    difference = torch.softmax(torch.stack([scores.amax(0), scores.amin(0)]), 0).diff(dim=0).neg().squeeze(0)
-    assert sure.tolist() == (difference > threshold).tolist()
-    assert sure.tolist()[0]
-    assert not sure.tolist()[2]

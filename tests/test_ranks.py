@@ -17,9 +17,9 @@ from strop.engine.config import ModelConfig
 from strop.engine.diffusion import LatentDiffusion
 from strop.engine.errors import UserError
 from strop.engine.objective import spo_loss
-from strop.engine.pairs import PreferencePairs
+from strop.engine.pairs import PreferencePairs, balance
 from strop.engine.policy import Policy
-from strop.engine.ranks import Ranks, balance, share, start
+from strop.engine.ranks import Ranks, share, start
 from strop.engine.update import micro_batches, predict
 
 MICRO_BATCH = 6  # of all ranks together

@@ -4,8 +4,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from strop.engine.text_kv import kept_text, text_rows
-
 K, PROMPTS = 3, 3  # branches of each, and how many prompts the model's Conditioning has
 ROUNDING = 1e-5  # absolute, at outputs of about 1
 
@@ -24,9 +22,9 @@ def test_branches_see_their_own_prompts(model, guided, reference):
     expected = policy.eps(x, t, cond.repeat(K), guided)
     with policy.reference():
         base = policy.eps(x, t, cond.repeat(K), guided)
-        with kept_text(policy.unet, cond) as known:
+        with policy.sampling(cond, text_kv=True) as known:
             found_base = policy.eps(x, t, known.repeat(K), guided)
-    with kept_text(policy.unet, cond) as known:
+    with policy.sampling(cond, text_kv=True) as known:
         found = policy.eps(x, t, known.repeat(K), guided)
         other = policy.eps(x, t, known[torch.tensor([1, 2, 0])].repeat(K), guided)
     torch.testing.assert_close(
@@ -41,7 +39,7 @@ def test_the_layers_are_as_they_were_afterwards_also_after_an_exception(model):
     x, t = branches(1)
     before, former = policy.eps(x, t, cond), dict(policy.unet.attn_processors)
     with pytest.raises(RuntimeError, match="in between"):
-        with kept_text(policy.unet, cond):
+        with policy.sampling(cond, text_kv=True):
             raise RuntimeError("in between")
     assert policy.unet.attn_processors == former
     after = policy.eps(x, t, cond)
@@ -55,7 +53,7 @@ def test_unprompted_rows_are_the_guided_forwards_other_half(model):
     policy, cond = model
     x, t = branches()
     both = policy.eps(x, t, cond.repeat(K))
-    with kept_text(policy.unet, cond) as known:
+    with policy.sampling(cond, text_kv=True) as known:
         kept = policy.eps(x, t, known.repeat(K).unprompted(), guided=False)
     plain = policy.eps(x, t, cond.repeat(K).unprompted(), guided=False)
     for found in (kept, plain):
@@ -67,11 +65,11 @@ def test_unprompted_rows_are_the_guided_forwards_other_half(model):
 def test_what_is_kept_is_of_the_policy_as_it_is(model):
     policy, cond = model
     x, t = branches(1)
-    with kept_text(policy.unet, cond):
+    with policy.sampling(cond, text_kv=True):
         pass
     for p in policy.parameters:
         p.mul_(0.5)
-    with kept_text(policy.unet, cond) as known:
+    with policy.sampling(cond, text_kv=True) as known:
         found = policy.eps(x, t, known)
     torch.testing.assert_close(found, policy.eps(x, t, cond), rtol=0, atol=ROUNDING)
 
@@ -83,16 +81,9 @@ def test_no_step_computes_keys_and_values_of_the_text(model):
     x, t = branches(1)
     with FlopCounterMode(display=False) as plain:
         policy.eps(x, t, cond)
-    with kept_text(policy.unet, cond) as known, FlopCounterMode(display=False) as kept:
+    with policy.sampling(cond, text_kv=True) as known, FlopCounterMode(display=False) as kept:
         policy.eps(x, t, known)
     rows, length, width = 2 * len(x), *cond.text.shape[1:]
     layers = [m for name, m in policy.unet.named_modules() if name.endswith(".attn2")]
     each = [2 * (width * m.inner_dim + 4 * (width + m.inner_dim)) * rows * length for m in layers]
     assert plain.get_total_flops() - kept.get_total_flops() == 2 * sum(each)
-
-
-def test_rows_of_the_empty_prompt_come_first(model):
-    policy, cond = model
-    with kept_text(policy.unet, cond) as known:
-        assert text_rows(known.repeat(2), guided=True).tolist() == [0] * 6 + [1, 2, 3] * 2
-        assert text_rows(known, guided=False).tolist() == [1, 2, 3]

@@ -5,8 +5,8 @@ import torch
 
 from strop.engine import ranks
 from strop.engine.config import Config
-from strop.engine.pairs import PreferencePairs
-from strop.engine.ranks import Ranks, balance
+from strop.engine.pairs import PreferencePairs, balance
+from strop.engine.ranks import Ranks
 from strop.engine.tally import Tally
 from strop.engine.traffic import balance_bytes, zero_bytes
 

@@ -11,8 +11,8 @@ import torch
 from test_ranks import MICRO_BATCH, PROMPTS, all_pairs, lora_after, new_policy, settings
 
 from strop.engine import zero
-from strop.engine.pairs import PreferencePairs
-from strop.engine.ranks import balance, gather_rows, start
+from strop.engine.pairs import PreferencePairs, balance
+from strop.engine.ranks import gather_rows, start
 
 
 def part(pairs: PreferencePairs, rows: slice) -> PreferencePairs:
