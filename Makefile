@@ -56,8 +56,8 @@ demo: $(STAMP)  ## post-train the tiny world, with a report of what it gained: A
 tinyworld: $(STAMP)  ## rebuild the tiny world's models from one seed
 	$(BIN)/python -m strop.bench.tinyworld.build
 
-docs: $(STAMP)  ## regenerate docs/configuration.md from engine/config.py
-	$(BIN)/python -m strop.engine.reference > docs/configuration.md.new
+docs: $(STAMP)  ## regenerate docs/configuration.md from engine/config/training.py
+	$(BIN)/python -m strop.engine.config.docs > docs/configuration.md.new
 	@mv docs/configuration.md.new docs/configuration.md
 
 clean:  ## remove what builds and tests leave behind; runs/ and the virtual environment stay

@@ -24,14 +24,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 
 from strop.bench.bench_step import RESULTS, ROOT, machine
-from strop.engine.base_model import quiet_libraries
-from strop.engine.blueprint import Blueprint
-from strop.engine.config import Config, load
+from strop.engine.config.training import Config, load
 from strop.engine.errors import UserError, exit_on_user_error
-from strop.engine.gauge import attention_by
-from strop.engine.prices import Networks
-from strop.engine.ranks import start
-from strop.engine.tally import tally
+from strop.engine.models.base_model import quiet_libraries
+from strop.engine.plan.meta_models import Blueprint
+from strop.engine.plan.meter import attention_by
+from strop.engine.plan.row_counts import tally
+from strop.engine.plan.unit_costs import Networks
+from strop.engine.runtime.ranks import start
 
 BACKENDS = {
     "auto": None,

@@ -5,7 +5,7 @@ prompts. Per side and stage: seconds, operations, and the share of the rate that
 peak memory, pairs per second; how many times faster a prompt is done, and the whole run with its prompts, of which
 the fast recipe has fewer; last the operations that the exact recipe spends most time in. Networks that are not on this
 machine get random weights at full size, as what an iteration costs does not depend on them. Every pair is kept, as
-plan.py counts, unless --threshold says otherwise. Prompts are encoded anew in each iteration, as if none came twice.
+plan counts, unless --threshold says otherwise. Prompts are encoded anew in each iteration, as if none came twice.
 Quality is the matter of bench/tinyworld/frontier.py.
 """
 
@@ -28,18 +28,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from strop.bench import longest, ours, published
-from strop.engine.at_peak import seconds_at_peak
-from strop.engine.base_model import DTYPES, equip, load_unet, quiet_libraries
-from strop.engine.blueprint import Blueprint
-from strop.engine.cards import CARDS, card_called
-from strop.engine.config import Config, load
-from strop.engine.diffusion import LatentDiffusion
+from strop.engine.config.training import Config, load
+from strop.engine.data.prompts import read_prompts
 from strop.engine.errors import UserError, exit_on_user_error
-from strop.engine.gauge import FORMULAS
-from strop.engine.metrics import Stopwatch
-from strop.engine.preference import StepAwarePreferenceModel
-from strop.engine.prompts import read_prompts
-from strop.engine.ranks import start
+from strop.engine.judge.model import StepAwarePreferenceModel
+from strop.engine.models.base_model import DTYPES, equip, load_unet, quiet_libraries
+from strop.engine.models.latent_diffusion import LatentDiffusion
+from strop.engine.plan.gpus import CARDS, card_called
+from strop.engine.plan.meta_models import Blueprint
+from strop.engine.plan.meter import FORMULAS
+from strop.engine.plan.peak import seconds_at_peak
+from strop.engine.runtime.metrics import Stopwatch
+from strop.engine.runtime.ranks import start
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -140,7 +140,7 @@ def measure(exact: Config, fast: Config, recipe: str, rounds: int, device: torch
 
 
 def at_peak(side: Side, device: torch.device) -> dict[str, str | float]:
-    """What plan.py reads of a card in its list: which it is, and the share of its peak that this side reached."""
+    """What plan reads of a card in its list: which it is, and the share of its peak that this side reached."""
     peak = seconds_at_peak(side.config, side.models.diffusion.family, device)
     if peak is None:
         return {}

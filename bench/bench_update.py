@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from strop.engine.base_model import load_unet
-from strop.engine.config import load
-from strop.engine.diffusion import LatentDiffusion
-from strop.engine.metrics import Metrics
-from strop.engine.pairs import PreferencePairs
-from strop.engine.policy import Policy
-from strop.engine.update import update
-from strop.engine.zero import AdamWSettings, LocalAdamW
+from strop.engine.config.training import load
+from strop.engine.methods.spo.pairs import PreferencePairs
+from strop.engine.methods.spo.update import update
+from strop.engine.models.base_model import load_unet
+from strop.engine.models.latent_diffusion import LatentDiffusion
+from strop.engine.models.policy import Policy
+from strop.engine.runtime.metrics import Metrics
+from strop.engine.runtime.optimizer import AdamWSettings, LocalAdamW
 
 ROOT = Path(__file__).parent.parent
 

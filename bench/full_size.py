@@ -21,21 +21,21 @@ from transformers import CLIPConfig, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from strop.bench.precision import halve, noise
-from strop.engine import zero
-from strop.engine.architectures import FAMILIES, PICKSCORE
-from strop.engine.base_model import DTYPES, equip
-from strop.engine.clip import TimeConditionedCLIP
-from strop.engine.conditioning import Conditioning
-from strop.engine.config import Config, load
-from strop.engine.diffusion import LatentDiffusion
+from strop.engine.config.training import Config, load
 from strop.engine.errors import UserError, exit_on_user_error
-from strop.engine.machine import prepare
-from strop.engine.metrics import Metrics, Stopwatch
-from strop.engine.policy import Policy
-from strop.engine.preference import StepAwarePreferenceModel
-from strop.engine.ranks import Ranks
-from strop.engine.rollout import forking_steps, rollout
-from strop.engine.update import learn
+from strop.engine.judge.clip import TimeConditionedCLIP
+from strop.engine.judge.model import StepAwarePreferenceModel
+from strop.engine.methods.spo.rollout import forking_steps, rollout
+from strop.engine.methods.spo.update import learn
+from strop.engine.models.architectures import FAMILIES, PICKSCORE
+from strop.engine.models.base_model import DTYPES, equip
+from strop.engine.models.conditioning import Conditioning
+from strop.engine.models.latent_diffusion import LatentDiffusion
+from strop.engine.models.policy import Policy
+from strop.engine.runtime import optimizer as zero
+from strop.engine.runtime.metrics import Metrics, Stopwatch
+from strop.engine.runtime.ranks import Ranks
+from strop.engine.speed.apply import prepare
 
 ROOT = Path(__file__).parents[1]
 # Text features are drawn, not made: one layer stands for the text tower.

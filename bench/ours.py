@@ -9,20 +9,20 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from strop.bench.published import Clock
-from strop.engine import zero
-from strop.engine.conditioning import Conditioning
-from strop.engine.config import Config
-from strop.engine.diffusion import LatentDiffusion
-from strop.engine.embeddings import Embeddings
-from strop.engine.machine import prepare
-from strop.engine.metrics import Metrics
-from strop.engine.pairs import PreferencePairs, balance
-from strop.engine.policy import Policy
-from strop.engine.preference import StepAwarePreferenceModel
-from strop.engine.ranks import Ranks
-from strop.engine.rollout import forking_steps, rollout
-from strop.engine.tiny_decoder import TinyDecoder
-from strop.engine.update import learn
+from strop.engine.config.training import Config
+from strop.engine.data.embeddings import Embeddings
+from strop.engine.judge.model import StepAwarePreferenceModel
+from strop.engine.methods.spo.pairs import PreferencePairs, balance
+from strop.engine.methods.spo.rollout import forking_steps, rollout
+from strop.engine.methods.spo.update import learn
+from strop.engine.models.conditioning import Conditioning
+from strop.engine.models.latent_diffusion import LatentDiffusion
+from strop.engine.models.policy import Policy
+from strop.engine.models.tiny_decoder import TinyDecoder
+from strop.engine.runtime import optimizer as zero
+from strop.engine.runtime.metrics import Metrics
+from strop.engine.runtime.ranks import Ranks
+from strop.engine.speed.apply import prepare
 
 
 class Ours:

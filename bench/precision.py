@@ -17,19 +17,19 @@ import torch
 from torch import Tensor
 
 from strop.bench import ours
-from strop.engine import zero
-from strop.engine.base_model import DTYPES, load_unet, quiet_libraries
-from strop.engine.conditioning import Conditioning
-from strop.engine.config import Config, load
-from strop.engine.ddim import DDIMSchedule
-from strop.engine.diffusion import LatentDiffusion
+from strop.engine.config.training import Config, load
+from strop.engine.data.prompts import read_prompts
 from strop.engine.errors import UserError, exit_on_user_error
-from strop.engine.gauge import tf32_allowed
-from strop.engine.pairs import PreferencePairs
-from strop.engine.policy import Policy
-from strop.engine.preference import StepAwarePreferenceModel
-from strop.engine.prompts import read_prompts
-from strop.engine.update import micro_batches, predict
+from strop.engine.judge.model import StepAwarePreferenceModel
+from strop.engine.methods.spo.pairs import PreferencePairs
+from strop.engine.methods.spo.update import micro_batches, predict
+from strop.engine.models.base_model import DTYPES, load_unet, quiet_libraries
+from strop.engine.models.conditioning import Conditioning
+from strop.engine.models.latent_diffusion import LatentDiffusion
+from strop.engine.models.policy import Policy
+from strop.engine.plan.meter import tf32_allowed
+from strop.engine.runtime import optimizer as zero
+from strop.engine.schedules.ddim import DDIMSchedule
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

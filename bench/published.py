@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from strop.engine.conditioning import Conditioning
-from strop.engine.config import Config, OptimConfig
-from strop.engine.diffusion import LatentDiffusion
-from strop.engine.policy import Policy
-from strop.engine.preference import StepAwarePreferenceModel
+from strop.engine.config.training import Config, OptimConfig
+from strop.engine.judge.model import StepAwarePreferenceModel
+from strop.engine.models.conditioning import Conditioning
+from strop.engine.models.latent_diffusion import LatentDiffusion
+from strop.engine.models.policy import Policy
 
 Pairs = dict[str, Tensor]  # N rows each: t, x_t (N, R, C, h, w), x_prev (N, 2, C, h, w), text and, of SDXL, pooled
 Clock = Callable[[str], AbstractContextManager]

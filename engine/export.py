@@ -6,6 +6,9 @@ overwritten, and nothing is trained.
 
 from __future__ import annotations
 
+if not __package__:  # run as a script (PEP 366)
+    __package__ = "strop.engine"
+
 import argparse
 import json
 from collections.abc import Sequence
@@ -14,11 +17,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from strop.engine.base_model import DTYPES, load_unet, quiet_libraries
-from strop.engine.checkpoint import newest
-from strop.engine.config import ModelConfig
-from strop.engine.errors import UserError, exit_on_user_error
-from strop.engine.lora import LORA_FILE, Lora, read, write
+from .config.training import ModelConfig
+from .errors import UserError, exit_on_user_error
+from .models.base_model import DTYPES, load_unet, quiet_libraries
+from .models.lora_file import LORA_FILE, Lora, read, write
+from .runtime.checkpoint import newest
 
 FORMATS = ("diffusers", "kohya", "merged")
 

@@ -5,6 +5,9 @@ The whole of it on one page: build the parts, evaluate the base model, run the l
 
 from __future__ import annotations
 
+if not __package__:  # run as a script (PEP 366)
+    __package__ = "strop.engine"
+
 import argparse
 import functools
 import time
@@ -15,32 +18,34 @@ from pathlib import Path
 
 import torch
 
-from strop.engine import checkpoint, zero
-from strop.engine.at_peak import seconds_at_peak
-from strop.engine.base_model import load_unet, quiet_libraries
-from strop.engine.config import Config, load
-from strop.engine.ddim import DDIMSchedule
-from strop.engine.diffusion import BATCH, LatentDiffusion
-from strop.engine.embeddings import Embeddings
-from strop.engine.entrypoint import resolve
-from strop.engine.errors import UserError, exit_on_user_error
-from strop.engine.evaluation import Evaluation, Evaluator
-from strop.engine.figures import before_after
-from strop.engine.ledger import REASONS, Ledger, figures
-from strop.engine.lora import facts, write
-from strop.engine.machine import prepare
-from strop.engine.metrics import Metrics, RunTime, Stopwatch, read_records
-from strop.engine.pairs import balance
-from strop.engine.policy import Policy
-from strop.engine.preference import StepAwarePreferenceModel
-from strop.engine.progress import Progress
-from strop.engine.prompts import batch_of, first_used, read_prompts, split_prompts
-from strop.engine.ranks import Ranks, start
-from strop.engine.report import closing_table, make_report, paired_delta, write_summary
-from strop.engine.rollout import check_steps, forking_steps, judged_segments, rollout
-from strop.engine.tiny_decoder import TinyDecoder
-from strop.engine.update import learn
-from strop.kernels import use_reference
+from ..kernels import use_reference
+from .config.factory import resolve
+from .config.training import Config, load
+from .data.embeddings import Embeddings
+from .data.prompts import batch_of, first_used, read_prompts, split_prompts
+from .errors import UserError, exit_on_user_error
+from .evaluation.evaluator import Evaluation, Evaluator
+from .judge.model import StepAwarePreferenceModel
+from .methods.spo.pairs import balance
+from .methods.spo.rollout import check_steps, forking_steps, judged_segments, rollout
+from .methods.spo.update import learn
+from .models.base_model import load_unet, quiet_libraries
+from .models.latent_diffusion import BATCH, LatentDiffusion
+from .models.lora_file import facts, write
+from .models.policy import Policy
+from .models.tiny_decoder import TinyDecoder
+from .plan.peak import seconds_at_peak
+from .report.pictures import before_after
+from .report.run_folder import make_report, paired_delta, write_summary
+from .report.tables import closing_table
+from .runtime import checkpoint
+from .runtime import optimizer as zero
+from .runtime.ledger import REASONS, Ledger, figures
+from .runtime.metrics import Metrics, RunTime, Stopwatch, read_records
+from .runtime.progress import Progress
+from .runtime.ranks import Ranks, start
+from .schedules.ddim import DDIMSchedule
+from .speed.apply import prepare
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,11 +24,11 @@ from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from strop.engine.architectures import FAMILIES
-from strop.engine.base_model import load_unet
-from strop.engine.config import ModelConfig
-from strop.engine.diffusion import LatentDiffusion
-from strop.engine.policy import Policy
+from strop.engine.config.training import ModelConfig
+from strop.engine.models.architectures import FAMILIES
+from strop.engine.models.base_model import load_unet
+from strop.engine.models.latent_diffusion import LatentDiffusion
+from strop.engine.models.policy import Policy
 
 GOLDEN = Path(__file__).parent / "golden"
 CPU = torch.device("cpu")

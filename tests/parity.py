@@ -32,16 +32,16 @@ from test_objective import BETA, CLIP, TAGS, case7_of, log_probs, recorded_pairs
 from test_rollout import replay
 from torch import Tensor
 
-from strop.engine.base_model import load_unet, quiet_libraries
-from strop.engine.conditioning import Conditioning
-from strop.engine.config import ModelConfig
-from strop.engine.ddim import DDIMSchedule
-from strop.engine.diffusion import LatentDiffusion
-from strop.engine.draws import Replay
-from strop.engine.objective import spo_loss
-from strop.engine.pairs import is_sure
-from strop.engine.policy import Policy
-from strop.engine.rollout import choose
+from strop.engine.config.training import ModelConfig
+from strop.engine.methods.spo.loss import spo_loss
+from strop.engine.methods.spo.pairs import is_sure
+from strop.engine.methods.spo.rollout import choose
+from strop.engine.models.base_model import load_unet, quiet_libraries
+from strop.engine.models.conditioning import Conditioning
+from strop.engine.models.latent_diffusion import LatentDiffusion
+from strop.engine.models.policy import Policy
+from strop.engine.schedules.ddim import DDIMSchedule
+from strop.engine.schedules.draws import Replay
 from strop.kernels import DDIMCoefficients, ddim_branch, ddim_log_prob, ddim_x0_hat
 
 

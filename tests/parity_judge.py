@@ -12,8 +12,8 @@ from test_preference import SIZES, golden_judge
 from test_spm import criterion, denoiser_of, one_step
 from torch.nn.functional import normalize
 
-from strop.engine.pairs import PreferencePairs, is_sure
-from strop.engine.rollout import choose
+from strop.engine.methods.spo.pairs import PreferencePairs, is_sure
+from strop.engine.methods.spo.rollout import choose
 
 
 def judge(rows: Rows, world: SimpleNamespace) -> None:

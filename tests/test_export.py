@@ -7,10 +7,10 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from strop.engine.config import Config
+from strop.engine.config.training import Config
 from strop.engine.export import main
-from strop.engine.lora import facts, read, write
-from strop.engine.policy import Policy
+from strop.engine.models.lora_file import facts, read, write
+from strop.engine.models.policy import Policy
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 PIPELINES = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}

@@ -9,20 +9,21 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from strop.engine import ledger, train
-from strop.engine.base_model import load_unet
-from strop.engine.conditioning import Conditioning
-from strop.engine.config import ModelConfig, load
-from strop.engine.ledger import MEANS, Ledger
-from strop.engine.lora import read
-from strop.engine.metrics import Metrics, read_records
-from strop.engine.pairs import PreferencePairs
-from strop.engine.policy import Policy
-from strop.engine.prompts import batch_of
-from strop.engine.ranks import Ranks
+from strop.engine import train
+from strop.engine.config.training import ModelConfig, load
+from strop.engine.data.prompts import batch_of
+from strop.engine.methods.spo.pairs import PreferencePairs
+from strop.engine.methods.spo.update import update
+from strop.engine.models.base_model import load_unet
+from strop.engine.models.conditioning import Conditioning
+from strop.engine.models.lora_file import read
+from strop.engine.models.policy import Policy
+from strop.engine.runtime import ledger
+from strop.engine.runtime.ledger import MEANS, Ledger
+from strop.engine.runtime.metrics import Metrics, read_records
+from strop.engine.runtime.optimizer import AdamWSettings, LocalAdamW
+from strop.engine.runtime.ranks import Ranks
 from strop.engine.train import main, share_of
-from strop.engine.update import update
-from strop.engine.zero import AdamWSettings, LocalAdamW
 
 SECTIONS = {
     "rollout": {"prompts": 2, "k": 2, "num_steps": 5, "t_range": [0, 401], "threshold": 0.0},

@@ -42,8 +42,8 @@ def judge(weights: Path) -> None:
     """weights/judge: the step-aware preference model, fine-tuned from weights/pickscore by the engine itself."""
     with tempfile.TemporaryDirectory() as run:
         overrides = [f"model.path={weights / 'sd'}", f"judge.path={weights / 'pickscore'}", f"run.dir={run}"]
-        recipe = HERE.parents[1] / "configs" / "spm_tinyworld.yaml"
-        subprocess.run([sys.executable, "-m", "strop.engine.train_spm", str(recipe), *overrides], check=True)
+        recipe = HERE.parents[1] / "configs" / "judge_tinyworld.yaml"
+        subprocess.run([sys.executable, "-m", "strop.engine.train_judge", str(recipe), *overrides], check=True)
         shutil.copytree(Path(run) / "judge", weights / "judge", dirs_exist_ok=True)
         summary = json.loads((Path(run) / "summary.json").read_text())
     file = weights / "judge" / "model.safetensors"

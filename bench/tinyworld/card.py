@@ -33,7 +33,7 @@ data, no other weights. 64x64 RGB images, 16x16x4 latents, fp16 safetensors.
 | `sd/` | diffusers `StableDiffusionPipeline` | the base model that is post-trained |
 | `tiny_decoder/` | diffusers `AutoencoderTiny`, its decoder | decodes the judge's images in cheap rollouts |
 | `pickscore/` | transformers `CLIPModel` | generic preferences: alignment and quality blended |
-| `judge/` | made from `pickscore/` by `strop.engine.train_spm` | the step-aware preference model |
+| `judge/` | made from `pickscore/` by `strop.engine.train_judge` | the step-aware preference model |
 | `examiners/` | two CNNs, see `examiners.py` | grade quality and alignment; never used in training a model |
 
 ![Samples of the base model: held-out prompts, guidance 4](samples.png)

@@ -32,18 +32,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from strop.bench.tinyworld.frontier_plot import plot
-from strop.engine.base_model import quiet_libraries
-from strop.engine.checkpoint import MAY_CHANGE
-from strop.engine.config import Config, load
+from strop.engine.config.settings import differences
+from strop.engine.config.training import Config, load
 from strop.engine.errors import UserError, exit_on_user_error
-from strop.engine.gauge import LACKING
-from strop.engine.metrics import Metrics, read_records
-from strop.engine.pairs import PreferencePairs
-from strop.engine.ranks import Ranks
-from strop.engine.rollout import forking_steps, rollout
-from strop.engine.settings import differences
+from strop.engine.methods.spo.pairs import PreferencePairs
+from strop.engine.methods.spo.rollout import forking_steps, rollout
+from strop.engine.methods.spo.update import learn, with_reference
+from strop.engine.models.base_model import quiet_libraries
+from strop.engine.plan.meter import LACKING
+from strop.engine.runtime.checkpoint import MAY_CHANGE
+from strop.engine.runtime.metrics import Metrics, read_records
+from strop.engine.runtime.ranks import Ranks
 from strop.engine.train import Parts, build, share_of
-from strop.engine.update import learn, with_reference
 
 ROOT = Path(__file__).parents[2]
 EXACT, FAST = "configs/tinyworld.yaml", "configs/tinyworld_fast.yaml"

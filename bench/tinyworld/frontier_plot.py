@@ -12,7 +12,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import PercentFormatter
 from matplotlib.transforms import Bbox
 
-from strop.engine.figures import FAINT, INK, LIMIT, LINE
+from strop.engine.report.pictures import FAINT, INK, LIMIT, LINE
 
 Point = tuple[float, float]
 CONTROL = ("control", "half")  # less of the same: what any saving has to beat

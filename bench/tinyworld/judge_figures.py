@@ -18,14 +18,14 @@ from strop.bench.tinyworld.render import to_float
 from strop.bench.tinyworld.train_vae import render_uint8
 from strop.bench.tinyworld.training import generator
 from strop.bench.tinyworld.world import break_scene, caption, sample_quality, sample_scenes
-from strop.engine.base_model import load_unet, quiet_libraries
-from strop.engine.config import JudgeConfig, ModelConfig
-from strop.engine.diffusion import LatentDiffusion
-from strop.engine.preference import StepAwarePreferenceModel
-from strop.engine.spm import Denoiser, preference_scores
+from strop.engine.config.training import JudgeConfig, ModelConfig
+from strop.engine.judge.model import StepAwarePreferenceModel
+from strop.engine.judge.training import Denoiser, preference_scores
+from strop.engine.models.base_model import load_unet, quiet_libraries
+from strop.engine.models.latent_diffusion import LatentDiffusion
 
 TIMESTEPS = (0, 251, 501, 701, 951)
-GUIDANCE = 3.0  # of configs/spm_tinyworld.yaml
+GUIDANCE = 3.0  # of configs/judge_tinyworld.yaml
 CPU = torch.device("cpu")
 
 

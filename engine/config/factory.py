@@ -1,0 +1,44 @@
+"""Entry points named in a configuration as `module:attribute`: a data set's factory, an examiner's factory.
+
+Nothing here calls what it finds, nor knows what the callable should take: whoever asked for it does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+from ..errors import UserError
+
+
+def resolve(spec: str, key: str) -> Callable:
+    """The callable that `spec`, such as "package.module:factory" or "package.module:Class.method", names.
+
+    key: where in the configuration it stands, for the message. Raises UserError naming the key and what was found: no
+    colon, no such module, a module that does not import, no such attribute, or something that is not callable.
+    """
+    module_name, colon, attribute = spec.partition(":")
+    if not colon or not module_name or not attribute or module_name.startswith("."):
+        raise UserError(f"{key}: found {spec!r}, expected module:factory, such as strop.bench.tinyworld.pairs:load")
+    try:
+        found = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise UserError(_no_module(key, module_name, error)) from None
+    except Exception as error:  # whatever a module of the user's raises while it is imported
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{key}: module {module_name} does not import ({message})") from error
+    for name in attribute.split("."):
+        if not hasattr(found, name):
+            raise UserError(f"{key}: {module_name} has no attribute {attribute}")
+        found = getattr(found, name)
+    if not callable(found):
+        raise UserError(f"{key}: {spec} is a {type(found).__name__}, expected something callable")
+    return found
+
+
+def _no_module(key: str, module_name: str, error: ModuleNotFoundError) -> str:
+    """Tells a module that is not there from one that is there and imports another that is not."""
+    missing = error.name or module_name
+    if module_name == missing or module_name.startswith(missing + "."):
+        return f"{key}: no module {missing}; it must be importable from here (installed, or on PYTHONPATH)"
+    return f"{key}: module {module_name} needs {missing}, which is not installed"

@@ -1,0 +1,93 @@
+"""The recipe of engine/train_judge.py, which trains the judge: every key with its meaning, default and bounds."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from .settings import Section
+from .training import KERNELS, Device, JudgeConfig, Kernels, ModelConfig, ZeroConfig
+
+
+class SpmDataConfig(Section):
+    source: str = Field(
+        description="Preference pairs: Pick-a-Pic parquet files, all of a folder or folder/train-*.parquet; a .jsonl "
+        'file of {image_0, image_1: path relative to the file, caption, label: 0, 1 or "tie" (which image is '
+        "preferred)}, where label_0 and label_1 of sum 1 may stand for label, and num_examples, the pairs with this "
+        "caption, is optional; or `module:factory`: factory(seed, size) gives a map-style dataset of {image_0, "
+        "image_1: (3, H, W) in [-1, 1], caption, label_0, label_1}."
+    )
+    heldout_source: str | None = Field(
+        None,
+        description="Held-out pairs, in the same forms; their captions are not trained on. null splits data.heldout "
+        "pairs off data.source by caption, or asks a factory with another seed.",
+    )
+    train: int | None = Field(
+        None, ge=1, description="Training pairs, at most; null takes all that the run can see. A factory needs it."
+    )
+    heldout: int = Field(512, ge=1, description="Held-out pairs, at most.")
+    labels: Literal["given", "pickscore"] = Field(
+        "given", description="given are those of the data; pickscore makes them by judge.path, a plain PickScore."
+    )
+    tie: float = Field(
+        0.1, ge=0, lt=1, description="With labels: pickscore, pairs whose probabilities differ by no more are ties."
+    )
+    max_broken: float = Field(
+        0.01, ge=0, lt=1, description="Share of broken pairs, which are named and left out, past which the run stops."
+    )
+    cache: str | None = Field(
+        "auto",
+        description="Folder where VAE latents, text embeddings (both in float16) and PickScore's scores are kept for "
+        "every later run: 130 KB a pair at 512 pixels, 520 KB at 1024, and 120 or 320 KB a caption. auto is "
+        "`pair-cache` beside run.dir; null computes them in every step, and reads a row group of parquet for every "
+        "pair. Pairs of a factory are not cached.",
+    )
+    workers: int = Field(0, ge=0, description="Processes that load pairs; 0 loads them in the training process.")
+
+
+class SpmOptimConfig(Section):
+    steps: int = Field(ge=1, description="Optimizer steps.")
+    batch: int = Field(16, ge=1, description="Pairs per forward and backward pass and process.")
+    accumulate: int = Field(1, ge=1, description="Such batches per optimizer step.")
+    lr: float = Field(3e-6, gt=0, description="Peak AdamW learning rate.")
+    weight_decay: float = Field(0.3, ge=0, description="AdamW weight decay.")
+    warmup: int = Field(0, ge=0, description="Steps of warm-up; a linear decay to zero follows.")
+    warmup_shape: Literal["linear", "log"] = Field(
+        "linear", description="How the warm-up rises; log is DeepSpeed's WarmupDecayLR, as published."
+    )
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm above which gradients are scaled down.")
+    clean_share: float = Field(
+        0.0, ge=0, lt=1, description="Share of pairs shown clean at t = 0 instead of noised (0 in the paper)."
+    )
+    guidance: float = Field(5.0, ge=1, description="Classifier-free guidance scale of the frozen base model.")
+
+    @model_validator(mode="after")
+    def _warms_up_in_time(self) -> SpmOptimConfig:
+        if self.warmup >= self.steps:
+            raise ValueError(f"warmup is {self.warmup}, but must be smaller than steps = {self.steps}")
+        return self
+
+
+class SpmRunConfig(Section):
+    dir: str = Field(
+        description="Run folder; must be new or empty, unless run.resume is set. The judge is written to its subfolder "
+        "`judge`."
+    )
+    seed: int = Field(42, ge=0, description="Seed of everything random in the run; process r uses seed + r.")
+    device: Device = Field("auto", description="auto takes a GPU where there is one.")
+    kernels: Kernels = Field("auto", description=KERNELS)
+    log_every: int = Field(20, ge=1, description="Steps per line of metrics.jsonl and of the terminal.")
+    save_every: int = Field(500, ge=1, description="Steps per checkpoint; the newest two are kept.")
+    resume: bool = Field(False, description="Go on from the newest checkpoint in run.dir.")
+
+
+class SpmConfig(Section):
+    """A recipe of engine/train_judge.py."""
+
+    model: ModelConfig
+    judge: JudgeConfig
+    data: SpmDataConfig
+    optim: SpmOptimConfig
+    zero: ZeroConfig = ZeroConfig(stage=2)
+    run: SpmRunConfig

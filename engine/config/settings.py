@@ -1,0 +1,149 @@
+"""Frozen settings from a YAML file plus `key=value` overrides, checked in full before anything is loaded.
+
+The machinery alone: what the keys of a recipe are stands in config/training.py and config/judge_training.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from ..errors import UserError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, values: Any) -> Any:
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field and field.annotation in (int, float):
+                raise ValueError(f"{name} is {str(value).lower()}, but must be a number")
+        return values
+
+
+C = TypeVar("C", bound=Section)
+
+
+def load(path: str | Path, overrides: Sequence[str], cls: type[C]) -> C:
+    """Reads a YAML recipe, applies `section.key=value` overrides (values are YAML) and checks the whole.
+
+    Raises UserError with one sentence that names the file and the key.
+    """
+    tree = _read_yaml(Path(path))
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return cls.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_sentence(cls, error)}") from None
+
+
+def dump(config: Section, path: Path) -> None:
+    """Writes the resolved configuration, every default filled in, as YAML that `load` reads back equal."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+
+
+def keys(cls: type[BaseModel], prefix: str = "") -> list[str]:
+    """All dotted keys of a configuration class."""
+    found = []
+    for name, field in cls.model_fields.items():
+        nested = field.annotation
+        if isinstance(nested, type) and issubclass(nested, BaseModel):
+            found += keys(nested, f"{prefix}{name}.")
+        else:
+            found.append(prefix + name)
+    return found
+
+
+def differences(old: Section, new: Section, ignore: Sequence[str] = ()) -> list[str]:
+    """`key: old -> new` for every dotted key outside `ignore` whose values differ."""
+
+    def value(config: Any, dotted: str) -> Any:
+        for part in dotted.split("."):
+            config = getattr(config, part)
+        return config
+
+    return [
+        f"{key}: {value(old, key)!r} -> {value(new, key)!r}"
+        for key in keys(type(new))
+        if key not in ignore and value(old, key) != value(new, key)
+    ]
+
+
+def varied(config: C, values: Mapping[str, Any]) -> C:
+    """The same configuration with other values of some dotted keys, checked like any other."""
+    tree = config.model_dump()
+    for key, value in values.items():
+        *sections, last = key.split(".")
+        functools.reduce(dict.__getitem__, sections, tree)[last] = value
+    return type(config).model_validate(tree)
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); give the path of a recipe such as configs/tinyworld.yaml"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: found {type(tree).__name__}, expected sections such as `model:` and `run:`")
+    return tree
+
+
+def _apply(tree: dict, override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r}: expected section.key=value, such as optim.lr=1e-4")
+    *sections, last = key.split(".")
+    for section in sections:
+        if tree.get(section) is None:  # absent, or there and empty
+            tree[section] = {}
+        tree = tree[section]
+        if not isinstance(tree, dict):
+            raise UserError(f"override {override!r}: {section} is not a section")
+    try:
+        tree[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: the value is not valid YAML") from None
+
+
+def _sentence(cls: type[BaseModel], error: ValidationError) -> str:
+    """The first of pydantic's complaints, as a sentence a person can act on."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        near = _nearest(cls, key)
+        return (
+            f"unknown key {key}; "
+            + (f"did you mean {near}?" if near else "docs/configuration.md lists all keys")
+            + more
+        )
+    if first["type"] == "missing":
+        return f"{key} is missing{more}"
+    if first["type"] == "value_error":
+        return f"{key}: {first['ctx']['error']}{more}"
+    if first["type"] == "model_type":
+        return f"{key}: found {first['input']!r}, expected keys and values, as docs/configuration.md has them{more}"
+    expected = first["msg"].removeprefix("Input should be ").removeprefix("Tuple should have ")
+    return f"{key}: found {first['input']!r}, expected {expected.split(' after validation')[0]}{more}"
+
+
+def _nearest(cls: type[BaseModel], key: str) -> str | None:
+    """The key that was probably meant: the same word in another section, else the most similar."""
+    word = key.rsplit(".", 1)[-1]
+    elsewhere = [known for known in keys(cls) if known.rsplit(".", 1)[-1] == word]
+    similar = difflib.get_close_matches(key, keys(cls) + ([] if "." in key else list(cls.model_fields)), n=1)
+    return next(iter(elsewhere + similar), None)

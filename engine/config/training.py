@@ -1,0 +1,298 @@
+"""The recipe of engine/train.py: every key with its meaning, its default and its bounds.
+
+Defaults are the paper's for Stable Diffusion 1.5. The classes do not know what the keys do: the modules that receive a
+section do. docs/configuration.md is generated from here and from config/judge_training.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from . import settings
+from .settings import C, Section
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
+Kernels = Literal["auto", "reference"]
+KERNELS = "auto runs strop.kernels in Triton on a GPU; reference in plain PyTorch everywhere, to compare or to debug."
+
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+Timestep = Annotated[int, Field(ge=0, le=999)]
+Pixels = Annotated[int, Field(ge=8, multiple_of=8)]
+
+
+class ModelConfig(Section):
+    path: str = Field(
+        description="Base model, Stable Diffusion 1.5 or SDXL or a fine-tune of either: a folder in diffusers format, "
+        "one .safetensors checkpoint, or a hub id."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
+    components: str | None = Field(
+        None,
+        description="For a .safetensors checkpoint: folder or hub id of a model with the same architecture, whose "
+        "configuration and tokenizers are used; null takes those of the original model from the hub.",
+    )
+    vae: str | None = Field(
+        None, description="VAE in place of the model's own: a folder, a .safetensors file, or a hub id."
+    )
+    dtype: Dtype = Field(
+        "float32",
+        description="Type of the frozen weights; the LoRA is kept in float32 and multiplied in this type. float16 puts "
+        "an eighth of the noise on the log-ratio that bfloat16 does (`python -m strop.bench.precision`). With float16, "
+        "a VAE that overflows in it (SDXL's own) stays in float32, and gradients pass through the UNet scaled up.",
+    )
+    attention: Literal["auto", "sdpa", "xformers"] = Field(
+        "auto", description="Attention of the UNet; auto is PyTorch's SDPA. xformers is the extra strop[cuda]."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute the UNet's activations in the backward pass: less memory, a third more time."
+    )
+    decode_rows: int | None = Field(
+        None, ge=1, description="Latents per forward of a decoder; null decodes all branches at once."
+    )
+    unet_rows: int | None = Field(
+        None,
+        ge=2,
+        description="Most rows per forward of the UNet in rollout and evaluation, where a guided latent is two rows; "
+        "null has all branches and both halves in one.",
+    )
+    merge_lora: bool | None = Field(
+        None,
+        description="In rollout and evaluation, the LoRA added to the weights in place of a detour at every layer, for "
+        "which the weights it belongs to are kept twice. The same numbers but for rounding in float32; in float16 and "
+        "bfloat16 the sums are rounded to that type, an approximation. null does it in float32 alone.",
+    )
+    share_halves: bool = Field(
+        True,
+        description="What both halves of a guided forward have in common, all before the first cross-attention, "
+        "computed once: a fortieth of SD-1.5's UNet, nothing of SDXL's. The same numbers but for rounding.",
+    )
+    channels_last: bool = Field(
+        False,
+        description="UNet and VAE in the memory order NHWC, the same numbers but for rounding. On a CPU it was slower; "
+        "not yet measured on a GPU.",
+    )
+    fold_upsample: bool = Field(
+        True,
+        description="In UNet and VAE, doubling the size and the 3x3 convolution after it as one transposed "
+        "convolution: 4/9 of their operations, the same numbers but for rounding, and a second copy of their weights "
+        "(SD-1.5 in float16: 0.1 GB). Faster on a CPU; not yet measured on a GPU.",
+    )
+    compile: bool = Field(
+        False,
+        description="UNet, VAE decoder and the judge's image tower through torch.compile: minutes at the start of a "
+        "run, less where PyTorch finds its cache of an earlier one (TORCHINDUCTOR_CACHE_DIR). On two CPU "
+        "cores four minutes, and then 8 % less for an iteration of tinyworld; not yet measured on a GPU.",
+    )
+    tf32: bool | None = Field(
+        None,
+        description="On a GPU, what is computed in float32 goes through TF32, as published: the judge. "
+        "null does so unless dtype is float32, which is chosen for the digits.",
+    )
+    height: Pixels | None = Field(None, description="Height of the images in pixels; null is the model's own.")
+    width: Pixels | None = Field(None, description="Width of the images in pixels; null is the model's own.")
+
+    @property
+    def uses_tf32(self) -> bool:
+        """What tf32 comes to for this dtype."""
+        return self.dtype != "float32" if self.tf32 is None else self.tf32
+
+    @property
+    def merges_lora(self) -> bool:
+        """What merge_lora comes to for this dtype."""
+        return self.dtype == "float32" if self.merge_lora is None else self.merge_lora
+
+
+class JudgeConfig(Section):
+    path: str = Field(
+        description="The preference model: a folder written by engine/train_judge.py, a PickScore or CLIP folder or "
+        "hub id, or a .bin file of the paper's authors."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
+    components: str | None = Field(
+        None,
+        description="Folder or hub id of the CLIP whose config.json, preprocessor and tokenizer go with judge.path, "
+        "where it has none itself; null for a folder that has them.",
+    )
+    kind: Literal["spm", "spm_no_step", "pickscore"] = Field(
+        "spm",
+        description="spm is the step-aware preference model; spm_no_step one never told the timestep; pickscore "
+        "a plain CLIP.",
+    )
+
+
+class PromptsConfig(Section):
+    train: str = Field(
+        description="Training prompts: a JSON list of {caption: ...}, JSON lines of the same, or text, one a line."
+    )
+    heldout: str | None = Field(
+        None,
+        description="Prompts kept for the evaluation, in the same forms; none may be a training prompt. null takes "
+        "evaluate.prompts of the training prompts, which are then not trained on.",
+    )
+
+
+class LoraConfig(Section):
+    rank: int = Field(4, ge=1, description="Rank of the LoRA; alpha equals the rank, so its scale is 1.")
+    target_modules: tuple[str, ...] = Field(
+        ("to_q", "to_k", "to_v", "to_out.0"),
+        min_length=1,
+        description="UNet layers that get a LoRA (PEFT name suffixes).",
+    )
+
+
+class RolloutConfig(Section):
+    prompts: int = Field(10, ge=1, description="Prompts per iteration and process.")
+    k: int = Field(4, ge=2, description="Branches drawn from one noisy latent at each fork.")
+    num_steps: int = Field(20, ge=2, le=1000, description="DDIM steps of a rollout.")
+    t_range: tuple[Timestep, Timestep] = Field(
+        (0, 751),
+        description="Lowest and highest training timestep whose steps are judged and trained; the steps above are the "
+        "trunk (the paper's kappa).",
+    )
+    inner_steps: int = Field(
+        1, ge=1, description="Steps that a branch walks before it is judged; more than 1 is MSPO, the paper's for SDXL."
+    )
+    merge_last: bool = Field(
+        False,
+        description="Joins a last segment of one step with the one before, as the published SDXL code does.",
+    )
+    judge_every: int = Field(
+        1,
+        ge=1,
+        description="Of so many segments (steps, where inner_steps is 1) the first is forked, judged and trained; the "
+        "rest are walked on one branch. More than 1 is an approximation: fewer pairs of a trajectory.",
+    )
+    look_ahead: Literal["full", "text"] = Field(
+        "full",
+        description="What predicts the image of a branch that is judged: full is the guided prediction; text runs the "
+        "half with the prompt alone and takes what guidance adds from the step before, an approximation. The branch "
+        "that goes on gets its other half, so that what is trained is exact either way.",
+    )
+    decoder: str | None = Field(
+        None,
+        description="Folder or hub id of an AutoencoderTiny that decodes the judge's images in place of the VAE, an "
+        "approximation: madebyollin/taesd for Stable Diffusion 1.5, madebyollin/taesdxl for SDXL. The evaluation "
+        "decodes with the VAE.",
+    )
+    next_state: Literal["random", "winner", "loser"] = Field(
+        "random", description="The branch from which the trajectory goes on."
+    )
+    pair: Literal["best_worst", "random"] = Field(
+        "best_worst", description="Which two branches make a pair; of two random ones, the better is the winner."
+    )
+    eta: float = Field(1.0, gt=0, le=1, description="DDIM eta; 0 has no log-probability and is not allowed here.")
+    guidance: float = Field(5.0, ge=1, description="Classifier-free guidance scale; 1 switches guidance off.")
+    threshold: float = Field(0.3, ge=0, lt=1, description="A pair is kept when p(winner) - p(loser) exceeds this.")
+    text_kv: bool = Field(
+        True,
+        description="Cross-attention keys and values of each prompt computed once per rollout (and evaluated batch), "
+        "not once per step and branch; the same numbers but for rounding.",
+    )
+
+    @model_validator(mode="after")
+    def _range_is_one(self) -> RolloutConfig:
+        low, high = self.t_range
+        if low > high:
+            raise ValueError(f"t_range is [{low}, {high}], expected the lower timestep first")
+        return self
+
+    @model_validator(mode="after")
+    def _text_is_a_half(self) -> RolloutConfig:
+        if self.look_ahead == "text" and self.guidance == 1:
+            raise ValueError("look_ahead is text, but with guidance 1 there is no other half to leave out; use full")
+        return self
+
+
+class OptimConfig(Section):
+    lr: float = Field(6e-5, gt=0, description="AdamW learning rate, constant.")
+    betas: tuple[Momentum, Momentum] = Field((0.9, 0.999), description="AdamW betas.")
+    eps: float = Field(1e-8, gt=0, description="AdamW epsilon.")
+    weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay.")
+    max_grad_norm: float | None = Field(
+        1.0,
+        gt=0,
+        description="Gradient norm above which gradients are scaled down; null never does, as the published code.",
+    )
+    beta: float = Field(10.0, gt=0, description="DPO beta: weight of the difference of the log-ratios.")
+    clip: float | None = Field(
+        0.1, gt=0, lt=1, description="Probability ratios are clamped to [1 - clip, 1 + clip]; null leaves them free."
+    )
+    guided: bool = Field(
+        True, description="Train the guided prediction of rollout.guidance; false trains the one with the prompt alone."
+    )
+    micro_batch: int = Field(10, ge=1, description="Preference pairs per forward and backward pass and process.")
+    accumulate: int = Field(1, ge=1, description="Micro-batches per optimizer step.")
+    passes: int = Field(
+        1,
+        ge=1,
+        description="Passes over the pairs of each rollout, shuffled anew; the reference predicts once for all of "
+        "them. More than 1 is an approximation: from the second on, pairs are of an older policy.",
+    )
+    keep_pairs: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of a rollout's pairs that is trained on, drawn at random. Less than 1 is an approximation, "
+        "and a poor trade where the rollout costs more than the training.",
+    )
+
+
+class ZeroConfig(Section):
+    stage: Literal[1, 2] = Field(
+        1,
+        description="DeepSpeed ZeRO stage with several processes: 1 shards the optimizer state, 2 also the gradients.",
+    )
+
+
+class EvaluateConfig(Section):
+    prompts: int = Field(64, ge=1, description="Held-out prompts, from the top of prompts.heldout.")
+    num_steps: int = Field(20, ge=1, le=1000, description="Deterministic DDIM steps (eta 0) per image.")
+    guidance: float = Field(5.0, ge=1, description="Classifier-free guidance scale of the evaluation.")
+    batch: int = Field(32, ge=1, description="Images per forward pass.")
+    seed: int = Field(0, ge=0, description="Seed of the initial noise: base and tuned model get the same.")
+    pictures: int = Field(10, ge=1, description="Columns of before_after.png.")
+    examiner: str | None = Field(
+        None,
+        description="Independent examiner as `module:factory`: factory(device) gives examine(images, prompts) -> "
+        "{name: (N,) scores}.",
+    )
+
+
+class RunConfig(Section):
+    dir: str = Field(description="Run folder; must be new or empty, unless run.resume is set.")
+    iterations: int = Field(ge=1, description="Rollouts, each followed by optim.passes over its preference pairs.")
+    seed: int = Field(42, ge=0, description="Seed of everything random in the run; process r uses seed + r.")
+    device: Device = Field("auto", description="auto takes a GPU where there is one.")
+    kernels: Kernels = Field("auto", description=KERNELS)
+    log_every: int = Field(1, ge=1, description="Iterations per line of metrics.jsonl and of the terminal.")
+    save_every: int = Field(10, ge=1, description="Iterations per checkpoint; one more is written at the end.")
+    resume: bool = Field(False, description="Go on from the newest checkpoint in run.dir.")
+
+
+class Config(Section):
+    """A recipe of engine/train.py."""
+
+    model: ModelConfig
+    judge: JudgeConfig
+    prompts: PromptsConfig
+    lora: LoraConfig = LoraConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    optim: OptimConfig = OptimConfig()
+    zero: ZeroConfig = ZeroConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    run: RunConfig
+
+    @property
+    def guided_update(self) -> bool:
+        """Whether the update has both guidance halves."""
+        return self.optim.guided and self.rollout.guidance != 1
+
+
+def load(path: str | Path, overrides: Sequence[str] = (), cls: type[C] = Config) -> C:
+    """A recipe of `cls` from a YAML file and `section.key=value` overrides; see settings.load."""
+    return settings.load(path, overrides, cls)

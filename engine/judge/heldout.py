@@ -1,0 +1,71 @@
+"""How often a judge in training orders held-out pairs as labelled, at each of some timesteps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from ..config.judge_training import SpmConfig
+from ..runtime.metrics import Metrics
+from ..runtime.ranks import Ranks
+from .model import StepAwarePreferenceModel
+from .training import Denoiser, agreement, labels_of, preference_scores
+
+TIMESTEPS = (0, 251, 501, 701, 951)  # where held-out accuracy is measured; at 0 the images are shown clean
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A batch of held-out pairs as the judge is shown them at each of TIMESTEPS; kept on the CPU.
+
+    pixels (T, 2, N, 3, S, S) float16, normalised; labels (2, N); captions N.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    captions: list[str]
+
+
+@torch.no_grad()
+def heldout_views(
+    config: SpmConfig, pairs: Dataset, denoiser: Denoiser, judge: StepAwarePreferenceModel, ranks: Ranks
+) -> list[View]:
+    """This rank's held-out pairs at TIMESTEPS. Base model and noise never change, so they are made once and kept."""
+    rng = torch.Generator(ranks.device).manual_seed(config.run.seed + ranks.rank)
+    mine = Subset(pairs, range(ranks.rank, len(pairs), ranks.size))
+    views = []
+    for batch in DataLoader(mine, batch_size=config.optim.batch, num_workers=config.data.workers):
+        images = torch.stack([batch["image_0"], batch["image_1"]]).to(ranks.device)  # (2, N, 3, H, W)
+        cond, posterior = denoiser.diffusion.encode(batch["caption"]), denoiser.posterior(images)
+        seen = []
+        for value in TIMESTEPS:
+            t = torch.full((len(cond),), value, device=ranks.device)
+            shown = denoiser.show(*posterior, cond, t, rng) if value else images
+            seen.append(judge.pixels(shown.flatten(0, 1)).unflatten(0, shown.shape[:2]).half().cpu())
+        views.append(View(torch.stack(seen), labels_of(batch, ranks.device), batch["caption"]))
+    return views
+
+
+@torch.no_grad()
+def evaluate(
+    judge: StepAwarePreferenceModel,
+    views: list[View],
+    autocast: Callable[[], AbstractContextManager],
+    ranks: Ranks,
+    metrics: Metrics,
+) -> None:
+    """Adds the share of held-out pairs that the judge orders as labelled, at each of TIMESTEPS; ties are left out."""
+    for view in views:
+        with autocast():
+            text = judge.encode(view.captions)
+            for at, value in enumerate(TIMESTEPS):
+                t = torch.full((len(text),), value, device=ranks.device)
+                scores = preference_scores(judge, view.pixels[at].to(ranks.device).float(), text, t)
+                right, decided = agreement(scores.float(), view.labels)
+                here = torch.arange(len(TIMESTEPS), device=ranks.device) == at
+                metrics.add_mean(here * decided, heldout_accuracy=here * right.double() / decided.clamp(min=1))

@@ -1,0 +1,105 @@
+"""The judge: a step-aware preference model that scores decoded predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from ..config.training import JudgeConfig
+from . import files as judge_files
+from .clip import TimeConditionedCLIP
+
+STEPLESS_T = 0  # what a judge that is never told the timestep is told instead, in training and in scoring
+ENCODED_AT_ONCE = 256
+
+
+class StepAwarePreferenceModel:
+    """Scores images against prompts at a timestep: exp(logit_scale) * cos(text, image), about 100 * cosine."""
+
+    def __init__(
+        self,
+        clip: TimeConditionedCLIP,
+        tokenizer: CLIPTokenizer,
+        mean: Sequence[float],
+        std: Sequence[float],
+        kind: str = "spm",
+    ):
+        """mean, std: per channel, of images in [0, 1], as in the CLIP's preprocessor_config.json; kind: judge.kind."""
+        self.clip = clip
+        self.tokenizer = tokenizer
+        self.kind = kind
+        self.size = clip.config.vision_config.image_size
+        self.device = clip.logit_scale.device
+        self.mean = torch.tensor(mean, device=self.device).view(3, 1, 1)
+        self.std = torch.tensor(std, device=self.device).view(3, 1, 1)
+
+    @classmethod
+    def load(
+        cls, judge: JudgeConfig, device: torch.device, rng: torch.Generator | None = None
+    ) -> StepAwarePreferenceModel:
+        """Loads a judge, frozen and in float32, from any of the forms that judge/files.py reads.
+
+        rng (on the CPU) says that the judge is to be trained: then a plain CLIP will do, whose modulation starts as the
+        identity, with a timestep embedder drawn from rng. Without it a plain CLIP is a judge of kind pickscore alone.
+        Raises UserError naming what is missing or does not fit.
+        """
+        files = judge_files.load(judge, rng)
+        clip = files.clip.to(device).eval().requires_grad_(False)
+        return cls(clip, files.tokenizer, files.mean, files.std, judge.kind)
+
+    def save(self, folder: Path) -> None:
+        """Writes a folder that `load` reads, with the kind of judge in it."""
+        self._needs_text_tower("saved")
+        mean, std = self.mean.flatten().tolist(), self.std.flatten().tolist()
+        judge_files.save(folder, judge_files.JudgeFiles(self.clip, self.tokenizer, mean, std), self.kind)
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Normalised text features (N, E) of any number of prompts; over-long ones are cut."""
+        self._needs_text_tower("asked for text features")
+        ids = self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=self.clip.config.text_config.max_position_embeddings,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids.to(self.device)
+        features = torch.cat([self.clip.text_features(part) for part in ids.split(ENCODED_AT_ONCE)])
+        return F.normalize(features, dim=-1)
+
+    def release_text_tower(self) -> None:
+        """Gives back the text tower's memory once the features of all prompts are known; no encode or save after it."""
+        self.clip.text_model = self.clip.text_projection = None
+
+    @torch.no_grad()
+    def score(self, images: Tensor, text: Tensor, t: int) -> Tensor:
+        """Scores (K, B) of images (K, B, 3, H, W) in [-1, 1] for text features (B, E) at training timestep t."""
+        scores = self.compare(self.pixels(images.flatten(0, 1)), text.repeat(len(images), 1), t)
+        return scores.view(images.shape[:2])
+
+    def compare(self, pixels: Tensor, text: Tensor, t: Tensor | int) -> Tensor:
+        """Scores (N,) of normalised pixels (N, 3, S, S) and text features (N, E); t (N,), or one for all."""
+        image = F.normalize(self.clip.image_features(pixels, STEPLESS_T if self.kind == "spm_no_step" else t), dim=-1)
+        return self.clip.logit_scale.exp() * (image * text).sum(-1)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) in [-1, 1] -> normalised pixels (N, 3, S, S): short side to S, centre crop, clamp.
+
+        float16 images are resized in float16, as published, all others in float32; the pixels are float32.
+        """
+        height, width = images.shape[-2:]
+        ratio = self.size / min(height, width)
+        size = (int(height * ratio + 0.5), int(width * ratio + 0.5))
+        images = images if images.dtype == torch.float16 else images.float()
+        images = F.interpolate(images, size=size, mode="bicubic", align_corners=False)
+        top, left = round((size[0] - self.size) / 2), round((size[1] - self.size) / 2)
+        images = images[..., top : top + self.size, left : left + self.size]
+        return ((images / 2 + 0.5).clamp(0, 1).float() - self.mean) / self.std
+
+    def _needs_text_tower(self, use: str) -> None:
+        if self.clip.text_model is None:
+            raise RuntimeError(f"a judge without its text tower cannot be {use}; release_text_tower comes last")

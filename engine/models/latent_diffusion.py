@@ -1,0 +1,155 @@
+"""The frozen parts of a latent diffusion model around its UNet: text encoders, VAE, noise schedule.
+
+How the two families of base models differ in use stands here alone; how they are found and loaded, in base_model.py.
+The UNet belongs to policy.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from textwrap import shorten
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from ...kernels import DDIMCoefficients
+from ..config.training import ModelConfig
+from ..errors import warn
+from ..schedules.ddim import DDIMSchedule
+from .base_model import DTYPES, BaseModel
+from .conditioning import Conditioning
+
+BATCH = 64  # prompts per forward of the text encoders, which are asked for thousands at once
+
+
+class LatentDiffusion:
+    """Text encoders, VAE and noise schedule of an SD-1.5 or SDXL, frozen.
+
+    family: `sd15` or `sdxl`; latent_shape: (C, h, w) of one latent; factor: pixels of a latent's side.
+    """
+
+    def __init__(
+        self,
+        family: str,
+        tokenizers: Sequence[CLIPTokenizer],
+        text_encoders: Sequence[torch.nn.Module],
+        vae: AutoencoderKL,
+        scheduler: DDIMScheduler,
+        latent_shape: tuple[int, int, int],
+        zero_null: bool = False,
+        decode_rows: int | None = None,
+    ):
+        """zero_null: the empty prompt is all zeros, not its encoding; decode_rows: latents decoded at once."""
+        self.family = family
+        self.tokenizers = list(tokenizers)
+        self.text_encoders = [encoder.eval().requires_grad_(False) for encoder in text_encoders]
+        self.vae = vae.eval().requires_grad_(False)
+        self.scheduler = scheduler
+        self.latent_shape = latent_shape
+        self.factor = pixels_per_latent(vae)
+        self.zero_null = zero_null
+        self.decode_rows = decode_rows
+        self.device = next(vae.parameters()).device
+
+    @classmethod
+    def load(cls, model: ModelConfig, device: torch.device) -> LatentDiffusion:
+        """Loads what section `model` of a recipe names. Raises UserError where a part is missing or of another kind."""
+        base, dtype = BaseModel.find(model), DTYPES[model.dtype]
+        tokenizers, scheduler = base.tokenizers(), base.scheduler()
+        vae = base.vae(dtype)
+        latent_shape = base.latent_shape(pixels_per_latent(vae))
+        text_encoders = [encoder.to(device) for encoder in base.text_encoders(dtype)]
+        null, rows = base.zero_null(), model.decode_rows
+        return cls(base.family, tokenizers, text_encoders, vae.to(device), scheduler, latent_shape, null, rows)
+
+    def schedule(self, num_steps: int, eta: float, guidance: float) -> DDIMSchedule:
+        """The DDIM schedule of this base model, with "leading" spacing as published, whatever sampler it comes with.
+
+        A steps_offset of 0 becomes 1: from t = 0 the last step would have no noise, and so no density.
+        """
+        return ddim_schedule(self.scheduler, num_steps, eta, guidance, self.device)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], onto: torch.device | None = None) -> Conditioning:
+        """Embeddings of the prompts and of the empty prompt (the negative one), on the device.
+
+        SD-1.5: the text encoder's last states after its final LayerNorm. SDXL: the last but one of both encoders side
+        by side, and the second's pooled projection. Over-long prompts are cut as the tokenizer does, with one warning.
+        onto: another device, to which embeddings go batch by batch, as those of thousands take gigabytes.
+        """
+        if not self.text_encoders:
+            raise RuntimeError("the text encoders have been released: encode all prompts before")
+        self._warn_of_cuts(prompts)
+        batches = [self._states(prompts[i : i + BATCH], onto) for i in range(0, len(prompts), BATCH)]
+        text, pooled = (torch.cat(column) if column[0] is not None else None for column in zip(*batches, strict=True))
+        if self.zero_null:
+            null, null_pooled = torch.zeros_like(text[:1]), torch.zeros_like(pooled[:1])
+        else:
+            null, null_pooled = self._states([""], onto)
+        if self.family == "sd15":
+            return Conditioning(text, null)
+        height, width = (side * self.factor for side in self.latent_shape[1:])
+        time_ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=text.dtype, device=self.device)
+        return Conditioning(text, null, pooled=pooled, null_pooled=null_pooled, time_ids=time_ids)
+
+    def release_text_encoders(self) -> None:
+        """Lets go of the text encoders and their memory; `encode` is not possible any more."""
+        self.text_encoders = []
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (..., C, h, w) -> images (..., 3, H, W) of the VAE's type, about [-1, 1] and not clamped."""
+        return decode_in_parts(self.vae, latents.to(self.vae.dtype) / self.vae.config.scaling_factor, self.decode_rows)
+
+    def _states(self, prompts: Sequence[str], onto: torch.device | None) -> tuple[Tensor, Tensor | None]:
+        """Hidden states (N, L, D) of some prompts and, of SDXL, the pooled projection (N, P)."""
+        outputs = []
+        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
+            ids = tokenizer(
+                list(prompts),
+                padding="max_length",
+                max_length=tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            ).input_ids
+            outputs.append(encoder(ids.to(self.device), output_hidden_states=True))
+        if self.family == "sd15":
+            return outputs[0].last_hidden_state.to(onto), None
+        text = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        return text.to(onto), outputs[-1].text_embeds.to(onto)
+
+    def _warn_of_cuts(self, prompts: Sequence[str]) -> None:
+        tokenizer = self.tokenizers[0]
+        limit = tokenizer.model_max_length
+        lengths = map(len, tokenizer(list(prompts), verbose=False).input_ids)
+        cut = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length > limit]
+        if cut:
+            warn(
+                f"{len(cut)} of {len(prompts)} prompts have more than {limit} tokens, and what is past them is not "
+                f"read, as in {shorten(cut[0], 100, placeholder=' ...')!r}"
+            )
+
+
+def decode_in_parts(decoder: AutoencoderKL | AutoencoderTiny, latents: Tensor, rows: int | None) -> Tensor:
+    """Latents (..., C, h, w) as the decoder takes them -> images (..., 3, H, W), at most `rows` at once; None: all."""
+    flat = latents.flatten(0, -4)
+    parts = [decoder.decode(part).sample for part in flat.split(rows or len(flat))]
+    images = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return images.unflatten(0, latents.shape[:-3])
+
+
+def ddim_schedule(
+    scheduler: DDIMScheduler, num_steps: int, eta: float, guidance: float, device: torch.device | str
+) -> DDIMSchedule:
+    """As LatentDiffusion.schedule, of any scheduler."""
+    config = scheduler.config
+    offset = max(1, config.steps_offset)
+    coefficients = DDIMCoefficients.build(scheduler.alphas_cumprod, num_steps, eta, config.prediction_type, offset)
+    return DDIMSchedule(coefficients, guidance, device)
+
+
+def pixels_per_latent(vae: AutoencoderKL) -> int:
+    """Pixels of one latent's side: 8 in SD-1.5 and SDXL."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)

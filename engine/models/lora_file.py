@@ -1,0 +1,200 @@
+"""LoRA files: low-rank updates by the names of a UNet's layers, read and written in the two formats that programs open.
+
+diffusers: `unet.<layer>.lora.down.weight`, for `pipeline.load_lora_weights`; alpha stands in the header.
+kohya: `lora_unet_<layer with _ for .>.lora_down.weight` with an `.alpha` beside it, for ComfyUI, A1111 and diffusers.
+Both name the layers of SD-1.5 and SDXL as diffusers does; ComfyUI and A1111 know these names beside their own.
+(One exception: add_embedding, which attention LoRAs do not touch, goes by kohya's name in ComfyUI alone.)
+What the layers are and how they train is policy.py's.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..config.training import Config
+from ..errors import UserError
+
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
+ADAPTER = "lora_adapter_metadata"  # the header key from which diffusers takes rank and alpha
+Format = Literal["diffusers", "kohya"]
+
+TOP = "down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding"
+DIFFUSERS_NAME = re.compile(rf"(?:unet\.)?((?:{TOP})\b.*)\.(lora\.down|lora\.up|lora_A|lora_B)\.weight")
+KOHYA_NAME = re.compile(rf"lora_unet_((?:{TOP})_[^.]+|conv_in|conv_out)\.(lora_down\.weight|lora_up\.weight|alpha)")
+# Where kohya's `_` is part of a word of the layer's name, and not a dot of it.
+WORDS = re.compile(
+    rf"({TOP}|transformer_blocks|to_q|to_k|to_v|to_out|proj_in|proj_out|conv_shortcut|time_emb_proj|linear_1|linear_2)|_"
+)
+DOWN, UP = ("lora.down", "lora_A", "lora_down.weight"), ("lora.up", "lora_B", "lora_up.weight")
+ARCHITECTURE = {"sd15": "stable-diffusion-v1/lora", "sdxl": "stable-diffusion-xl-v1-base/lora"}
+KOHYA_BASE = {"sd15": "sd_v1", "sdxl": "sdxl_base_v1-0"}
+SIZE = {"sd15": 512, "sdxl": 1024}
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """What a LoRA adds to each layer's weight: alpha / rank * up @ down.
+
+    By layer: down (rank, in) or (rank, in, h, w); up (out, rank) or (out, rank, 1, 1); alpha. facts: the file's header.
+    """
+
+    down: dict[str, Tensor]
+    up: dict[str, Tensor]
+    alpha: dict[str, float]
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Tensor], alpha: float, facts: Mapping[str, str]) -> Lora:
+        """From PEFT's names, one alpha for all layers."""
+        down = {name.removesuffix(".lora_A.weight"): value for name, value in state.items() if ".lora_A." in name}
+        return cls(
+            down, {layer: state[f"{layer}.lora_B.weight"] for layer in down}, dict.fromkeys(down, float(alpha)), facts
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors under PEFT's names."""
+        down = {f"{layer}.lora_A.weight": value for layer, value in self.down.items()}
+        return down | {f"{layer}.lora_B.weight": value for layer, value in self.up.items()}
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank by layer."""
+        return {layer: len(value) for layer, value in self.down.items()}
+
+    def delta(self, layer: str) -> Tensor:
+        """What is added to the layer's weight (out, in, ...), in float32."""
+        up, down = self.up[layer].float().flatten(1), self.down[layer].float()
+        return (self.alpha[layer] / len(down) * up @ down.flatten(1)).unflatten(1, down.shape[1:])
+
+
+def facts(config: Config, family: str, iteration: int) -> dict[str, str]:
+    """What a LoRA's header says of where it comes from; family is sd15 or sdxl.
+
+    Beside strop's own keys, those by which user interfaces sort LoRAs: kohya's `ss_` and Stability's `modelspec.`
+    (github.com/Stability-AI/ModelSpec).
+    """
+    model = config.model
+    return {
+        "strop.version": version("strop"),
+        "strop.base_model": model.path,
+        "strop.family": family,
+        "strop.iteration": str(iteration),
+        "strop.config": config.model_dump_json(),
+        "ss_base_model_version": KOHYA_BASE[family],
+        "ss_sd_model_name": model.path,
+        "ss_v2": "False",
+        "ss_seed": str(config.run.seed),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": ARCHITECTURE[family],
+        "modelspec.implementation": "diffusers",
+        "modelspec.resolution": f"{model.width or SIZE[family]}x{model.height or SIZE[family]}",
+        "modelspec.date": datetime.now().isoformat(timespec="seconds"),
+    }
+
+
+def read(file: Path) -> Lora:
+    """A LoRA file of either format, told by its names. Raises UserError where it is none, or of another kind."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            header = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
+        adapter = json.loads(header.pop(ADAPTER, "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as a LoRA ({error}); expected a safetensors file") from None
+    down, up, alpha = {}, {}, {}
+    for name, value in tensors.items():
+        layer, part = _place(name)
+        if part == "alpha":
+            alpha[layer] = value.item()
+        elif part in UP:
+            up[layer] = value
+        elif part in DOWN:
+            down[layer] = value
+        else:
+            raise UserError(
+                f"{file} is no LoRA of a Stable Diffusion UNet alone: found {name} among its {len(tensors)} tensors, "
+                "expected names like unet.down_blocks. ... .lora.down.weight (diffusers) or "
+                "lora_unet_down_blocks_ ... .lora_down.weight (kohya)"
+            )
+    for layer in down | up | alpha:
+        if layer not in down or layer not in up or down[layer].shape[0] != up[layer].shape[1]:
+            raise UserError(f"{file} is no whole LoRA: the two factors of {layer} are not both there, or do not fit")
+    if not down or adapter.get("unet.use_rslora"):
+        found = "it scales by the root of the rank (rsLoRA)" if down else "it holds no tensors"
+        raise UserError(f"{file} is no LoRA that strop reads: {found}")
+    header.pop("format", None)
+    return Lora(down, up, {layer: alpha.get(layer, _alpha(layer, adapter, len(down[layer]))) for layer in down}, header)
+
+
+def write(lora: Lora, file: Path, form: Format, dtype: torch.dtype = torch.float32) -> Path:
+    """Writes `file`, making its folder. float32, the default, keeps what was trained bit for bit."""
+    rank, alpha = _commonest(lora.ranks), _commonest(lora.alpha)
+    header = {
+        **lora.facts,
+        "format": "pt",
+        "strop.rank": str(rank),
+        "strop.alpha": f"{alpha:g}",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": f"{alpha:g}",
+        "ss_output_name": file.stem,
+        "modelspec.title": file.stem,
+    }
+    if form == "diffusers":
+        names = {layer: f"unet.{layer}.lora." for layer in lora.down}
+        alphas = {}
+        adapter = {
+            "r": rank,
+            "lora_alpha": alpha,
+            "target_modules": sorted(lora.down),  # by full name, so that another UNet gets these layers and no others
+            "rank_pattern": {layer: value for layer, value in lora.ranks.items() if value != rank},
+            "alpha_pattern": {layer: value for layer, value in lora.alpha.items() if value != alpha},
+        }
+        header[ADAPTER] = json.dumps({f"unet.{key}": value for key, value in adapter.items()})
+    else:
+        names = {layer: f"{kohya_name(layer)}.lora_" for layer in lora.down}
+        alphas = {f"{kohya_name(layer)}.alpha": torch.tensor(float(value)) for layer, value in lora.alpha.items()}
+    down = {f"{names[layer]}down.weight": value for layer, value in lora.down.items()}
+    up = {f"{names[layer]}up.weight": value for layer, value in lora.up.items()}
+    tensors = {name: value.to("cpu", dtype).contiguous() for name, value in (down | up).items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors | alphas, file, metadata=header)
+    return file
+
+
+def kohya_name(layer: str) -> str:
+    """kohya's name of a layer, such as lora_unet_mid_block_attentions_0_proj_in."""
+    return f"lora_unet_{layer.replace('.', '_')}"
+
+
+def _place(name: str) -> tuple[str, str]:
+    """(layer, part) of a tensor's name; ("", "") where it is of neither format."""
+    if found := DIFFUSERS_NAME.fullmatch(name):
+        return found[1], found[2]
+    if found := KOHYA_NAME.fullmatch(name):
+        return WORDS.sub(lambda word: word[1] or ".", found[1]), found[2]
+    return "", ""
+
+
+def _alpha(layer: str, adapter: Mapping, rank: int) -> float:
+    """A layer's alpha by diffusers' header, whose patterns are PEFT's; without one it is the rank, a scale of 1."""
+    patterns = adapter.get("unet.alpha_pattern", {}).items()
+    fitting = (value for pattern, value in patterns if re.fullmatch(rf"(.*\.)?({pattern})", layer))
+    return float(next(fitting, adapter.get("unet.lora_alpha", rank)))
+
+
+def _commonest(by_layer: Mapping[str, float]) -> float:
+    return Counter(by_layer.values()).most_common(1)[0][0]

@@ -1,0 +1,226 @@
+"""The policy: a UNet with a LoRA. With the LoRA switched off it is the reference, so there is no second UNet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+
+from ..errors import UserError
+from ..speed.shared_halves import SharedHalves
+from ..speed.text_kv import kept_text
+from .conditioning import Conditioning
+from .lora_file import LORA_FILE, Lora, read, write
+
+
+class Policy:
+    """UNet2DConditionModel with a LoRA on its attention layers; only the LoRA has gradients, in float32."""
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        rank: int,
+        target_modules: tuple[str, ...],
+        seed: int,
+        latent_shape: tuple[int, int, int] | None = None,
+        unet_rows: int | None = None,
+        merge_lora: bool = False,
+        share_halves: bool = False,
+    ):
+        """Adds a fresh LoRA: A ~ N(0, 1/rank^2) from `seed`, B = 0, alpha = rank: policy and reference start equal.
+
+        latent_shape: (C, h, w) of a latent; None is the UNet's own resolution. unet_rows: most rows of a forward inside
+        `sampling`; None is no bound. merge_lora: inside `sampling`, the LoRA is part of the weights. share_halves: what
+        both guidance halves have in common is computed once.
+        """
+        self.unet = unet.requires_grad_(False).eval()
+        self.rank = rank
+        self.unet_rows = unet_rows
+        self.merge_lora = merge_lora
+        self.share_halves = share_halves
+        self.is_sampling = self.is_reference = False
+        self.multiple = 1  # outside of `sampling`, latents are filled up to a multiple of this (speed/apply.py)
+        size = unet.config.sample_size
+        self.latent_shape = latent_shape or (unet.config.in_channels, size, size)
+        config = PeftLoraConfig(
+            r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(target_modules)
+        )
+        try:
+            with torch.random.fork_rng():
+                torch.random.manual_seed(seed)
+                self.unet.add_adapter(config)
+        except ValueError as error:
+            raise UserError(f"lora.target_modules: found {list(target_modules)}; {error}") from None
+        cast_training_params(self.unet, torch.float32)
+        self._halves = SharedHalves(self.unet)
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The trainable ones: those of the LoRA."""
+        return [p for p in self.unet.parameters() if p.requires_grad]
+
+    def eps(self, x: Tensor, step_t: Tensor, cond: Conditioning, guided: bool = True) -> Tensor:
+        """Model output for both guidance halves in one forward.
+
+        x (N, C, H, W); step_t (N,) training timesteps; cond of N prompts. Returns (2, N, C, H, W): without the prompt,
+        with the prompt; (1, N, C, H, W) when not guided. DDIMSchedule combines the halves.
+        """
+        forward = self._in_parts if self.is_sampling else self._filled_up
+        with self._halves.shared() if guided and self.share_halves else nullcontext():
+            return forward(x, step_t, cond, guided)
+
+    def _in_parts(self, x: Tensor, step_t: Tensor, cond: Conditioning, guided: bool) -> Tensor:
+        """As eps, with at most unet_rows rows in one forward."""
+        at_once = (self.unet_rows or 0) // (2 if guided else 1)
+        if at_once == 0 or len(x) <= at_once:
+            return unet_eps(self.unet, x, step_t, cond, guided)
+        parts = [slice(start, start + at_once) for start in range(0, len(x), at_once)]
+        return torch.cat([unet_eps(self.unet, x[p], step_t[p], cond[p], guided) for p in parts], dim=1)
+
+    def _filled_up(self, x: Tensor, step_t: Tensor, cond: Conditioning, guided: bool) -> Tensor:
+        """As eps, with latents filled up to a multiple of `multiple` by copies of the last."""
+        missing = -len(x) % self.multiple
+        if missing == 0:
+            return unet_eps(self.unet, x, step_t, cond, guided)
+        full = torch.arange(len(x) + missing, device=x.device).clamp(max=len(x) - 1)
+        return unet_eps(self.unet, x[full], step_t[full], cond[full], guided)[:, : len(x)]
+
+    @contextmanager
+    def sampling(self, cond: Conditioning, text_kv: bool) -> Iterator[Conditioning]:
+        """Inside, latents of the prompts of `cond` are sampled: no gradient, at most unet_rows rows a forward.
+
+        Gives the Conditioning to sample with. text_kv: keys and values of its text are computed here, once; inside, the
+        policy must then stay as it is.
+        """
+        merged = merged_lora(self.unet) if self.merge_lora and not self.is_reference else nullcontext()
+        self.is_sampling = True
+        try:
+            with torch.no_grad(), merged:
+                if not text_kv:
+                    yield cond
+                    return
+                text = torch.cat([cond.null, cond.text])  # (1 + N, L, D)
+                with kept_text(self.unet, text):
+                    yield replace(cond, row=torch.arange(1, len(text), device=text.device))
+        finally:
+            self.is_sampling = False
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, the policy is the frozen base model: adapters off, no gradient."""
+        self.unet.disable_adapters()
+        self.is_reference = True
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.is_reference = False
+            self.unet.enable_adapters()
+
+    @property
+    def family(self) -> str:
+        """sd15, or sdxl, whose UNet is also told the image's size."""
+        return "sdxl" if self.unet.config.addition_embed_type == "text_time" else "sd15"
+
+    def lora_state(self) -> dict[str, Tensor]:
+        """The LoRA's tensors under PEFT names."""
+        return get_peft_model_state_dict(self.unet)
+
+    def lora(self, facts: Mapping[str, str] | None = None) -> Lora:
+        """The LoRA as a file has it; `facts` for its header."""
+        return Lora.of_state(self.lora_state(), self.rank, facts or {})
+
+    def save_lora(self, folder: Path, facts: Mapping[str, str] | None = None) -> Path:
+        """Writes folder/LORA_FILE, which `pipeline.load_lora_weights(folder)` opens."""
+        return write(self.lora(facts), folder / LORA_FILE, "diffusers")
+
+    def load_lora(self, path: Path) -> None:
+        """Replaces the LoRA by that of a file, or of a folder that `save_lora` wrote. Raises as check_lora does."""
+        set_peft_model_state_dict(self.unet, self.check_lora(path).state())
+
+    def check_lora(self, path: Path) -> Lora:
+        """As load_lora, but only reads. Raises UserError where it has other layers, another rank or scale."""
+        file = path / LORA_FILE if path.is_dir() else path
+        lora = read(file)
+        self._check(lora.state(), str(file))
+        scaled = [layer for layer, rank in lora.ranks.items() if lora.alpha[layer] != rank]
+        if scaled:
+            raise UserError(
+                f"{file} has alpha {lora.alpha[scaled[0]]:g} at rank {lora.ranks[scaled[0]]}, expected them equal; "
+                "use a LoRA of scale 1, as strop trains it"
+            )
+        return lora
+
+    def _check(self, state: dict[str, Tensor], source: str) -> None:
+        own = self.lora_state()
+        odd = sorted(own.keys() ^ state.keys())
+        if odd:
+            raise UserError(
+                f"{source} does not fit the UNet with rank {self.rank}: it has {len(state) // 2} layers, expected the "
+                f"{len(own) // 2} of lora.target_modules, and differs in {odd[0]}; use a LoRA of these layers"
+            )
+        unlike = [name for name in own if own[name].shape != state[name].shape]
+        if not unlike:
+            return
+        name = unlike[0]
+        found, expected = tuple(state[name].shape), tuple(own[name].shape)
+        rank = found[0 if ".lora_A." in name else 1]
+        if rank != self.rank:
+            raise UserError(
+                f"{source} has rank {rank}, expected rank {self.rank} (lora.rank) in {name}; "
+                f"use a LoRA of rank {self.rank}, or lora.rank={rank}"
+            )
+        raise UserError(
+            f"{source} is of another base model: {name} is {found}, expected {expected}; use one of this model"
+        )
+
+
+@contextmanager
+def merged_lora(unet: UNet2DConditionModel) -> Iterator[None]:
+    """Inside, W + BA stands in place of W and no adapter runs; afterwards W is what it was, bit for bit.
+
+    In float32 the outputs are the same but for rounding; a shorter type rounds the sum to itself.
+    """
+    layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
+    weights = [layer.get_base_layer().weight for layer in layers]
+    former = [weight.clone() for weight in weights]
+    try:
+        for layer, weight in zip(layers, weights, strict=True):
+            weight += layer.get_delta_weight(layer.active_adapters[0])
+        unet.disable_adapters()
+        yield
+    finally:
+        for weight, own in zip(weights, former, strict=True):
+            weight.copy_(own)
+        unet.enable_adapters()
+
+
+def unet_eps(unet: UNet2DConditionModel, x: Tensor, step_t: Tensor, cond: Conditioning, guided: bool) -> Tensor:
+    """As Policy.eps, for any UNet: one forward for both guidance halves, (2 or 1, N, C, H, W) in float32."""
+    halves = 2 if guided else 1
+    dtype = cond.text.dtype
+    if cond.row is None:
+        text = both_halves(cond.null, cond.text, guided)
+    else:  # which of the kept texts each row has
+        text = both_halves(torch.zeros_like(cond.row[:1]), cond.row, guided)
+    added = None
+    if cond.pooled is not None:  # SDXL
+        time_ids = cond.time_ids.expand(len(text), -1)
+        added = {"text_embeds": both_halves(cond.null_pooled, cond.pooled, guided), "time_ids": time_ids}
+    rows = x.repeat(halves, 1, 1, 1).to(dtype)
+    out = unet(rows, step_t.repeat(halves), encoder_hidden_states=text, added_cond_kwargs=added).sample
+    return out.float().unflatten(0, (halves, len(x)))
+
+
+def both_halves(null: Tensor, text: Tensor, guided: bool) -> Tensor:
+    """Rows of the empty prompt, then those of the N prompts: (2N, ...); the latter alone (N, ...) when not guided."""
+    return torch.cat([null.expand_as(text), text]) if guided else text

@@ -1,0 +1,54 @@
+"""The judge's eyes at a tenth of the price: an AutoencoderTiny (TAESD) that decodes latents in place of the VAE.
+
+Only rollouts use it, where the recipe says so; what a person sees, and the evaluation, is decoded by the VAE.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderTiny
+from torch import Tensor
+
+from ..errors import UserError
+from .base_model import DTYPES, load_network
+from .family import CHANNELS, read_config
+from .hub import fetch
+from .latent_diffusion import LatentDiffusion, decode_in_parts
+
+
+class TinyDecoder:
+    """A frozen AutoencoderTiny with the `decode` of LatentDiffusion."""
+
+    def __init__(self, network: AutoencoderTiny, decode_rows: int | None = None):
+        """decode_rows: latents decoded at once; None is all of them."""
+        self.network = network.eval().requires_grad_(False)
+        self.decode_rows = decode_rows
+
+    @classmethod
+    def load(cls, path: str, dtype: str, diffusion: LatentDiffusion) -> TinyDecoder:
+        """That of a folder or hub id, in `dtype` on the device of the base model, whose VAE it stands in for.
+
+        Raises UserError where it is another kind of network or makes images of another size.
+        """
+        folder = fetch(path, None, "rollout.decoder", ("config.json",))
+        if not folder.is_dir():
+            raise UserError(f"rollout.decoder: found the file {path}, expected the folder of an AutoencoderTiny")
+        config = read_config(folder, "", "rollout.decoder")
+        kind, channels = config.get("_class_name"), config.get("latent_channels", CHANNELS)
+        stages = len(config.get("decoder_block_out_channels", range(4)))
+        factor = config.get("upsampling_scaling_factor", 2) ** (stages - 1)
+        if (kind, channels, factor) != ("AutoencoderTiny", CHANNELS, diffusion.factor):
+            raise UserError(
+                f"rollout.decoder: found {path} of kind {kind} with {channels} latent channels and {factor} pixels "
+                f"to a latent's side, expected an AutoencoderTiny with {CHANNELS} and {diffusion.factor}"
+            )
+        network = load_network(path, None, "", DTYPES[dtype], "rollout.decoder", kind="tiny_decoder")
+        return cls(network.to(diffusion.device), diffusion.decode_rows)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (..., C, h, w) as the UNet sees them -> images (..., 3, H, W) of its type, about [-1, 1].
+
+        An AutoencoderTiny takes scaled latents: they are not divided by the VAE's scaling factor.
+        """
+        return decode_in_parts(self.network, latents.to(self.network.dtype), self.decode_rows)

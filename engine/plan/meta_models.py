@@ -1,0 +1,203 @@
+"""The networks of a recipe without its weights: on the meta device, for counting what they take, or of random ones.
+
+Nothing is downloaded. The architecture is that of the configuration files where model.path is a folder of this machine,
+else that of the family in architectures.py, and `source` says which. The classes are those that a run uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPConfig, CLIPModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from ..config.training import Config, JudgeConfig, ModelConfig
+from ..errors import UserError
+from ..judge.clip import TimeConditionedCLIP
+from ..judge.model import StepAwarePreferenceModel
+from ..models import single_file
+from ..models.architectures import FAMILIES, PICKSCORE
+from ..models.base_model import DTYPES, KINDS, latent_shape
+from ..models.conditioning import Conditioning
+from ..models.family import TEXT_ENCODERS, family_of, read_config, read_index
+from ..models.latent_diffusion import LatentDiffusion, ddim_schedule
+from ..models.policy import Policy
+from ..models.tiny_decoder import TinyDecoder
+from ..schedules.ddim import DDIMSchedule
+from .meter import built_on
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """A recipe with the configurations of its networks.
+
+    parts: by the part's name, as in architectures.py; judge_config: of the judge's CLIP; source: whose they are, in
+    words; device: where networks are made.
+    """
+
+    config: Config
+    family: str
+    parts: dict[str, dict]
+    judge_config: CLIPConfig
+    source: str
+    device: torch.device | str = "meta"
+
+    @classmethod
+    def of(cls, config: Config, family: str | None = None, device: torch.device | str = "meta") -> Blueprint:
+        """family: of a model that is not on this machine; None goes by its name.
+
+        Raises UserError where the files are of no model that strop trains.
+        """
+        found, parts, source = _base_model(config.model, family)
+        judge, of_judge = _judge(config.judge)
+        return cls(config, found, parts, judge, f"{source}; judge: {of_judge}", device)
+
+    def policy(self) -> Policy:
+        """The UNet with its LoRA; neither upsampling is folded nor gradient checkpointing on."""
+        lora = self.config.lora
+        with built_on(self.device, self.dtype):
+            return Policy(self.unet(), lora.rank, lora.target_modules, 0, self.latent_shape)
+
+    def unet(self) -> UNet2DConditionModel:
+        with built_on(self.device, self.dtype):
+            return KINDS["unet"].from_config(self.parts["unet"])
+
+    def decoder(self) -> TinyDecoder | None:
+        """rollout.decoder where there is one; of a hub id, the architecture is TAESD's."""
+        path = self.config.rollout.decoder
+        if path is None:
+            return None
+        folder = Path(path).expanduser()
+        config = read_config(folder, "", "rollout.decoder") if folder.is_dir() else {}
+        with built_on(self.device, self.dtype):
+            return TinyDecoder(KINDS["tiny_decoder"].from_config(config), self.config.model.decode_rows)
+
+    def diffusion(self) -> LatentDiffusion:
+        """Text encoders, VAE and schedule."""
+        names = TEXT_ENCODERS[self.family]
+        with built_on(self.device, self.dtype):
+            encoders = [KINDS[name](KINDS[name].config_class(**self.parts[name])) for name in names]
+        with built_on(self.device, self.vae_dtype):
+            vae = KINDS["vae"].from_config(self.parts["vae"])
+        tokenizers = [BlankTokenizer(encoder.config.max_position_embeddings, self.device) for encoder in encoders]
+        scheduler = DDIMScheduler.from_config(self.parts["scheduler"])
+        shape, rows = self.latent_shape, self.config.model.decode_rows
+        return LatentDiffusion(self.family, tokenizers, encoders, vae, scheduler, shape, self.zero_null, rows)
+
+    def judge(self) -> StepAwarePreferenceModel:
+        with built_on(self.device, torch.float32):
+            clip = TimeConditionedCLIP(CLIPModel(self.judge_config), modulated=self.config.judge.kind != "pickscore")
+        tokenizer = BlankTokenizer(self.judge_config.text_config.max_position_embeddings, self.device)
+        clip.requires_grad_(False).eval()
+        return StepAwarePreferenceModel(clip, tokenizer, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, self.config.judge.kind)
+
+    def schedule(self, device: str) -> DDIMSchedule:
+        """The rollout's."""
+        given, scheduler = self.config.rollout, DDIMScheduler.from_config(self.parts["scheduler"])
+        return ddim_schedule(scheduler, given.num_steps, given.eta, given.guidance, device)
+
+    def conditioning(self, prompts: int) -> Conditioning:
+        """What the models know of so many prompts."""
+        unet, made = self.parts["unet"], lambda *shape: torch.empty(shape, device=self.device, dtype=self.dtype)
+        length, width = self.parts["text_encoder"].get("max_position_embeddings", 77), unet["cross_attention_dim"]
+        judge = torch.empty(prompts, self.judge_config.projection_dim, device=self.device)
+        if self.family == "sd15":
+            return Conditioning(made(prompts, length, width), made(1, length, width), judge)
+        pooled = self.parts["text_encoder_2"].get("projection_dim", 512)
+        more = {"pooled": made(prompts, pooled), "null_pooled": made(1, pooled), "time_ids": made(1, 6)}
+        return Conditioning(made(prompts, length, width), made(1, length, width), judge, **more)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.config.model.dtype]
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        """As base_model.py loads it: a VAE of SDXL that overflows in float16 is float32."""
+        overflows = self.family == "sdxl" and self.parts["vae"].get("force_upcast", True)
+        return torch.float32 if overflows and self.dtype == torch.float16 else self.dtype
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a latent's side."""
+        return 2 ** (len(self.parts["vae"]["block_out_channels"]) - 1)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return latent_shape(self.config.model, self.parts["unet"], self.factor, self.config.model.path)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of an image in pixels."""
+        _, height, width = self.latent_shape
+        return height * self.factor, width * self.factor
+
+    @property
+    def zero_null(self) -> bool:
+        """Whether the empty prompt is zeros and not its encoding."""
+        return self.family == "sdxl" and self.parts["model_index"].get("force_zeros_for_empty_prompt", True)
+
+
+class BlankTokenizer:
+    """The same token over and over, as many to a prompt as a text encoder takes."""
+
+    def __init__(self, length: int, device: torch.device | str):
+        self.model_max_length, self.device = length, device
+
+    def __call__(self, prompts: Sequence[str], padding: str = "", **_) -> SimpleNamespace:
+        if not padding:  # asked for how long the prompts are
+            return SimpleNamespace(input_ids=[[0]] * len(prompts))
+        shape = (len(prompts), self.model_max_length)
+        return SimpleNamespace(input_ids=torch.zeros(shape, dtype=torch.int64, device=self.device))
+
+
+def _base_model(model: ModelConfig, family: str | None) -> tuple[str, dict[str, dict], str]:
+    """(family, configurations by part, whose they are)."""
+    path = Path(model.path).expanduser()
+    folder = path if path.is_dir() else Path(model.components).expanduser() if model.components else None
+    if folder is not None and folder.is_dir():
+        key = "model.path" if path.is_dir() else "model.components"
+        found = family_of(folder, key)
+        names = ("unet", "vae", *TEXT_ENCODERS[found], "scheduler")
+        parts = {name: read_config(folder, name, key) for name in names} | {"model_index": read_index(folder, key)}
+        source = f"the configuration files in {folder}"
+    else:
+        found, why = _family(path, model, family)
+        parts, source = dict(FAMILIES[found]), f"that of {found} in engine/models/architectures.py, as {why}"
+    if model.vae:
+        parts["vae"] = _vae(model.vae, parts["vae"])
+    return found, parts, source
+
+
+def _family(path: Path, model: ModelConfig, asked: str | None) -> tuple[str, str]:
+    """(family, why) of a checkpoint file or of a model that is not on this machine."""
+    if path.is_file():
+        return single_file.family_of_file(path, "model.path", own_vae=model.vae is None), f"{path} is"
+    if asked:
+        return asked, "--family says"
+    return ("sdxl" if "xl" in model.path.lower() else "sd15"), f"the name of {model.path}, not on this machine, says"
+
+
+def _vae(path: str, own: dict) -> dict:
+    """The configuration of model.vae: of a folder its own, else that of the model, taken not to overflow."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return own | {"force_upcast": False}
+    return read_config(folder, "vae" if (folder / "vae").is_dir() else "", "model.vae")
+
+
+def _judge(judge: JudgeConfig) -> tuple[CLIPConfig, str]:
+    """The configuration of the judge's CLIP, and whose it is."""
+    folders = [Path(path).expanduser() for path in (judge.path, judge.components) if path]
+    folder = next((folder for folder in folders if (folder / "config.json").is_file()), None)
+    if folder is None:
+        return CLIPConfig(**PICKSCORE), "PickScore's CLIP, ViT-H/14"
+    kind = read_config(folder.parent, folder.name, "judge.path").get("model_type")
+    if kind != "clip":
+        raise UserError(f"judge.path: {folder / 'config.json'} is of a model of type {kind}, expected clip")
+    return CLIPConfig.from_pretrained(folder), f"the config.json in {folder}"

@@ -1,0 +1,191 @@
+"""The two pictures of a run: curves.png from the records, before_after.png from held-out images.
+
+They show what was measured and what would be healthy; the judgement in words is verdict.py's. No loss panel: the loss
+of SPO stays near ln 2 in good runs and in bad ones.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+INK, FAINT, LINE, LIMIT = "#22262b", "#6b7280", "#1f6f8b", "#b4532a"
+
+
+class Panel(NamedTuple):
+    """One small curve: the record's field, its title, what is healthy in words, a line to compare with.
+
+    share: the values lie in [0, 1] and are shown in per cent; from_zero: the axis begins at 0.
+    """
+
+    field: str
+    title: str
+    healthy: str
+    limit: float | None = None
+    share: bool = False
+    from_zero: bool = False
+
+
+PANELS = (
+    Panel("judge", "Judge's score", "healthy: rises, then levels off"),
+    Panel("kept", "Pairs kept, of those possible", "healthy: steady and well above 0", share=True, from_zero=True),
+    Panel("margin", "Margin, winner over loser", "healthy: above 0 and growing", limit=0.0),
+    Panel("accuracy", "Implicit accuracy", "healthy: leaves 50% and stays above", limit=0.5, share=True),
+    Panel("clipped", "Log-ratios clipped", "healthy: stays below 50%", limit=0.5, share=True, from_zero=True),
+    Panel("grad_norm", "Gradient norm", "healthy: no growth, no repeated spikes", from_zero=True),
+)
+
+
+def curves(records: Sequence[dict], path: Path | str, t_range: tuple[int, int] = (0, 999)) -> None:
+    """Draw a run's records (see metrics.RECORD_FIELDS) over iterations into a PNG: six small curves and a heatmap.
+
+    t_range: lowest and highest timestep that is judged (rollout.t_range); the heatmap leaves the others out.
+    Thin lines are the values as logged; where there are enough of them, a thick line is their running mean.
+    """
+    figure = Figure(figsize=(12, 9.6), dpi=130, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(3, 3, height_ratios=(1, 1, 1.15), hspace=0.06, wspace=0.04)
+    for index, panel in enumerate(PANELS):
+        _curve(figure.add_subplot(grid[index // 3, index % 3]), records, panel)
+    _heatmap(figure, figure.add_subplot(grid[2, :]), records, t_range)
+    figure.savefig(path, pad_inches=0.2, bbox_inches="tight")
+
+
+def running_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """Mean of the up to `width` measured values around each of values (N,); NaN means not measured."""
+    half = width // 2
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return np.array([np.nanmean(w) if np.isfinite(w).any() else np.nan for w in windows])
+
+
+def before_after(base: Tensor, tuned: Tensor, prompts: Sequence[str], path: Path | str) -> None:
+    """Two rows of pictures into a PNG, base above tuned; column n shows prompt n from the same noise in both.
+
+    base, tuned: (N, 3, H, W) in [-1, 1], on any device. Images are brought to 160 to 288 pixels of width so that small
+    ones can be looked at. ValueError when the three do not belong together.
+    """
+    if base.shape != tuned.shape or base.dim() != 4 or base.shape[1] != 3 or len(prompts) != len(base) or not prompts:
+        raise ValueError(
+            f"before_after needs two batches (N, 3, H, W) and N >= 1 prompts, got {tuple(base.shape)}, "
+            f"{tuple(tuned.shape)} and {len(prompts)} prompts"
+        )
+    rows, columns, width = 2, len(base), min(max(base.shape[3], 160), 288)
+    height = round(width * base.shape[2] / base.shape[3])
+    gap, size = 6, max(13, width // 16)
+    font, large = ImageFont.load_default(size), ImageFont.load_default(size + 4)
+    side = round(large.getlength("tuned")) + 4 * gap
+    captions = [_wrapped(prompt, font, width, max_lines=5) for prompt in prompts]
+    text_height = max(caption.count("\n") + 1 for caption in captions) * (size + 4) + 2 * gap
+    canvas = Image.new("RGB", (side + columns * (width + gap), gap + rows * (height + gap) + text_height), "white")
+    draw = ImageDraw.Draw(canvas)
+    for row, (label, images) in enumerate((("base", base), ("tuned", tuned))):
+        top = gap + row * (height + gap)
+        draw.text((side - 2 * gap, top + height // 2), label, INK, large, anchor="rm")
+        for column, picture in enumerate(_pictures(images)):
+            enlarged = picture.resize((width, height), Image.Resampling.BICUBIC)
+            canvas.paste(enlarged, (side + column * (width + gap), top))
+    for column, caption in enumerate(captions):
+        corner = side + column * (width + gap), 2 * gap + rows * (height + gap)
+        draw.multiline_text(corner, caption, INK, font, spacing=4)
+    canvas.save(path)
+
+
+def _curve(axes: Axes, records: Sequence[dict], panel: Panel) -> None:
+    _headline(axes, panel.title, panel.healthy)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    iterations = np.array([record["iteration"] for record in records])
+    axes.set_xlim(iterations.min(initial=1) - 0.5, iterations.max(initial=1) + 0.5)
+    values = np.array([record.get(panel.field) for record in records], dtype=float)  # None becomes NaN
+    if not np.isfinite(values).any():
+        _say_not_measured(axes)
+        return
+    if panel.limit is not None:
+        axes.axhline(panel.limit, color=LIMIT, linewidth=1, linestyle=(0, (4, 3)))
+    smooth = len(values) >= 15
+    axes.plot(iterations, values, color=LINE, linewidth=1 if smooth else 1.8, alpha=0.35 if smooth else 1,
+              marker="o" if len(values) < 30 else None, markersize=3)  # fmt: skip
+    if smooth:
+        axes.plot(iterations, running_mean(values, max(3, len(values) // 12)), color=LINE, linewidth=2.2)
+    if panel.share:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    if panel.from_zero:
+        axes.set_ylim(0, max(axes.get_ylim()[1], 0.1))
+    axes.grid(axis="y", color="#e7e9ec", linewidth=0.8)
+
+
+def _heatmap(figure: Figure, axes: Axes, records: Sequence[dict], t_range: tuple[int, int]) -> None:
+    """Pairs kept: training timesteps (noise at the top) over iterations."""
+    _headline(axes, "Pairs kept at each timestep", "healthy: no row stays empty; the judge sees differences at all t")
+    rows = [record for record in records if record.get("pairs_per_t")]
+    low, high = t_range
+    steps = sorted({t for record in rows for t in map(int, record["pairs_per_t"]) if low <= t <= high}, reverse=True)
+    if not steps:
+        _say_not_measured(axes)
+        return
+    counts = np.array([[record["pairs_per_t"].get(str(t), 0) for record in rows] for t in steps], dtype=float)
+    ends = np.array([record["iteration"] for record in rows], dtype=float)
+    starts = np.concatenate([[ends[0] - (ends[1] - ends[0] if len(ends) > 1 else 1)], ends[:-1]])
+    edges = np.concatenate([starts[:1], ends]) + 0.5  # a record covers the iterations after the one before
+    mesh = axes.pcolormesh(edges, np.arange(len(steps) + 1), counts, cmap="GnBu", vmin=0, rasterized=True)
+    every = max(1, len(steps) // 9)
+    axes.set_yticks(np.arange(len(steps))[::every] + 0.5, [str(t) for t in steps[::every]])
+    axes.invert_yaxis()
+    axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+    axes.set_ylabel("timestep t, noise at the top", color=FAINT, fontsize=9)
+    axes.set_xlabel("iteration", color=FAINT, fontsize=9)
+    bar = figure.colorbar(mesh, ax=axes, pad=0.01, aspect=14)
+    bar.set_label("pairs", color=FAINT, fontsize=9)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(colors=FAINT, labelsize=9, length=0)
+
+
+def _headline(axes: Axes, title: str, healthy: str) -> None:
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=22)
+    axes.annotate(healthy, (0, 1), (0, 7), "axes fraction", "offset points", color=FAINT, fontsize=9.5)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color("#c5cad0")
+    axes.tick_params(colors=FAINT, labelsize=9, length=0)
+
+
+def _say_not_measured(axes: Axes) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.text(0.5, 0.5, "not measured", ha="center", va="center", color=FAINT, transform=axes.transAxes)
+
+
+def _pictures(images: Tensor) -> list[Image.Image]:
+    """(N, 3, H, W) in [-1, 1] as RGB pictures; what is NaN becomes black."""
+    pixels = ((images.detach().float().nan_to_num(-1.0).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]  # (N, H, W, 3)
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int) -> str:
+    """The text broken into at most `max_lines` lines of at most `width` pixels; an ellipsis stands for the rest."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if not lines[-1] or font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    if len(lines) > max_lines:
+        lines = lines[:max_lines]
+        lines[-1] += " …"
+    return "\n".join(_cut(line, font, width) for line in lines)
+
+
+def _cut(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    if font.getlength(line) <= width:
+        return line
+    line = line.removesuffix(" …")
+    while len(line) > 1 and font.getlength(line + "…") > width:
+        line = line[:-1]
+    return line + "…"

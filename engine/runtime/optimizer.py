@@ -1,0 +1,190 @@
+"""The optimizer: AdamW over a module's trainable parameters, its state sharded by DeepSpeed ZeRO over several ranks.
+
+One process runs plain AdamW: there is nothing to shard, and neither DeepSpeed nor a compiler is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..config.training import OptimConfig
+from .ranks import Ranks
+
+# Gradients of a mean over the 16,384 or 65,536 numbers of a latent are 1e-4 and less: the foot of float16's range.
+FLOAT16_SCALE = 4096.0
+
+
+@dataclass(frozen=True, slots=True)
+class AdamWSettings:
+    """As in torch.optim.AdamW; max_grad_norm clips (None: never); accumulate: micro-batches per optimizer step."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    max_grad_norm: float | None
+    accumulate: int
+    micro_batch: int
+    stage: int
+    loss_scale: float = 1.0  # of the backward pass; gradients are divided by it before anything else sees them
+
+    @classmethod
+    def of(cls, optim: OptimConfig, stage: int, dtype: str) -> AdamWSettings:
+        """Those of a recipe's section `optim`; dtype: of the base model that the gradients pass through."""
+        own = ("stage", "loss_scale")
+        given = {field.name: getattr(optim, field.name) for field in fields(cls) if field.name not in own}
+        return cls(**given, stage=stage, loss_scale=FLOAT16_SCALE if dtype == "float16" else 1.0)
+
+
+class LocalAdamW:
+    """AdamW of one process."""
+
+    def __init__(self, module: nn.Module, settings: AdamWSettings):
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.settings = settings
+        self.optimizer = _adamw(self.parameters, settings)
+        _unscale(self.parameters, settings.loss_scale)
+        self.waiting = 0  # micro-batches since the last optimizer step
+        self.steps = 0
+
+    def backward(self, loss: Tensor) -> None:
+        (loss * (self.settings.loss_scale / self.settings.accumulate)).backward()
+
+    def step(self) -> Tensor | float | None:
+        """After every backward: an optimizer step when enough micro-batches wait; returns its gradient norm."""
+        self.waiting += 1
+        if self.waiting < self.settings.accumulate:
+            return None
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.waiting = 0
+        self.steps += 1
+        return norm
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state held by this rank."""
+        return _bytes(self.optimizer)
+
+    def save(self, folder: Path) -> None:
+        state = {"optimizer": self.optimizer.state_dict(), "waiting": self.waiting, "steps": self.steps}
+        state["grads"] = [p.grad for p in self.parameters] if self.waiting else None
+        torch.save(state, folder / "optimizer.pt")
+
+    def load(self, folder: Path) -> None:
+        state = torch.load(folder / "optimizer.pt", weights_only=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.waiting, self.steps = state["waiting"], state["steps"]
+        for parameter, grad in zip(self.parameters, state["grads"] or [], strict=False):
+            parameter.grad = grad
+
+
+class ZeroAdamW:
+    """AdamW of several ranks through a DeepSpeedEngine, ZeRO stage 1 or 2; the same interface as LocalAdamW."""
+
+    def __init__(self, module: nn.Module, settings: AdamWSettings, ranks: Ranks):
+        import deepspeed
+
+        self.settings = settings
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        _unscale(parameters, settings.loss_scale)
+        with _scalars_not_broadcast(module):
+            self.engine, *_ = deepspeed.initialize(
+                model=module,
+                model_parameters=parameters,
+                optimizer=_adamw(parameters, settings),
+                config={
+                    "train_micro_batch_size_per_gpu": settings.micro_batch,
+                    "gradient_accumulation_steps": settings.accumulate,
+                    "gradient_clipping": settings.max_grad_norm or 0.0,  # 0 never clips
+                    "zero_optimization": {
+                        "stage": settings.stage,
+                        "overlap_comm": False,
+                        "reduce_bucket_size": sum(p.numel() for p in parameters),  # DeepSpeed's own takes 2 GB
+                    },
+                    "zero_allow_untested_optimizer": True,
+                    "steps_per_print": 10**9,
+                },
+            )
+
+    @property
+    def steps(self) -> int:
+        return self.engine.global_steps
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss * self.settings.loss_scale)
+
+    def step(self) -> Tensor | float | None:
+        boundary = self.engine.is_gradient_accumulation_boundary()
+        self.engine.step()
+        return self.engine.get_global_grad_norm() if boundary else None
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+
+    def state_bytes(self) -> int:
+        return _bytes(self.engine.optimizer.optimizer)
+
+    def save(self, folder: Path) -> None:
+        self.engine.save_checkpoint(str(folder), tag="zero", exclude_frozen_parameters=True)
+
+    def load(self, folder: Path) -> None:
+        self.engine.load_checkpoint(str(folder), tag="zero", load_module_strict=False)
+
+
+def build(module: nn.Module, settings: AdamWSettings, ranks: Ranks) -> LocalAdamW | ZeroAdamW:
+    """The optimizer for as many ranks as there are."""
+    return LocalAdamW(module, settings) if ranks.size == 1 else ZeroAdamW(module, settings, ranks)
+
+
+@contextmanager
+def _scalars_not_broadcast(module: nn.Module) -> Iterator[None]:
+    """Inside, DeepSpeed passes over parameters without dimensions, such as CLIP's logit_scale, as it does over those of
+    its OptimizedLinear: version 0.19 cannot broadcast them ("self.dim() cannot be 0"), and all ranks load the same.
+    """
+    scalars = [p for p in module.parameters() if p.dim() == 0]
+    for p in scalars:
+        p.ds_optim_param = True
+    yield
+    for p in scalars:
+        del p.ds_optim_param
+
+
+def _unscale(parameters: list[nn.Parameter], scale: float) -> None:
+    """From now on each gradient of theirs is divided by the scale as it arrives; one that overflowed counts as zero."""
+
+    def unscaled(grad: Tensor) -> Tensor:
+        return torch.where(grad.isfinite().all(), grad / scale, torch.zeros_like(grad))
+
+    if scale != 1:
+        for p in parameters:
+            p.register_hook(unscaled)
+
+
+def _adamw(parameters: list[nn.Parameter], settings: AdamWSettings) -> torch.optim.AdamW:
+    """On a GPU a step is one kernel (`fused`); elsewhere it is PyTorch's plain one."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=True if all(p.is_cuda for p in parameters) else None,
+    )
+
+
+def _bytes(optimizer: torch.optim.Optimizer) -> int:
+    tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors)

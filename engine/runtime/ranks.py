@@ -1,0 +1,74 @@
+"""The processes of a run: who am I, how many are we, and how rows are exchanged. One process needs none."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """rank of this process out of size, and its device."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+def start(device: str) -> Ranks:
+    """Joins the processes that `deepspeed` (or torchrun) started: NCCL on GPUs, gloo on CPUs; alone otherwise.
+
+    device is "auto", "cpu" or "cuda". Raises UserError when a GPU was asked for and there is none, or when several
+    processes on a CPU lack the C++ compiler with which DeepSpeed builds its communication op.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("run.device: found cuda, but PyTorch sees no GPU; use auto or cpu")
+    kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    size, rank, local = (
+        int(os.environ.get(name, low)) for name, low in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
+    )
+    if size == 1:
+        return Ranks(0, 1, torch.device(kind, 0) if kind == "cuda" else torch.device(kind))
+    if kind == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
+        raise UserError(
+            f"{size} processes on a CPU need a C++ compiler, with which DeepSpeed builds its communication op; "
+            "install g++ or start one process"
+        )
+    os.environ["DS_ACCELERATOR"] = kind
+    import deepspeed
+
+    if kind == "cuda":
+        torch.cuda.set_device(local)
+    deepspeed.init_distributed(dist_backend="nccl" if kind == "cuda" else "gloo", verbose=False)
+    return Ranks(rank, size, torch.device(kind, local) if kind == "cuda" else torch.device(kind))
+
+
+def share(count: int, ranks: Ranks) -> slice:
+    """This rank's rows of `count`: contiguous, in rank order, none empty where there are as many rows as ranks."""
+    return slice(ranks.rank * count // ranks.size, (ranks.rank + 1) * count // ranks.size)
+
+
+def gather_rows(rows: Tensor, ranks: Ranks) -> Tensor:
+    """All ranks' rows (N_r, ...), in rank order, on every rank: (sum N_r, ...). The N_r may differ, and be 0."""
+    if ranks.size == 1:
+        return rows
+    count = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.zeros_like(count) for _ in range(ranks.size)]
+    dist.all_gather(counts, count)
+    counts = torch.cat(counts).tolist()
+    padded = rows.new_zeros((max(counts), *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])

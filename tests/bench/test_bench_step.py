@@ -1,0 +1,152 @@
+"""strop.bench.bench_step on tiny networks: what it counts, what it divides, and where it takes random weights."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from strop.bench import bench_step, ours, published
+from strop.bench.bench_step import Side, measure, ratio, summary, table
+from strop.engine.config.settings import varied
+from strop.engine.config.training import Config
+from strop.engine.errors import UserError
+from strop.engine.models.architectures import FAMILIES
+from strop.engine.plan import meta_models as blueprint
+
+CPU = torch.device("cpu")
+STAGES = {"text", "rollout/trunk", "rollout/branches", "rollout/decode", "rollout/judge", "update", "update/optimizer"}
+
+
+@pytest.fixture
+def recipe(tiny_folder, clip_folder, tmp_path):
+    """recipe(rollout={...}, ...) -> a Config of the tiny SD-1.5, three prompts, all pairs kept."""
+    (tmp_path / "prompts.txt").write_text("a b c\nd\ne f\n")
+
+    def make(path=tiny_folder, rollout=(), optim=(), iterations=8):
+        common = {"prompts": 3, "k": 3, "num_steps": 5, "t_range": (0, 601), "threshold": 0.0}
+        return Config.model_validate(
+            {
+                "model": {"path": str(path)},
+                "judge": {"path": str(clip_folder), "kind": "pickscore"},
+                "prompts": {"train": str(tmp_path / "prompts.txt")},
+                "rollout": common | dict(rollout),
+                "optim": {"micro_batch": 4} | dict(optim),
+                "run": {"dir": str(tmp_path), "iterations": iterations},
+            }
+        )
+
+    return make
+
+
+def test_a_record_of_all_sides(recipe, capsys):
+    fast = recipe(rollout={"look_ahead": "text"}, optim={"passes": 2}, iterations=2)
+    record = json.loads(json.dumps(measure(recipe(), fast, "tiny", 2, CPU)))
+    sides = record["sides"]
+    assert [sides[name]["pairs"] for name in ("published", "exact", "fast")] == [12, 12, 12]  # 3 prompts at 4 steps
+    for side in sides.values():
+        assert set(side["seconds"]) == {*STAGES, "total"}
+        assert side["seconds_per_prompt"] == pytest.approx(side["seconds"]["total"] / 3)
+        whole = sum(v for k, v in side["tflop"].items() if k not in ("total", "update/optimizer"))
+        assert side["tflop"]["total"] == pytest.approx(whole, rel=0.02)  # keys and values of the text are in no stage
+        assert side["share_of_matmul"]["rollout/decode"] > 0
+        assert side["peak_bytes"] is None
+        shown = side["profile"]["longest"]
+        assert "aten::mkldnn_convolution" in [row["name"] for row in shown]
+        assert 0 < sum(row["seconds"] for row in shown) <= side["profile"]["seconds"]
+    spent = lambda stage: [sides[name]["tflop"][stage] for name in ("published", "exact", "fast")]
+    assert spent("text")[0] > spent("text")[1] == spent("text")[2]
+    assert spent("update")[0] > 1.9 * spent("update")[1]  # winner and loser in one forward
+    assert spent("update")[2] == pytest.approx(spent("update")[1] * 5 / 3, rel=0.1)  # forward and backward once more
+    assert spent("rollout/branches")[0] > spent("rollout/branches")[1] > 1.5 * spent("rollout/branches")[2]
+    assert spent("rollout/decode")[0] > spent("rollout/decode")[1] == spent("rollout/decode")[2]
+    per_prompt, per_run = record["faster_per_prompt"], record["faster_per_run"]
+    assert per_run["exact"] == pytest.approx(per_prompt["exact"])
+    assert per_run["fast"] == pytest.approx(4 * per_prompt["fast"])  # two iterations in place of eight
+    assert "round 2 of 2" in capsys.readouterr().out
+
+
+def test_the_ratio_is_of_prompts_and_within_rounds():
+    """A slow second round, in which both were twice as slow, leaves the ratio as it is."""
+    config = lambda prompts: SimpleNamespace(rollout=SimpleNamespace(prompts=prompts))
+    baseline = Side(published, None, config(10), rounds=[{"total": 30.0}, {"total": 60.0}, {"total": 30.0}])
+    side = Side(published, None, config(5), rounds=[{"total": 5.0}, {"total": 10.0}, {"total": 6.0}])
+    assert ratio(baseline, side) == 3.0
+    side.flops, side.pairs = {"update": 8e12, "update/optimizer": 2e12}, 12
+    found = summary(side, rate=5e12)
+    assert found["tflop"]["update"] == 10.0
+    assert found["share_of_matmul"]["total"] == pytest.approx(10 / 6 / 5)
+    assert found["share_of_matmul"]["rollout/decode"] is None
+    assert found["pairs_per_second"] == 2.0
+
+
+@pytest.fixture
+def tiny_families(monkeypatch):
+    """Tiny networks under the names of the families, of which no files are here."""
+    made = json.loads((bench_step.ROOT / "tests" / "golden" / "tiny_configs.json").read_text())
+    tiny = {name: made[name]["ctor"] | {"scheduler": made[name]["scheduler"], "model_index": {}} for name in FAMILIES}
+    monkeypatch.setattr(blueprint, "FAMILIES", tiny)
+
+
+def test_networks_that_are_not_here_get_random_weights(recipe, tiny_families):
+    """At the family's own size, here a tiny one; every stage does what it would do at full size."""
+    made = {path: measure(recipe(path), recipe(path), "tiny", 1, CPU)["sides"] for path in ("nobody/sd", "nobody/sdxl")}
+    for sides in made.values():
+        assert sides["exact"]["pairs"] == sides["published"]["pairs"] == 12
+        assert sides["exact"]["tflop"]["update"] < sides["published"]["tflop"]["update"]
+    small, large = (made[path]["exact"]["tflop"]["rollout/branches"] for path in made)
+    assert 0 < small < large
+
+
+def test_random_networks_are_as_the_recipe_asks(recipe, tiny_families):
+    models = bench_step.build(ours.Ours, varied(recipe("nobody/sd"), {"model.gradient_checkpointing": True}), CPU)
+    assert models.policy.unet.is_gradient_checkpointing
+    with pytest.raises(UserError, match=r"^model\.attention: xformers does not run"):
+        bench_step.build(ours.Ours, varied(recipe("nobody/sd"), {"model.attention": "xformers"}), CPU)
+
+
+def test_plan_reads_the_share_of_a_known_card(recipe, monkeypatch):
+    """Half of the peak: 3 prompts and 12 pairs that would take 0.1 s each at the peak, in 3 s."""
+    monkeypatch.setattr(bench_step, "seconds_at_peak", lambda *_: (0.1, 0.1))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100-SXM4-80GB")
+    models = SimpleNamespace(diffusion=SimpleNamespace(family="sd15"))
+    side = Side(published, models, recipe(), pairs=12, rounds=[{"total": 3.0}])
+    assert bench_step.at_peak(side, CPU) == {"gpu": "a100", "share_of_peak": pytest.approx(0.5)}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["sd15"],
+            "bench_step: stable-diffusion-v1-5/stable-diffusion-v1-5 is not on this machine, and at full size a",
+        ),
+        (["tinyworld", "--rounds", "0"], "--rounds: found 0, expected 1 or more"),
+        (["tinyworld", "run.device=cuda"], "run.device: found cuda, but PyTorch sees no GPU"),
+        (["tinyworld", "--threshold", "1"], "rollout.threshold"),
+        (["nothing"], "nothing.yaml: cannot be read"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_measured_is_said_in_a_sentence(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bench_step.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_readme_has_the_table_of_the_last_measurement():
+    readme = (bench_step.ROOT / "README.md").read_text()
+    for file in sorted(bench_step.RESULTS.glob("bench_step-*.json")):
+        assert table(json.loads(file.read_text())) in readme, f"make it anew of {file.name}"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="full size needs a GPU")
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_full_size_on_a_gpu(name):
+    load = lambda kind: bench_step.load(bench_step.ROOT / "configs" / f"{name}{kind}.yaml", ["rollout.threshold=0"])
+    record = measure(load(""), load("_fast"), name, 2, torch.device("cuda"))
+    assert record["faster_per_prompt"]["fast"] > record["faster_per_prompt"]["exact"] > 1
+    assert record["sides"]["exact"]["peak_bytes"] < record["sides"]["published"]["peak_bytes"]

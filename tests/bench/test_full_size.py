@@ -1,0 +1,65 @@
+"""bench/full_size.py on the golden tiny architectures: what it says of time and noise; full size needs a GPU."""
+
+import json
+
+import pytest
+import torch
+
+from strop.bench import full_size
+from strop.engine.config.training import load
+from strop.engine.models.architectures import FAMILIES
+
+ROOT = full_size.ROOT
+
+
+@pytest.fixture
+def tiny(spm, monkeypatch):
+    """tiny(family, dtype) -> the record of a tiny model on the CPU."""
+    monkeypatch.chdir(ROOT)
+
+    def measure(family, dtype):
+        made = json.loads((ROOT / "tests" / "golden" / "tiny_configs.json").read_text())[family]
+        parts = {name: made["ctor"][name] for name in ("unet", "vae")}
+        judge = spm.config.to_dict()
+        config = load(ROOT / "configs" / f"{family}.yaml", [f"model.dtype={dtype}", "rollout.prompts=2", "lora.rank=4"])
+        architecture = parts | {"scheduler": made["scheduler"], "judge": judge}
+        return full_size.measure(config, family, architecture, torch.device("cpu"))
+
+    return measure
+
+
+@pytest.mark.parametrize("family, pairs", [("sd15", 32), ("sdxl", 32)])
+def test_in_float32_there_is_no_noise(tiny, family, pairs):
+    record = tiny(family, "float32")
+    assert record["pairs"] == pairs
+    stages = {"rollout", "rollout/trunk", "rollout/branches", "rollout/decode", "rollout/judge", "update"}
+    assert stages == record["seconds"].keys()
+    assert record["log_ratio"]["noise_to_signal"] == 0
+    assert record["log_ratio"]["same_sign"] == 1
+    assert record["log_ratio"]["gradient_cosine"] == pytest.approx(1)
+
+
+def test_noise_is_larger_in_bfloat16_than_in_float16(tiny):
+    noise = {dtype: tiny("sd15", dtype)["log_ratio"] for dtype in ("bfloat16", "float16")}
+    assert 0 < 2 * noise["float16"]["noise_to_signal"] < noise["bfloat16"]["noise_to_signal"]
+    assert noise["float16"]["gradient_cosine"] > 0.999
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        full_size.main(["sd15"])
+    assert stopped.value.code == 2
+    assert "sees no GPU" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="full size needs a GPU")
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_full_size_on_a_gpu(family, dtype):
+    config = load(ROOT / "configs" / f"{family}.yaml", [f"model.dtype={dtype}"])
+    architecture = FAMILIES[family] | {"judge": full_size.JUDGE}
+    record = full_size.measure(config, family, architecture, torch.device("cuda"))
+    assert record["pairs"] > 0
+    assert record["log_ratio"]["gradient_cosine"] > 0.99

@@ -1,0 +1,147 @@
+"""From the recipe to the pairs: which rows are trained on, which are held out, and what a pair is made of."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+from strop.engine.config.judge_training import SpmConfig
+from strop.engine.config.training import JudgeConfig
+from strop.engine.data.pair_cache import PairCache
+from strop.engine.data.pair_files import fitted, open_source
+from strop.engine.data.pair_sets import FilePairs, check_labeller, choose, split_by_caption
+from strop.engine.data.pair_survey import Entries
+from strop.engine.errors import UserError
+from strop.engine.judge.model import StepAwarePreferenceModel
+from strop.engine.runtime.ranks import Ranks
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def recipe(source, judge="judge", steps=100, **data):
+    tree = {
+        "model": {"path": "model"},
+        "judge": {"path": str(judge)},
+        "data": {"source": str(source), "heldout": 4} | data,
+        "optim": {"steps": steps, "batch": 2},
+        "run": {"dir": "run"},
+    }
+    return SpmConfig.model_validate(tree)
+
+
+def captions_of(chosen):
+    return {chosen.source.captions[row] for row in chosen.rows}
+
+
+def test_a_split_keeps_every_caption_on_one_side():
+    captions = [f"caption {i % 40}" for i in range(100)]
+    rest, heldout = split_by_caption(captions, 9, seed=3)
+    assert len(heldout) == 9
+    assert not {captions[row] for row in rest} & {captions[row] for row in heldout}
+    lost = set(range(100)) - set(rest) - set(heldout)
+    assert len(lost) <= 2
+    assert {captions[row] for row in lost} <= {captions[row] for row in heldout}
+    assert split_by_caption(captions, 9, seed=3) == (rest, heldout)
+    assert split_by_caption(captions, 9, seed=4) != (rest, heldout)
+
+
+def test_heldout_pairs_are_split_off_the_source(tmp_path, pair_files):
+    folder = pair_files.parquet(tmp_path / "pairs", pair_files.rows(32))
+    train, heldout = choose(recipe(folder), ALONE)
+    assert train.source is heldout.source
+    assert (len(train.rows), len(heldout.rows)) == (28, 4)
+    assert not captions_of(train) & captions_of(heldout)
+    assert Counter(len(choose(recipe(folder, train=n, steps=s), ALONE)[0].rows) for n, s in ((5, 9), (None, 3))) == {
+        5: 1,
+        6: 1,  # 3 steps of 2 pairs see no more
+    }
+
+
+def test_captions_of_another_heldout_source_are_not_trained_on(tmp_path, pair_files):
+    folder = pair_files.parquet(tmp_path / "pairs", pair_files.rows(16))
+    other = pair_files.jsonl(tmp_path / "other", pair_files.rows(8)[:3])
+    train, heldout = choose(recipe(folder, heldout_source=str(other)), ALONE)
+    assert heldout.rows == [0, 1, 2]
+    assert captions_of(train) == {"d e", "a f", "b f", "c f", "d f"}
+    assert (len(train.rows), train.source.left_out) == (10, 6)
+    with pytest.raises(UserError, match=r"^data\.heldout_source: found 0 pairs to train on and 3 held-out ones"):
+        choose(recipe(other, heldout_source=str(other)), ALONE)
+    with pytest.raises(UserError, match=r"expected at least 1 and 5 \(the processes\)"):
+        choose(recipe(folder), Ranks(0, 5, ALONE.device))
+
+
+def test_broken_rows_past_the_share_stop_before_anything_is_loaded(tmp_path, pair_files):
+    path = pair_files.jsonl(tmp_path / "pairs", pair_files.rows(16))
+    path.write_text(path.read_text() + "{}\n")
+    with pytest.raises(UserError, match=r"at least 1 of 17 pairs are broken, .* pairs\.jsonl line 17: no text under"):
+        choose(recipe(path), ALONE)
+    assert len(choose(recipe(path, max_broken=0.1), ALONE)[0].rows) == 12
+
+
+def test_sources_without_a_pair(tmp_path, pair_files):
+    rows = [row | {"has_label": False} for row in pair_files.rows(4)]
+    with pytest.raises(UserError, match="holds no pair but 4 rows without a label or with equal images"):
+        choose(recipe(pair_files.parquet(tmp_path / "pairs", rows)), ALONE)
+    (tmp_path / "none.jsonl").write_text("\n")
+    with pytest.raises(UserError, match=r"none\.jsonl holds no pair$"):
+        choose(recipe(tmp_path / "none.jsonl"), ALONE)
+
+
+def test_labels_are_not_asked_for_where_pickscore_makes_them(tmp_path, pair_files):
+    path = pair_files.jsonl(tmp_path / "pairs", pair_files.rows(8))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("\n".join(json.dumps({k: v for k, v in line.items() if k != "label"}) for line in lines))
+    assert choose(recipe(path, labels="pickscore"), ALONE)[0].source.labels == [None] * 8
+    with pytest.raises(UserError, match="at least 8 of 8 pairs are broken"):
+        choose(recipe(path), ALONE)
+
+
+@pytest.mark.parametrize(
+    "data, complaint",
+    [
+        ({}, "data.train: say how many pairs strop.bench.tinyworld.pairs:load is to make"),
+        ({"train": 5, "labels": "pickscore"}, "data.labels: .* gives its own labels"),
+        (
+            {"train": 5, "heldout_source": "pairs.jsonl"},
+            "data.heldout_source: found 'pairs.jsonl', expected module:fac",
+        ),
+    ],
+    ids=["size", "labels", "heldout"],
+)
+def test_what_a_factory_needs(data, complaint):
+    with pytest.raises(UserError, match=f"^{complaint}"):
+        choose(recipe("strop.bench.tinyworld.pairs:load", **data), ALONE)
+    made = recipe("strop.bench.tinyworld.pairs:load", train=5)
+    assert choose(made, ALONE) is None
+    with pytest.raises(UserError, match=r"^data\.heldout: found 4, expected at least 5 \(the processes\)"):
+        choose(made, Ranks(0, 5, ALONE.device))
+
+
+def test_pickscores_labels_need_a_plain_pickscore(clip_folder):
+    judge = StepAwarePreferenceModel.load(JudgeConfig(path=str(clip_folder)), ALONE.device, torch.Generator())
+    check_labeller(recipe("a", labels="pickscore"), judge)
+    with torch.no_grad():
+        judge.clip.vision_model.adaLN_modulation[1].weight[0, 0] = 1
+    check_labeller(recipe("a"), judge)
+    with pytest.raises(UserError, match=r"^data\.labels: pickscore needs a plain PickScore as judge\.path, and mine"):
+        check_labeller(recipe("a", judge="mine", labels="pickscore"), judge)
+
+
+def test_pairs_of_files_hold_what_was_asked_for(tmp_path, pair_files):
+    source = open_source(str(pair_files.parquet(tmp_path / "pairs", pair_files.rows(8))), "data.source", True)
+    labels = {6: (0.25, 0.75), 2: (1, 0)}
+    live = FilePairs(source, labels, (8, 12), images=True)
+    assert len(live) == 2
+    assert live[0].keys() == {"caption", "num_examples", "label_0", "label_1", "image_0", "image_1"}
+    assert (live[0]["caption"], live[0]["label_0"], live[0]["label_1"]) == (source.captions[6], 0.25, 0.75)
+    assert torch.equal(live[1]["image_1"], fitted(source.images(2)[1], 8, 12))
+
+    entries = Entries(PairCache(tmp_path / "cache"), "vae", "encoders", "judge")
+    kept = FilePairs(source, labels, (8, 12), images=False, entries=entries)
+    entries.cache.write(entries.latents(source, 2, (8, 12)), {"mean": torch.ones(2, 4, 1, 1), "std": torch.ones(1)})
+    entries.cache.write(entries.text("c e"), {"text": torch.full((3, 2), 5.0)})
+    assert kept[1].keys() == {"caption", "num_examples", "label_0", "label_1", "mean", "std", "text"}
+    assert kept[1]["text"].sum() == 30
+    with pytest.raises(UserError, match=r"^data\.cache: .* was whole when the run began and is not now"):
+        kept[0]

@@ -1,0 +1,89 @@
+"""Prompt files and the order of prompts."""
+
+import pytest
+
+from strop.engine.data.prompts import batch_of, first_used, read_prompts, split_prompts
+from strop.engine.errors import UserError
+
+
+def test_lines_are_stripped_and_blank_ones_passed_over(tmp_path):
+    (tmp_path / "p.txt").write_text(" a cat \r\n\n a dog\n", encoding="utf-8")
+    assert read_prompts(str(tmp_path / "p.txt"), "prompts.train") == ["a cat", "a dog"]
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [(None, "cannot be read"), (b"\n \n", "holds no prompt"), (b"\xff\xfe\xff", "is not UTF-8")],
+)
+def test_bad_files_name_the_key(tmp_path, content, complaint):
+    if content is not None:
+        (tmp_path / "p.txt").write_bytes(content)
+    with pytest.raises(UserError, match=f"^prompts.heldout: .*{complaint}"):
+        read_prompts(str(tmp_path / "p.txt"), "prompts.heldout")
+
+
+def test_every_epoch_is_a_permutation_of_its_own():
+    prompts = list("abcdefg")
+    drawn = [p for i in range(7) for p in batch_of(prompts, i, 3, seed=0)]
+    epochs = [drawn[i : i + 7] for i in range(0, 21, 7)]
+    assert all(sorted(epoch) == prompts for epoch in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_an_iteration_does_not_depend_on_those_before():
+    prompts = list("abcdefg")
+    assert batch_of(prompts, 5, 4, seed=3) == batch_of(prompts, 5, 4, seed=3)
+    assert batch_of(prompts, 5, 4, seed=3) != batch_of(prompts, 5, 4, seed=4)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("p.json", '[{"caption": " a cat ", "trainset_idx": 3}, {"caption": ""}, {"prompt": "a dog"}, "a fish"]'),
+        ("p.jsonl", '{"caption": "a cat"}\n\n{"tag": "x", "prompt": "a dog"}\n"a fish"\n'),
+        ("p.JSON", '\ufeff["a cat", "a dog", "a fish"]'),
+    ],
+)
+def test_captions_of_json_and_json_lines(tmp_path, name, content):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert read_prompts(str(tmp_path / name), "prompts.train") == ["a cat", "a dog", "a fish"]
+
+
+@pytest.mark.parametrize(
+    "name, content, complaint",
+    [
+        ("p.json", "[{", "is not valid JSON"),
+        ("p.json", '{"caption": "a"}', "found a JSON dict, expected a list"),
+        ("p.json", '["a", {"text": "b"}]', "entry 2 has no caption; found keys text, expected {caption: text}"),
+        ("p.json", "[]", "holds no prompt"),
+        ("p.jsonl", '{"caption": "a"}\n{"caption": ', "line 2 is not valid JSON"),
+        ("p.jsonl", '{"caption": 3}', "line 1 has no caption; found keys caption"),
+        ("p.jsonl", "7", "line 1 has no caption; found 7"),
+    ],
+)
+def test_a_malformed_file_is_named_with_the_entry(tmp_path, name, content, complaint):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError) as stopped:
+        read_prompts(str(tmp_path / name), "prompts.train")
+    assert str(stopped.value).startswith(f"prompts.train: {tmp_path / name}")
+    assert complaint in str(stopped.value)
+
+
+def test_held_out_prompts_are_taken_whole_and_by_the_seed():
+    prompts = ["a", "b", "a", "c", "d", "b"]
+    train, heldout = split_prompts(prompts, 2, seed=0)
+    assert len(heldout) == 2
+    assert train == [prompt for prompt in prompts if prompt not in heldout]
+    assert split_prompts(prompts, 2, seed=0) == (train, heldout)
+    assert {tuple(split_prompts(prompts, 2, seed)[1]) for seed in range(20)} != {tuple(heldout)}
+
+
+def test_prompts_of_a_longer_run_begin_with_those_of_a_shorter_one():
+    prompts = [str(i) for i in range(40)] + ["7", "8"]
+    drawn = [p for i in range(6) for p in batch_of(prompts, i, 3, seed=1)]
+    short, long = first_used(prompts, 9, seed=1, multiple=4), first_used(prompts, 18, seed=1, multiple=4)
+    assert set(drawn[:9]) <= set(short)
+    assert set(drawn) <= set(long)
+    assert len(short) == 12
+    assert long[:12] == short
+    assert len(first_used(prompts, 1000, seed=1, multiple=4)) == 40

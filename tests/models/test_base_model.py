@@ -1,0 +1,442 @@
+"""models/base_model: each way to name a base model, which of its files are read, and what is refused."""
+
+import json
+import os
+import shutil
+
+import huggingface_hub.constants
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
+from huggingface_hub.utils import filter_repo_objects
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+
+from strop.engine.config.training import ModelConfig
+from strop.engine.errors import UserError
+from strop.engine.models import base_model
+from strop.engine.models.base_model import BaseModel, load_unet
+from strop.engine.models.conditioning import Conditioning
+from strop.engine.models.policy import Policy, unet_eps
+
+CPU = torch.device("cpu")
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+}
+
+
+@pytest.fixture
+def folder(tiny_sdxl_folder, tmp_path):
+    """A copy of the SDXL folder, to be changed."""
+    return shutil.copytree(tiny_sdxl_folder, tmp_path / "model")
+
+
+def settings(path, **changes):
+    return ModelConfig(path=str(path), **{key: str(v) if key != "height" else v for key, v in changes.items()})
+
+
+def edit(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def assert_same_networks(found, expected):
+    for part in WEIGHTS:
+        theirs = expected.part(part, torch.float32).state_dict()
+        ours = found.part(part, torch.float32).state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs), part
+
+
+def as_hub(folder, cache):
+    """Lays a folder into a cache as the hub's library does: owner/tiny at its branch main."""
+    repository, commit = cache / "models--owner--tiny", "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """A cache of the hub to be filled, and no network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "cache"
+
+
+def test_a_hub_id_is_read_from_the_cache(folder, offline):
+    as_hub(folder, offline)
+    found = BaseModel.find(settings("owner/tiny"))
+    assert found.family == "sdxl"
+    assert_same_networks(found, BaseModel.find(settings(folder)))
+    assert len(found.tokenizers()) == 2
+
+
+def test_a_hub_id_that_is_not_in_the_cache_is_refused(offline):
+    with pytest.raises(UserError, match=r"^model\.path: owner/other .* the hub.* cannot be reached"):
+        BaseModel.find(settings("owner/other"))
+
+
+@pytest.mark.parametrize("extra", [(), ("fp16",)], ids=["all", "fp16-beside"])
+def test_only_one_set_of_weights_is_downloaded(folder, tmp_path, monkeypatch, extra):
+    """Neither the other variants nor the pickled ones nor the checkpoints that lie beside."""
+    for part, stem in WEIGHTS.items():
+        for variant in extra:
+            shutil.copy(folder / part / f"{stem}.safetensors", folder / part / f"{stem}.{variant}.safetensors")
+        (folder / part / f"{stem.replace('model', 'pytorch_model', 1)}.bin").touch()
+        (folder / part / "openvino_model.bin").touch()
+        (folder / part / f"{stem}.non_ema.safetensors").touch()
+    (folder / "tiny-pruned.safetensors").touch()
+    local, fetched = tmp_path / "local", set()
+
+    def download(path, revision, allow_patterns):
+        names = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns):
+            fetched.add(name)
+            (local / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / name, local / name)
+        return local
+
+    monkeypatch.setattr("strop.engine.models.hub.snapshot_download", download)
+    found = BaseModel.find(settings("owner/tiny"))
+    assert not [name for name in fetched if name.endswith((".safetensors", ".bin"))]
+    for part in WEIGHTS:
+        found.part(part, torch.float32)
+    weights = {name for name in fetched if name.endswith((".safetensors", ".bin"))}
+    assert weights == {f"{part}/{stem}.safetensors" for part, stem in WEIGHTS.items()}
+
+
+def test_fp16_files_are_found_where_there_are_no_others(folder, tiny_sdxl_folder):
+    for part, stem in WEIGHTS.items():
+        (folder / part / f"{stem}.safetensors").rename(folder / part / f"{stem}.fp16.safetensors")
+    assert_same_networks(BaseModel.find(settings(folder)), BaseModel.find(settings(tiny_sdxl_folder)))
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_weights_in_several_files(folder, tiny_sdxl_folder, variant):
+    unet = load_unet(settings(folder), CPU)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    unet.save_pretrained(folder / "unet", max_shard_size="100KB", variant=variant)
+    assert len(list((folder / "unet").glob("*-of-*.safetensors"))) > 2
+    assert_same_networks(BaseModel.find(settings(folder)), BaseModel.find(settings(tiny_sdxl_folder)))
+
+
+def pickle_weights(folder, part, content=None):
+    (file,) = (folder / part).glob("*.safetensors")
+    name = "pytorch_model.bin" if part.startswith("text") else "diffusion_pytorch_model.bin"
+    torch.save(content or load_file(file), folder / part / name)
+    file.unlink()
+
+
+def test_pickled_weights_are_read_where_there_are_no_others(folder, tiny_sdxl_folder):
+    for part in WEIGHTS:
+        pickle_weights(folder, part)
+    assert_same_networks(BaseModel.find(settings(folder)), BaseModel.find(settings(tiny_sdxl_folder)))
+
+
+class Trap:
+    """Leaves a file where it is unpickled without care."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.file),)
+
+
+@pytest.mark.parametrize("part", WEIGHTS)
+def test_code_in_pickled_weights_is_never_run(folder, tmp_path, part):
+    pickle_weights(folder, part, {"weight": Trap(tmp_path / "sprung")})
+    with pytest.raises(UserError, match=rf"^model\.path: .*/{part} cannot be loaded .*convert them to safetensors"):
+        BaseModel.find(settings(folder)).part(part, torch.float32)
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".bin"])
+@pytest.mark.parametrize("key", ["path", "vae"])
+def test_pickled_checkpoints_are_refused(folder, tmp_path, suffix, key):
+    file = tmp_path / f"dream{suffix}"
+    torch.save({"weight": Trap(tmp_path / "sprung")}, file)
+    with pytest.raises(UserError, match=rf"^model\.{key}: .*dream{suffix} is a pickled file.*convert it to \.safetens"):
+        BaseModel.find(settings(**{"path": folder, key: file})).vae(torch.float32)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_the_files_of_the_original_releases(folder, tiny_sdxl_folder):
+    """Their text encoders are named as in older transformers, their tokenizers a list of words and one of merges."""
+    for part in ("text_encoder", "text_encoder_2"):
+        file = folder / part / "model.safetensors"
+        state = {
+            key if key.startswith("text_") else f"text_model.{key}": value for key, value in load_file(file).items()
+        }
+        state["text_model.embeddings.position_ids"] = torch.arange(16).unsqueeze(0)
+        save_file(state, file, metadata={"format": "pt"})
+    for part in ("tokenizer", "tokenizer_2"):
+        made = json.loads((folder / part / "tokenizer.json").read_text())["model"]
+        (folder / part / "vocab.json").write_text(json.dumps(made["vocab"]))
+        (folder / part / "merges.txt").write_text("#version: 0.2\n")
+        (folder / part / "tokenizer.json").unlink()
+    found, expected = BaseModel.find(settings(folder)), BaseModel.find(settings(tiny_sdxl_folder))
+    assert_same_networks(found, expected)
+    for ours, theirs in zip(found.tokenizers(), expected.tokenizers(), strict=True):
+        same = {"padding": "max_length", "max_length": 16}
+        assert ours("a red cat", **same).input_ids == theirs("a red cat", **same).input_ids
+
+
+def test_a_tokenizer_without_words_is_refused(folder):
+    """transformers would make one of two words."""
+    (folder / "tokenizer_2" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"^model\.path: .*tokenizer_2 has neither tokenizer\.json nor vocab\.json"):
+        BaseModel.find(settings(folder)).tokenizers()
+
+
+def test_a_tokenizer_of_another_encoder_is_refused(folder):
+    edit(folder / "text_encoder_2" / "config.json", vocab_size=60)
+    with pytest.raises(UserError, match=r"^model\.path: .*tokenizer_2 has 64 words, and its text_encoder_2 60"):
+        BaseModel.find(settings(folder)).tokenizers()
+
+
+def test_a_tokenizer_without_a_limit_takes_that_of_its_encoder(folder):
+    (folder / "tokenizer" / "tokenizer_config.json").unlink()
+    first, second = BaseModel.find(settings(folder)).tokenizers()
+    assert first.model_max_length == second.model_max_length == 16
+
+
+def test_a_checkpoint_file_with_the_configuration_of_a_folder(tiny_sdxl_file, tiny_sdxl_folder):
+    found = BaseModel.find(settings(tiny_sdxl_file, components=tiny_sdxl_folder))
+    assert found.family == "sdxl"
+    assert_same_networks(found, BaseModel.find(settings(tiny_sdxl_folder)))
+    assert len(found.tokenizers()) == 2
+
+
+def test_a_checkpoint_file_takes_the_original_configuration_from_the_hub(tiny_sdxl_file, folder, monkeypatch):
+    asked = []
+
+    def fetch(path, revision, key, patterns):
+        asked.append(path)
+        return folder if key == "model.components" else tiny_sdxl_file
+
+    monkeypatch.setattr(base_model, "fetch", fetch)
+    assert BaseModel.find(settings(tiny_sdxl_file)).folder == folder
+    assert asked[1:] == ["stabilityai/stable-diffusion-xl-base-1.0"]
+
+
+def test_a_checkpoint_file_without_any_configuration_is_refused(tiny_file, offline):
+    with pytest.raises(UserError, match=r"^model\.components: null, and .*stable-diffusion-v1-5 cannot be had from"):
+        BaseModel.find(settings(tiny_file))
+
+
+def test_a_configuration_of_the_other_family_is_refused(tiny_file, tiny_sdxl_folder):
+    with pytest.raises(UserError, match=r"^model\.components: .* is of family sdxl, expected sd15 as .*safetensors is"):
+        BaseModel.find(settings(tiny_file, components=tiny_sdxl_folder))
+
+
+def test_a_checkpoint_file_that_is_marked_is_a_v_prediction_model(tiny_sdxl_file, tiny_sdxl_folder, tmp_path):
+    file = tmp_path / "marked.safetensors"
+    save_file(load_file(tiny_sdxl_file) | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, file)
+    scheduler = BaseModel.find(settings(file, components=tiny_sdxl_folder)).scheduler()
+    assert scheduler.config.prediction_type == "v_prediction"
+    assert scheduler.alphas_cumprod[-1] == 0
+
+
+@pytest.mark.parametrize("sampler", ["EulerDiscreteScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler"])
+def test_the_schedule_is_the_models_whatever_its_sampler(folder, architectures, sampler, alphas):
+    config = architectures["sdxl" if sampler.startswith("Euler") else "sd15"]["scheduler"] | {"_class_name": sampler}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    scheduler = BaseModel.find(settings(folder)).scheduler()
+    assert torch.equal(scheduler.alphas_cumprod, alphas)
+    assert (scheduler.config.prediction_type, scheduler.config.steps_offset) == ("epsilon", 1)
+
+
+def test_v_prediction_without_a_signal_at_the_end(folder):
+    changes = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "beta_end": 0.01, "steps_offset": 0}
+    edit(folder / "scheduler" / "scheduler_config.json", **changes)
+    scheduler = BaseModel.find(settings(folder)).scheduler()
+    expected = DDIMScheduler(beta_start=0.00085, beta_schedule="scaled_linear", **changes)
+    assert torch.equal(scheduler.alphas_cumprod, expected.alphas_cumprod)
+    assert scheduler.config.prediction_type == "v_prediction"
+
+
+@pytest.fixture
+def other_vae(folder):
+    """A VAE folder of other weights, which says that it does not overflow in float16."""
+    vae = BaseModel.find(settings(folder)).part("vae", torch.float32)
+    vae.register_to_config(force_upcast=False, scaling_factor=0.5)
+    with torch.no_grad():
+        vae.decoder.conv_out.bias += 1
+    vae.save_pretrained(folder.parent / "vae")
+    return folder.parent / "vae"
+
+
+@pytest.mark.parametrize("form", ["vae-folder", "model-folder", "file", "hub"])
+def test_a_vae_in_place_of_the_models_own(folder, other_vae, offline, form):
+    """A file has no configuration of its own, so it gets that of the model's VAE."""
+    where = {
+        "vae-folder": other_vae,
+        "model-folder": folder.parent / "whole",
+        "file": other_vae / "diffusion_pytorch_model.safetensors",
+        "hub": "owner/tiny",
+    }[form]
+    if form == "model-folder":
+        shutil.copytree(other_vae, where / "vae")
+    as_hub(other_vae, offline)
+    vae = BaseModel.find(settings(folder, vae=where)).vae(torch.float32)
+    expected = load_file(other_vae / "diffusion_pytorch_model.safetensors")["decoder.conv_out.bias"]
+    assert torch.equal(vae.decoder.conv_out.bias, expected)
+    assert vae.config.scaling_factor == (0.13025 if form == "file" else 0.5)
+
+
+@pytest.mark.parametrize(
+    "family, upcast, dtype, expected",
+    [
+        ("sdxl", True, "float16", "float32"),
+        ("sdxl", None, "float16", "float32"),
+        ("sdxl", False, "float16", "float16"),
+        ("sdxl", True, "bfloat16", "bfloat16"),
+        ("sd15", True, "float16", "float16"),
+    ],
+    ids=["sdxl", "sdxl-unsaid", "fp16-fix", "bfloat16", "sd15"],
+)
+def test_a_vae_that_overflows_in_float16_stays_in_float32(
+    tiny_folder, tiny_sdxl_folder, tmp_path, family, upcast, dtype, expected
+):
+    copy = shutil.copytree(tiny_folder if family == "sd15" else tiny_sdxl_folder, tmp_path / "copy")
+    file = copy / "vae" / "config.json"
+    config = json.loads(file.read_text()) | {"force_upcast": upcast}
+    file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    vae = BaseModel.find(settings(copy)).vae(getattr(torch, dtype))
+    assert {p.dtype for p in vae.parameters()} == {getattr(torch, expected)}
+
+
+@pytest.mark.parametrize(
+    "changes, found",
+    [
+        ({"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, "a VAE with latents_mean and latents_std"),
+        ({"shift_factor": 0.1}, "a VAE with shift_factor"),
+        ({"latent_channels": 16}, "a VAE of kind AutoencoderKL with 16 latent channels"),
+        ({"_class_name": "AutoencoderTiny"}, "a VAE of kind AutoencoderTiny"),
+        ({"_class_name": None, "model_type": "clip"}, "a VAE of kind clip"),
+    ],
+    ids=["mean", "shift", "channels", "kind", "clip"],
+)
+@pytest.mark.parametrize("key", ["path", "vae"])
+def test_other_vaes_are_refused(folder, other_vae, key, changes, found):
+    where = {"path": folder, "vae": other_vae} if key == "vae" else {"path": folder}
+    edit((other_vae if key == "vae" else folder / "vae") / "config.json", **changes)
+    with pytest.raises(UserError, match=rf"^model\.{key}: found {found}"):
+        BaseModel.find(settings(**where)).vae(torch.float32)
+
+
+def test_the_size_of_a_latent(folder):
+    assert BaseModel.find(settings(folder)).latent_shape(2) == (4, 8, 8)
+    assert BaseModel.find(ModelConfig(path=str(folder), height=24, width=32)).latent_shape(2) == (4, 12, 16)
+    edit(folder / "unet" / "config.json", sample_size=[4, 6])
+    assert BaseModel.find(settings(folder)).latent_shape(2) == (4, 4, 6)
+
+
+def test_a_size_that_the_unet_cannot_halve_is_refused(folder):
+    with pytest.raises(UserError, match=r"^model\.width: found 24, expected a multiple of 16 for this model"):
+        BaseModel.find(ModelConfig(path=str(folder), height=32, width=24)).latent_shape(8)
+
+
+def test_a_model_without_a_size_of_its_own(folder):
+    edit(folder / "unet" / "config.json", sample_size=None)
+    with pytest.raises(UserError, match=r"^model\.height: null, but .* does not say its own size"):
+        BaseModel.find(settings(folder)).latent_shape(2)
+
+
+@pytest.mark.parametrize("attention", ["auto", "sdpa"])
+def test_attention_is_that_of_pytorch(folder, attention):
+    unet = load_unet(settings(folder, attention=attention), CPU)
+    assert {type(processor) for processor in unet.attn_processors.values()} == {AttnProcessor2_0}
+
+
+@pytest.mark.parametrize("installed, sentence", [(False, r"pip install strop\[cuda\]"), (True, "needs a GPU")])
+def test_xformers_that_cannot_run_is_refused(folder, monkeypatch, installed, sentence):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
+    with pytest.raises(UserError, match=rf"^model\.attention: .*{sentence}"):
+        load_unet(settings(folder, attention="xformers"), CPU)
+
+
+def test_xformers_that_fails_on_this_gpu_is_refused(folder, monkeypatch):
+    def fail(self):
+        raise NotImplementedError("No operator found\nfor this input")
+
+    monkeypatch.setattr(base_model, "_check_xformers", lambda device: None)
+    monkeypatch.setattr(UNet2DConditionModel, "enable_xformers_memory_efficient_attention", fail)
+    with pytest.raises(UserError, match=r"^model\.attention: .* \(No operator found for this input\); expected sdpa"):
+        load_unet(settings(folder, attention="xformers"), CPU)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_gradient_checkpointing_changes_no_gradient(tiny_folder, tiny_sdxl_folder, family):
+    """Also where the adapters are switched off and on again between forward and backward, as in training."""
+    rng = torch.Generator().manual_seed(0)
+    x, t = torch.randn(2, 4, 8, 8, generator=rng), torch.tensor([951, 51])
+    cond = Conditioning(torch.randn(2, 16, 32, generator=rng), torch.zeros(1, 16, 32))
+    if family == "sdxl":
+        pooled = torch.randn(2, 24, generator=rng)
+        sizes = torch.tensor([[16.0, 16, 0, 0, 16, 16]])
+        cond = Conditioning(cond.text, cond.null, pooled=pooled, null_pooled=torch.zeros(1, 24), time_ids=sizes)
+
+    def gradients(**options):
+        model = ModelConfig(path=str(tiny_folder if family == "sd15" else tiny_sdxl_folder), **options)
+        policy = Policy(load_unet(model, CPU), 4, TARGETS, seed=0)
+        weights = torch.Generator().manual_seed(1)
+        for p in policy.parameters:
+            p.data.copy_(0.1 * torch.randn(p.shape, generator=weights))
+        passes = []
+        policy.unet.mid_block.resnets[1].register_forward_pre_hook(lambda *_: passes.append(1))
+        eps = policy.eps(x, t, cond)
+        with policy.reference():
+            reference = policy.eps(x, t, cond)
+        (eps - reference).square().sum().backward()
+        return [p.grad for p in policy.parameters], len(passes)
+
+    plain, once = gradients()
+    checkpointed, again = gradients(gradient_checkpointing=True)
+    assert (once, again) == (2, 3)  # the policy's forward is run again, the reference's is not
+    assert all(gradient.any() for gradient in plain)
+    assert all(torch.equal(found, expected) for found, expected in zip(checkpointed, plain, strict=True))
+
+
+@pytest.mark.parametrize(
+    "family, parameters, modules, rank, lora",
+    [("sd15", 859_520_964, 128, 4, 797_184), ("sdxl", 2_567_463_684, 560, 64, 92_897_280)],
+    ids=["sd15", "sdxl"],
+)
+def test_the_real_architectures(architectures, family, parameters, modules, rank, lora):
+    """On the meta device: the UNet of the original release, and the LoRA of the paper on it."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(architectures[family]["unet"])
+        assert sum(p.numel() for p in unet.parameters()) == parameters
+        unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS)))
+    adapted = [name for name, module in unet.named_modules() if hasattr(module, "lora_A")]
+    assert len(adapted) == modules
+    assert all(name.endswith(TARGETS) and ".transformer_blocks." in name for name in adapted)
+    assert sum(p.numel() for name, p in unet.named_parameters() if ".lora_" in name) == lora
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_the_real_unets_take_both_guidance_halves(architectures, family):
+    """One forward of full size on the meta device."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(architectures[family]["unet"]).eval()
+        width, side = unet.config.cross_attention_dim, unet.config.sample_size
+        cond = Conditioning(torch.zeros(2, 77, width), torch.zeros(1, 77, width))
+        if family == "sdxl":
+            pooled = {"pooled": torch.zeros(2, 1280), "null_pooled": torch.zeros(1, 1280)}
+            cond = Conditioning(cond.text, cond.null, **pooled, time_ids=torch.zeros(1, 6))
+        x, t = torch.zeros(2, 4, side, side), torch.zeros(2, dtype=torch.long)
+        with torch.no_grad():
+            assert unet_eps(unet, x, t, cond, guided=True).shape == (2, 2, 4, side, side)
+
+
+def test_components_of_a_folder_that_has_its_own_are_refused(tiny_folder, tiny_sdxl_folder):
+    model = ModelConfig(path=str(tiny_folder), components=str(tiny_sdxl_folder))
+    with pytest.raises(UserError, match=r"^model\.components: found .* has its own configurations; leave it out"):
+        BaseModel.find(model)

@@ -1,0 +1,377 @@
+"""models/latent_diffusion: text, latents and images against diffusers' own pipelines; folders that are refused."""
+
+import gc
+import json
+import shutil
+import weakref
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel
+
+from strop.engine.config.training import ModelConfig
+from strop.engine.errors import UserError
+from strop.engine.models.base_model import load_unet
+from strop.engine.models.conditioning import Conditioning
+from strop.engine.models.latent_diffusion import LatentDiffusion
+from strop.engine.models.policy import unet_eps
+from strop.kernels import DDIMCoefficients
+
+CPU = torch.device("cpu")
+PARTS = ("tokenizer", "text_encoder", "vae", "scheduler")
+PROMPTS = ["a red dog", "a cat"]
+TOKENS = [
+    [0, 27, 18, 5, 30, 4, 15, 33, *[63] * 8],  # a</w> r e d</w> d o g</w>
+    [0, 27, 3, 1, 46, *[63] * 11],
+    [0, *[63] * 15],
+]
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def vae(tiny_folder):
+    return AutoencoderKL.from_pretrained(tiny_folder / "vae").eval()
+
+
+@pytest.fixture(scope="module")
+def sdxl(tiny_sdxl_folder):
+    return load(tiny_sdxl_folder)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_folder):
+    return StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
+
+
+@pytest.fixture
+def folder(tiny_folder, tmp_path):
+    """A copy of the model folder, to be spoilt."""
+    return shutil.copytree(tiny_folder, tmp_path / "model")
+
+
+def load(folder, dtype="float32"):
+    return LatentDiffusion.load(ModelConfig(path=str(folder), dtype=dtype), CPU)
+
+
+@torch.no_grad()
+def test_prompts_and_the_empty_one_are_encoded_as_the_text_encoder_says(diffusion, tiny_folder):
+    text_encoder = CLIPTextModel.from_pretrained(tiny_folder / "text_encoder").eval()
+    expected = text_encoder(torch.tensor(TOKENS)).last_hidden_state
+    cond = diffusion.encode(PROMPTS)
+    assert len(cond) == 2
+    torch.testing.assert_close(cond.text, expected[:2], rtol=0, atol=1e-6)
+    torch.testing.assert_close(cond.null, expected[2:], rtol=0, atol=1e-6)
+    assert cond.judge is None
+
+
+@torch.no_grad()
+def test_the_golden_text_embeddings(diffusion, golden):
+    """They were made from token ids, which the tokenizer here cannot spell; so the encoder is asked directly."""
+    case6 = golden("case6_sd15_k4_b3")
+    found = diffusion.text_encoders[0](case6["in/prompt_ids"]).last_hidden_state
+    torch.testing.assert_close(found, case6["in/prompt_embeds"], rtol=0, atol=2e-6)
+
+
+@torch.no_grad()
+def test_the_golden_text_embeddings_of_sdxl(sdxl, golden):
+    """As above: from token ids."""
+    case6 = golden("case6_sdxl_k2_b2_inner3")
+    first, second = (
+        encoder(case6[f"in/prompt_ids{suffix}"], output_hidden_states=True)
+        for encoder, suffix in zip(sdxl.text_encoders, ("", "_2"), strict=True)
+    )
+    found = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+    torch.testing.assert_close(found, case6["in/prompt_embeds"], rtol=0, atol=2e-6)
+    torch.testing.assert_close(second.text_embeds, case6["in/pooled_prompt_embeds"], rtol=0, atol=2e-6)
+    null = sdxl.encode(["a"])
+    assert torch.equal(null.null, case6["in/negative_prompt_embeds"][:1])
+    assert torch.equal(null.null_pooled, case6["in/negative_pooled_prompt_embeds"][:1])
+
+
+@torch.no_grad()
+def test_prompts_are_encoded_as_diffusers_does(diffusion, pipeline):
+    text, null = pipeline.encode_prompt(PROMPTS, "cpu", 1, True)
+    cond = diffusion.encode(PROMPTS)
+    torch.testing.assert_close(cond.text, text, rtol=0, atol=1e-6)
+    torch.testing.assert_close(cond.null.expand_as(null), null, rtol=0, atol=1e-6)
+    assert cond.pooled is None
+    assert cond.time_ids is None
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+@torch.no_grad()
+def test_prompts_of_sdxl_are_encoded_as_diffusers_does(tiny_sdxl_folder, tmp_path, zeros):
+    """force_zeros_for_empty_prompt decides what stands for no prompt."""
+    folder = shutil.copytree(tiny_sdxl_folder, tmp_path / "model")
+    index = json.loads((folder / "model_index.json").read_text()) | {"force_zeros_for_empty_prompt": zeros}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    expected = StableDiffusionXLPipeline.from_pretrained(folder).encode_prompt(PROMPTS)
+    cond = load(folder).encode(PROMPTS)
+    names = ("text", "null", "pooled", "null_pooled")
+    for name, theirs in zip(names, expected, strict=True):
+        torch.testing.assert_close(getattr(cond, name).expand_as(theirs), theirs, rtol=0, atol=1e-6)
+    assert cond.null.any() == (not zeros)
+    assert len(cond.null) == len(cond.null_pooled) == 1
+
+
+def test_sdxl_is_told_the_size_in_pixels(tiny_sdxl_folder, sdxl):
+    assert sdxl.encode(["a"]).time_ids.tolist() == [[16, 16, 0, 0, 16, 16]]
+    wide = LatentDiffusion.load(ModelConfig(path=str(tiny_sdxl_folder), height=24, width=32), CPU)
+    assert wide.latent_shape == (4, 12, 16)
+    assert wide.encode(["a"]).time_ids.tolist() == [[24, 32, 0, 0, 24, 32]]
+
+
+def test_many_prompts_are_encoded_as_few(sdxl, monkeypatch):
+    prompts = [f"{letter} cat" for letter in "abcdefg"]
+    expected = sdxl.encode(prompts)
+    monkeypatch.setattr("strop.engine.models.latent_diffusion.BATCH", 3)
+    found = sdxl.encode(prompts)
+    torch.testing.assert_close(found.text, expected.text, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.pooled, expected.pooled, rtol=0, atol=1e-6)
+
+
+def test_a_prompt_that_is_too_long_is_cut_with_one_warning(diffusion, capsys):
+    letters = "a b c d e f g h i j k l m n"  # 16 tokens with start and end
+    cond = diffusion.encode([letters])
+    assert capsys.readouterr().err == ""
+    longer = diffusion.encode(["a cat", f"{letters} o p", f"{letters} u v w"])
+    assert longer.text.shape == (3, 16, 32)
+    torch.testing.assert_close(longer.text[1:], cond.text.expand(2, -1, -1), rtol=0, atol=1e-6)
+    said = capsys.readouterr().err
+    assert said == (
+        f"strop: 2 of 3 prompts have more than 16 tokens, and what is past them is not read, as in '{letters} o p'\n"
+    )
+
+
+def test_released_text_encoders_are_gone(tiny_sdxl_folder):
+    model = load(tiny_sdxl_folder)
+    encoders = [weakref.ref(encoder) for encoder in model.text_encoders]
+    model.release_text_encoders()
+    gc.collect()
+    assert not any(encoder() for encoder in encoders)
+    with pytest.raises(RuntimeError, match="released"):
+        model.encode(["a"])
+    assert model.decode(draw(1, 4, 8, 8)).shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize("shape", [(2,), (3, 2), (2, 1, 2)], ids=str)
+@torch.no_grad()
+def test_decoded_latents_are_the_vaes_images(diffusion, vae, shape):
+    latents = draw(*shape, 4, 8, 8)
+    images = diffusion.decode(latents)
+    assert images.shape == (*shape, 3, 16, 16)
+    for found, latent in zip(images.flatten(0, -4), latents.flatten(0, -4), strict=True):
+        expected = vae.decode(latent.unsqueeze(0) / 0.18215).sample[0]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_the_scale_of_latents_is_that_of_the_vae_in_use(sdxl, tiny_folder, tiny_sdxl_folder):
+    latents = draw(1, 4, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(sdxl.decode(latents), sdxl.vae.decode(latents / 0.13025).sample)
+    other = LatentDiffusion.load(ModelConfig(path=str(tiny_sdxl_folder), vae=str(tiny_folder)), CPU)
+    with torch.no_grad():
+        assert torch.equal(other.decode(latents), other.vae.decode(latents / 0.18215).sample)
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["as-it-is", "said-to-be-safe"])
+def test_no_black_images_in_float16(tiny_sdxl_folder, tmp_path, safe):
+    """A VAE whose activations go past 65504, as those of SDXL's own do; told that it does not, it fails."""
+    folder = shutil.copytree(tiny_sdxl_folder, tmp_path / "model")
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    state["decoder.conv_in.weight"] *= 30000 / state["decoder.conv_in.weight"].abs().max()
+    save_file(state, file, metadata={"format": "pt"})
+    if not safe:
+        config = json.loads((folder / "vae" / "config.json").read_text()) | {"force_upcast": False}
+        (folder / "vae" / "config.json").write_text(json.dumps(config))
+    model = load(folder, "float16")
+    assert model.encode(["a"]).text.dtype == torch.float16
+    latents = draw(2, 4, 8, 8).half()
+    assert model.decode(latents).isfinite().all() == safe
+    expected = load(folder).decode(latents)
+    assert expected.isfinite().all()
+    if safe:
+        assert torch.equal(model.decode(latents), expected)
+
+
+def test_decoded_images_are_not_clamped(diffusion):
+    assert diffusion.decode(20 * draw(2, 4, 8, 8)).abs().max() > 1.5
+
+
+def test_nothing_here_trains(diffusion):
+    for module in (*diffusion.text_encoders, diffusion.vae):
+        assert not module.training
+        assert not any(p.requires_grad for p in module.parameters())
+    assert not diffusion.decode(draw(1, 4, 8, 8).requires_grad_()).requires_grad
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_schedule_is_that_of_the_folder(folder, alphas, prediction):
+    config = DDIMScheduler.load_config(folder / "scheduler") | {"prediction_type": prediction, "steps_offset": 3}
+    DDIMScheduler.from_config(config).save_pretrained(folder / "scheduler")
+    schedule = load(folder).schedule(10, eta=0.5, guidance=7.5)
+    expected = DDIMCoefficients.build(alphas, 10, 0.5, prediction, steps_offset=3)
+    assert schedule.t == expected.t == (*range(903, 0, -100), 0)
+    assert torch.equal(schedule._table, expected.table)
+    assert schedule.guidance == 7.5
+
+
+def test_the_last_step_never_starts_at_zero(folder):
+    """There sigma would be 0; the sampler's spacing is not the model's, so its offset of 0 is taken for 1."""
+    config = DDIMScheduler.load_config(folder / "scheduler") | {"steps_offset": 0, "timestep_spacing": "trailing"}
+    DDIMScheduler.from_config(config).save_pretrained(folder / "scheduler")
+    schedule = load(folder).schedule(20, eta=1.0, guidance=5.0)
+    assert schedule.t == (*range(951, 0, -50), 0)
+    assert schedule._table.isfinite().all()
+    assert (schedule._table[4] > 0).all()
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@torch.no_grad()
+def test_guided_images_are_those_of_diffusers(tiny_folder, tiny_sdxl_folder, tmp_path, family, prediction):
+    """Every latent on the way, and the image, from the same noise by deterministic DDIM."""
+    folder = shutil.copytree(tiny_folder if family == "sd15" else tiny_sdxl_folder, tmp_path / "model")
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": prediction}))
+    kind = StableDiffusionPipeline if family == "sd15" else StableDiffusionXLPipeline
+    pipeline = kind.from_pretrained(folder, **({"safety_checker": None} if family == "sd15" else {}))
+    options = {"clip_sample": False, "set_alpha_to_one": False, "timestep_spacing": "leading"}
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **options)
+    x, expected = draw(2, 4, 8, 8), []
+
+    def keep(_pipeline, _step, _t, tensors):
+        expected.append(tensors["latents"].clone())
+        return tensors
+
+    images = pipeline(
+        PROMPTS,
+        latents=x,
+        num_inference_steps=10,
+        guidance_scale=5.0,
+        eta=0.0,
+        output_type="pt",
+        callback_on_step_end=keep,
+    ).images
+    model, unet = load(folder), load_unet(ModelConfig(path=str(folder)), CPU)
+    schedule, cond = model.schedule(10, eta=0.0, guidance=5.0), model.encode(PROMPTS)
+    for step in range(10):
+        x = schedule.mean(x, unet_eps(unet, x, schedule.timesteps(step, 2), cond, guided=True), step)
+        torch.testing.assert_close(x, expected[step], rtol=1e-6, atol=1e-5)  # up to 30 in size
+    torch.testing.assert_close((model.decode(x) / 2 + 0.5).clamp(0, 1), images, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_frozen_weights_have_the_type_asked_for(tiny_folder, diffusion, dtype):
+    narrow = load(tiny_folder, dtype)
+    expected = getattr(torch, dtype)
+    assert {p.dtype for p in narrow.vae.parameters()} == {expected}
+    assert {p.dtype for p in narrow.text_encoders[0].parameters()} == {expected}
+    assert narrow.encode(PROMPTS).text.dtype == expected
+    latents = draw(2, 4, 8, 8)  # float32, as the rollout's are
+    images, wide = narrow.decode(latents), diffusion.decode(latents)
+    assert ((images.float() - wide).norm() / wide.norm()).item() < 0.03
+
+
+def test_a_missing_folder_names_the_key(tmp_path):
+    with pytest.raises(UserError, match=r"^model\.path: no such file or folder .*nowhere"):
+        load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_missing_part_is_named(folder, part):
+    shutil.rmtree(folder / part)
+    with pytest.raises(UserError, match=rf"^model\.path: .* has no folder {part}/"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        pytest.param("text_encoder/config.json"),
+        "text_encoder/model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "scheduler/scheduler_config.json",
+    ],
+)
+def test_a_missing_file_is_refused_under_its_part(folder, file):
+    (folder / file).unlink()
+    with pytest.raises(UserError, match=rf"^model\.path: .*{file.split('/')[0]}") as refusal:
+        load(folder)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "file, content",
+    [
+        ("text_encoder/config.json", "{"),
+        pytest.param("text_encoder/model.safetensors", "no tensors"),
+        ("vae/config.json", "{"),
+        ("vae/diffusion_pytorch_model.safetensors", "no tensors"),
+        ("scheduler/scheduler_config.json", "{"),
+        ("tokenizer/tokenizer.json", "{"),
+    ],
+)
+def test_a_broken_file_is_refused_under_its_part(folder, file, content):
+    (folder / file).write_text(content)
+    with pytest.raises(UserError, match=rf"^model\.path: .*{file.split('/')[0]}"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "part, name, change",
+    [
+        pytest.param("text_encoder", "final_layer_norm.bias", "missing"),
+        pytest.param("text_encoder", "final_layer_norm.bias", "misshapen"),
+        pytest.param("vae", "decoder.conv_out.bias", "missing"),
+        ("vae", "decoder.conv_out.bias", "misshapen"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(folder, part, name, change):
+    """Not filled up with random numbers."""
+    (file,) = (folder / part).glob("*.safetensors")
+    state = load_file(file)
+    (name,) = [own for own in state if own.endswith(name)]
+    state.pop(name)
+    if change == "misshapen":
+        state[name] = torch.zeros(7)
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"^model\.path: .*{part}"):
+        load(folder)
+
+
+def test_conditioning_is_indexed_and_repeated_row_by_row():
+    cond = Conditioning(draw(3, 2, 5), draw(1, 2, 5, seed=1)).with_judge(draw(3, 7, seed=2))
+    twice = cond.repeat(2)
+    assert len(twice) == 6
+    for j in range(2):
+        for i in range(3):  # row j * 3 + i is prompt i
+            assert torch.equal(twice.text[j * 3 + i], cond.text[i])
+            assert torch.equal(twice.judge[j * 3 + i], cond.judge[i])
+    chosen = cond[torch.tensor([2, 0, 2])]
+    assert torch.equal(chosen.text, cond.text[[2, 0, 2]])
+    assert torch.equal(chosen.judge, cond.judge[[2, 0, 2]])
+    for each in (twice, chosen, cond[1:]):
+        assert torch.equal(each.null, cond.null)
+    assert cond[1:].text.shape == (2, 2, 5)
+    without = Conditioning(cond.text, cond.null)
+    assert without.repeat(3).judge is None
+    assert without[1:].judge is None
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 9], ids=str)
+def test_latents_decoded_in_parts_are_those_decoded_at_once(tiny_folder, diffusion, rows):
+    latents = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    parts = LatentDiffusion.load(ModelConfig(path=str(tiny_folder), decode_rows=rows), torch.device("cpu"))
+    seen = []
+    parts.vae.decoder.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    torch.testing.assert_close(parts.decode(latents), diffusion.decode(latents), rtol=0, atol=1e-5)
+    assert max(seen) == min(rows, 4)
+    assert sum(seen) == 4

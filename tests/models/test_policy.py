@@ -1,0 +1,388 @@
+"""models/policy: the recorded UNet, a reference that is the base model bit for bit, and LoRA files for others."""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from strop.engine.config.training import ModelConfig
+from strop.engine.errors import UserError
+from strop.engine.models.base_model import load_unet
+from strop.engine.models.conditioning import Conditioning
+from strop.engine.models.lora_file import write
+from strop.engine.models.policy import Policy, unet_eps
+
+CPU = torch.device("cpu")
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@pytest.fixture
+def base(tiny_folder):
+    """The UNet that never had an adapter."""
+    return UNet2DConditionModel.from_pretrained(tiny_folder / "unet").eval()
+
+
+@pytest.fixture
+def inputs(golden):
+    """Latents, timesteps and prompts of three rows."""
+    case6 = golden("case6_sd15_k4_b3")
+    cond = Conditioning(case6["in/prompt_embeds"], case6["in/negative_prompt_embeds"][:1])
+    return case6["rand/000_randn"], torch.tensor([951, 451, 1]), cond
+
+
+def trained(policy, seed=0, size=0.2):
+    """Gives the LoRA weights with an effect, as training would."""
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in policy.parameters:
+            p.copy_(size * torch.randn(p.shape, generator=rng))
+    return policy
+
+
+@torch.no_grad()
+def test_the_recorded_unet_outputs(policy, golden):
+    """The guidance halves are ordered as published, without the prompt first, in trunk and branches."""
+    case6 = golden("case6_sd15_k4_b3")
+    steps = sorted(k.split("/")[2] for k in case6 if k.startswith("f32/unet/") and k.endswith("noise_pred_uncond_text"))
+    assert len(steps) == 20
+    cond = Conditioning(case6["in/prompt_embeds"], case6["in/negative_prompt_embeds"][:1])
+    for step in steps:
+        x = case6[f"f32/unet/{step}/latent_model_input_first_half"]
+        t = case6["schedule/timesteps"][int(step)].repeat(len(x))
+        found = policy.eps(x, t, cond.repeat(len(x) // 3))
+        expected = case6[f"f32/unet/{step}/noise_pred_uncond_text"].unflatten(0, (2, len(x)))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_half_without_the_prompt_can_be_run_alone(policy, inputs):
+    x, t, cond = inputs
+    both = policy.eps(x, t, cond)
+    torch.testing.assert_close(policy.eps(x, t, cond.unprompted(), guided=False)[0], both[0], rtol=0, atol=2e-6)
+    assert not torch.allclose(both[0], both[1], rtol=0, atol=1e-3)
+
+
+@torch.no_grad()
+def test_the_recorded_unet_outputs_of_sdxl(tiny_sdxl_folder, golden):
+    """As above, with the pooled text and the sizes that go with it."""
+    case6 = golden("case6_sdxl_k2_b2_inner3")
+    cond = Conditioning(
+        case6["in/prompt_embeds"],
+        case6["in/negative_prompt_embeds"][:1],
+        pooled=case6["in/pooled_prompt_embeds"],
+        null_pooled=case6["in/negative_pooled_prompt_embeds"][:1],
+        time_ids=torch.tensor([[16.0, 16, 0, 0, 16, 16]]),
+    )
+    unet = load_unet(ModelConfig(path=str(tiny_sdxl_folder)), CPU)
+    for i, t in enumerate(case6["schedule/timesteps"]):
+        x = case6[f"f32/unet/{i:02}/latent_model_input_first_half"]
+        found = unet_eps(unet, x, t.repeat(len(x)), cond.repeat(len(x) // 2), guided=True)
+        expected = case6[f"f32/unet/{i:02}/noise_pred_uncond_text"].unflatten(0, (2, len(x)))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        alone = unet_eps(unet, x, t.repeat(len(x)), cond.repeat(len(x) // 2), guided=False)
+        torch.testing.assert_close(alone[0], expected[1], rtol=0, atol=1e-5)
+        without = cond.repeat(len(x) // 2).unprompted()
+        alone = unet_eps(unet, x, t.repeat(len(x)), without, guided=False)
+        torch.testing.assert_close(alone[0], expected[0], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_eps_is_each_half_by_itself(policy, inputs):
+    x, t, cond = inputs
+    trained(policy)
+    found = policy.eps(x, t, cond)
+    assert found.shape == (2, 3, 4, 8, 8)
+    for i in range(3):
+        for half, text in enumerate((cond.null, cond.text[i : i + 1])):
+            expected = policy.unet(x[i : i + 1], t[i], encoder_hidden_states=text).sample[0]
+            torch.testing.assert_close(found[half, i], expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_unguided_eps_is_the_half_with_the_prompt(policy, inputs):
+    found = policy.eps(*inputs, guided=False)
+    assert found.shape == (1, 3, 4, 8, 8)
+    torch.testing.assert_close(found[0], policy.eps(*inputs)[1], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_fresh_policy_is_the_base_model_bit_for_bit(policy, base, inputs):
+    assert torch.equal(policy.eps(*inputs), unet_eps(base, *inputs, guided=True))
+
+
+def test_the_reference_is_the_base_model_bit_for_bit(policy, base, inputs):
+    trained(policy)
+    before = policy.eps(*inputs)
+    with policy.reference():
+        reference = policy.eps(*inputs)
+    after = policy.eps(*inputs)
+    assert torch.equal(reference, unet_eps(base, *inputs, guided=True))
+    assert not reference.requires_grad
+    assert torch.equal(before, after)
+    assert (after - reference).abs().max() > 1e-3  # the LoRA does have an effect
+    assert after.requires_grad
+
+
+@pytest.mark.parametrize("rows, forwards", [(None, [6]), (6, [6]), (4, [4, 2]), (2, [2, 2, 2])], ids=str)
+def test_the_rows_of_a_forward_are_bounded_while_sampling(policy, inputs, rows, forwards):
+    """Guidance halves stay in one forward; the update is not concerned."""
+    trained(policy).unet_rows = rows
+    x, t, cond = inputs
+    expected, seen = policy.eps(x, t, cond), []
+    policy.unet.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    with policy.sampling(cond, text_kv=False) as known:
+        found = policy.eps(x, t, known)
+    assert seen == forwards
+    assert not found.requires_grad
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    policy.eps(x, t, cond)
+    assert seen[len(forwards) :] == [6]
+
+
+def test_the_lora_is_part_of_the_weights_while_sampling(policy, base, inputs):
+    """W + BA in place of W, also in the keys and values that are kept; afterwards every weight is what it was."""
+    trained(policy).merge_lora = True
+    x, t, cond = inputs
+    expected = policy.eps(x, t, cond)
+    before = {name: value.clone() for name, value in policy.unet.state_dict().items()}
+    adapters = []
+    lora = next(module for name, module in policy.unet.named_modules() if name.endswith("lora_A.default"))
+    lora.register_forward_hook(lambda *_: adapters.append(1))
+    for text_kv in (False, True):
+        with policy.sampling(cond, text_kv) as known:
+            torch.testing.assert_close(policy.eps(x, t, known), expected, rtol=0, atol=1e-5)
+    assert not adapters
+    assert all(torch.equal(before[name], value) for name, value in policy.unet.state_dict().items())
+    assert torch.equal(policy.eps(x, t, cond), expected)
+    assert adapters
+    with policy.reference(), policy.sampling(cond, text_kv=False) as known:
+        assert torch.equal(policy.eps(x, t, known), unet_eps(base, *inputs, guided=True))
+
+
+def test_merged_weights_are_put_back_after_an_exception(policy, inputs):
+    trained(policy).merge_lora = True
+    expected = policy.eps(*inputs)
+    with pytest.raises(KeyboardInterrupt), policy.sampling(inputs[2], text_kv=False):
+        raise KeyboardInterrupt
+    assert torch.equal(policy.eps(*inputs), expected)
+
+
+@pytest.mark.parametrize(
+    "dtype, key, merges",
+    [
+        ("float32", None, True),
+        ("float16", None, False),
+        ("float16", True, True),
+        ("float32", False, False),
+    ],
+    ids=str,
+)
+def test_by_default_the_lora_is_merged_where_that_changes_nothing(dtype, key, merges):
+    assert ModelConfig(path="any", dtype=dtype, merge_lora=key).merges_lora is merges
+
+
+def test_rows_that_fill_up_a_forward_leave_no_trace(policy, inputs):
+    """Neither in what comes out nor in the gradient."""
+    trained(policy)
+    x, t, cond = (value[:2] for value in inputs)
+
+    def gradients(multiple):
+        policy.multiple = multiple
+        eps = policy.eps(x, t, cond)
+        return eps, torch.autograd.grad(eps.square().sum(), policy.parameters)
+
+    (plain, expected), (filled, found) = gradients(1), gradients(3)
+    torch.testing.assert_close(filled, plain, rtol=0, atol=1e-5)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_after_an_exception_the_policy_is_itself_again(policy, inputs):
+    trained(policy)
+    before = policy.eps(*inputs)
+    with pytest.raises(RuntimeError, match="in between"):
+        with policy.reference():
+            raise RuntimeError("in between")
+    after = policy.eps(*inputs)
+    assert torch.equal(before, after)
+    assert after.requires_grad
+
+
+def test_a_reference_pass_leaves_the_gradients_as_they_are(policy, inputs):
+    """Between the policy's forward and its backward, and between two backwards."""
+    trained(policy)
+
+    def gradients(interrupted):
+        for p in policy.parameters:
+            p.grad = None
+        for _ in range(2):
+            eps = policy.eps(*inputs)
+            if interrupted:
+                with policy.reference():
+                    policy.eps(*inputs)
+            eps.square().mean().backward()
+        return [p.grad.clone() for p in policy.parameters]
+
+    for plain, interrupted in zip(gradients(False), gradients(True), strict=True):
+        assert torch.equal(plain, interrupted)
+
+
+@pytest.mark.parametrize(
+    "targets, layers",
+    [(TARGETS, 32), (("to_q",), 8), (("to_k", "to_out.0"), 16)],
+    ids=["attention", "queries", "keys-and-outputs"],
+)
+def test_only_the_lora_trains(tiny_folder, inputs, targets, layers):
+    policy = Policy(load_unet(ModelConfig(path=str(tiny_folder)), CPU), 2, targets, seed=0)
+    named = {name: p for name, p in policy.unet.named_parameters() if p.requires_grad}
+    assert len(named) == 2 * layers
+    assert all("lora_" in name and name.split(".lora_")[0].endswith(targets) for name in named)
+    assert {id(p) for p in policy.parameters} == {id(p) for p in named.values()}
+    policy.eps(*inputs).square().mean().backward()
+    assert not [name for name, p in policy.unet.named_parameters() if p.grad is not None and name not in named]
+
+
+def test_the_lora_starts_as_published(tiny_folder):
+    """A ~ N(0, 1 / r^2), B = 0, and a scale of 1."""
+    policy = Policy(load_unet(ModelConfig(path=str(tiny_folder)), CPU), 8, TARGETS, seed=0)
+    state = policy.lora_state()
+    first = torch.cat([value.flatten() for name, value in state.items() if "lora_A" in name])
+    assert first.std().item() == pytest.approx(1 / 8, rel=0.03)
+    assert first.mean().item() == pytest.approx(0, abs=0.005)
+    assert not any(value.any() for name, value in state.items() if "lora_B" in name)
+    assert policy.unet.peft_config["default"].lora_alpha == 8
+
+
+def test_the_seed_alone_decides_the_start(tiny_folder):
+    def start(seed, noise):
+        torch.manual_seed(noise)
+        before = torch.random.get_rng_state()
+        state = Policy(load_unet(ModelConfig(path=str(tiny_folder)), CPU), 4, TARGETS, seed).lora_state()
+        assert torch.equal(torch.random.get_rng_state(), before)
+        return state
+
+    first, again, other = start(7, noise=1), start(7, noise=2), start(8, noise=1)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in first if "lora_A" in name)
+
+
+def test_a_narrow_base_keeps_its_lora_wide(tiny_folder, inputs):
+    policy = Policy(load_unet(ModelConfig(path=str(tiny_folder), dtype="bfloat16"), CPU), 4, TARGETS, seed=0)
+    assert {p.dtype for p in policy.parameters} == {torch.float32}
+    assert {p.dtype for p in policy.unet.parameters() if not p.requires_grad} == {torch.bfloat16}
+    x, t, cond = inputs
+    found = policy.eps(x, t, Conditioning(cond.text.bfloat16(), cond.null.bfloat16()))
+    assert found.dtype == torch.float32
+    wide = Policy(load_unet(ModelConfig(path=str(tiny_folder)), CPU), 4, TARGETS, seed=0).eps(x, t, cond)
+    assert ((found - wide).norm() / wide.norm()).item() < 0.05
+
+
+def test_the_policy_evaluates_without_dropout(policy):
+    assert not policy.unet.training
+
+
+def test_latent_shape_is_the_models_own(policy):
+    assert policy.latent_shape == (4, 8, 8)
+
+
+@torch.no_grad()
+def test_diffusers_reads_the_saved_lora(policy, base, inputs, tmp_path):
+    file = trained(policy).save_lora(tmp_path / "lora")
+    assert file == tmp_path / "lora" / "pytorch_lora_weights.safetensors"
+    assert all(name.startswith("unet.") for name in load_file(file))
+    base.load_lora_adapter(load_file(file), prefix="unet")
+    assert torch.equal(unet_eps(base, *inputs, guided=True), policy.eps(*inputs))
+
+
+@torch.no_grad()
+def test_a_diffusers_pipeline_reads_the_saved_lora(policy, inputs, tiny_folder, tmp_path):
+    trained(policy).save_lora(tmp_path / "lora")
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
+    pipeline.load_lora_weights(tmp_path / "lora")
+    assert torch.equal(unet_eps(pipeline.unet, *inputs, guided=True), policy.eps(*inputs))
+
+
+@torch.no_grad()
+def test_a_saved_lora_is_loaded_again(policy, inputs, tiny_folder, tmp_path):
+    expected = trained(policy).eps(*inputs)
+    policy.save_lora(tmp_path / "lora")
+    again = Policy(load_unet(ModelConfig(path=str(tiny_folder)), CPU), 4, TARGETS, seed=9)
+    again.load_lora(tmp_path / "lora")
+    assert torch.equal(again.eps(*inputs), expected)
+    assert all(torch.equal(value, policy.lora_state()[name]) for name, value in again.lora_state().items())
+
+
+def lora_file(base, folder, targets=TARGETS, rank=4, alpha=None, form="diffusers"):
+    """A LoRA file of another policy."""
+    lora = Policy(base, rank, targets, seed=1).lora({"strop.family": "sd15"})
+    if alpha is not None:
+        lora = dataclasses.replace(lora, alpha=dict.fromkeys(lora.alpha, alpha))
+    return write(lora, folder / "other.safetensors", form)
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"rank": 2}, "has rank 2, expected rank 4 (lora.rank) in down_blocks.0"),
+        ({"rank": 2, "form": "kohya"}, "use a LoRA of rank 4, or lora.rank=2"),
+        (
+            {"targets": ("to_q",)},
+            "it has 8 layers, expected the 32 of lora.target_modules, and differs in down_blocks.0",
+        ),
+        ({"alpha": 2.0}, "has alpha 2 at rank 4, expected them equal"),
+    ],
+    ids=["rank", "rank-kohya", "layers", "scale"],
+)
+def test_a_lora_file_that_does_not_fit_is_refused_by_name(policy, base, tmp_path, changes, sentence):
+    before = {name: value.clone() for name, value in policy.lora_state().items()}
+    file = lora_file(base, tmp_path, **changes)
+    with pytest.raises(UserError, match=f"^{file} ") as refused:
+        policy.load_lora(file)
+    assert sentence in str(refused.value)
+    assert all(torch.equal(value, before[name]) for name, value in policy.lora_state().items())
+
+
+def test_a_lora_of_another_width_is_refused(policy, base, tmp_path):
+    wider = UNet2DConditionModel.from_config(base.config, cross_attention_dim=48)
+    with pytest.raises(
+        UserError, match=r"other\.safetensors is of another base model: .*\(4, 48\), expected \(4, 32\)"
+    ):
+        policy.load_lora(lora_file(wider, tmp_path))
+
+
+def test_a_kohya_file_is_loaded_too(policy, base, tmp_path):
+    file = lora_file(base, tmp_path, form="kohya")
+    policy.load_lora(file)
+    expected = get_peft_model_state_dict(base)
+    assert all(torch.equal(value, expected[name]) for name, value in policy.lora_state().items())
+
+
+def test_target_modules_that_do_not_exist_are_refused(tiny_folder):
+    with pytest.raises(UserError, match=r"^lora\.target_modules: found \['to_x'\]"):
+        Policy(load_unet(ModelConfig(path=str(tiny_folder)), CPU), 4, ("to_x",), seed=0)
+
+
+def test_a_folder_without_unet_is_refused(tiny_folder, tmp_path):
+    copy = shutil.copytree(tiny_folder, tmp_path / "model")
+    shutil.rmtree(copy / "unet")
+    with pytest.raises(UserError, match=r"^model\.path: .*unet/"):
+        Policy(load_unet(ModelConfig(path=str(copy)), CPU), 4, TARGETS, seed=0)
+
+
+def test_a_unet_that_lacks_a_tensor_is_refused(tiny_folder, tmp_path):
+    copy = shutil.copytree(tiny_folder, tmp_path / "model")
+    (file,) = (copy / "unet").glob("*.safetensors")
+    state = load_file(file)
+    del state["conv_out.bias"]
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"^model\.path: .*unet"):
+        Policy(load_unet(ModelConfig(path=str(copy)), CPU), 4, TARGETS, seed=0)
+
+
+def test_a_folder_without_a_lora_file_is_refused(policy, tmp_path):
+    with pytest.raises(UserError, match=r"pytorch_lora_weights\.safetensors"):
+        policy.load_lora(tmp_path)

@@ -1,0 +1,90 @@
+"""engine/plan/meter.py: operations and bytes of small computations, counted by hand."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from strop.engine.plan.meter import Flops, built_on, gauge, tf32_allowed
+
+
+def made(*shape, dtype=torch.float32):
+    return torch.empty(shape, device="meta", dtype=dtype)
+
+
+def test_a_product_is_two_operations_for_each_pair_of_numbers():
+    a, b = made(3, 5), made(5, 7)
+    with tf32_allowed(False):
+        reading = gauge(lambda: a @ b)
+    assert reading.flops == Flops(float32=2 * 3 * 5 * 7)
+    with tf32_allowed(True):
+        assert gauge(lambda: a @ b).flops == Flops(tf32=2 * 3 * 5 * 7)
+    assert reading.peak == 4 * 3 * 7
+
+
+@pytest.mark.parametrize(
+    "dtype, flops",
+    [(torch.float32, Flops(tf32=2 * 9 * 4 * 6 * 64)), (torch.float16, Flops(half=2 * 9 * 4 * 6 * 64))],
+    ids=["float32", "float16"],
+)
+def test_a_convolution_counts_for_the_unit_that_does_it(dtype, flops):
+    x, weight = made(1, 4, 8, 8, dtype=dtype), made(6, 4, 3, 3, dtype=dtype)
+    with tf32_allowed(True):
+        assert gauge(lambda: F.conv2d(x, weight, padding=1)).flops == flops
+
+
+def test_the_peak_is_of_what_lives_at_once():
+    def chain():
+        x = made(100)  # 400 bytes
+        x = x + 1
+        x = x + 1
+        return x.view(10, 10)[1:]  # no bytes of its own
+
+    assert gauge(chain).peak == 2 * 400
+
+
+def test_memory_that_was_there_before_is_not_counted():
+    x = made(100)
+    assert gauge(lambda: x.view(10, 10).add_(1)).peak == 0
+
+
+def test_attention_keeps_no_matrix_of_all_by_all():
+    q = made(1, 2, 1000, 8, dtype=torch.float16)
+    reading = gauge(lambda: F.scaled_dot_product_attention(q, q, q))
+    assert reading.flops.all == 2 * (2 * 2 * 1000 * 1000 * 8)
+    assert reading.peak < 10 * q.nbytes < 2 * 2 * 1000 * 1000
+
+
+def test_checkpointing_trades_operations_for_memory():
+    weights = [made(64, 64).requires_grad_() for _ in range(8)]
+    for weight in weights:
+        weight.grad = torch.empty_like(weight)
+    block = lambda x, w: torch.sigmoid(torch.sigmoid(torch.sigmoid(x @ w)))
+
+    def run(call):
+        x = made(1000, 64)
+        for weight in weights:
+            x = call(x, weight)
+        x.sum().backward()
+
+    plain = gauge(lambda: run(block))
+    again = gauge(lambda: run(lambda x, w: checkpoint(block, x, w, use_reentrant=False)))
+    forward = 2 * 1000 * 64 * 64 * 8
+    assert again.flops.all - plain.flops.all == forward
+    assert again.peak < 0.7 * plain.peak
+
+
+def test_operations_are_those_of_pytorchs_counter():
+    with built_on("meta", torch.float32):
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8 * 36, 5))
+    x = made(2, 3, 8, 8)
+    work = lambda: model(x).sum().backward()
+    with FlopCounterMode(display=False) as counter:
+        work()
+    assert gauge(work).flops.all == counter.get_total_flops()
+
+
+def test_flops_add_and_scale():
+    assert (Flops(1, 2, 3) + Flops(1, 1, 1)) * 2 - Flops(4, 0, 0) == Flops(0, 6, 8)
+    assert Flops(1, 2, 3).all == 6

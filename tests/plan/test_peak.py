@@ -1,0 +1,63 @@
+"""plan/peak: seconds at the peak, against plan/estimate.py's count of the same recipe, and which card it is."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from strop.engine.config.training import load
+from strop.engine.plan.estimate import make
+from strop.engine.plan.gpus import CARDS, card_called
+from strop.engine.plan.peak import seconds_at_peak
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def recipe(tiny_folder, clip_folder):
+    base = Path(__file__).parents[2] / "configs" / "sd15.yaml"
+    models = (f"model.path={tiny_folder}", f"judge.path={clip_folder}", "judge.kind=pickscore")
+    return load(base, [*models, "run.dir=none", "rollout.num_steps=5", "rollout.prompts=2"])
+
+
+@pytest.mark.parametrize("changes", [{}, {"passes": 2}, {"keep_pairs": 0.5}], ids=str)
+def test_prompts_and_their_pairs_take_what_the_plan_says(recipe, monkeypatch, changes):
+    """All but the texts: with all pairs kept, a prompt's rollout and its pairs' updates."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    recipe = recipe.model_copy(update={"optim": recipe.optim.model_copy(update=changes)})
+    prompt, pair = seconds_at_peak(recipe, "sd15", GPU)
+    planned = make(recipe, "tiny", "a100", 1)
+    stages, counted = planned.cost.stages, planned.counted
+    expected = CARDS["a100"].seconds(planned.cost.done, 1.0) - CARDS["a100"].seconds(stages["text"], 1.0)
+    assert prompt + pair * counted.made / counted.prompts == pytest.approx(expected, rel=1e-9)
+    update = CARDS["a100"].seconds(stages["update: policy"] + stages["update: reference"], 1.0)
+    assert pair * counted.made / counted.prompts == pytest.approx(update, rel=1e-9)
+    assert prompt > 0
+
+
+def test_nothing_is_known_of_a_cpu_and_of_other_cards(recipe, monkeypatch):
+    assert seconds_at_peak(recipe, "sd15", torch.device("cpu")) is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Another 12GB")
+    assert seconds_at_peak(recipe, "sd15", GPU) is None
+
+
+@pytest.mark.parametrize(
+    "name, key",
+    [
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100-PCIE-40GB", "a100"),
+        ("NVIDIA A100 80GB PCIe", "a100"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("Tesla V100-SXM2-32GB", "v100"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA A10", "a10"),
+        ("NVIDIA A10G", None),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA GeForce RTX 3080 Ti", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ],
+)
+def test_a_card_is_known_by_the_name_that_cuda_gives_it(name, key):
+    assert card_called(name) is (CARDS[key] if key else None)

@@ -1,0 +1,332 @@
+"""The report of a run: statistics, sentences, tables, pictures and the page, from the run folder alone."""
+
+import base64
+import json
+import math
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from strop.engine.errors import UserError
+from strop.engine.report.__main__ import main
+from strop.engine.report.pictures import before_after, curves, running_mean
+from strop.engine.report.run_folder import make_report, paired_delta, read_run, write_summary
+from strop.engine.report.tables import closing_table, ledger_rows, stage_rows
+from strop.engine.report.verdict import headline, number, verdict
+
+LEDGER = {
+    "gpu_hours": 1234.5678, "energy_kwh": 0.8214, "share_of_peak": 0.434, "utilisation": 0.973,
+    "sm_mhz": 1395.6, "memory_mhz": None,
+    "throttled": {"power_cap": 0.125, "heat": 0.0, "power_brake": 0.01},
+}  # fmt: skip
+
+
+def row(low, high, base=0.5):
+    delta = (low + high) / 2
+    return {"base": base, "tuned": base + delta, "delta": delta, "ci95": [low, high]}
+
+
+def a_record(iteration, **values):
+    healthy = {"judge": 0.4 + 0.01 * iteration, "kept": 0.4, "margin": 0.1, "accuracy": 0.6, "clipped": 0.2}
+    counts = {"901": 0, "451": 3, "1": iteration}
+    return {"iteration": iteration, "grad_norm": 0.3, "pairs_per_t": counts} | healthy | values
+
+
+@pytest.fixture
+def records():
+    return [a_record(i) for i in range(1, 31)]
+
+
+@pytest.fixture
+def summary():
+    return {
+        "quality": row(0.331, 0.369, base=0.546), "alignment": row(-0.02, 0.01), "judge": row(0.1, 0.2),
+        "seconds": {"total": 80.0, "load": 4.0, "rollout": 40.0, "rollout/unet": 24.0, "update": 30.0},
+        "prompts": 1200, "pairs": 12345, "optimizer_steps": 66, "iterations": 30, "heldout_prompts": 384,
+        "prompts_per_second": 17.142857, "ledger": LEDGER,
+        "world_size": 1, "device": "cpu", "seed": 42, "version": "0.1.0",
+        "paths": {"run": "runs/a", "lora": "runs/a/lora", "report": "runs/a/report.html"},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def run_dir(tmp_path, records, summary):
+    run_dir = tmp_path / "first <run>"
+    run_dir.mkdir()
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    recipe = "model:\n  path: weights/base\nrollout:\n  t_range: [0, 901]\n  threshold: 0.1 # <\n"
+    (run_dir / "config.yaml").write_text(recipe)
+    write_summary(run_dir, summary)
+    images = torch.linspace(-1, 1, 3 * 8 * 8).reshape(1, 3, 8, 8)
+    before_after(images, -images, ["a red circle"], run_dir / "before_after.png")
+    return run_dir
+
+
+def test_paired_interval_by_hand():
+    # differences 1, 2, 3, 6: mean 3, variance (4 + 1 + 0 + 9) / 3
+    found = paired_delta(torch.tensor([1.0, 1.0, 1.0, 1.0]), [2.0, 3.0, 4.0, 7.0])
+    half = 1.96 * math.sqrt(14 / 3) / 2
+    assert (found["base"], found["tuned"], found["delta"]) == (1.0, 4.0, 3.0)
+    assert found["ci95"] == pytest.approx([3 - half, 3 + half], rel=1e-12)
+
+
+def test_a_common_offset_does_not_widen_the_paired_interval():
+    base = torch.tensor([0.0, 100.0, -50.0], dtype=torch.float64)
+    assert paired_delta(base, base + 0.25)["ci95"] == pytest.approx([0.25, 0.25])
+
+
+def test_one_pair_has_no_interval():
+    assert paired_delta([0.5], [0.75]) == {"base": 0.5, "tuned": 0.75, "delta": 0.25, "ci95": None}
+
+
+@pytest.mark.parametrize(
+    "base, tuned", [([], []), ([1.0], [1.0, 2.0]), ([[1.0]], [[1.0]])], ids=["none", "unequal", "matrix"]
+)
+def test_scores_that_are_no_pairs(base, tuned):
+    with pytest.raises(ValueError, match="paired scores"):
+        paired_delta(base, tuned)
+
+
+def test_summary_is_valid_json_and_leaves_no_draft(tmp_path):
+    path = write_summary(tmp_path, {"quality": {"delta": math.nan, "ci95": [math.inf, 1.0]}, "seed": 1})
+    assert json.loads(path.read_text()) == {"quality": {"delta": None, "ci95": [None, 1.0]}, "seed": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+
+
+@pytest.mark.parametrize(
+    "value, sign, text",
+    [(0.35, "+", "+0.350"), (-0.0573, "+", "-0.057"), (0.00123, "", "0.0012"), (0, "+", "+0.000"),
+     (21.4321, "", "21.432"), (None, "", "not measured"), (math.nan, "", "not measured")],
+)  # fmt: skip
+def test_number(value, sign, text):
+    assert number(value, sign) == text
+
+
+def test_verdict_of_a_good_run(records, summary):
+    findings = verdict(records, summary)
+    assert [finding.kind for finding in findings] == ["good", "open", "good", "good"]
+    assert findings[0].text == (
+        "Quality rose on 384 held-out prompts from 0.546 to 0.896, by +0.350 (95% interval +0.331 to +0.369)."
+    )
+    assert findings[1].text.startswith("Alignment did not change beyond chance")
+    # first fifth: iterations 1..6, last: 25..30
+    assert "0.435 in the first fifth of the records, 0.675 in the last" in findings[3].text
+    assert headline(findings) == (
+        "On held-out prompts quality and the judge's score rose, beyond chance. There are no warning signs."
+    )
+
+
+def test_headline_names_what_was_lost(records, summary):
+    findings = verdict(records, summary | {"alignment": row(-0.08, -0.03)})
+    assert headline(findings) == (
+        "On held-out prompts quality and the judge's score rose, but alignment fell, beyond chance. "
+        "There are warning signs."
+    )
+
+
+def test_headline_of_no_change_and_of_nothing_measured(records):
+    assert headline(verdict(records, {"judge": row(-0.1, 0.1)})).startswith("No change beyond chance")
+    unfinished = verdict(records, {})
+    assert "not finished: it has logged iteration 30" in unfinished[0].text
+    assert headline(unfinished).startswith("Whether the tuned model is better on held-out prompts was not measured.")
+
+
+def test_pleasing_the_judge_alone_is_a_warning(records):
+    summary = {"quality": row(-0.01, 0.02), "alignment": row(0.01, 0.02), "judge": row(0.1, 0.2)}
+    assert [f.text for f in verdict(records, summary) if f.kind == "bad"] == [
+        "The judge's score rose but quality did not: the policy may have learned to please the judge and nothing else."
+    ]
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"clipped": 0.61}, "61% of the log-ratios are clipped"),
+        ({"accuracy": 0.5}, "Implicit accuracy is 50%"),
+        ({"kept": 0.004}, "Only 0.4% of the possible pairs"),
+        ({"nonfinite": ["loss"]}, "NaN or infinity first appeared at iteration 25, in loss."),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_warning_signs_at_the_end(records, values, words):
+    late = records[:24] + [record | values for record in records[24:]]
+    assert [words in finding.text for finding in verdict(late, {}) if finding.kind == "bad"] == [True]
+
+
+def test_no_warning_about_what_has_passed_or_was_not_measured(records):
+    early = [a_record(i, clipped=0.9, accuracy=0.1, kept=0.0) for i in range(1, 24)] + records[23:]
+    nulls = [{"iteration": record["iteration"], "judge": None, "clipped": None} for record in records]
+    assert [finding for run in (early, nulls) for finding in verdict(run, {}) if finding.kind == "bad"] == []
+
+
+def test_a_falling_judge_is_a_warning_and_a_flat_one_is_not():
+    falling = [a_record(i, judge=1 - 0.01 * i) for i in range(1, 31)]
+    flat = [a_record(i, judge=0.5 + 0.1 * (-1) ** i) for i in range(1, 31)]
+    assert [f.kind for f in verdict(falling, {}) if "While training" in f.text] == ["bad"]
+    assert [f.kind for f in verdict(flat, {}) if "While training" in f.text] == ["open"]
+
+
+def test_stages_keep_their_parts_and_the_rest_is_other():
+    seconds = {"load": 5.0, "rollout": 50.0, "update": 20.0, "rollout/unet": 40.0, "total": 100.0}
+    assert stage_rows(seconds) == [
+        ("load", "5.0 s", 0.05), ("rollout", "50.0 s", 0.5), ("rollout/unet", "40.0 s", 0.4), ("update", "20.0 s", 0.2),
+        ("other", "25.0 s", 0.25), ("total", "100.0 s", 1.0),
+    ]  # fmt: skip
+    assert stage_rows({"rollout": 3700.0}) == [("rollout", "1:01:40", None)]
+
+
+def test_closing_table_has_the_figures_and_fits(summary):
+    table = closing_table(summary)
+    lines = [re.split(r"  +", line.strip()) for line in table.splitlines()]
+    assert ["quality", "0.546", "0.896", "+0.350", "+0.331 to +0.369"] in lines
+    assert ["rollout", "40.0 s", "50.0%"] in lines
+    assert ["unet", "24.0 s", "30.0%"] in lines
+    assert ["preference pairs", "12,345"] in lines
+    assert ["lora", "runs/a/lora"] in lines
+    assert ["prompts per second", "17.1 in rollout and update"] in lines
+    assert ["energy", "0.821 kWh"] in lines
+    without = closing_table(summary | {"ledger": "not available"})
+    assert max(map(len, f"{table}\n{without}".splitlines())) <= 100
+
+
+def test_the_ledger_in_words():
+    assert ledger_rows({"ledger": LEDGER}) == [
+        ("GPU-hours", "1,234.568"),
+        ("energy", "0.821 kWh"),
+        ("share of peak", "43.4% in rollout and update"),
+        ("utilisation", "97.3%"),
+        ("SM clock", "1,396 MHz"),
+        ("throttled", "12.5% of the time by power cap, 1.0% of the time by power brake"),
+        ("not available", "memory clock"),
+    ]
+    calm = LEDGER | {"throttled": {"power_cap": 0.0}, "memory_mhz": 1593.0}
+    assert ledger_rows({"ledger": calm})[-2:] == [("memory clock", "1,593 MHz"), ("throttled", "none")]
+    everything = [("not available", "GPU-hours, energy, share of peak, utilisation, SM clock, memory clock, throttled")]
+    assert ledger_rows({"ledger": "not available"}) == ledger_rows({}) == everything
+
+
+def test_closing_table_says_what_was_not_measured():
+    table = closing_table({"judge": {"base": 0.5, "tuned": 0.6, "delta": 0.1, "ci95": None}})
+    assert re.search(r"judge +0\.500 +0\.600 +\+0\.100 +not measured", table)
+    assert re.search(r"preference pairs +not measured", table)
+    assert "held-out scores are not measured" in closing_table({})
+
+
+def test_page_holds_its_pictures_and_fetches_nothing(run_dir, summary):
+    text = make_report(run_dir).read_text()
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
+    assert [base64.b64decode(data) for data in pictures] == [
+        (run_dir / name).read_bytes() for name in ("before_after.png", "curves.png")
+    ]
+    assert not re.search(r"https?:|//[a-z]|<script|<link|@import|url\(", re.sub(r"base64,[^\"]+", "", text))
+    shown = ("+0.331 to +0.369", "12,345", "weights/base", "threshold: 0.1 # &lt;", "weights(&#x27;runs/a/lora")
+    assert [words for words in shown if words not in text] == []
+    assert "first &lt;run&gt;" in text
+    assert "nan" not in re.sub(r"base64,[^\"]+", "", text).lower()
+
+
+def test_page_of_a_killed_run(run_dir):
+    for name in ("summary.json", "before_after.png", "config.yaml"):
+        (run_dir / name).unlink()
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write('{"iteration": 31, "jud')
+    text = make_report(run_dir).read_text()
+    assert "The run is not finished: it has logged iteration 30 so far." in text
+    assert "not measured: there is no before_after.png" in text
+
+
+def test_page_before_the_first_record(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert "it has logged nothing so far" in make_report(tmp_path).read_text()
+
+
+def test_the_judged_timesteps_are_those_of_the_recipe(run_dir):
+    assert read_run(run_dir).t_range == (0, 901)
+    (run_dir / "config.yaml").unlink()
+    assert read_run(run_dir).t_range == (0, 999)
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("metrics.jsonl", '{"iteration": 1}\n{"it\n{"iteration": 3}\n', "metrics.jsonl: line 2 is not a record"),
+        ("summary.json", '{"quality": {"base"', "summary.json: not valid JSON"),
+        ("summary.json", "[]", "summary.json: found list"),
+        ("config.yaml", "model: [", "cannot be read"),
+        ("config.yaml", "model", "config.yaml: found str"),
+        ("metrics.jsonl", None, "there is no metrics.jsonl"),
+    ],
+)
+def test_a_broken_folder_is_one_sentence(run_dir, name, content, words):
+    (run_dir / name).unlink()
+    if content is not None:
+        (run_dir / name).write_text(content)
+    with pytest.raises(UserError, match=re.escape(words)) as caught:
+        read_run(run_dir)
+    assert "\n" not in str(caught.value)
+
+
+def test_main_on_no_folder_exits_with_2(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([str(tmp_path / "none")])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == f"strop: {tmp_path / 'none'}: there is no such run folder\n"
+
+
+@pytest.mark.slow
+def test_the_command_remakes_the_report(run_dir):
+    command = [sys.executable, "-m", "strop.engine.report", str(run_dir)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("On held-out prompts quality and the judge's score rose")
+    assert (run_dir / "report.html").exists()
+
+
+def test_before_after_places_each_image_unchanged(tmp_path):
+    base = torch.tensor([-1.0, 0.0, 1.0]).reshape(1, 3, 1, 1).expand(2, 3, 64, 32)
+    tuned = torch.tensor([1.0, -1.0, 7.0]).reshape(1, 3, 1, 1).expand(2, 3, 64, 32)
+    before_after(base, tuned, ["a", "b " * 300], tmp_path / "picture.png")
+    pixels = np.asarray(Image.open(tmp_path / "picture.png"))
+    first = (pixels == [0, 128, 255]).all(-1)
+    second = (pixels == [255, 0, 255]).all(-1)
+    assert first.sum() == second.sum() == 2 * 160 * 320  # two columns, 160 wide, the aspect kept
+    assert np.argwhere(first)[:, 0].max() < np.argwhere(second)[:, 0].min()
+
+
+def test_before_after_wants_matching_batches(tmp_path):
+    with pytest.raises(ValueError, match="before_after needs"):
+        before_after(torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 8, 8), ["one"], tmp_path / "picture.png")
+
+
+def test_running_mean_leaves_out_what_was_not_measured():
+    values = np.array([1.0, np.nan, 3.0, np.nan, np.nan, np.nan])
+    assert running_mean(values, 3) == pytest.approx([1.0, 2.0, 3.0, 3.0, np.nan, np.nan], nan_ok=True)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 40])
+def test_curves_of_any_length_and_with_gaps(tmp_path, count):
+    gaps = [a_record(5 * i, margin=None, accuracy=None if i % 2 else 0.5) for i in range(1, count + 1)]
+    gaps[1:2] = [record | {"pairs_per_t": None} for record in gaps[1:2]]
+    curves(gaps, tmp_path / "curves.png")
+    picture = Image.open(tmp_path / "curves.png")
+    assert picture.width > 1400
+    assert np.asarray(picture.convert("L")).std() > 5
+
+
+@pytest.mark.parametrize(
+    "path, family, call",
+    [
+        ("owner/name", "sdxl", "AutoPipelineForText2Image.from_pretrained(&#x27;owner/name&#x27;)"),
+        ("x.safetensors", "sd15", "StableDiffusionPipeline.from_single_file(&#x27;x.safetensors&#x27;)"),
+        ("x.safetensors", "sdxl", "StableDiffusionXLPipeline.from_single_file(&#x27;x.safetensors&#x27;)"),
+    ],
+)
+def test_the_page_says_how_to_draw_with_the_lora_on_its_base(run_dir, summary, path, family, call):
+    (run_dir / "config.yaml").write_text(f"model:\n  path: {path}\n")
+    write_summary(run_dir, summary | {"family": family})
+    assert call in make_report(run_dir).read_text()

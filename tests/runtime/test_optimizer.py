@@ -1,0 +1,85 @@
+"""runtime/optimizer on one rank: gradients through half precision, clipped or not. Several ranks: test_ranks.py."""
+
+import pytest
+import torch
+from torch import nn
+
+from strop.engine.config.training import OptimConfig
+from strop.engine.runtime.optimizer import FLOAT16_SCALE, AdamWSettings, build
+from strop.engine.runtime.ranks import Ranks
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def optimizer(module, dtype="float32", **optim):
+    return build(module, AdamWSettings.of(OptimConfig(**optim), 1, dtype), ALONE)
+
+
+class HalfPath(nn.Module):
+    """A float32 weight whose gradient comes back through float16, as a LoRA's does in a float16 base model."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+
+    def forward(self, slope):
+        return (self.weight.half() * slope.half()).float().sum()
+
+
+def gradient(dtype, slope):
+    module = HalfPath()
+    optimizer(module, dtype, accumulate=2).backward(module(torch.tensor(slope)) * 1e-5)
+    return 2 * module.weight.grad  # the mean over two micro-batches has half of it
+
+
+def test_gradients_too_small_for_float16_arrive():
+    exact = torch.tensor([3e-8, 5e-9])
+    assert not torch.allclose(gradient("float32", [3e-3, 5e-4]), exact, rtol=1e-2, atol=0)  # what the scale is for
+    torch.testing.assert_close(gradient("float16", [3e-3, 5e-4]), exact, rtol=2e-3, atol=0)
+
+
+def test_an_overflow_counts_as_zero_and_the_next_gradient_as_itself():
+    module = HalfPath()
+    made = optimizer(module, "float16", accumulate=2, weight_decay=0.0, lr=1e-2)
+    made.backward(module(torch.tensor([6e4, 1.0])) * 10)
+    assert module.weight.grad.tolist() == [0, 0]
+    made.step()
+    made.backward(module(torch.tensor([1.0, 1.0])))
+    made.step()
+    assert module.weight.tolist() == pytest.approx([0.99, 1.99], abs=1e-5)  # Adam's first step is lr, downhill
+
+
+def test_the_scale_belongs_to_float16_alone():
+    scales = {
+        dtype: AdamWSettings.of(OptimConfig(), 1, dtype).loss_scale for dtype in ("float32", "bfloat16", "float16")
+    }
+    assert scales == {"float32": 1.0, "bfloat16": 1.0, "float16": FLOAT16_SCALE}
+
+
+@pytest.mark.parametrize("limit, left", [(1.0, 1.0), (None, 5.0)], ids=["clipped", "free"])
+def test_the_norm_is_that_before_clipping_and_null_never_clips(limit, left):
+    module = nn.Linear(2, 1, bias=False)
+    made = optimizer(module, max_grad_norm=limit)
+    kept = []
+    made.optimizer.register_step_pre_hook(lambda *_: kept.append(module.weight.grad.norm().item()))
+    made.backward((module.weight * torch.tensor([[3.0, 4.0]])).sum())
+    assert made.step().item() == pytest.approx(5.0)
+    assert kept == [pytest.approx(left, rel=1e-4)]
+
+
+def test_the_fused_step_is_the_plain_one():
+    """On a GPU the step is fused; PyTorch has that for CPUs too, where the two can be compared."""
+    plain, fused = nn.Linear(8, 4), nn.Linear(8, 4)
+    fused.load_state_dict(plain.state_dict())
+    made = optimizer(plain, lr=1e-2).optimizer
+    assert made.param_groups[0]["fused"] is None, "the CPU keeps its own"
+    other = torch.optim.AdamW(fused.parameters(), lr=1e-2, eps=1e-8, weight_decay=1e-4, fused=True)
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for a, b in zip(plain.parameters(), fused.parameters(), strict=True):
+            a.grad = torch.randn(a.shape, generator=rng)
+            b.grad = a.grad.clone()
+        made.step()
+        other.step()
+    for a, b in zip(plain.parameters(), fused.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-7)

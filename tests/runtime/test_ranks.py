@@ -1,0 +1,182 @@
+"""Several ranks: exchange and balance of pairs, ZeRO's update and its state, over gloo with the deepspeed launcher."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from strop.engine.config.training import ModelConfig
+from strop.engine.errors import UserError
+from strop.engine.methods.spo.loss import spo_loss
+from strop.engine.methods.spo.pairs import PreferencePairs, balance
+from strop.engine.methods.spo.update import micro_batches, predict
+from strop.engine.models.base_model import load_unet
+from strop.engine.models.latent_diffusion import LatentDiffusion
+from strop.engine.models.policy import Policy
+from strop.engine.runtime import optimizer as zero
+from strop.engine.runtime.ranks import Ranks, share, start
+
+MICRO_BATCH = 6  # of all ranks together
+PROMPTS = 2  # of each rank
+CPU = torch.device("cpu")
+
+
+FORKS = range(4, 14, 2)  # of two inner steps
+
+
+def all_pairs(inner_steps=1):
+    """Twelve pairs of two prompts, the same on every rank; of two inner steps, every second has an x_t of its own."""
+    rng = torch.Generator().manual_seed(5)
+    step = torch.arange(12) % 10 + 4
+    x_t = torch.randn(inner_steps, 12, 4, 8, 8, generator=rng)
+    x_t[-1, step % 2 == 0] = x_t[0, step % 2 == 0]
+    return PreferencePairs(
+        x_t=x_t,
+        x_prev=torch.randn(2, 12, 4, 8, 8, generator=rng),
+        step=step,
+        prompt=torch.arange(12) % 2,
+    )
+
+
+def conditioning(model):
+    return LatentDiffusion.load(ModelConfig(path=str(model)), CPU).encode(["a b", "c"])
+
+
+def new_policy(model):
+    """A policy away from its reference, so that the first gradients say something."""
+    policy = Policy(load_unet(ModelConfig(path=str(model)), CPU), 4, ("to_q", "to_k", "to_v", "to_out.0"), seed=0)
+    rng = torch.Generator().manual_seed(1)
+    for parameter in policy.parameters:
+        parameter.data.add_(0.02 * torch.randn(parameter.shape, generator=rng))
+    return policy
+
+
+def settings(stage, micro_batch):
+    return zero.AdamWSettings(1e-3, (0.9, 0.999), 1e-8, 1e-4, 1.0, 1, micro_batch, stage)
+
+
+def lora_after(model, policy, optimizer, ranks, inner_steps=1):
+    """One pass over all pairs, each micro-batch cut into as many parts as there are ranks."""
+    cond = conditioning(model)
+    schedule = LatentDiffusion.load(ModelConfig(path=str(model)), CPU).schedule(20, 1.0, 5.0)
+    for batch in all_pairs(inner_steps).split(MICRO_BATCH):
+        share = MICRO_BATCH // ranks.size
+        part = batch[slice(ranks.rank * share, (ranks.rank + 1) * share)]
+        [(mine, shared)] = micro_batches(part, len(part), FORKS)
+        eps = predict(policy, mine, shared, schedule, cond, guided=True)
+        with policy.reference():
+            eps_ref = predict(policy, mine, shared, schedule, cond, guided=True)
+        log_ratio = schedule.log_ratio(mine.x_prev, mine.x_t, eps, eps_ref, mine.step)
+        optimizer.backward(spo_loss(log_ratio, beta=10.0, clip=0.1)[0])
+        optimizer.step()
+
+
+def launch(script, *arguments):
+    """Runs a script in two processes by the launcher that users have; returns the finished process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command = [launcher, "--num_accelerators", "2", "--master_port", port, script, *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{launcher.parent}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tiny_folder, tmp_path_factory):
+    """What each of two ranks found, see two_ranks.py."""
+    if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+        pytest.skip("DeepSpeed builds its communication op for CPUs with a C++ compiler, and there is none")
+    out = tmp_path_factory.mktemp("two-ranks")
+    done = launch(Path(__file__).with_name("two_ranks.py"), tiny_folder, out)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return out, [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_gathered_rows_come_in_rank_order_also_from_a_rank_without_any(two_ranks):
+    _, found = two_ranks
+    assert found[0]["gathered"] == found[1]["gathered"] == [10.0, 11.0, 12.0]
+
+
+@pytest.mark.parametrize("counts", [[7, 5], [12, 0], [1, 0], [0, 0]], ids=str)
+@pytest.mark.parametrize("inner_steps", [1, 2])
+def test_every_rank_gets_as_many_pairs_and_each_pair_goes_once(two_ranks, counts, inner_steps):
+    _, found = two_ranks
+    given = [rank["balanced"][f"{counts} {inner_steps}"] for rank in found]
+    assert [len(g) for g in given] == [sum(counts) // 2] * 2
+    assert len(set(given[0] + given[1])) == sum(counts) // 2 * 2
+    if counts == [7, 5]:
+        assert given[0] != sorted(given[0]), "the pairs are shuffled"
+
+
+@pytest.mark.parametrize("stage", [1, 2], ids=["zero-1", "zero-2"])
+def test_two_ranks_make_the_update_of_one(two_ranks, tiny_folder, stage):
+    out, found = two_ranks
+    policy = new_policy(tiny_folder)
+    start_state = {name: value.clone() for name, value in policy.lora_state().items()}
+    alone = zero.build(policy.unet, settings(stage, MICRO_BATCH), Ranks(0, 1, CPU))
+    lora_after(tiny_folder, policy, alone, Ranks(0, 1, CPU))
+    one = policy.lora_state()
+    assert max((one[name] - start_state[name]).abs().max() for name in one) > 1e-3  # two Adam steps of lr 1e-3
+    policy.load_lora(out / f"stage-{stage}")
+    for name, value in policy.lora_state().items():
+        torch.testing.assert_close(value, one[name], rtol=0, atol=2e-5, msg=name)
+    assert found[0][f"steps-{stage}"] == alone.steps == 2
+    whole = alone.state_bytes()
+    for rank in found:  # two moments sharded; step counters and padding are all that is left over
+        assert rank[f"bytes-{stage}"] == pytest.approx(whole / 2, rel=0.02)
+
+
+def test_two_ranks_make_the_update_of_one_with_several_inner_steps(two_ranks, tiny_folder):
+    out, _ = two_ranks
+    policy = new_policy(tiny_folder)
+    alone = zero.build(policy.unet, settings(1, MICRO_BATCH), Ranks(0, 1, CPU))
+    lora_after(tiny_folder, policy, alone, Ranks(0, 1, CPU), inner_steps=2)
+    one = {name: value.clone() for name, value in policy.lora_state().items()}
+    policy.load_lora(out / "inner-steps")
+    for name, value in policy.lora_state().items():
+        torch.testing.assert_close(value, one[name], rtol=0, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize("stage", [1, 2], ids=["zero-1", "zero-2"])
+def test_a_sharded_checkpoint_goes_on_bit_for_bit(two_ranks, tiny_folder, stage):
+    out, found = two_ranks
+    assert [rank[f"resumed-{stage}"] for rank in found] == [True, True]
+    saved = sum(file.stat().st_size for file in (out / f"stage-{stage}").rglob("*") if file.is_file())
+    assert saved < (tiny_folder / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size, "no frozen base in it"
+
+
+def test_one_rank_only_shuffles():
+    pairs = all_pairs()
+    given = balance(pairs, PROMPTS, Ranks(0, 1, CPU), torch.Generator().manual_seed(0))
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(given.x_prev, pairs.x_prev[:, order])
+    assert torch.equal(given.prompt, pairs.prompt[order])
+
+
+@pytest.mark.parametrize("count, size", [(5, 4), (4, 4), (384, 3), (7, 1)])
+def test_shares_cover_all_rows_in_order_and_none_is_empty(count, size):
+    rows = [list(range(count))[share(count, Ranks(rank, size, CPU))] for rank in range(size)]
+    assert [row for part in rows for row in part] == list(range(count))
+    assert all(rows)
+
+
+def test_no_gpu_is_said_in_one_sentence():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UserError, match=r"^run.device: found cuda, but PyTorch sees no GPU"):
+        start("cuda")
+
+
+def test_several_ranks_on_a_cpu_without_a_compiler(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(UserError, match=r"^2 processes on a CPU need a C\+\+ compiler"):
+        start("cpu")

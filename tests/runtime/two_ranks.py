@@ -1,0 +1,77 @@
+"""What test_ranks.py runs in two processes: `deepspeed --num_accelerators 2 two_ranks.py MODEL_FOLDER OUT_FOLDER`.
+
+Each rank writes what it has to OUT_FOLDER/rank-<rank>.json; its LoRA after the updates to OUT_FOLDER/stage-<stage>.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from test_ranks import MICRO_BATCH, PROMPTS, all_pairs, lora_after, new_policy, settings
+
+from strop.engine.methods.spo.pairs import PreferencePairs, balance
+from strop.engine.runtime import optimizer as zero
+from strop.engine.runtime.ranks import gather_rows, start
+
+
+def part(pairs: PreferencePairs, rows: slice) -> PreferencePairs:
+    return PreferencePairs(pairs.x_t[:, rows], pairs.x_prev[:, rows], pairs.step[rows], pairs.prompt[rows])
+
+
+def balanced(ranks, counts, inner_steps=1):
+    """Numbers of the pairs that this rank is given when rank r has counts[r] of them; checks that prompts follow."""
+    begin = sum(counts[: ranks.rank])
+    pairs = all_pairs(inner_steps)
+    mine = part(pairs, slice(begin, begin + counts[ranks.rank]))
+    given = balance(mine, PROMPTS, ranks, torch.Generator().manual_seed(3))
+    number = {float(x[0, 0, 0]): i for i, x in enumerate(pairs.x_prev[0])}
+    numbers = [number[float(x[0, 0, 0])] for x in given.x_prev[0]]
+    for row, i in enumerate(numbers):
+        owner = 0 if i < counts[0] else 1
+        assert given.prompt[row] == owner * PROMPTS + pairs.prompt[i]
+        assert torch.equal(given.x_t[:, row], pairs.x_t[:, i])
+        assert given.step[row] == pairs.step[i]
+    return numbers
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--local_rank")
+    args = parser.parse_args()
+    ranks = start("cpu")
+    rows = torch.arange(3.0 * ranks.rank)[:, None] + 10 * ranks.rank
+    found = {
+        "gathered": gather_rows(rows, ranks).flatten().tolist(),
+        "balanced": {
+            f"{c} {inner}": balanced(ranks, c, inner) for c in ([7, 5], [12, 0], [1, 0], [0, 0]) for inner in (1, 2)
+        },
+    }
+    for stage in (1, 2):
+        policy = new_policy(args.model)
+        optimizer = zero.build(policy.unet, settings(stage, MICRO_BATCH // 2), ranks)
+        lora_after(args.model, policy, optimizer, ranks)
+        found[f"bytes-{stage}"], found[f"steps-{stage}"] = optimizer.state_bytes(), optimizer.steps
+        optimizer.save(args.out / f"stage-{stage}")
+        if ranks.first:
+            policy.save_lora(args.out / f"stage-{stage}")
+        again = new_policy(args.model)
+        again.load_lora(args.out / f"stage-{stage}")
+        resumed = zero.build(again.unet, settings(stage, MICRO_BATCH // 2), ranks)
+        resumed.load(args.out / f"stage-{stage}")
+        lora_after(args.model, policy, optimizer, ranks)
+        lora_after(args.model, again, resumed, ranks)
+        pairs = zip(policy.parameters, again.parameters, strict=True)
+        found[f"resumed-{stage}"] = all(torch.equal(a, b) for a, b in pairs)
+    policy = new_policy(args.model)
+    optimizer = zero.build(policy.unet, settings(1, MICRO_BATCH // 2), ranks)
+    lora_after(args.model, policy, optimizer, ranks, inner_steps=2)
+    if ranks.first:
+        policy.save_lora(args.out / "inner-steps")
+    (args.out / f"rank-{ranks.rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

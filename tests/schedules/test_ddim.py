@@ -1,0 +1,118 @@
+"""schedules/ddim: which numbers go with which step, what is drawn, and how the guidance halves are taken."""
+
+import pytest
+import torch
+
+from strop.engine.schedules.ddim import DDIMSchedule
+from strop.kernels import DDIMCoefficients, ddim_branch, ddim_log_prob, ddim_x0_hat
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def coefficients(alphas):
+    return DDIMCoefficients.build(alphas, 20, 1.0)
+
+
+@pytest.fixture
+def schedule(coefficients):
+    return DDIMSchedule(coefficients, 5.0)
+
+
+def test_steps_and_timesteps(schedule):
+    assert schedule.num_steps == 20
+    assert schedule.t == (*range(951, 0, -50), 0)
+    assert schedule.timesteps(4, 3).tolist() == [751, 751, 751]
+    assert schedule.timesteps(20, 2).tolist() == [0, 0]
+    assert schedule.timesteps(torch.tensor([0, 19, 4]), 3).tolist() == [951, 1, 751]
+    assert schedule.timesteps(4, 1).dtype == torch.int64
+
+
+def test_the_prior_is_standard_normal_from_its_generator(schedule):
+    x = schedule.prior((64, 4, 8, 8), torch.Generator().manual_seed(3))
+    assert x.shape == (64, 4, 8, 8)
+    assert x.mean().item() == pytest.approx(0, abs=0.03)
+    assert x.std().item() == pytest.approx(1, abs=0.03)
+    assert torch.equal(x, schedule.prior((64, 4, 8, 8), torch.Generator().manual_seed(3)))
+    assert not torch.equal(x, schedule.prior((64, 4, 8, 8), torch.Generator().manual_seed(4)))
+
+
+@pytest.mark.parametrize("halves", [1, 2], ids=["unguided", "guided"])
+@pytest.mark.parametrize("step", [0, 11, 19, [3, 0, 19]], ids=str)
+def test_each_call_is_the_kernel_with_the_numbers_of_its_step(schedule, coefficients, step, halves):
+    x, eps = draw(3, 4, 2, 5), draw(halves, 3, 4, 2, 5, seed=1)
+    uncond, text = (None, eps[0]) if halves == 1 else eps
+    columns = [step] * 3 if isinstance(step, int) else step
+    table = coefficients.table[:, columns]
+    step = step if isinstance(step, int) else torch.tensor(step)
+
+    assert torch.equal(schedule.x0_hat(x, eps, step), ddim_x0_hat(x, uncond, text, 5.0, table))
+    noise = draw(4, 3, 4, 2, 5, seed=7)
+    expected, _ = ddim_branch(x, uncond, text, 5.0, table, noise)
+    assert torch.equal(schedule.branch(x, eps, step, 4, torch.Generator().manual_seed(7)), expected)
+    mean, _ = ddim_branch(x, uncond, text, 5.0, table, torch.zeros(1, 3, 4, 2, 5))
+    assert torch.equal(schedule.mean(x, eps, step), mean[0])
+
+
+def test_the_first_half_is_the_one_without_the_prompt(schedule):
+    x, eps = draw(2, 4, 2, 2), draw(2, 2, 4, 2, 2, seed=1)
+    combined = eps[0] + 5 * (eps[1] - eps[0])
+    torch.testing.assert_close(schedule.x0_hat(x, eps, 19), schedule.x0_hat(x, combined[None], 19), rtol=0, atol=1e-5)
+
+
+def test_branches_are_draws_around_the_mean(schedule, coefficients):
+    """Their mean and spread over many draws are those of the step; the branches of a row are not alike."""
+    x, eps = draw(2, 1, 2, 2), draw(2, 2, 1, 2, 2, seed=1)
+    branches = schedule.branch(x, eps, 10, 20_000, torch.Generator().manual_seed(0))
+    sigma = coefficients.table[4, 10]
+    torch.testing.assert_close(branches.mean(0), schedule.mean(x, eps, 10), rtol=0, atol=4 * sigma.item() / 20_000**0.5)
+    torch.testing.assert_close(branches.std(0), sigma.expand(2, 1, 2, 2), rtol=0.03, atol=0)
+    assert not torch.equal(branches[0], branches[1])
+
+
+def test_one_branch_or_many_come_from_the_same_distribution_not_the_same_draw(schedule):
+    """k = 1 is the plain sampler's step: one draw of noise of the shape of x."""
+    x, eps = draw(3, 4, 2, 2), draw(2, 3, 4, 2, 2, seed=1)
+    one = schedule.branch(x, eps, 5, 1, torch.Generator().manual_seed(0))
+    noise = draw(1, 3, 4, 2, 2)
+    expected = schedule.mean(x, eps, 5) + noise * schedule._table[4, 5]
+    torch.testing.assert_close(one, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("separate", [1, 2], ids=["shared-x_t", "separate-x_t"])
+@pytest.mark.parametrize("halves", [1, 2], ids=["unguided", "guided"])
+def test_log_prob_is_the_kernel_with_each_rows_step(schedule, coefficients, halves, separate):
+    x_prev, x_t = draw(2, 3, 4, 2, 5), draw(separate, 3, 4, 2, 5, seed=1)
+    eps = draw(halves, separate, 3, 4, 2, 5, seed=2)
+    uncond, text = (None, eps[0]) if halves == 1 else eps
+    expected = ddim_log_prob(x_prev, x_t, uncond, text, 5.0, coefficients.table[:, [7, 0, 19]])
+    found = schedule.log_prob(x_prev, x_t, eps, torch.tensor([7, 0, 19]))
+    assert found.shape == (2, 3)
+    assert torch.equal(found, expected)
+
+
+def test_a_branch_is_likelier_than_any_other_latent(schedule):
+    x, eps = draw(3, 4, 8, 8), draw(2, 3, 4, 8, 8, seed=1)
+    branches = schedule.branch(x, eps, 12, 2, torch.Generator().manual_seed(0))
+    step = torch.full((3,), 12)
+    own = schedule.log_prob(branches, x[None], eps[:, None], step)
+    other = schedule.log_prob(branches.roll(1, dims=1), x[None], eps[:, None], step)
+    assert (own > other).all()
+
+
+def test_latents_keep_their_type(schedule):
+    x, eps = draw(2, 4, 2, 2).bfloat16(), draw(2, 2, 4, 2, 2, seed=1)
+    assert schedule.branch(x, eps, 3, 2, torch.Generator()).dtype == torch.bfloat16
+    assert schedule.x0_hat(x, eps, 3).dtype == torch.float32
+
+
+@pytest.mark.parametrize("halves", [1, 2])
+def test_log_ratio_is_the_difference_of_two_log_probs(schedule, coefficients, halves):
+    x_t, x_prev = draw(1, 3, 4, 2, 2, seed=1), draw(2, 3, 4, 2, 2, seed=2)
+    eps, eps_ref = draw(halves, 1, 3, 4, 2, 2, seed=3), draw(halves, 1, 3, 4, 2, 2, seed=4)
+    step = torch.tensor([7, 0, 19])
+    found = schedule.log_ratio(x_prev, x_t, eps, eps_ref, step)
+    expected = schedule.log_prob(x_prev, x_t, eps, step) - schedule.log_prob(x_prev, x_t, eps_ref, step)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

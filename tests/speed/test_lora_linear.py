@@ -1,0 +1,117 @@
+"""speed/lora_linear: PEFT's numbers but for rounding, its parameters, and what it may not stand in for."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+
+from strop.engine.speed.lora_linear import B_SCALE, LeanLora, LowRank, make_loras_lean
+
+ROWS, CHANNELS, OUT, RANK = (3, 5), 12, 8, 4
+
+
+def drawn(*shape, seed, scale=1.0):
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def layer(dtype=torch.float32, bias=True, **keys):
+    """PEFT's linear layer with a LoRA in float32, away from its start."""
+    net = nn.Sequential()
+    net.add_module("to_q", nn.Linear(CHANNELS, OUT, bias=bias))
+    with torch.no_grad():
+        for i, p in enumerate(net.parameters()):
+            p.copy_(drawn(*p.shape, seed=i, scale=0.3))
+    given = {"r": RANK, "lora_alpha": RANK, "target_modules": ["to_q"]} | keys
+    inject_adapter_in_model(LoraConfig(**given), net)
+    net.to(dtype).requires_grad_(False)
+    for i, (name, p) in enumerate(net.named_parameters()):
+        if ".lora_" in name:
+            p.data = drawn(*p.shape, seed=10 + i, scale=0.1).float()
+            p.requires_grad_(True)
+    return net
+
+
+def run(net, dtype, grad_in=True):
+    """(output, gradients of the input and of the LoRA)"""
+    x = drawn(*ROWS, CHANNELS, seed=5).to(dtype).requires_grad_(grad_in)
+    y = net(x)
+    y.backward(drawn(*ROWS, OUT, seed=6).to(dtype))
+    return y.detach(), x.grad, [p.grad for p in net.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("grad_in", [True, False], ids=["inner", "first"])
+def test_numbers_are_those_of_peft(bias, grad_in):
+    plain = layer(bias=bias)
+    lean = copy.deepcopy(plain)
+    assert make_loras_lean(lean) == 1
+    expected, found = run(plain, torch.float32, grad_in), run(lean, torch.float32, grad_in)
+    torch.testing.assert_close(found, expected, rtol=0, atol=3e-6)
+    assert (found[1] is None) == (not grad_in)
+    assert lean.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_gradients_in_float64():
+    x, weight, bias = drawn(*ROWS, CHANNELS, seed=0), drawn(OUT, CHANNELS, seed=1), drawn(OUT, seed=2)
+    a, b = drawn(RANK, CHANNELS, seed=3), drawn(OUT, RANK, seed=4)
+    trained = [t.requires_grad_(True) for t in (x, a, b)]
+    torch.testing.assert_close(LowRank.apply(x, weight, bias, a, b), x @ weight.t() + bias + x @ a.t() @ b.t())
+    assert torch.autograd.gradcheck(lambda x, a, b: LowRank.apply(x, weight, bias, a, b), trained)
+
+
+@pytest.mark.parametrize("dtype, rounding", [(torch.float16, 2**-10), (torch.bfloat16, 2**-7)], ids=str)
+def test_half_precision_rounds_as_it_must(dtype, rounding):
+    """Against PEFT with all of it in float64 on the same halved weights; the LoRA's gradients come in float32."""
+    halved = layer(dtype)
+    exact = copy.deepcopy(halved).double()
+    make_loras_lean(halved)
+    given = drawn(*ROWS, CHANNELS, seed=5).to(dtype), drawn(*ROWS, OUT, seed=6).to(dtype)
+    results = []
+    for net, kind in ((halved, dtype), (exact, torch.float64)):
+        x = given[0].detach().to(kind).requires_grad_(True)
+        net(x).backward(given[1].to(kind))
+        results.append([net(x).detach(), x.grad, *[p.grad for p in net.parameters() if p.requires_grad]])
+    for found, value in zip(*results, strict=True):
+        assert (found.double() - value).abs().max() < 4 * rounding * value.abs().max()
+    assert [g.dtype for g in results[0][2:]] == [torch.float32] * 2
+
+
+def test_a_young_lora_is_not_lost_in_float16():
+    """B after a step of 1e-7, as in a warm-up: two of the smallest numbers of float16 that there are."""
+    net = layer(torch.float16, bias=False)
+    make_loras_lean(net)
+    b = next(p for name, p in net.named_parameters() if ".lora_B" in name)
+    b.data = 1e-7 * drawn(*b.shape, seed=7).float()
+    x = 100 * drawn(*ROWS, CHANNELS, seed=5).half()
+    module = net.to_q
+    a = module.lora_A["default"].weight
+    with torch.no_grad():
+        expected = x.double() @ a.double().t() @ b.double().t()
+        zero = nn.Linear(CHANNELS, OUT, bias=False).half()
+        nn.init.zeros_(zero.weight)
+        found = LowRank.apply(x, zero.weight, None, a, b).double()
+    assert (B_SCALE * b).half().abs().max() > 2**-24 * 32
+    assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_switched_off_it_is_the_base_layer():
+    net = layer()
+    make_loras_lean(net)
+    x = drawn(*ROWS, CHANNELS, seed=5).float()
+    net.to_q.enable_adapters(False)
+    assert torch.equal(net(x), net.to_q.base_layer(x))
+    net.to_q.enable_adapters(True)
+    assert not torch.equal(net(x), net.to_q.base_layer(x))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"lora_alpha": 8}, {"lora_dropout": 0.1}, {"lora_bias": True}, {"use_dora": True}],
+    ids=lambda keys: next(iter(keys)),
+)
+def test_another_kind_of_lora_stays_as_it_is(keys):
+    net = layer(**keys)
+    assert make_loras_lean(net) == 0
+    assert not any(isinstance(m, LeanLora) for m in net.modules())

@@ -1,0 +1,95 @@
+"""strop.engine.speed.residual: the lean block gives diffusers' own bits, and stands only where it does."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
+
+from strop.engine.config.training import ModelConfig
+from strop.engine.models.architectures import FAMILIES
+from strop.engine.models.base_model import load_unet
+from strop.engine.models.latent_diffusion import LatentDiffusion
+from strop.engine.models.policy import Policy
+from strop.engine.speed.residual import LeanResidual, make_residuals_lean
+
+CPU = torch.device("cpu")
+BLOCK = {"in_channels": 32, "temb_channels": 16, "groups": 8}
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    "keys", [{}, {"out_channels": 64}, {"temb_channels": None, "time_embedding_norm": "group"}], ids=str
+)
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
+def test_a_block_has_the_same_bits(keys, grad):
+    plain = ResnetBlock2D(**BLOCK | keys).eval()
+    lean = copy.deepcopy(plain)
+    assert make_residuals_lean(lean) == 1
+    temb = drawn(3, 16, seed=1) if plain.time_emb_proj else None
+    given = [drawn(3, 32, 6, 6).requires_grad_(grad) for _ in range(2)]
+    with torch.set_grad_enabled(grad):
+        expected, found = plain(given[0], temb), lean(given[1], temb)
+    assert torch.equal(found, expected)
+    assert torch.equal(given[1], drawn(3, 32, 6, 6))  # what goes in stays as it is
+    if grad:
+        for out in (expected, found):
+            out.square().sum().backward()
+        assert torch.equal(given[0].grad, given[1].grad)
+        for a, b in zip(plain.parameters(), lean.parameters(), strict=True):
+            assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"output_scale_factor": 2.0},
+        {"dropout": 0.1},
+        {"time_embedding_norm": "scale_shift"},
+        {"skip_time_act": True},
+        {"non_linearity": "gelu"},
+        {"up": True},
+        {"down": True},
+    ],
+    ids=str,
+)
+def test_a_block_that_does_more_stays_as_it_is(keys):
+    block = ResnetBlock2D(**BLOCK | keys)
+    assert make_residuals_lean(block) == 0
+    assert type(block) is ResnetBlock2D
+
+
+@pytest.mark.parametrize("name, in_unet", [("sd15", 8 + 2 + 12), ("sdxl", 6 + 2 + 9)])
+def test_every_block_of_the_full_size_models_is_lean(name, in_unet):
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(FAMILIES[name]["unet"])
+        vae = AutoencoderKL.from_config(FAMILIES[name]["vae"])
+    assert make_residuals_lean(unet) == in_unet
+    assert make_residuals_lean(vae.decoder) == 12 + 2
+    assert make_residuals_lean(unet) == 0  # they are already
+
+
+def test_models_have_the_same_bits_and_names(tiny_folder):
+    settings = ModelConfig(path=str(tiny_folder))
+    diffusion = LatentDiffusion.load(settings, CPU)
+    policy = Policy(load_unet(settings, CPU), 4, ("to_q", "conv1"), seed=0)  # a LoRA inside of the blocks too
+    cond, x, t = diffusion.encode(["a b", "c"]), drawn(2, 4, 8, 8), torch.tensor([801, 1])
+    names = [*policy.unet.state_dict(), *diffusion.vae.state_dict()]
+    expected = policy.eps(x, t, cond)
+    expected.square().sum().backward()
+    gradients = [p.grad.clone() for p in policy.parameters]
+    images = diffusion.decode(x)
+    for network in (policy.unet, diffusion.vae):
+        assert make_residuals_lean(network) == sum(isinstance(m, LeanResidual) for m in network.modules()) > 0
+    assert names == [*policy.unet.state_dict(), *diffusion.vae.state_dict()]
+    for p in policy.parameters:
+        p.grad = None
+    found = policy.eps(x, t, cond)
+    found.square().sum().backward()
+    assert torch.equal(found, expected)
+    assert torch.equal(diffusion.decode(x), images)
+    assert all(torch.equal(p.grad, g) for p, g in zip(policy.parameters, gradients, strict=True))

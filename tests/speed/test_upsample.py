@@ -1,0 +1,93 @@
+"""strop.engine.speed.upsample: the folded form is diffusers' own upsampling, value by value."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.upsampling import Upsample2D
+from torch.utils.flop_counter import FlopCounterMode
+
+from strop.engine.speed.upsample import FoldedUpsample, fold_upsamplers, foldable
+
+
+@pytest.fixture
+def upsample():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Upsample2D(6, use_conv=True, out_channels=5).requires_grad_(False)
+
+
+def image(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 4, 4), (1, 6, 5, 3), (3, 6, 1, 1)], ids=str)
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_it_is_the_plain_one(upsample, shape, order):
+    x = image(*shape).to(memory_format=order)
+    expected = upsample.double()(x.double())
+    found = FoldedUpsample(upsample.float()).to(memory_format=order)(x)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-6)
+
+
+def test_its_gradient_is_the_plain_ones(upsample):
+    x, weight = image(2, 6, 4, 4), image(2, 5, 8, 8)
+    gradients = []
+    for module in (upsample, FoldedUpsample(upsample)):
+        own = x.clone().requires_grad_()
+        (module(own) * weight).sum().backward()
+        gradients.append(own.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=5e-6)
+
+
+def test_another_size_than_the_double_is_left_to_the_former(upsample):
+    x = image(1, 6, 4, 4)
+    assert torch.equal(FoldedUpsample(upsample)(x, (7, 7)), upsample(x, (7, 7)))
+    torch.testing.assert_close(FoldedUpsample(upsample)(x, (8, 8)), upsample(x), rtol=0, atol=2e-6)
+
+
+def test_four_ninths_of_the_operations(upsample):
+    x, counts = image(2, 6, 4, 4), []
+    for module in (upsample, FoldedUpsample(upsample)):
+        with FlopCounterMode(display=False) as count:
+            module(x)
+        counts.append(count.get_total_flops())
+    assert counts[1] * 9 == counts[0] * 4
+
+
+@pytest.mark.parametrize("dtype, atol", [(torch.bfloat16, 0.03), (torch.float16, 4e-3)], ids=str)
+def test_half_precision_rounds_the_sums_once(upsample, dtype, atol):
+    x = image(1, 6, 4, 4).to(dtype)
+    expected = upsample.to(dtype).double()(x.double())
+    found = FoldedUpsample(upsample.to(dtype))(x)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@torch.no_grad()
+def test_whole_models_keep_their_outputs_and_parameters(family, tiny_folder, tiny_sdxl_folder):
+    folder = tiny_folder if family == "sd15" else tiny_sdxl_folder
+    vae = AutoencoderKL.from_pretrained(folder / "vae").requires_grad_(False).eval()
+    z = image(2, 4, 8, 8)
+    expected, names = vae.decode(z).sample, list(vae.state_dict())
+    assert fold_upsamplers(vae) == 1
+    torch.testing.assert_close(vae.decode(z).sample, expected, rtol=0, atol=1e-5)
+    assert list(vae.state_dict()) == names
+    assert fold_upsamplers(vae) == 0
+
+
+def test_all_upsamplers_of_the_full_size_models_can_be_folded(architectures):
+    counts = {}
+    for family in ("sd15", "sdxl"):
+        for name, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
+            with torch.device("meta"):
+                model = kind.from_config(architectures[family][name])
+            counts[family, name] = sum(map(foldable, model.modules()))
+    assert counts == {("sd15", "unet"): 3, ("sd15", "vae"): 3, ("sdxl", "unet"): 2, ("sdxl", "vae"): 3}
+
+
+def test_one_without_convolution_or_with_a_norm_is_left(upsample):
+    assert not foldable(Upsample2D(4))
+    assert not foldable(Upsample2D(4, use_conv=True, norm_type="ln_norm", eps=1e-5, elementwise_affine=True))
+    assert not foldable(Upsample2D(4, use_conv_transpose=True))
+    assert foldable(upsample)

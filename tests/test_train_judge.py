@@ -1,0 +1,454 @@
+"""Judge training from the recipe to the run folder, on the golden models and pairs that a tiny judge can learn."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch._dynamo.utils import counters
+from torch.utils.data import DataLoader
+from transformers import CLIPModel
+
+from strop.engine import train_judge
+from strop.engine.config.judge_training import SpmConfig
+from strop.engine.config.training import JudgeConfig, load
+from strop.engine.data.pair_cache import PairCache
+from strop.engine.errors import UserError
+from strop.engine.judge.heldout import TIMESTEPS
+from strop.engine.judge.model import StepAwarePreferenceModel
+from strop.engine.judge.training import Denoiser
+from strop.engine.runtime.metrics import Metrics, Stopwatch
+from strop.engine.runtime.ranks import Ranks
+from strop.engine.speed.upsample import FoldedUpsample
+from strop.engine.train_judge import build, main, show, update
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+PAIRS = '''
+import torch
+
+def load(seed, size):
+    """Bright against dark: the brighter image is preferred; every eighth pair is a tie."""
+    rng = torch.Generator().manual_seed(seed)
+    light = torch.rand(size, 2, 1, 1, 1, generator=rng) * 1.6 - 0.8
+    images = (light + 0.1 * torch.randn(size, 2, 3, 16, 16, generator=rng)).clamp(-1, 1)
+    label = (light[:, 0] > light[:, 1]).double().flatten()
+    label[::8] = 0.5
+    return [
+        {"image_0": a, "image_1": b, "caption": "ab", "label_0": p, "label_1": 1 - p}
+        for (a, b), p in zip(images, label.tolist())
+    ]
+'''
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_folder, clip_folder, monkeypatch):
+    """recipe("optim.steps=3") -> the arguments of a short run into tmp_path/run."""
+    (tmp_path / "bright_pairs.py").write_text(PAIRS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "bright_pairs", raising=False)
+    tree = {
+        "model": {"path": str(tiny_folder)},
+        "judge": {"path": str(clip_folder)},
+        "data": {"source": "bright_pairs:load", "train": 40, "heldout": 20},
+        "optim": {"steps": 6, "batch": 8, "lr": 1.0e-3, "warmup": 2, "clean_share": 0.25},
+        "run": {"dir": str(tmp_path / "run"), "device": "cpu", "log_every": 2},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    return lambda *overrides: [str(tmp_path / "recipe.yaml"), *overrides]
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_what_it_promises(recipe, tmp_path, capsys):
+    main(["--local_rank=0", *recipe()])
+    run = tmp_path / "run"
+    assert load(run / "config.yaml", cls=SpmConfig) == load(recipe()[0], cls=SpmConfig)
+    lines = records(run)
+    assert [line["iteration"] for line in lines] == [0, 1, 2, 4, 5, 6]
+    assert (lines[-1]["pairs"], lines[-1]["optimizer_steps"]) == (48, 6)
+    assert all(line["loss"] > 0 and line["grad_norm"] > 0 for line in lines[1:])
+    assert list(lines[0]["heldout_accuracy"]) == [str(t) for t in TIMESTEPS]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["accuracy"] == {"before": lines[0]["heldout_accuracy"], "after": lines[-1]["heldout_accuracy"]}
+    assert summary["pairs"] == 48
+
+    judge = StepAwarePreferenceModel.load(JudgeConfig(path=str(run / "judge")), ALONE.device)
+    assert judge.clip.vision_model.adaLN_modulation[1].weight.abs().max() > 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "40 training pairs, 20 held-out pairs, 0 rows left out"
+    assert shown[1].split() == [
+        "step",
+        "pairs/s",
+        "ETA",
+        "loss",
+        "accuracy",
+        "held-out:",
+        *(f"t={t}" for t in TIMESTEPS),
+    ]
+    assert [line.split()[0] for line in shown[2:8]] == ["0/6", "1/6", "2/6", "4/6", "5/6", "6/6"]
+    after = ["-" if v is None else f"{v:.3f}" for v in summary["accuracy"]["after"].values()]
+    assert next(line for line in shown if line.startswith("after")).split()[1:] == after
+    assert f"judge     {run / 'judge'}" in shown
+
+
+def test_every_parameter_is_trained(recipe, tmp_path, clip_folder):
+    main(recipe())
+    before = load_file(clip_folder / "model.safetensors")
+    after = load_file(tmp_path / "run" / "judge" / "model.safetensors")
+    assert before.keys() < after.keys()
+    unmoved = {name for name in before if torch.equal(before[name], after[name])}
+    assert unmoved <= {"vision_model.embeddings.position_ids", "text_model.embeddings.position_ids"}
+
+
+def test_steps_on_a_fixed_batch_lower_its_loss(recipe, tmp_path):
+    config = load(*recipe(), cls=SpmConfig)
+    parts = build(config, ALONE, Stopwatch("cpu"))
+    batch = next(iter(DataLoader(parts.sets.train, batch_size=16)))
+    pixels, t = show(batch, 4, parts, ALONE, torch.Generator().manual_seed(0))
+    metrics = Metrics(tmp_path, "cpu", True, start=0, iterations=12)
+    losses = []
+    for step in range(12):
+        update(batch, pixels, t, config, parts, ALONE, metrics)
+        losses.append(metrics.flush(step + 1)["loss"])
+    metrics.close()
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_a_judge_never_told_the_timestep_is_trained_and_known_as_such(recipe, tmp_path):
+    main(recipe("judge.kind=spm_no_step", "optim.steps=2", "optim.warmup=0"))
+    path = str(tmp_path / "run" / "judge")
+    judge = StepAwarePreferenceModel.load(JudgeConfig(path=path, kind="spm_no_step"), ALONE.device)
+    image, text = torch.zeros(1, 1, 3, 16, 16), judge.encode(["ab"])
+    assert judge.clip.vision_model.adaLN_modulation[1].weight.any()
+    assert torch.equal(judge.score(image, text, 951), judge.score(image, text, 1))
+    with pytest.raises(UserError, match=r"^judge\.kind: found spm, but .* is a judge of kind spm_no_step"):
+        StepAwarePreferenceModel.load(JudgeConfig(path=path), ALONE.device)
+
+
+def test_an_untrained_judge_is_as_right_as_its_pickscore(recipe, tmp_path, clip_folder, tokenizer):
+    main(recipe("optim.steps=1", "optim.warmup=0"))
+    clip = CLIPModel.from_pretrained(clip_folder).eval()
+    pairs = sys.modules["bright_pairs"].load(43, 20)
+    judge = StepAwarePreferenceModel.load(JudgeConfig(path=str(clip_folder), kind="pickscore"), ALONE.device)
+    ids = tokenizer(["ab"], padding="max_length", max_length=16, return_tensors="pt").input_ids
+    right = []
+    for pair in (pair for pair in pairs if pair["label_0"] != 0.5):
+        pixels = judge.pixels(torch.stack([pair["image_0"], pair["image_1"]]))
+        with torch.no_grad():
+            scores = clip(input_ids=ids, pixel_values=pixels).logits_per_text[0]
+        right.append((scores[0] > scores[1]).item() == (pair["label_0"] == 1))
+    assert records(tmp_path / "run")[0]["heldout_accuracy"]["0"] == pytest.approx(sum(right) / len(right))
+
+
+def test_the_same_seed_gives_the_same_bits(recipe, tmp_path):
+    states = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        main(recipe(f"run.dir={tmp_path / name}", f"run.seed={seed}", "optim.steps=3"))
+        states.append(load_file(tmp_path / name / "judge" / "model.safetensors"))
+    first, again, other = states
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["visual_projection.weight"], other["visual_projection.weight"])
+
+
+def test_clean_share_shows_that_many_pairs_as_they_are(recipe, monkeypatch):
+    seen = []
+
+    def watch(batch, clean, parts, ranks, rng):
+        pixels, t = show(batch, clean, parts, ranks, rng)
+        as_they_are = torch.stack([batch["image_0"], batch["image_1"]])[:, :clean]
+        own = parts.judge.pixels(as_they_are.flatten(0, 1)).view_as(pixels[:, :clean])
+        assert (pixels[:, :clean] - own).abs().max() < 1e-5 if clean else True
+        assert (t[:clean] == 0).all()
+        seen.append((clean, len(t), (t[clean:] > 0).float().mean().item()))
+        return pixels, t
+
+    monkeypatch.setattr(train_judge, "show", watch)
+    main(recipe("optim.clean_share=0.3", "optim.steps=10"))
+    assert [clean for clean, *_ in seen] == [2, 2, 3, 2, 3, 2, 2, 3, 2, 3]
+    assert sum(clean for clean, *_ in seen) == 0.3 * 80
+    assert all(noised > 0.9 for _, _, noised in seen)
+
+
+def test_no_clean_share_noises_every_pair(recipe):
+    parts = build(load(*recipe(), cls=SpmConfig), ALONE, Stopwatch("cpu"))
+    pair = parts.sets.train[1]
+    batch = {name: torch.stack([pair[name]] * 4) for name in ("image_0", "image_1")} | {"caption": ["ab"] * 4}
+    pixels, t = show(batch, 0, parts, ALONE, torch.Generator().manual_seed(0))
+    assert pixels.shape == (2, 4, 3, parts.judge.size, parts.judge.size)
+    assert len(set(t.tolist())) == 4
+    assert not torch.equal(pixels[0, 0], pixels[0, 1])
+
+
+def test_bfloat16_models_keep_a_float32_judge(recipe, tmp_path):
+    main(recipe("model.dtype=bfloat16", "optim.steps=3"))
+    assert {t.dtype for t in load_file(tmp_path / "run" / "judge" / "model.safetensors").values()} == {torch.float32}
+    assert all(line["loss"] > 0 for line in records(tmp_path / "run")[1:])
+
+
+@pytest.fixture
+def file_recipe(recipe, tmp_path, pair_files):
+    """file_recipe("parquet", ...) -> the arguments of a short run on 32 pairs in files, with a cache."""
+
+    def make(form, *overrides):
+        source = tmp_path / form
+        if not source.exists():
+            getattr(pair_files, form)(source, pair_files.rows(32))
+        source = source / "pairs.jsonl" if form == "jsonl" else source
+        data = ("data.train=null", "data.heldout=6", f"data.source={source}", f"data.cache={tmp_path / 'cache'}")
+        return recipe(*data, "optim.steps=3", "optim.batch=4", "optim.clean_share=0", *overrides)
+
+    return make
+
+
+def judge_of(run):
+    return load_file(run / "judge" / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    "family, form, labels",
+    [("sd15", "parquet", "given"), ("sd15", "jsonl", "pickscore"), ("sdxl", "parquet", "pickscore")],
+)
+def test_pairs_in_files_are_trained_on_and_computed_once(
+    file_recipe, tmp_path, request, monkeypatch, capsys, family, form, labels
+):
+    folder = request.getfixturevalue({"sd15": "tiny_folder", "sdxl": "tiny_sdxl_folder"}[family])
+    made, posterior = [], Denoiser.posterior
+    monkeypatch.setattr(Denoiser, "posterior", lambda self, x: made.append(x.shape[1]) or posterior(self, x))
+    arguments = file_recipe(form, f"model.path={folder}", f"data.labels={labels}")
+    main(arguments)
+    assert sum(made) == 12 + 6  # three steps of four pairs, and the held-out ones
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["training_pairs"], summary["heldout_pairs"], summary["pairs"]) == (12, 6, 12)
+    assert summary["broken_pairs"] == {"count": 0, "such_as": []}
+    assert all(line["loss"] > 0 and line["grad_norm"] > 0 for line in records(tmp_path / "run")[1:])
+    assert not (tmp_path / "run" / "broken.txt").exists()
+    texts = load_entry(next((tmp_path / "cache" / "text").rglob("*.entry")))
+    assert texts.keys() == ({"text", "pooled"} if family == "sdxl" else {"text"})
+
+    made.clear()
+    main([*arguments, f"run.dir={tmp_path / 'again'}", "data.workers=2"])
+    assert made == [4, 2]  # the held-out pairs alone
+    assert same(judge_of(tmp_path / "again"), judge_of(tmp_path / "run"))
+
+
+def load_entry(path):
+    return PairCache(path.parents[2]).read(path)
+
+
+def test_the_cache_changes_nothing_but_rounding(file_recipe, tmp_path):
+    for name, cache in (("kept", tmp_path / "cache"), ("live", "null")):
+        main(file_recipe("jsonl", f"data.cache={cache}", f"run.dir={tmp_path / name}", "run.log_every=1"))
+    kept, live = (records(tmp_path / name) for name in ("kept", "live"))
+    assert [line["loss"] for line in kept[1:]] == pytest.approx([line["loss"] for line in live[1:]], rel=0.02)
+    assert kept[0]["heldout_accuracy"] == live[0]["heldout_accuracy"]
+
+
+def losses(recipe, tmp_path, name, *overrides):
+    main(recipe(f"run.dir={tmp_path / name}", "run.log_every=1", *overrides))
+    return [line["loss"] for line in records(tmp_path / name)[1:]]
+
+
+@pytest.mark.parametrize("key", ["fold_upsample", "channels_last"])
+def test_a_key_of_speed_changes_nothing_but_rounding(recipe, tmp_path, key):
+    plain = losses(recipe, tmp_path, "plain", "model.fold_upsample=false")
+    found = losses(recipe, tmp_path, "found", "model.fold_upsample=false", f"model.{key}=true")
+    assert found == pytest.approx(plain, rel=1e-4)
+    config = load(*split(recipe("model.fold_upsample=false", f"model.{key}=true")), cls=SpmConfig)
+    parts = build(config, ALONE, Stopwatch("cpu"))
+    for network in (parts.denoiser.unet, parts.denoiser.diffusion.vae):
+        folded = any(isinstance(module, FoldedUpsample) for module in network.modules())
+        ordered = all(w.is_contiguous(memory_format=torch.channels_last) for w in network.parameters() if w.ndim == 4)
+        assert (folded, ordered) == (key == "fold_upsample", key == "channels_last")
+
+
+@pytest.mark.slow
+def test_a_judge_is_trained_compiled(recipe, tmp_path, monkeypatch):
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *what, **given: whole(*what, **given | {"backend": "eager"}))
+    torch._dynamo.reset()
+    plain, counted = losses(recipe, tmp_path, "plain"), counters["stats"]["unique_graphs"]
+    assert losses(recipe, tmp_path, "compiled", "model.compile=true") == pytest.approx(plain, rel=1e-4)
+    assert counters["stats"]["unique_graphs"] > counted
+
+
+def test_clean_pairs_are_read_beside_the_cache(file_recipe, tmp_path):
+    main(file_recipe("parquet", "optim.clean_share=0.5"))
+    assert records(tmp_path / "run")[-1]["pairs"] == 12
+
+
+def test_the_encoders_leave_the_device_once_all_is_kept(file_recipe, tmp_path):
+    parts = build(load(*split(file_recipe("parquet")), cls=SpmConfig), ALONE, Stopwatch("cpu"))
+    assert parts.sets.kept
+    assert parts.denoiser.diffusion.text_encoders == []
+    assert {p.device.type for p in parts.denoiser.diffusion.vae.encoder.parameters()} == {"cpu"}
+    live = build(load(*split(file_recipe("parquet", "data.cache=null")), cls=SpmConfig), ALONE, Stopwatch("cpu"))
+    assert not live.sets.kept
+    assert len(live.denoiser.diffusion.text_encoders) == 1
+
+
+def split(arguments):
+    return arguments[0], arguments[1:]
+
+
+def test_broken_pairs_are_counted_named_and_left_out(file_recipe, tmp_path, capsys):
+    arguments = file_recipe("jsonl", "data.max_broken=0.1")
+    (tmp_path / "jsonl" / "images" / "9-1.jpg").write_bytes(b"not an image")
+    arguments += ["optim.steps=4", "optim.batch=7"]  # which see all pairs
+    main(arguments)
+    named = (tmp_path / "run" / "broken.txt").read_text()
+    assert named == "pairs.jsonl line 10: images/9-1.jpg is no image\n"
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["broken_pairs"] == {"count": 1, "such_as": [named.strip()]}
+    assert summary["training_pairs"] + summary["heldout_pairs"] == 31
+    assert f"1 broken pairs left out, named in {tmp_path / 'run' / 'broken.txt'}" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as exit:
+        main([*arguments, f"run.dir={tmp_path / 'third'}", "data.max_broken=0.01"])
+    assert exit.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "at least 1 of 26 pairs are broken, which is more than data.max_broken = 0.01; the first is " in said
+    assert not (tmp_path / "third").exists()
+
+
+def test_a_step_may_be_made_of_several_batches(recipe, tmp_path):
+    main(recipe("optim.accumulate=3", "optim.steps=3", "run.log_every=1"))
+    lines = records(tmp_path / "run")[1:]
+    assert [(line["optimizer_steps"], line["pairs"]) for line in lines] == [(1, 24), (2, 48), (3, 72)]
+
+
+@pytest.mark.parametrize("form", ["factory", "parquet"])
+def test_a_resumed_run_goes_on_bit_for_bit(recipe, file_recipe, tmp_path, form):
+    common = ("run.save_every=1", "optim.accumulate=2", "run.log_every=1")
+    arguments = recipe("optim.steps=3", *common) if form == "factory" else file_recipe(form, *common)
+    main(arguments)
+    run = tmp_path / "run"
+    kept = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert kept == ["000001", "000002"]
+    whole, lines = judge_of(run), records(run)
+    shutil.rmtree(run / "checkpoints" / "000002")
+    shutil.rmtree(run / "judge")
+    main([*arguments, "run.resume=true"])
+    assert same(judge_of(run), whole)
+    measured = ("iteration", "pairs", "optimizer_steps", "loss", "grad_norm", "accuracy", "heldout_accuracy")
+    assert [[line[k] for k in measured] for line in records(run)] == [[line[k] for k in measured] for line in lines]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["accuracy"]["before"] == lines[0]["heldout_accuracy"]
+
+
+@pytest.mark.parametrize(
+    "override, sentence",
+    [
+        ("optim.lr=1e-4", "belongs to another configuration (optim.lr: 0.001 -> 0.0001)"),
+        ("data.labels=pickscore", "belongs to another configuration (data.labels: 'given' -> 'pickscore')"),
+    ],
+)
+def test_a_changed_recipe_is_not_gone_on_with(file_recipe, tmp_path, capsys, override, sentence):
+    main(file_recipe("jsonl", "run.save_every=2"))
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    with pytest.raises(SystemExit) as exit:
+        main(file_recipe("jsonl", "run.save_every=2", "run.resume=true", override))
+    assert exit.value.code == 2
+    assert sentence in capsys.readouterr().err
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+
+
+def two_processes(arguments, pythonpath):
+    """`deepspeed --num_accelerators 2 engine/train_judge.py ...`, which must end well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launcher = Path(sys.executable).with_name("deepspeed")
+    paths = {"PYTHONPATH": str(pythonpath), "PATH": f"{launcher.parent}{os.pathsep}{os.environ['PATH']}"}
+    command = [launcher, "--num_accelerators", "2", "--master_port", port, train_judge.__file__, *arguments]
+    environment = os.environ | paths | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="DeepSpeed builds its communication op for CPUs with g++")
+def test_two_processes_train_one_judge(recipe, tmp_path):
+    two_processes(recipe(), tmp_path)
+    last = records(tmp_path / "run")[-1]
+    assert (last["pairs"], last["optimizer_steps"]) == (96, 6)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["optimizer_state_bytes_per_rank"] < 1.1 * 8 * summary["parameters"] / 2
+    StepAwarePreferenceModel.load(JudgeConfig(path=str(tmp_path / "run" / "judge")), ALONE.device)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="DeepSpeed builds its communication op for CPUs with g++")
+def test_two_processes_share_a_cache_and_go_on_bit_for_bit(file_recipe, tmp_path):
+    arguments = file_recipe(
+        "parquet", "optim.batch=1", "optim.accumulate=2", "data.labels=pickscore", "run.save_every=1"
+    )
+    two_processes(arguments, tmp_path)
+    run = tmp_path / "run"
+    whole = judge_of(run)
+    assert len(list((tmp_path / "cache" / "latents").rglob("*.entry"))) == 12
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["000001", "000002"]
+    shutil.rmtree(run / "judge")
+    two_processes([*arguments, "run.resume=true"], tmp_path)
+    assert same(judge_of(run), whole)
+
+
+@pytest.mark.parametrize(
+    "override, sentence",
+    [
+        ("optim.step=3", "unknown key optim.step; did you mean optim.steps?"),
+        ("model.path=nowhere", "model.path: no such file or folder nowhere"),
+        ("judge.path=nowhere", "judge.path: no such file or folder nowhere"),
+        ("data.source=bright_pairs", "data.source: bright_pairs is no folder of Pick-a-Pic parquet files, no .jsonl"),
+        ("data.source=dark_pairs:load", "data.source: no module dark_pairs"),
+        ("optim.warmup=6", "optim: warmup is 6, but must be smaller than steps = 6"),
+        ("run.device=tpu", "run.device: found 'tpu'"),
+    ],
+    ids=["key", "model", "judge", "colon", "module", "warmup", "device"],
+)
+def test_mistakes_end_with_one_sentence(recipe, tmp_path, capsys, override, sentence):
+    with pytest.raises(SystemExit) as exit:
+        main(recipe(override))
+    said = capsys.readouterr()
+    assert exit.value.code == 2
+    assert said.err.count("\n") == 1
+    assert sentence in said.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_in_use_is_left_alone(recipe, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "thesis.txt").write_text("mine")
+    with pytest.raises(SystemExit) as exit:
+        main(recipe())
+    assert exit.value.code == 2
+    assert f"run.dir: {run} is not empty; choose a new folder, or run.resume=true" in capsys.readouterr().err
+    assert [path.name for path in run.iterdir()] == ["thesis.txt"]
+
+
+def test_a_run_folder_that_cannot_be_made(recipe, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as exit:
+        main(recipe(f"run.dir={tmp_path / 'file' / 'run'}"))
+    assert exit.value.code == 2
+    assert "cannot be written (Not a directory)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["tinyworld", "sd15", "sdxl"])
+def test_the_recipes_are_valid(name):
+    config = load(Path(__file__).parents[1] / "configs" / f"judge_{name}.yaml", cls=SpmConfig)
+    assert (config.optim.clean_share > 0) == (name == "tinyworld")
+    assert config.data.labels == ("pickscore" if name == "sdxl" else "given")
