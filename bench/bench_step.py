@@ -38,8 +38,8 @@ from strop.engine.plan.gpus import CARDS, card_called
 from strop.engine.plan.meta_models import Blueprint
 from strop.engine.plan.meter import FORMULAS
 from strop.engine.plan.peak import seconds_at_peak
-from strop.engine.runtime.metrics import Stopwatch
 from strop.engine.runtime.ranks import start
+from strop.engine.runtime.stopwatch import Stopwatch
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"

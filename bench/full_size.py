@@ -21,20 +21,21 @@ from transformers import CLIPConfig, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from strop.bench.precision import halve, noise
+from strop.engine.config.settings import varied
 from strop.engine.config.training import Config, load
 from strop.engine.errors import UserError, exit_on_user_error
 from strop.engine.judge.clip import TimeConditionedCLIP
 from strop.engine.judge.model import StepAwarePreferenceModel
-from strop.engine.methods.spo.rollout import forking_steps, rollout
-from strop.engine.methods.spo.update import learn
+from strop.engine.methods.spo.rollout import Rollout
+from strop.engine.methods.spo.update import Learner
 from strop.engine.models.architectures import FAMILIES, PICKSCORE
 from strop.engine.models.base_model import DTYPES, equip
 from strop.engine.models.conditioning import Conditioning
 from strop.engine.models.latent_diffusion import LatentDiffusion
-from strop.engine.models.policy import Policy
-from strop.engine.runtime import optimizer as zero
-from strop.engine.runtime.metrics import Metrics, Stopwatch
+from strop.engine.models.policy import Policy, Savings
+from strop.engine.runtime.optimizer import AdamWSettings, build_optimizer
 from strop.engine.runtime.ranks import Ranks
+from strop.engine.runtime.stopwatch import Stopwatch
 from strop.engine.speed.apply import prepare
 
 ROOT = Path(__file__).parents[1]
@@ -64,39 +65,39 @@ def main(argv: Sequence[str]) -> None:
 
 def measure(config: Config, family: str, architecture: dict, device: torch.device) -> dict:
     """The record of one warm iteration and of the log-ratio's noise; every pair is kept, as if the judge were sure."""
-    rollout_config = config.rollout.model_copy(update={"threshold": 0.0})
+    config = varied(config, {"rollout.threshold": 0.0})
+    model, lora = config.model, config.lora
     torch.manual_seed(0)
     with device:
-        unet = equip(UNet2DConditionModel.from_config(architecture["unet"]), config.model)
-    settings = zero.AdamWSettings.of(config.optim, 1, config.model.dtype)
-    precise = Policy(unet, config.lora.rank, config.lora.target_modules, seed=0)
+        unet = equip(UNet2DConditionModel.from_config(architecture["unet"]), model)
+    precise = Policy(unet, lora.rank, lora.target_modules, seed=0)
     move(precise)
     policy = copy.deepcopy(precise)
-    policy.unet_rows, policy.merge_lora = config.model.unet_rows, config.model.merges_lora
-    policy.share_halves = config.model.share_halves
-    halve(policy, DTYPES[config.model.dtype])
+    policy.savings = Savings.of(model, config.optim.micro_batch)
+    halve(policy, DTYPES[model.dtype])
     diffusion, judge = surroundings(config, family, architecture, device)
     for each in (precise, policy):
-        prepare(config.model, each.unet, diffusion.vae, judge.clip)
-        each.multiple = config.optim.micro_batch if config.model.compile else 1
+        prepare(model, each.unet, diffusion.vae, judge.clip)
     schedule = diffusion.schedule(config.rollout.num_steps, config.rollout.eta, config.rollout.guidance)
-    optimizer = zero.build(policy.unet, replace(settings, lr=1e-30), Ranks(0, 1, device))  # both policies stay alike
-    cond = conditioning(architecture, diffusion, config.rollout.prompts, DTYPES[config.model.dtype])
+    settings = replace(AdamWSettings.of(config.optim, 1, model.dtype), lr=1e-30)  # both policies stay alike
+    optimizer = build_optimizer(policy.unet, settings, Ranks(0, 1, device))
+    cond = conditioning(architecture, diffusion, config.rollout.prompts, DTYPES[model.dtype])
     rng = torch.Generator(device).manual_seed(0)
-    forks = forking_steps(schedule, config.rollout)
+    learner = Learner(policy, schedule, config.optim)
     for warm in (False, True):
         clock = Stopwatch(device)
+        rollout = Rollout(policy, diffusion, judge, schedule, config.rollout, clock)
         if warm and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         with clock("rollout"), policy.sampling(cond, config.rollout.text_kv) as known:
-            pairs = rollout(policy, diffusion, judge, schedule, known, rollout_config, rng, clock).pairs
+            pairs = rollout(known, rng).pairs
         with clock("update"):
-            metrics = Metrics(ROOT, device, False, start=0, iterations=1)
-            learn(pairs.shuffle(rng), forks, cond, policy, schedule, optimizer, config.optim, rng, metrics)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+            for batch in learner.batches(pairs.shuffle(rng), cond, rng):
+                optimizer.backward(learner.loss(batch)[0])
+                optimizer.step()
     return {
         "family": family,
-        "dtype": config.model.dtype,
+        "dtype": model.dtype,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "prompts": config.rollout.prompts,
@@ -104,8 +105,8 @@ def measure(config: Config, family: str, architecture: dict, device: torch.devic
         "inner_steps": config.rollout.inner_steps,
         "pairs": len(pairs),
         "seconds": clock.seconds(),
-        "peak_bytes": peak,
-        "log_ratio": noise(policy, precise, pairs[:NOISE_PAIRS], forks, schedule, cond, config),
+        "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+        "log_ratio": noise(learner, replace(learner, policy=precise), pairs[:NOISE_PAIRS], cond),
     }
 
 

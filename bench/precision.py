@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,18 +19,18 @@ from torch import Tensor
 
 from strop.bench import ours
 from strop.engine.config.training import Config, load
+from strop.engine.data.embeddings import Embeddings
 from strop.engine.data.prompts import read_prompts
 from strop.engine.errors import UserError, exit_on_user_error
 from strop.engine.judge.model import StepAwarePreferenceModel
 from strop.engine.methods.spo.pairs import PreferencePairs
-from strop.engine.methods.spo.update import micro_batches, predict
+from strop.engine.methods.spo.update import Learner, micro_batches
 from strop.engine.models.base_model import DTYPES, load_unet, quiet_libraries
 from strop.engine.models.conditioning import Conditioning
 from strop.engine.models.latent_diffusion import LatentDiffusion
 from strop.engine.models.policy import Policy
 from strop.engine.plan.meter import tf32_allowed
-from strop.engine.runtime import optimizer as zero
-from strop.engine.schedules.ddim import DDIMSchedule
+from strop.engine.runtime.optimizer import FLOAT16_SCALE
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -62,13 +63,14 @@ def measure(config: Config, iterations: int) -> dict:
     for done in range(iterations):
         pairs = ours.iteration(models, prompts[count * done : count * (done + 1)], rng, shuffle)
         print(f"iteration {done + 1} of {iterations}: {len(pairs)} pairs", flush=True)
-    cond, pairs = ours.roll(models, prompts[-count:], rng)
+    cond = Embeddings(models.diffusion, models.judge, [prompts[-count:]])[prompts[-count:]]
+    pairs = ours.roll(models, cond, rng)
     found = {}
     for name in ("float32", "float16", "bfloat16"):
         policy = copy.deepcopy(models.policy)
         halve(policy, DTYPES[name])
-        given = pairs, models.forks, models.schedule, cond.to(DTYPES[name]), config
-        found[name] = noise(policy, models.policy, *given)
+        learner = replace(models.learner, policy=policy)
+        found[name] = noise(learner, models.learner, pairs, cond.to(DTYPES[name]))
         print(f"{name}: {found[name]}", flush=True)
     return {"recipe": "tinyworld", "torch": torch.__version__, "iterations": iterations, "log_ratio": found}
 
@@ -91,25 +93,16 @@ def halve(policy: Policy, dtype: torch.dtype) -> None:
             parameter.data = trained[name]
 
 
-def noise(
-    policy: Policy,
-    precise: Policy,
-    pairs: PreferencePairs,
-    forks: Collection[int],
-    schedule: DDIMSchedule,
-    cond: Conditioning,
-    config: Config,
-) -> dict[str, float]:
+def noise(learner: Learner, precise: Learner, pairs: PreferencePairs, cond: Conditioning) -> dict[str, float]:
     """How far the margin and the LoRA's gradient in the policy's dtype are from those in float32, on some pairs.
 
     precise: the same policy in float32; cond: in the policy's dtype. noise_to_signal: root mean square of the error of
     log_ratio[winner] - log_ratio[loser], over that of itself; same_sign: share of pairs for which implicit accuracy is
     the same; gradient_cosine: between the two gradients of the mean margin.
     """
-    margin, gradient = margin_and_gradient(policy, pairs, forks, schedule, cond, config)
+    margin, gradient = margin_and_gradient(learner, pairs, cond)
     with tf32_allowed(False):
-        given = pairs, forks, schedule, cond.to(torch.float32), config
-        exact, exact_gradient = margin_and_gradient(precise, *given)
+        exact, exact_gradient = margin_and_gradient(precise, pairs, cond.to(torch.float32))
     return {
         "pairs": len(pairs),
         "noise_to_signal": ((margin - exact).square().mean() / exact.square().mean()).sqrt().item(),
@@ -118,28 +111,20 @@ def noise(
     }
 
 
-def margin_and_gradient(
-    policy: Policy,
-    pairs: PreferencePairs,
-    forks: Collection[int],
-    schedule: DDIMSchedule,
-    cond: Conditioning,
-    config: Config,
-) -> tuple[Tensor, Tensor]:
+def margin_and_gradient(learner: Learner, pairs: PreferencePairs, cond: Conditioning) -> tuple[Tensor, Tensor]:
     """(log_ratio of the winners minus that of the losers (N,), gradient of its mean by the LoRA), in float64."""
-    margins = []
-    scale = zero.FLOAT16_SCALE  # a power of two, so that it changes no digit where it is not needed
-    for parameter in policy.parameters:
+    margins, parameters = [], learner.policy.parameters
+    scale = FLOAT16_SCALE  # a power of two, so that it changes no digit where it is not needed
+    for parameter in parameters:
         parameter.grad = None
-    for batch, shared in micro_batches(pairs, config.optim.micro_batch, forks):
-        eps = predict(policy, batch, shared, schedule, cond, config.guided_update)
-        with policy.reference():
-            eps_ref = predict(policy, batch, shared, schedule, cond, config.guided_update)
-        log_ratio = schedule.log_ratio(batch.x_prev, batch.x_t, eps, eps_ref, batch.step)
+    for batch in micro_batches(pairs, learner.config.micro_batch, cond):
+        eps, eps_ref = learner.predict(batch), learner.predict_reference(batch)
+        each = batch.pairs
+        log_ratio = learner.schedule.log_ratio(each.x_prev, each.x_t, eps, eps_ref, each.step)
         margin = log_ratio[0] - log_ratio[1]
         (scale * margin.sum() / len(pairs)).backward()
         margins.append(margin.detach().double())
-    gradient = torch.cat([p.grad.flatten().double() for p in policy.parameters]) / scale
+    gradient = torch.cat([p.grad.flatten().double() for p in parameters]) / scale
     return torch.cat(margins), gradient
 
 

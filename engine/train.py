@@ -1,6 +1,6 @@
 """SPO post-training: `python engine/train.py RECIPE [key=value ...]`, with several ranks `deepspeed engine/train.py`.
 
-The whole of it on one page: build the parts, evaluate the base model, run the loop of `train`, evaluate, report.
+The whole of it on one page: build the parts, evaluate the base model, train, evaluate, report.
 """
 
 from __future__ import annotations
@@ -9,59 +9,41 @@ if not __package__:  # run as a script (PEP 366)
     __package__ = "strop.engine"
 
 import argparse
-import functools
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
-from ..kernels import use_reference
 from .config.factory import resolve
 from .config.training import Config, load
-from .data.embeddings import Embeddings
-from .data.prompts import batch_of, first_used, read_prompts, split_prompts
+from .data.embeddings import Embeddings, TrainingPrompts
+from .data.prompts import first_used, read_prompts, split_prompts
 from .errors import UserError, exit_on_user_error
+from .evaluation.compare import paired_delta
 from .evaluation.evaluator import Evaluation, Evaluator
-from .judge.model import StepAwarePreferenceModel
-from .methods.spo.pairs import balance
-from .methods.spo.rollout import check_steps, forking_steps, judged_segments, rollout
-from .methods.spo.update import learn
-from .models.base_model import load_unet, quiet_libraries
-from .models.latent_diffusion import BATCH, LatentDiffusion
-from .models.lora_file import facts, write
-from .models.policy import Policy
-from .models.tiny_decoder import TinyDecoder
+from .methods.loop import train
+from .methods.online import OnlineModels
+from .methods.protocol import Method
+from .methods.spo.method import SPO
+from .methods.spo.rollout import check_steps
+from .models.base_model import quiet_libraries
+from .models.latent_diffusion import BATCH
+from .models.lora_file import write
 from .plan.peak import seconds_at_peak
 from .report.pictures import before_after
-from .report.run_folder import make_report, paired_delta, write_summary
-from .report.tables import closing_table
-from .runtime import checkpoint
-from .runtime import optimizer as zero
-from .runtime.ledger import REASONS, Ledger, figures
-from .runtime.metrics import Metrics, RunTime, Stopwatch, read_records
-from .runtime.progress import Progress
-from .runtime.ranks import Ranks, start
-from .schedules.ddim import DDIMSchedule
-from .speed.apply import prepare
+from .report.run_folder import close_run
+from .runtime.optimizer import AdamWSettings, Optimizer, build_optimizer
+from .runtime.ranks import Ranks
+from .runtime.session import Session
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
     """Everything that a run is made of, loaded and checked."""
 
-    prompts: list[str]
-    heldout: list[str]
-    policy: Policy
-    diffusion: LatentDiffusion
-    decoder: LatentDiffusion | TinyDecoder
-    judge: StepAwarePreferenceModel
-    embeddings: Embeddings
-    schedule: DDIMSchedule
+    models: OnlineModels
+    method: Method
+    optimizer: Optimizer
     evaluator: Evaluator
-    optimizer: zero.LocalAdamW | zero.ZeroAdamW
 
 
 @exit_on_user_error
@@ -73,62 +55,42 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # given by the deepspeed launcher
     args = parser.parse_args(argv)
     quiet_libraries()
-    config = load(args.recipe, args.overrides)
-    use_reference(config.run.kernels == "reference")
-    ranks = start(config.run.device)
-    clock = Stopwatch(ranks.device)
-    checkpoint.check_run(config, ranks)
-    with Ledger(ranks.device) as ledger:
-        begun = time.perf_counter()
-        with clock("load"):
-            parts = build(config, ranks)
-            resumed = checkpoint.open_run(config, ranks, parts.policy.check_lora)
-            ledger.at_peak = seconds_at_peak(config, parts.policy.family, ranks.device)
-        ledger.before = checkpoint.ledger_before(resumed)
-        spent = RunTime(clock, begun, checkpoint.seconds_before(resumed))
-        with clock("evaluate"):
-            base = evaluate_base(parts)
-        train(config, parts, ranks, clock, spent, ledger, resumed)
-        with clock("evaluate"):
-            tuned = parts.evaluator(parts.policy, "tuned model")
-    totals = ledger.totals()
-    if ranks.first:
-        close(config, parts, ranks, base, tuned, spent(), figures(totals))
+    with Session.start(load(args.recipe, args.overrides)) as session:
+        with session.clock("load"):
+            parts = build(session)
+            session.open(parts.models.trainable)
+            session.ledger.at_peak = seconds_at_peak(session.config, parts.models.policy.family, session.ranks.device)
+        with session.clock("evaluate"), parts.models.policy.reference():
+            base = parts.evaluator("base model")  # first, so that whatever the examiner cannot do shows at once
+        train(session, parts.method, parts.optimizer)
+        with session.clock("evaluate"):
+            tuned = parts.evaluator("tuned model")
+        summary = session.summary()
+    if session.ranks.first:
+        close(session.config, parts, base, tuned, summary)
 
 
-def build(config: Config, ranks: Ranks) -> Parts:
+def build(session: Session) -> Parts:
     """Loads and checks all parts. Raises UserError for whatever the user has to mend, before anything is written."""
+    config, ranks = session.config, session.ranks
     prompts, heldout = prompts_of(config, ranks)
-    model, device, lora = config.model, ranks.device, config.lora
-    diffusion = LatentDiffusion.load(model, device)
-    unet, shape = load_unet(model, device), diffusion.latent_shape
-    savings = model.unet_rows, model.merges_lora, model.share_halves
-    policy = Policy(unet, lora.rank, lora.target_modules, config.run.seed, shape, *savings)
-    judge = StepAwarePreferenceModel.load(config.judge, device)
+    models = OnlineModels.load(config, ranks.device)
+    check_steps(config.rollout, models.schedule)
     spec = config.evaluate.examiner
-    examine = resolve(spec, "evaluate.examiner")(device) if spec else None
-    schedule = diffusion.schedule(config.rollout.num_steps, config.rollout.eta, config.rollout.guidance)
-    check_steps(config.rollout, schedule)
-    tiny = config.rollout.decoder
-    decoder = TinyDecoder.load(tiny, model.dtype, diffusion) if tiny else diffusion
-    prepare(model, policy.unet, diffusion.vae, judge.clip)
-    policy.multiple = config.optim.micro_batch if model.compile else 1
-    used = config.run.iterations * config.rollout.prompts * ranks.size
+    examine = resolve(spec, "evaluate.examiner")(ranks.device) if spec else None
+    used = config.iterations * config.rollout.prompts * ranks.size
     trained = first_used(prompts, used, config.run.seed, BATCH)
-    embeddings = Embeddings(diffusion, judge, [trained, heldout])
-    diffusion.release_text_encoders()
-    judge.release_text_tower()
+    embeddings = Embeddings(models.diffusion, models.judge, [trained, heldout])
+    models.diffusion.release_text_encoders()
+    models.judge.release_text_tower()
+    training = TrainingPrompts(prompts, embeddings, config.rollout.prompts, config.run.seed, ranks)
     return Parts(
-        prompts,
-        heldout,
-        policy,
-        diffusion,
-        decoder,
-        judge,
-        embeddings,
-        schedule,
-        Evaluator(diffusion, judge, examine, embeddings, heldout, config.evaluate, ranks, config.rollout.text_kv),
-        zero.build(policy.unet, zero.AdamWSettings.of(config.optim, config.zero.stage, model.dtype), ranks),
+        models,
+        SPO(config, models, training, session),
+        build_optimizer(
+            models.policy.unet, AdamWSettings.of(config.optim, config.zero.stage, config.model.dtype), ranks
+        ),
+        Evaluator(models, examine, embeddings, heldout, config, ranks),
     )
 
 
@@ -150,116 +112,17 @@ def prompts_of(config: Config, ranks: Ranks) -> tuple[list[str], list[str]]:
     return prompts, heldout[:count]
 
 
-def evaluate_base(parts: Parts) -> Evaluation:
-    """Before anything is trained, so that whatever the examiner cannot do shows at once."""
-    with parts.policy.reference():
-        return parts.evaluator(parts.policy, "base model")
-
-
-def train(
-    config: Config,
-    parts: Parts,
-    ranks: Ranks,
-    clock: Stopwatch,
-    spent: RunTime,
-    ledger: Ledger,
-    resumed: Path | None,
-) -> None:
-    """The loop: roll out, balance, update; log and save now and then. Leaves the last checkpoint and run.dir/lora."""
-    run, policy, optimizer = config.run, parts.policy, parts.optimizer
-    rngs = {  # prior, branches and choices are each rank's own; the shuffle is the same on all
-        "rollout": torch.Generator(ranks.device).manual_seed(run.seed + ranks.rank),
-        "shuffle": torch.Generator(ranks.device).manual_seed(run.seed),
-    }
-    done = checkpoint.restore(policy.load_lora, resumed, optimizer, rngs, ranks) if resumed else 0
-    labels = {"pairs_per_t": parts.schedule.t[:-1], "throttled": REASONS}
-    metrics = Metrics(run.dir, ranks.device, ranks.first, start=done, iterations=run.iterations, labels=labels)
-    progress = Progress(run.iterations)
-    forks = forking_steps(parts.schedule, config.rollout)
-    judged_steps = sum(map(len, judged_segments(parts.schedule, config.rollout)))
-    clock.lap()
-    for iteration in range(done, run.iterations):
-        prompts = share_of(parts.prompts, iteration, config.rollout.prompts, run.seed, ranks)
-        with clock("rollout"):
-            cond = parts.embeddings[prompts]
-            with policy.sampling(cond, config.rollout.text_kv) as known:
-                result = rollout(
-                    policy, parts.decoder, parts.judge, parts.schedule, known, config.rollout, rngs["rollout"], clock
-                )
-        with clock("update"):
-            pairs = balance(result.pairs, len(prompts), ranks, rngs["shuffle"])
-            if ranks.size > 1:  # pairs of any rank's prompts
-                cond = parts.embeddings[batch_of(parts.prompts, iteration, len(prompts) * ranks.size, run.seed)]
-            learn(pairs, forks, cond, policy, parts.schedule, optimizer, config.optim, rngs["shuffle"], metrics)
-        ledger.work(len(prompts), len(pairs))
-        possible = len(prompts) * judged_steps
-        metrics.add_total(prompts=len(prompts), pairs=len(result.pairs))
-        metrics.add_sum(pairs_per_t=result.kept)
-        metrics.add_mean(judge=result.score, kept=result.kept.sum() / possible)
-        last = iteration + 1 == run.iterations
-        if last or (iteration + 1) % run.log_every == 0:
-            seconds = clock.lap()
-            ledger.add_to(metrics, seconds["rollout"] + seconds["update"])
-            record = metrics.flush(iteration + 1, optimizer_steps=optimizer.steps, seconds=seconds)
-            if ranks.first:
-                progress.show(record)
-        if last or (iteration + 1) % run.save_every == 0:
-            with clock("save"):
-                about = facts(config, policy.family, iteration + 1)
-                write_lora = functools.partial(policy.save_lora, facts=about)
-                checkpoint.save(write_lora, config, iteration + 1, optimizer, rngs, ranks, spent(), ledger.totals())
-    metrics.close()
-
-
-def share_of(prompts: list[str], iteration: int, size: int, seed: int, ranks: Ranks) -> list[str]:
-    """This rank's `size` prompts of an iteration."""
-    everyone = batch_of(prompts, iteration, size * ranks.size, seed)
-    return everyone[ranks.rank * size : (ranks.rank + 1) * size]
-
-
-def close(
-    config: Config,
-    parts: Parts,
-    ranks: Ranks,
-    base: Evaluation,
-    tuned: Evaluation,
-    seconds: dict[str, float],
-    ledger: dict | str,
-) -> None:
-    """Writes the LoRA, summary.json, before_after.png, curves.png and report.html, and prints the closing table."""
-    run_dir = Path(config.run.dir)
-    about = facts(config, parts.policy.family, config.run.iterations)
-    lora = parts.policy.save_lora(run_dir / "lora", about)
+def close(config: Config, parts: Parts, base: Evaluation, tuned: Evaluation, summary: dict) -> None:
+    """Writes the LoRA in both formats, before_after.png and the report, and prints the closing table."""
+    run_dir, policy, heldout = Path(config.run.dir), parts.models.policy, parts.evaluator.all_prompts
+    lora = parts.models.trainable.save(run_dir / "lora", config.iterations)
     kohya = run_dir / "lora" / f"{run_dir.resolve().name}_kohya.safetensors"
-    write(parts.policy.lora(about), kohya, "kohya")
-    before_after(base.images, tuned.images, parts.heldout[: len(base.images)], run_dir / "before_after.png")
-    last = read_records(run_dir / "metrics.jsonl")[-1]
-    summary = {name: paired_delta(base.scores[name], tuned.scores[name]) for name in base.scores} | {
-        "seconds": seconds,
-        "ledger": ledger,
-        "family": parts.policy.family,
-        "iterations": config.run.iterations,
-        "prompts": last["prompts"],
-        "prompts_per_second": last["prompts"] / (seconds["rollout"] + seconds["update"]),
-        "pairs": last["pairs"],
-        "optimizer_steps": parts.optimizer.steps,
-        "optimizer_state_bytes_per_rank": parts.optimizer.state_bytes(),
-        "heldout_prompts": len(parts.heldout),
-        "world_size": ranks.size,
-        "device": torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu",
-        "seed": config.run.seed,
-        "version": version("strop"),
-        "paths": {
-            "run": str(run_dir),
-            "report": str(run_dir / "report.html"),
-            "lora": str(lora),
-            "lora_kohya": str(kohya),
-            "checkpoints": str(run_dir / "checkpoints"),
-        },
-    }
-    write_summary(run_dir, summary)
-    make_report(run_dir)
-    print(f"\n{closing_table(summary)}")
+    write(policy.lora(parts.models.trainable.facts(config.iterations)), kohya, "kohya")
+    before_after(base.images, tuned.images, heldout[: len(base.images)], run_dir / "before_after.png")
+    compared = {name: paired_delta(base.scores[name], tuned.scores[name]) for name in base.scores}
+    paths = summary["paths"] | {"lora": str(lora), "lora_kohya": str(kohya)}
+    more = {"family": policy.family, "heldout_prompts": len(heldout), "paths": paths}
+    close_run(run_dir, compared | summary | more)
 
 
 if __name__ == "__main__":

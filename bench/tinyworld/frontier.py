@@ -31,19 +31,19 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from strop.bench import ours
 from strop.bench.tinyworld.frontier_plot import plot
 from strop.engine.config.settings import differences
 from strop.engine.config.training import Config, load
+from strop.engine.data.embeddings import Embeddings
+from strop.engine.data.prompts import read_prompts
 from strop.engine.errors import UserError, exit_on_user_error
-from strop.engine.methods.spo.pairs import PreferencePairs
-from strop.engine.methods.spo.rollout import forking_steps, rollout
-from strop.engine.methods.spo.update import learn, with_reference
-from strop.engine.models.base_model import quiet_libraries
+from strop.engine.judge.model import StepAwarePreferenceModel
+from strop.engine.models.base_model import load_unet, quiet_libraries
+from strop.engine.models.latent_diffusion import LatentDiffusion
 from strop.engine.plan.meter import LACKING
 from strop.engine.runtime.checkpoint import MAY_CHANGE
-from strop.engine.runtime.metrics import Metrics, read_records
-from strop.engine.runtime.ranks import Ranks
-from strop.engine.train import Parts, build, share_of
+from strop.engine.runtime.metrics import read_records
 
 ROOT = Path(__file__).parents[2]
 EXACT, FAST = "configs/tinyworld.yaml", "configs/tinyworld_fast.yaml"
@@ -178,32 +178,23 @@ def run_one(name: str, seed: int, out: Path) -> Path:
 def costs(name: str) -> dict[str, Costs]:
     """FLOP and seconds of a variant's prompts and pairs, while the engine does a few iterations of it."""
     once = ("rollout.threshold=0", "run.iterations=1", "optim.passes=1", "optim.keep_pairs=1.0")
-    config, ranks = recipe(name, *once), Ranks(0, 1, torch.device("cpu"))
-    parts = build(config, ranks)
-    prompts = share_of(parts.prompts, 0, config.rollout.prompts, config.run.seed, ranks)
+    config, cpu = recipe(name, *once), torch.device("cpu")
+    judge = StepAwarePreferenceModel.load(config.judge, cpu)
+    models = ours.Ours(load_unet(config.model, cpu), LatentDiffusion.load(config.model, cpu), judge, config)
+    prompts = read_prompts(config.prompts.train, "prompts.train")[: config.rollout.prompts]
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernel of a CPU would not be counted
-        flop = iteration(config, parts, prompts[:2], flop_of)
-    timed = [astuple(iteration(config, parts, prompts, seconds_of)) for _ in range(2)]
+        flop = iteration(models, prompts[:2], flop_of)
+    timed = [astuple(iteration(models, prompts, seconds_of)) for _ in range(2)]
     return {"flop": flop, "seconds": Costs(*map(min, *timed))}
 
 
-def iteration(config: Config, parts: Parts, prompts: Sequence[str], measured: Callable) -> Costs:
+def iteration(models: ours.Ours, prompts: Sequence[str], measured: Callable) -> Costs:
     """One iteration as engine/train.py makes it, in three parts; measured(part) gives its result and what it took."""
-    policy, schedule, cond = parts.policy, parts.schedule, parts.embeddings[prompts]
-    forks = forking_steps(schedule, config.rollout)
-    rng = torch.Generator().manual_seed(config.run.seed)
-
-    def roll() -> PreferencePairs:
-        with policy.sampling(cond, config.rollout.text_kv) as known:
-            return rollout(policy, parts.decoder, parts.judge, schedule, known, config.rollout, rng).pairs
-
-    def train() -> None:
-        metrics = Metrics(config.run.dir, "cpu", False, start=0, iterations=1)
-        learn(pairs, forks, cond, policy, schedule, parts.optimizer, config.optim, rng, metrics)
-
-    pairs, rolled = measured(roll)
-    pairs, referred = measured(lambda: with_reference(pairs, forks, cond, policy, schedule, config.optim))
-    _, trained = measured(train)
+    rng = torch.Generator().manual_seed(models.config.run.seed)
+    cond = Embeddings(models.diffusion, models.judge, [list(prompts)])[prompts]
+    pairs, rolled = measured(lambda: ours.roll(models, cond, rng))
+    pairs, referred = measured(lambda: models.learner.with_reference(pairs, cond))
+    _, trained = measured(lambda: ours.learn(models, pairs, cond, rng))
     return Costs(rolled / len(prompts), trained / len(pairs), referred / len(pairs))
 
 

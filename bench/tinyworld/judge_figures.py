@@ -19,8 +19,9 @@ from strop.bench.tinyworld.train_vae import render_uint8
 from strop.bench.tinyworld.training import generator
 from strop.bench.tinyworld.world import break_scene, caption, sample_quality, sample_scenes
 from strop.engine.config.training import JudgeConfig, ModelConfig
+from strop.engine.judge.denoiser import Denoiser
+from strop.engine.judge.loss import preference_scores
 from strop.engine.judge.model import StepAwarePreferenceModel
-from strop.engine.judge.training import Denoiser, preference_scores
 from strop.engine.models.base_model import load_unet, quiet_libraries
 from strop.engine.models.latent_diffusion import LatentDiffusion
 

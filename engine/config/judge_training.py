@@ -91,3 +91,8 @@ class SpmConfig(Section):
     optim: SpmOptimConfig
     zero: ZeroConfig = ZeroConfig(stage=2)
     run: SpmRunConfig
+
+    @property
+    def iterations(self) -> int:
+        """How many the run has: each is one optimizer step."""
+        return self.optim.steps

@@ -288,6 +288,11 @@ class Config(Section):
     run: RunConfig
 
     @property
+    def iterations(self) -> int:
+        """How many the run has."""
+        return self.run.iterations
+
+    @property
     def guided_update(self) -> bool:
         """Whether the update has both guidance halves."""
         return self.optim.guided and self.rollout.guidance != 1

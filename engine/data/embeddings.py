@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..judge.model import StepAwarePreferenceModel
-from ..models.conditioning import ALIKE, Conditioning
+from ..models.conditioning import Conditioning
 from ..models.latent_diffusion import BATCH, LatentDiffusion
+from ..runtime.ranks import Ranks
+from .prompts import batch_of
 
 
 class Embeddings:
@@ -23,7 +25,7 @@ class Embeddings:
         self.device = diffusion.device
         self.row = {prompt: row for row, prompt in enumerate(prompt for group in groups for prompt in group)}
         parts = [self._encode(diffusion, judge, group) for group in groups]
-        self.all = Conditioning(**{field.name: self._whole(parts, field.name) for field in fields(Conditioning)})
+        self.all = Conditioning.cat(parts)
 
     def __len__(self) -> int:
         return len(self.row)
@@ -37,9 +39,27 @@ class Embeddings:
         with torch.no_grad():
             features = [judge.encode(prompts[i : i + BATCH]) for i in range(0, len(prompts), BATCH)]
         host = torch.device("cpu")
-        return diffusion.encode(prompts, onto=host).with_judge(torch.cat(features)).to(host)
+        return replace(diffusion.encode(prompts, onto=host), judge=torch.cat(features)).to(host)
 
-    @staticmethod
-    def _whole(parts: list[Conditioning], name: str) -> torch.Tensor | None:
-        values = [getattr(part, name) for part in parts]
-        return values[0] if name in ALIKE or values[0] is None else torch.cat(values)
+
+@dataclass(frozen=True, slots=True)
+class TrainingPrompts:
+    """Which prompts belong to which iteration, `each` on every rank, and what the models know of them."""
+
+    prompts: list[str]
+    embeddings: Embeddings
+    each: int
+    seed: int
+    ranks: Ranks
+
+    def mine(self, iteration: int) -> Conditioning:
+        """This rank's prompts of an iteration."""
+        begin = self.ranks.rank * self.each
+        return self.embeddings[self._of_all(iteration)[begin : begin + self.each]]
+
+    def everyone(self, iteration: int) -> Conditioning:
+        """All ranks' prompts of an iteration, in rank order."""
+        return self.embeddings[self._of_all(iteration)]
+
+    def _of_all(self, iteration: int) -> list[str]:
+        return batch_of(self.prompts, iteration, self.each * self.ranks.size, self.seed)

@@ -6,7 +6,7 @@ taken as they come and never cached. Reading is data/pair_files.py, the pass bef
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 from ..config.factory import resolve
 from ..config.judge_training import SpmConfig
 from ..errors import UserError
+from ..judge.denoiser import Denoiser
 from ..judge.model import StepAwarePreferenceModel
-from ..judge.training import Denoiser, load_pairs
 from ..models.latent_diffusion import LatentDiffusion
 from ..runtime.ranks import Ranks
 from .pair_cache import PairCache
@@ -175,6 +175,30 @@ def make_sets(
     sources = [train.source] if heldout.source is train.source else [train.source, heldout.source]
     broken += [line for source in sources for line in source.broken]
     return PairSets(*sets, broken, sum(source.left_out for source in sources), entries is not None)
+
+
+def load_pairs(factory: Callable[[int, int], Dataset], spec: str, seed: int, size: int) -> Dataset:
+    """factory(seed, size), its first pair checked. spec: the entry point data.source, where factory comes from.
+
+    Raises UserError where the pairs are not as data.source describes them.
+    """
+    pairs = factory(seed, size)
+    if len(pairs) < 1:
+        raise UserError(f"data.source: {spec} gives no pair, expected {size}")
+    first = pairs[0]
+    missing = [name for name in ("image_0", "image_1", "caption", "label_0", "label_1") if name not in first]
+    if missing:
+        raise UserError(f"data.source: the pairs of {spec} lack {', '.join(missing)}; found {', '.join(first)}")
+    shapes = [tuple(first[name].shape) for name in ("image_0", "image_1")]
+    if shapes[0] != shapes[1] or len(shapes[0]) != 3 or shapes[0][0] != 3:
+        raise UserError(
+            f"data.source: the images of {spec} have shapes {shapes[0]} and {shapes[1]}, expected (3, H, W)"
+        )
+    if abs(first["label_0"] + first["label_1"] - 1) > 1e-6:
+        raise UserError(
+            f"data.source: the labels of {spec} are {first['label_0']} and {first['label_1']}, expected sum 1"
+        )
+    return pairs
 
 
 def _opened(spec: str, key: str, labelled: bool, max_broken: float) -> PairSource:

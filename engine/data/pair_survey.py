@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..errors import UserError
+from ..judge.denoiser import Denoiser
 from ..judge.model import StepAwarePreferenceModel
-from ..judge.training import Denoiser
 from ..models.latent_diffusion import LatentDiffusion
 from ..runtime.progress import duration
 from ..runtime.ranks import Ranks

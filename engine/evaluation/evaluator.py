@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..config.training import EvaluateConfig
+from ..config.training import Config
 from ..data.embeddings import Embeddings
-from ..judge.model import StepAwarePreferenceModel
+from ..methods.online import OnlineModels
 from ..models.conditioning import Conditioning
-from ..models.latent_diffusion import LatentDiffusion
-from ..models.policy import Policy
 from ..runtime.ranks import Ranks, gather_rows, share
 
 Examine = Callable[[Tensor, list[str]], dict[str, Tensor]]
@@ -36,34 +34,30 @@ class Evaluator:
 
     def __init__(
         self,
-        diffusion: LatentDiffusion,
-        judge: StepAwarePreferenceModel,
+        models: OnlineModels,
         examine: Examine | None,
         embeddings: Embeddings,
         prompts: list[str],
-        config: EvaluateConfig,
+        config: Config,
         ranks: Ranks,
-        text_kv: bool = True,
     ):
-        """prompts: held-out, the same on every rank, in `embeddings`; each rank takes a contiguous share of them.
-
-        text_kv: as rollout.text_kv.
-        """
-        self.diffusion, self.judge, self.examine, self.embeddings = diffusion, judge, examine, embeddings
-        self.config, self.ranks, self.text_kv = config, ranks, text_kv
-        self.schedule = diffusion.schedule(config.num_steps, eta=0.0, guidance=config.guidance)
+        """prompts: held-out, the same on every rank, in `embeddings`; each rank takes a contiguous share of them."""
+        self.policy, self.diffusion, self.judge = models.policy, models.diffusion, models.judge
+        self.examine, self.embeddings, self.ranks = examine, embeddings, ranks
+        self.config, self.text_kv = config.evaluate, config.rollout.text_kv
+        self.schedule = self.diffusion.schedule(self.config.num_steps, eta=0.0, guidance=self.config.guidance)
         self.rows = share(len(prompts), ranks)
         self.all_prompts, self.prompts = prompts, prompts[self.rows]
-        self.pictures = min(config.pictures, len(self.prompts))
+        self.pictures = min(self.config.pictures, len(self.prompts))
 
     @torch.no_grad()
-    def __call__(self, policy: Policy, name: str) -> Evaluation:
+    def __call__(self, name: str) -> Evaluation:
         """Scores of one image per prompt. Noise belongs to the prompt's number, whatever the batch or the ranks.
 
         name: of what is evaluated, for the terminal.
         """
         rng = torch.Generator(self.diffusion.device).manual_seed(self.config.seed)
-        noise = self.schedule.prior((len(self.all_prompts), *policy.latent_shape), rng)[self.rows]
+        noise = self.schedule.prior((len(self.all_prompts), *self.policy.latent_shape), rng)[self.rows]
         scores: dict[str, list[Tensor]] = {}
         images = []
         starts = range(0, len(self.prompts), self.config.batch)
@@ -72,21 +66,21 @@ class Evaluator:
         for start in tqdm(starts, unit="batch", leave=False, disable=None if self.ranks.first else True):
             prompts = self.prompts[start : start + self.config.batch]
             cond = self.embeddings[prompts]
-            with policy.sampling(cond, self.text_kv) as known:
-                batch = self._sample(policy, noise[start : start + len(prompts)], known)
+            with self.policy.sampling(cond, self.text_kv) as known:
+                batch = self._sample(noise[start : start + len(prompts)], known)
             for name, values in self._score(batch, prompts, cond).items():
                 scores.setdefault(name, []).append(values)
             images.append(batch[: max(0, self.pictures - start)].cpu())
         gathered = {name: gather_rows(torch.cat(values).float(), self.ranks).cpu() for name, values in scores.items()}
         return Evaluation(gathered, torch.cat(images)[: self.pictures])
 
-    def _sample(self, policy: Policy, x: Tensor, cond: Conditioning) -> Tensor:
+    def _sample(self, x: Tensor, cond: Conditioning) -> Tensor:
         """Images (N, 3, H, W) in [-1, 1] from noise (N, C, h, w)."""
         for i in range(self.schedule.num_steps):
-            eps = policy.eps(x, self.schedule.timesteps(i, len(x)), cond, guided=self.schedule.guidance != 1)
+            eps = self.policy.eps(x, self.schedule.timesteps(i, len(x)), cond, self.schedule.guided)
             x = self.schedule.mean(x, eps, i)
         return self.diffusion.decode(x).float().clamp(-1, 1)
 
     def _score(self, images: Tensor, prompts: list[str], cond: Conditioning) -> dict[str, Tensor]:
         examined = self.examine(images, prompts) if self.examine else {}
-        return {**examined, "judge": self.judge.score(images.unsqueeze(0), cond.judge, t=0)[0]}
+        return {**examined, "judge": self.judge.score_images(images.unsqueeze(0), cond.judge, t=0)[0]}

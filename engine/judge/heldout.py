@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..config.judge_training import SpmConfig
-from ..runtime.metrics import Metrics
 from ..runtime.ranks import Ranks
+from .denoiser import Denoiser
+from .loss import agreement, labels_of, preference_scores
 from .model import StepAwarePreferenceModel
-from .training import Denoiser, agreement, labels_of, preference_scores
 
 TIMESTEPS = (0, 251, 501, 701, 951)  # where held-out accuracy is measured; at 0 the images are shown clean
 
@@ -52,20 +52,25 @@ def heldout_views(
 
 
 @torch.no_grad()
-def evaluate(
+def accuracy(
     judge: StepAwarePreferenceModel,
     views: list[View],
     autocast: Callable[[], AbstractContextManager],
-    ranks: Ranks,
-    metrics: Metrics,
-) -> None:
-    """Adds the share of held-out pairs that the judge orders as labelled, at each of TIMESTEPS; ties are left out."""
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """(share of this rank's held-out pairs that the judge orders as labelled, of how many), at each of TIMESTEPS: (T,).
+
+    Ties are left out.
+    """
+    right = torch.zeros(len(TIMESTEPS), dtype=torch.float64, device=device)
+    decided = torch.zeros_like(right)
     for view in views:
         with autocast():
             text = judge.encode(view.captions)
             for at, value in enumerate(TIMESTEPS):
-                t = torch.full((len(text),), value, device=ranks.device)
-                scores = preference_scores(judge, view.pixels[at].to(ranks.device).float(), text, t)
-                right, decided = agreement(scores.float(), view.labels)
-                here = torch.arange(len(TIMESTEPS), device=ranks.device) == at
-                metrics.add_mean(here * decided, heldout_accuracy=here * right.double() / decided.clamp(min=1))
+                t = torch.full((len(text),), value, device=device)
+                scores = preference_scores(judge, view.pixels[at].to(device).float(), text, t)
+                right_here, decided_here = agreement(scores.float(), view.labels)
+                right[at] += right_here
+                decided[at] += decided_here
+    return right / decided.clamp(min=1), decided

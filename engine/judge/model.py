@@ -11,7 +11,9 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from ..config.training import JudgeConfig
+from ..models.conditioning import Conditioning
 from . import files as judge_files
+from .candidates import Candidates
 from .clip import TimeConditionedCLIP
 
 STEPLESS_T = 0  # what a judge that is never told the timestep is told instead, in training and in scoring
@@ -75,13 +77,17 @@ class StepAwarePreferenceModel:
         """Gives back the text tower's memory once the features of all prompts are known; no encode or save after it."""
         self.clip.text_model = self.clip.text_projection = None
 
+    def score(self, candidates: Candidates, cond: Conditioning) -> Tensor:
+        """Scores (K, B) of the images that k branches of B prompts will become; cond of these prompts."""
+        return self.score_images(candidates.images, cond.judge, candidates.t)
+
     @torch.no_grad()
-    def score(self, images: Tensor, text: Tensor, t: int) -> Tensor:
+    def score_images(self, images: Tensor, text: Tensor, t: float) -> Tensor:
         """Scores (K, B) of images (K, B, 3, H, W) in [-1, 1] for text features (B, E) at training timestep t."""
         scores = self.compare(self.pixels(images.flatten(0, 1)), text.repeat(len(images), 1), t)
         return scores.view(images.shape[:2])
 
-    def compare(self, pixels: Tensor, text: Tensor, t: Tensor | int) -> Tensor:
+    def compare(self, pixels: Tensor, text: Tensor, t: Tensor | float) -> Tensor:
         """Scores (N,) of normalised pixels (N, 3, S, S) and text features (N, E); t (N,), or one for all."""
         image = F.normalize(self.clip.image_features(pixels, STEPLESS_T if self.kind == "spm_no_step" else t), dim=-1)
         return self.clip.logit_scale.exp() * (image * text).sum(-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,11 +15,32 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
+from ..config.training import Config, ModelConfig
 from ..errors import UserError
 from ..speed.shared_halves import SharedHalves
 from ..speed.text_kv import kept_text
 from .conditioning import Conditioning
-from .lora_file import LORA_FILE, Lora, read, write
+from .lora_file import LORA_FILE, Lora, facts, read, write
+
+
+@dataclass(frozen=True, slots=True)
+class Savings:
+    """What a policy may save without a change of its numbers but for rounding.
+
+    unet_rows: most rows of a forward while sampling; None is no bound. merge_lora: while sampling, the LoRA is part of
+    the weights. share_halves: what both guidance halves have in common is computed once. multiple: in the update,
+    latents are filled up to a multiple of this, because a compiled UNet needs the same rows each time.
+    """
+
+    unet_rows: int | None = None
+    merge_lora: bool = False
+    share_halves: bool = False
+    multiple: int = 1
+
+    @classmethod
+    def of(cls, model: ModelConfig, micro_batch: int) -> Savings:
+        """Those of section `model`; micro_batch: pairs per forward of the update."""
+        return cls(model.unet_rows, model.merges_lora, model.share_halves, micro_batch if model.compile else 1)
 
 
 class Policy:
@@ -32,23 +53,16 @@ class Policy:
         target_modules: tuple[str, ...],
         seed: int,
         latent_shape: tuple[int, int, int] | None = None,
-        unet_rows: int | None = None,
-        merge_lora: bool = False,
-        share_halves: bool = False,
+        savings: Savings = Savings(),
     ):
         """Adds a fresh LoRA: A ~ N(0, 1/rank^2) from `seed`, B = 0, alpha = rank: policy and reference start equal.
 
-        latent_shape: (C, h, w) of a latent; None is the UNet's own resolution. unet_rows: most rows of a forward inside
-        `sampling`; None is no bound. merge_lora: inside `sampling`, the LoRA is part of the weights. share_halves: what
-        both guidance halves have in common is computed once.
+        latent_shape: (C, h, w) of a latent; None is the UNet's own resolution.
         """
         self.unet = unet.requires_grad_(False).eval()
         self.rank = rank
-        self.unet_rows = unet_rows
-        self.merge_lora = merge_lora
-        self.share_halves = share_halves
+        self.savings = savings
         self.is_sampling = self.is_reference = False
-        self.multiple = 1  # outside of `sampling`, latents are filled up to a multiple of this (speed/apply.py)
         size = unet.config.sample_size
         self.latent_shape = latent_shape or (unet.config.in_channels, size, size)
         config = PeftLoraConfig(
@@ -75,12 +89,12 @@ class Policy:
         with the prompt; (1, N, C, H, W) when not guided. DDIMSchedule combines the halves.
         """
         forward = self._in_parts if self.is_sampling else self._filled_up
-        with self._halves.shared() if guided and self.share_halves else nullcontext():
+        with self._halves.shared() if guided and self.savings.share_halves else nullcontext():
             return forward(x, step_t, cond, guided)
 
     def _in_parts(self, x: Tensor, step_t: Tensor, cond: Conditioning, guided: bool) -> Tensor:
         """As eps, with at most unet_rows rows in one forward."""
-        at_once = (self.unet_rows or 0) // (2 if guided else 1)
+        at_once = (self.savings.unet_rows or 0) // (2 if guided else 1)
         if at_once == 0 or len(x) <= at_once:
             return unet_eps(self.unet, x, step_t, cond, guided)
         parts = [slice(start, start + at_once) for start in range(0, len(x), at_once)]
@@ -88,7 +102,7 @@ class Policy:
 
     def _filled_up(self, x: Tensor, step_t: Tensor, cond: Conditioning, guided: bool) -> Tensor:
         """As eps, with latents filled up to a multiple of `multiple` by copies of the last."""
-        missing = -len(x) % self.multiple
+        missing = -len(x) % self.savings.multiple
         if missing == 0:
             return unet_eps(self.unet, x, step_t, cond, guided)
         full = torch.arange(len(x) + missing, device=x.device).clamp(max=len(x) - 1)
@@ -101,7 +115,7 @@ class Policy:
         Gives the Conditioning to sample with. text_kv: keys and values of its text are computed here, once; inside, the
         policy must then stay as it is.
         """
-        merged = merged_lora(self.unet) if self.merge_lora and not self.is_reference else nullcontext()
+        merged = merged_lora(self.unet) if self.savings.merge_lora and not self.is_reference else nullcontext()
         self.is_sampling = True
         try:
             with torch.no_grad(), merged:
@@ -182,6 +196,31 @@ class Policy:
         raise UserError(
             f"{source} is of another base model: {name} is {found}, expected {expected}; use one of this model"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedLora:
+    """A policy's LoRA as what a run trains; its files say where it comes from."""
+
+    policy: Policy
+    config: Config
+    keep = None  # all checkpoints stay: they are small
+
+    def save(self, folder: Path, iteration: int) -> Path:
+        """Writes folder/LORA_FILE and returns its path."""
+        return self.policy.save_lora(folder, self.facts(iteration))
+
+    def facts(self, iteration: int) -> dict[str, str]:
+        """What a header says after so many iterations."""
+        return facts(self.config, self.policy.family, iteration)
+
+    def load(self, folder: Path) -> None:
+        """Takes the LoRA of a folder. Raises UserError where it does not fit the policy."""
+        self.policy.load_lora(folder)
+
+    def check(self, folder: Path) -> None:
+        """As load, but changes nothing."""
+        self.policy.check_lora(folder)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from ..config.training import Config
 from .row_counts import Tally
 
 FLOAT = 4  # LoRA, its gradients and latents are float32
-INT = 8
+INT, BOOL = 8, 1
 
 
 def zero_bytes(config: Config, counted: Tally, lora: int, ranks: int) -> float:
@@ -25,7 +25,7 @@ def zero_bytes(config: Config, counted: Tally, lora: int, ranks: int) -> float:
 
 def pair_bytes(counted: Tally, latent: int) -> float:
     """Of one preference pair; latent: numbers in one."""
-    return (counted.sides + 2) * latent * FLOAT + 2 * INT
+    return (counted.sides + 2) * latent * FLOAT + 2 * INT + BOOL
 
 
 def balance_bytes(counted: Tally, latent: int, ranks: int) -> float:

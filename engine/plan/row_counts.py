@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from ..config.training import Config
+from ..judge.candidates import Candidates
 from ..methods.spo.pairs import balance
-from ..methods.spo.rollout import forking_steps, rollout
-from ..methods.spo.update import learn
+from ..methods.spo.rollout import Rollout
+from ..methods.spo.update import Learner
 from ..models.conditioning import Conditioning
 from ..runtime.ranks import Ranks
 from ..schedules.ddim import DDIMSchedule
@@ -55,37 +56,33 @@ def tally(config: Config, schedule: DDIMSchedule) -> Tally:
     prompts = config.rollout.prompts
     cond = Conditioning(torch.zeros(prompts, 1, 1), torch.zeros(1, 1, 1), torch.zeros(prompts))
     rng = torch.Generator().manual_seed(0)
-    made = rollout(notes, notes, notes, schedule, cond, config.rollout, rng, notes.clock).pairs
-    pairs = balance(made, prompts, ALONE, rng)
-    forks = forking_steps(schedule, config.rollout)
+    made = Rollout(notes, notes, notes, schedule, config.rollout, notes.clock)(cond, rng).pairs
+    learner = Learner(notes, schedule, config.optim)
     notes.stage = "update"
-    learn(pairs, forks, cond, notes, schedule, notes, config.optim, rng, notes)
-    return Tally(
-        prompts,
-        notes.rows,
-        notes.most,
-        len(made),
-        len(made.x_t),
-        notes.trained // config.optim.passes,
-        notes.micro_batches,
-    )
+    micro_batches = trained = 0
+    for batch in learner.batches(balance(made, prompts, ALONE, rng), cond, rng):
+        learner.loss(batch)
+        micro_batches += 1
+        trained += len(batch)
+    pairs = trained // config.optim.passes
+    return Tally(prompts, notes.rows, notes.most, len(made), len(made.x_t), pairs, micro_batches)
 
 
 class _Notes:
-    """Policy, diffusion, judge, optimizer and metrics in one, none of which does anything but note what it is given."""
+    """Policy, decoder and judge in one, none of which does anything but note what it is given."""
 
     latent_shape = (1, 1, 1)
 
     def __init__(self, config: Config):
         self.multiple = config.optim.micro_batch if config.model.compile else 1
         self.rows, self.most = Counter(), Counter()
-        self.trained = self.micro_batches = 0
         self.stage, self.is_reference = "", False
 
     @contextmanager
     def clock(self, stage: str) -> Iterator[None]:
-        self.stage = stage
+        outer, self.stage = self.stage, stage
         yield
+        self.stage = outer
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -108,22 +105,11 @@ class _Notes:
         self._note("decode", latents[..., 0, 0, 0].numel())
         return latents
 
-    def score(self, images: Tensor, text: Tensor, t: int) -> Tensor:
+    def score(self, candidates: Candidates, cond: Conditioning) -> Tensor:
         """Scores (K, B) so far apart that no threshold takes a pair for unsure."""
-        k, prompts = images.shape[:2]
+        k, prompts = candidates.images.shape[:2]
         self._note("judge", k * prompts)
         return 1e3 * torch.arange(k, dtype=torch.float32).unsqueeze(1).expand(k, prompts)
-
-    def backward(self, loss: Tensor) -> None:
-        """The optimizer's."""
-
-    def step(self) -> None:
-        """The optimizer's."""
-
-    def add_mean(self, weight: float = 1.0, **values: Tensor) -> None:
-        """The metrics': of a micro-batch, whose pairs are the weight."""
-        self.trained += weight
-        self.micro_batches += 1
 
     def _note(self, call: str, rows: int) -> None:
         self.rows[self.stage, call] += rows

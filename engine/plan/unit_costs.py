@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ..judge.model import StepAwarePreferenceModel
 from ..methods.spo.pairs import PreferencePairs
-from ..methods.spo.update import update
+from ..methods.spo.update import Learner, MicroBatch
 from ..models.conditioning import Conditioning
 from ..models.latent_diffusion import BATCH, LatentDiffusion
-from ..models.policy import Policy
+from ..models.policy import Policy, Savings
 from ..models.tiny_decoder import TinyDecoder
 from ..speed.apply import make_lean
 from .meta_models import Blueprint
@@ -162,8 +162,8 @@ def unet_prices(
     config, cond = blueprint.config, blueprint.conditioning(1)
     x = torch.empty(1, *blueprint.latent_shape, device="meta")
     text_kv = config.rollout.text_kv and not as_published
-    policy.merge_lora = config.model.merges_lora and not as_published
-    policy.share_halves = config.model.share_halves and not as_published
+    model = config.model
+    policy.savings = Savings() if as_published else Savings(None, model.merges_lora, model.share_halves)
     merge, keep, sample, alone = sampling(policy, x, cond, text_kv)
     with policy.reference():
         _, keep_base, base, alone_base = sampling(policy, x, cond, text_kv)
@@ -212,8 +212,9 @@ def updating(
         parameter.grad = torch.empty_like(parameter)
     schedule, config = blueprint.schedule("meta"), blueprint.config
     zero = torch.zeros(1, dtype=torch.int64, device="meta")
-    pair = PreferencePairs(x.unsqueeze(0), x.expand(2, *x.shape).clone(), zero, zero)
-    reading = gauge(lambda: update(pair, 1, cond, policy, schedule, _NoOptimizer(), config.optim, _NoMetrics()))
+    pair = PreferencePairs(x.unsqueeze(0), x.expand(2, *x.shape).clone(), zero, zero, zero.bool())
+    learner, batch = Learner(policy, schedule, config.optim), MicroBatch(pair, 1, cond)
+    reading = gauge(lambda: learner.loss(batch)[0].backward())
     return reading, 2 if config.guided_update else 1
 
 
@@ -268,18 +269,3 @@ def _bytes(*networks: nn.Module) -> int:
 
 def _t() -> Tensor:
     return torch.zeros(1, dtype=torch.int64, device="meta")
-
-
-class _NoOptimizer:
-    """The backward pass alone."""
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-
-    def step(self) -> None:
-        """Keeps the gradients where they are."""
-
-
-class _NoMetrics:
-    def add_mean(self, weight: float = 1.0, **values: Tensor) -> None:
-        """Nothing is logged."""

@@ -9,8 +9,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-import yaml
-
+from .run import Run
 from .tables import count_rows, ledger_rows, score_rows, stage_rows
 from .verdict import NOT_MEASURED, Finding, headline, verdict
 
@@ -53,22 +52,22 @@ summary { cursor: pointer; font-size: 1.1rem; font-weight: 700; margin-top: 2.6r
 """
 
 
-def page(run_dir: Path, records: Sequence[dict], summary: dict, config: str) -> str:
+def page(run: Run) -> str:
     """The HTML of a run's report. Pictures are those of the run folder; one that is missing is said to be."""
-    findings = verdict(records, summary)
+    run_dir, summary, config = run.dir, run.summary, run.config
+    findings = verdict(run)
+    notes = " ".join(column.not_drawn for column in run.columns if column.not_drawn)
     sections = [
         _head(run_dir, findings),
         _scores(summary),
-        _section("Before and after", _picture(run_dir / "before_after.png", "Base model above, tuned model below")
-                 + _note("Base model above, tuned model below; each column starts from the same noise.")),
+        "" if run.trains_judge else _before_and_after(run_dir),
         _section("While it trained", _picture(run_dir / "curves.png", "Curves over the iterations", chart=True)
-                 + _note("The loss is left out on purpose: it stays near ln 2 = 0.693 whether a run works or not. "
-                         "Watch the judge's score instead.")),
+                 + (_note(notes) if notes else "")),
         _section("Where the time went", _times(summary)),
         _section("What was done", _list(count_rows(summary))),
         _section("What it cost the GPU", _list(ledger_rows(summary))),
         _section("Where things lie", _list((name, str(path)) for name, path in _paths(run_dir, summary))),
-        _section("Use the LoRA", f"<pre><code>{escape(_snippet(summary, config))}</code></pre>"),
+        "" if run.trains_judge else _section("Use the LoRA", f"<pre><code>{escape(_snippet(run))}</code></pre>"),
         f"<details><summary>Configuration</summary><pre>{escape(config or NOT_MEASURED)}</pre></details>",
     ]  # fmt: skip
     return (
@@ -97,6 +96,9 @@ def _scores(summary: dict) -> str:
         f"Means over {f'{count:,} ' if count else ''}prompts that were not trained on, same noise for both models. "
         "The interval is that of the paired change, mean \u00b1 1.96 standard errors."
     )
+    if "heldout_pairs" in summary:
+        pairs = f"{summary['heldout_pairs']:,} pairs that were not trained on"
+        note = f"Share of {pairs} which the judge orders as labelled; a wide interval, as if of independent answers."
     return _section("Held-out scores", _table(("", "base", "tuned", "change", "95% interval"), rows) + _note(note))
 
 
@@ -115,10 +117,16 @@ def _times(summary: dict) -> str:
     return f'<div class="wide"><table>{"".join(cells)}</table></div>'
 
 
-def _snippet(summary: dict, config: str) -> str:
+def _before_and_after(run_dir: Path) -> str:
+    picture = _picture(run_dir / "before_after.png", "Base model above, tuned model below")
+    note = _note("Base model above, tuned model below; each column starts from the same noise.")
+    return _section("Before and after", picture + note)
+
+
+def _snippet(run: Run) -> str:
     """Five lines of diffusers that draw a picture with the LoRA of this run."""
-    recipe = yaml.safe_load(config) or {}
-    base = (recipe.get("model") or {}).get("path", "BASE_MODEL")
+    summary = run.summary
+    base = (run.recipe.get("model") or {}).get("path", "BASE_MODEL")
     lora = (summary.get("paths") or {}).get("lora", "LORA")
     kind, load = "AutoPipelineForText2Image", "from_pretrained"
     if str(base).endswith(".safetensors"):

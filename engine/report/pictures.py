@@ -6,10 +6,10 @@ of SPO stays near ln 2 in good runs and in bad ones.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -17,45 +17,36 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..runtime.columns import Column, Curve, Heatmap
+
 INK, FAINT, LINE, LIMIT = "#22262b", "#6b7280", "#1f6f8b", "#b4532a"
+SHADES = colormaps["viridis"]  # of the lines of one curve
 
 
-class Panel(NamedTuple):
-    """One small curve: the record's field, its title, what is healthy in words, a line to compare with.
+COLUMNS_OF_CURVES = 3
 
-    share: the values lie in [0, 1] and are shown in per cent; from_zero: the axis begins at 0.
+
+def curves(
+    records: Sequence[dict], columns: Sequence[Column], path: Path | str, t_range: tuple[int, int] = (0, 999)
+) -> None:
+    """Draw a run's records over its iterations into a PNG: small curves, and below them heatmaps over timesteps.
+
+    columns: of the run's method. t_range: lowest and highest timestep that is judged (rollout.t_range); heatmaps leave
+    the others out. Thin lines are the values as logged; where there are enough of them, a thick line is their running
+    mean.
     """
-
-    field: str
-    title: str
-    healthy: str
-    limit: float | None = None
-    share: bool = False
-    from_zero: bool = False
-
-
-PANELS = (
-    Panel("judge", "Judge's score", "healthy: rises, then levels off"),
-    Panel("kept", "Pairs kept, of those possible", "healthy: steady and well above 0", share=True, from_zero=True),
-    Panel("margin", "Margin, winner over loser", "healthy: above 0 and growing", limit=0.0),
-    Panel("accuracy", "Implicit accuracy", "healthy: leaves 50% and stays above", limit=0.5, share=True),
-    Panel("clipped", "Log-ratios clipped", "healthy: stays below 50%", limit=0.5, share=True, from_zero=True),
-    Panel("grad_norm", "Gradient norm", "healthy: no growth, no repeated spikes", from_zero=True),
-)
-
-
-def curves(records: Sequence[dict], path: Path | str, t_range: tuple[int, int] = (0, 999)) -> None:
-    """Draw a run's records (see metrics.RECORD_FIELDS) over iterations into a PNG: six small curves and a heatmap.
-
-    t_range: lowest and highest timestep that is judged (rollout.t_range); the heatmap leaves the others out.
-    Thin lines are the values as logged; where there are enough of them, a thick line is their running mean.
-    """
-    figure = Figure(figsize=(12, 9.6), dpi=130, facecolor="white", layout="constrained")
+    drawn = [column for column in columns if isinstance(column.drawn, Curve)]
+    maps = [column for column in columns if isinstance(column.drawn, Heatmap)]
+    rows = -(-len(drawn) // COLUMNS_OF_CURVES)
+    heights = [1.0] * rows + [1.15] * len(maps)
+    figure = Figure(figsize=(12, 3.05 * sum(heights)), dpi=130, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(3, 3, height_ratios=(1, 1, 1.15), hspace=0.06, wspace=0.04)
-    for index, panel in enumerate(PANELS):
-        _curve(figure.add_subplot(grid[index // 3, index % 3]), records, panel)
-    _heatmap(figure, figure.add_subplot(grid[2, :]), records, t_range)
+    grid = figure.add_gridspec(len(heights), COLUMNS_OF_CURVES, height_ratios=heights, hspace=0.06, wspace=0.04)
+    for index, column in enumerate(drawn):
+        place = grid[index // COLUMNS_OF_CURVES, index % COLUMNS_OF_CURVES]
+        _curve(figure.add_subplot(place), records, column)
+    for index, column in enumerate(maps):
+        _heatmap(figure, figure.add_subplot(grid[rows + index, :]), records, column, t_range)
     figure.savefig(path, pad_inches=0.2, bbox_inches="tight")
 
 
@@ -98,39 +89,59 @@ def before_after(base: Tensor, tuned: Tensor, prompts: Sequence[str], path: Path
     canvas.save(path)
 
 
-def _curve(axes: Axes, records: Sequence[dict], panel: Panel) -> None:
-    _headline(axes, panel.title, panel.healthy)
+def _curve(axes: Axes, records: Sequence[dict], column: Column) -> None:
+    curve = column.drawn
+    _headline(axes, curve.title, curve.healthy)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     iterations = np.array([record["iteration"] for record in records])
     axes.set_xlim(iterations.min(initial=1) - 0.5, iterations.max(initial=1) + 0.5)
-    values = np.array([record.get(panel.field) for record in records], dtype=float)  # None becomes NaN
-    if not np.isfinite(values).any():
+    lines = _lines(records, column)
+    if not any(np.isfinite(values).any() for values in lines.values()):
         _say_not_measured(axes)
         return
-    if panel.limit is not None:
-        axes.axhline(panel.limit, color=LIMIT, linewidth=1, linestyle=(0, (4, 3)))
-    smooth = len(values) >= 15
-    axes.plot(iterations, values, color=LINE, linewidth=1 if smooth else 1.8, alpha=0.35 if smooth else 1,
-              marker="o" if len(values) < 30 else None, markersize=3)  # fmt: skip
-    if smooth:
-        axes.plot(iterations, running_mean(values, max(3, len(values) // 12)), color=LINE, linewidth=2.2)
-    if panel.share:
+    if curve.limit is not None:
+        axes.axhline(curve.limit, color=LIMIT, linewidth=1, linestyle=(0, (4, 3)))
+    for place, (label, values) in enumerate(lines.items()):
+        color = LINE if len(lines) == 1 else SHADES(0.25 + 0.7 * place / len(lines))
+        _line(axes, iterations, values, color, label)
+    if len(lines) > 1:
+        axes.legend(fontsize=8, frameon=False, labelcolor=FAINT)
+    if curve.share:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    if panel.from_zero:
+    if curve.from_zero:
         axes.set_ylim(0, max(axes.get_ylim()[1], 0.1))
     axes.grid(axis="y", color="#e7e9ec", linewidth=0.8)
 
 
-def _heatmap(figure: Figure, axes: Axes, records: Sequence[dict], t_range: tuple[int, int]) -> None:
-    """Pairs kept: training timesteps (noise at the top) over iterations."""
-    _headline(axes, "Pairs kept at each timestep", "healthy: no row stays empty; the judge sees differences at all t")
-    rows = [record for record in records if record.get("pairs_per_t")]
+def _lines(records: Sequence[dict], column: Column) -> dict[str, np.ndarray]:
+    """What is drawn of a column: its values (N,), or those of each label; NaN where nothing was measured."""
+    found = [record.get(column.name) for record in records]
+    if not column.labels:
+        return {"": np.array(found, dtype=float)}  # None becomes NaN
+    by_label = {str(label): [(each or {}).get(str(label)) for each in found] for label in column.labels}
+    return {column.heading.format(label): np.array(values, dtype=float) for label, values in by_label.items()}
+
+
+def _line(axes: Axes, iterations: np.ndarray, values: np.ndarray, color: object, label: str) -> None:
+    """Values as logged, where they are finite, and a running mean where there are many."""
+    there = np.isfinite(values)
+    smooth = there.sum() >= 15
+    axes.plot(iterations[there], values[there], color=color, linewidth=1 if smooth else 1.8, label=label,
+              alpha=0.35 if smooth else 1, marker="o" if there.sum() < 30 else None, markersize=3)  # fmt: skip
+    if smooth:
+        axes.plot(iterations, running_mean(values, max(3, len(values) // 12)), color=color, linewidth=2.2)
+
+
+def _heatmap(figure: Figure, axes: Axes, records: Sequence[dict], column: Column, t_range: tuple[int, int]) -> None:
+    """A vector over training timesteps (noise at the top) against iterations."""
+    _headline(axes, column.drawn.title, column.drawn.healthy)
+    rows = [record for record in records if record.get(column.name)]
     low, high = t_range
-    steps = sorted({t for record in rows for t in map(int, record["pairs_per_t"]) if low <= t <= high}, reverse=True)
+    steps = sorted({t for record in rows for t in map(int, record[column.name]) if low <= t <= high}, reverse=True)
     if not steps:
         _say_not_measured(axes)
         return
-    counts = np.array([[record["pairs_per_t"].get(str(t), 0) for record in rows] for t in steps], dtype=float)
+    counts = np.array([[record[column.name].get(str(t), 0) for record in rows] for t in steps], dtype=float)
     ends = np.array([record["iteration"] for record in rows], dtype=float)
     starts = np.concatenate([[ends[0] - (ends[1] - ends[0] if len(ends) > 1 else 1)], ends[:-1]])
     edges = np.concatenate([starts[:1], ends]) + 0.5  # a record covers the iterations after the one before
@@ -142,7 +153,7 @@ def _heatmap(figure: Figure, axes: Axes, records: Sequence[dict], t_range: tuple
     axes.set_ylabel("timestep t, noise at the top", color=FAINT, fontsize=9)
     axes.set_xlabel("iteration", color=FAINT, fontsize=9)
     bar = figure.colorbar(mesh, ax=axes, pad=0.01, aspect=14)
-    bar.set_label("pairs", color=FAINT, fontsize=9)
+    bar.set_label(column.drawn.unit, color=FAINT, fontsize=9)
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=FAINT, labelsize=9, length=0)
 

@@ -5,35 +5,16 @@ What they say is verdict.py's, the page is report/html.py's, the pictures are re
 """
 
 import json
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import yaml
-from torch import Tensor
 
 from ..errors import UserError
 from ..runtime.metrics import finite, read_records, write_atomically
 from .html import page
 from .pictures import curves
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A run folder as read: records of metrics.jsonl; {} for a summary.json not yet written, "" for no config.yaml."""
-
-    dir: Path
-    records: list[dict]
-    summary: dict
-    config: str
-
-    @property
-    def t_range(self) -> tuple[int, int]:
-        """Lowest and highest timestep that is judged, all when the configuration does not say."""
-        low, high = ((yaml.safe_load(self.config) or {}).get("rollout") or {}).get("t_range", (0, 999))
-        return low, high
+from .run import Run
+from .tables import closing_table
 
 
 def make_report(run_dir: Path | str) -> Path:
@@ -42,8 +23,8 @@ def make_report(run_dir: Path | str) -> Path:
     UserError as `read_run`.
     """
     run = read_run(run_dir)
-    curves(run.records, run.dir / "curves.png", run.t_range)
-    write_atomically(run.dir / "report.html", page(run.dir, run.records, run.summary, run.config))
+    curves(run.records, run.columns, run.dir / "curves.png", run.t_range)
+    write_atomically(run.dir / "report.html", page(run))
     return run.dir / "report.html"
 
 
@@ -81,19 +62,8 @@ def write_summary(run_dir: Path | str, summary: dict) -> Path:
     return path
 
 
-def paired_delta(base: Tensor | Sequence[float], tuned: Tensor | Sequence[float]) -> dict:
-    """Means of base (N,) and tuned (N,), their difference and its 95% interval; entry n of both is one prompt.
-
-    With d = tuned - base: delta = mean(d), ci95 = delta -+ 1.96 * sd(d) / sqrt(N), sd with N - 1 in the denominator
-    (normal approximation). One pair alone has no interval: ci95 is None. ValueError unless both are (N,) with N >= 1.
-    """
-    base, tuned = (torch.as_tensor(scores).detach().to("cpu", torch.float64) for scores in (base, tuned))
-    if base.shape != tuned.shape or base.dim() != 1 or not len(base):
-        raise ValueError(f"paired scores need one shape (N,), N >= 1, got {tuple(base.shape)} and {tuple(tuned.shape)}")
-    difference = tuned - base
-    delta = difference.mean().item()
-    interval = None
-    if len(base) > 1:
-        half = 1.96 * difference.std().item() / math.sqrt(len(base))
-        interval = [delta - half, delta + half]
-    return {"base": base.mean().item(), "tuned": tuned.mean().item(), "delta": delta, "ci95": interval}
+def close_run(run_dir: Path, summary: dict) -> None:
+    """Writes summary.json and the report of a finished run, and prints its closing table."""
+    write_summary(run_dir, summary)
+    make_report(run_dir)
+    print(f"\n{closing_table(summary)}")

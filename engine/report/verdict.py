@@ -9,6 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from statistics import fmean, stdev
 from typing import Literal, NamedTuple
 
+from ..runtime.columns import Column
+from .run import Run
+
 NOT_MEASURED = "not measured"
 
 
@@ -32,12 +35,13 @@ def number(value: float | None, sign: str = "") -> str:
     return f"{value:{sign}.2g}" if 0 < abs(value) < 0.00995 else f"{value:{sign},.3f}"
 
 
-def verdict(records: Sequence[dict], summary: dict) -> list[Finding]:
-    """The findings of a run from its records (metrics.RECORD_FIELDS) and its summary ({} for an unfinished run)."""
-    findings = list(_closing(records, summary))
-    if records:
-        findings += _judge_while_training(records)
-        findings += _warnings(records)
+def verdict(run: Run) -> list[Finding]:
+    """The findings of a run from its records and its summary ({} for an unfinished run)."""
+    findings = list(_closing(run.records, run.summary))
+    if run.records:
+        for column in run.columns:
+            findings += _trend(run.records, column) if column.trend else ()
+        findings += _warnings(run.records, run.columns)
     return findings
 
 
@@ -59,7 +63,7 @@ def headline(findings: Sequence[Finding]) -> str:
 def _closing(records: Sequence[dict], summary: dict) -> Iterator[Finding]:
     compared = examined(summary)
     for name, row in compared.items():
-        yield _comparison(name, row, summary.get("heldout_prompts"))
+        yield _comparison(name, row, summary)
     if not summary:
         reached = f"logged iteration {records[-1]['iteration']}" if records else "logged nothing"
         yield Finding("open", f"The run is not finished: it has {reached} so far. Held-out scores are {NOT_MEASURED}.")
@@ -72,8 +76,10 @@ def _closing(records: Sequence[dict], summary: dict) -> Iterator[Finding]:
         yield Finding("bad", f"{text}: the policy may have learned to please the judge and nothing else.")
 
 
-def _comparison(name: str, row: dict, prompts: int | None) -> Finding:
-    where = f"on {prompts:,} held-out prompts" if prompts else "on held-out prompts"
+def _comparison(name: str, row: dict, summary: dict) -> Finding:
+    what = "pairs" if "heldout_pairs" in summary else "prompts"
+    count = summary.get(f"heldout_{what}")
+    where = f"on {f'{count:,} ' if count else ''}held-out {what}"
     score = "the judge's score" if name == "judge" else name
     called = score[:1].upper() + score[1:]
     if row.get("delta") is None:
@@ -101,13 +107,13 @@ def _listed(names: Iterable[str]) -> str:
     return f"{', '.join(others)} and {last}" if others else last
 
 
-def _judge_while_training(records: Sequence[dict]) -> Iterator[Finding]:
-    """First against last fifth of the logged scores; they are of different prompts, so chance has its say."""
-    scores = [record["judge"] for record in records if record.get("judge") is not None]
-    fifth = len(scores) // 5
+def _trend(records: Sequence[dict], column: Column) -> Iterator[Finding]:
+    """First against last fifth of the logged values; they are of different prompts, so chance has its say."""
+    values = [record[column.name] for record in records if record.get(column.name) is not None]
+    fifth = len(values) // 5
     if fifth < 2:
         return
-    first, last = scores[:fifth], scores[-fifth:]
+    first, last = values[:fifth], values[-fifth:]
     change = fmean(last) - fmean(first)
     error = math.sqrt((stdev(first) ** 2 + stdev(last) ** 2) / fifth)
     if abs(change) <= 1.96 * error:
@@ -115,28 +121,23 @@ def _judge_while_training(records: Sequence[dict]) -> Iterator[Finding]:
     else:
         kind, verb = ("good", "rose") if change > 0 else ("bad", "fell")
     detail = f"{number(fmean(first))} in the first fifth of the records, {number(fmean(last))} in the last"
-    yield Finding(kind, f"While training, the judge's score {verb}: {detail}.")
+    yield Finding(kind, f"While training, {column.trend} {verb}: {detail}.")
 
 
-def _warnings(records: Sequence[dict]) -> Iterator[Finding]:
-    """Signs of trouble; "at the end" is the last fifth of the records."""
+def _warnings(records: Sequence[dict], columns: Sequence[Column]) -> Iterator[Finding]:
+    """Numbers that are not finite, and the signs of trouble that the columns describe."""
     broken = next((record for record in records if record.get("nonfinite")), None)
     if broken:
         names = ", ".join(broken["nonfinite"])
         yield Finding("bad", f"NaN or infinity first appeared at iteration {broken['iteration']}, in {names}.")
-    clipped, accuracy, kept = (_mean_at_end(records, name) for name in ("clipped", "accuracy", "kept"))
-    if clipped is not None and clipped > 0.5:
-        text = f"{clipped:.0%} of the log-ratios are clipped at the end, and a clipped one teaches nothing"
-        yield Finding("bad", f"{text}: try a smaller optim.lr.")
-    if accuracy is not None and accuracy < 0.52 and records[-1]["iteration"] >= 20:
-        text = f"Implicit accuracy is {accuracy:.0%} at the end, no better than a coin"
-        yield Finding("bad", f"{text}: the policy has hardly taken up the judge's preferences.")
-    if kept is not None and kept < 0.02:
-        text = f"Only {kept:.1%} of the possible pairs are kept at the end, so there is hardly anything to learn from"
-        yield Finding("bad", f"{text}: try a smaller rollout.threshold.")
+    for column in columns:
+        value = _mean_at_end(records, column.name)
+        for sign in column.signs:
+            if value is not None and sign.when(value) and records[-1]["iteration"] >= sign.after:
+                yield Finding("bad", sign.text.format(value))
 
 
-def _mean_at_end(records: Sequence[dict], field: str) -> float | None:
+def _mean_at_end(records: Sequence[dict], name: str) -> float | None:
     last = records[-max(1, len(records) // 5) :]
-    values = [record[field] for record in last if record.get(field) is not None]
+    values = [record[name] for record in last if isinstance(record.get(name), int | float)]
     return fmean(values) if values else None

@@ -1,7 +1,7 @@
 """The run folder: opened without overwriting anything, and checkpoints from which a run goes on bit for bit.
 
-A checkpoint holds what is trained (a LoRA or a judge), the optimizer state (sharded as ZeRO has it), the generators'
-states and the iteration. The frozen base model is not in it.
+A checkpoint holds what is trained, the optimizer state (sharded as ZeRO has it), the generators' states and the
+iteration. Frozen models are not in it. What a trained thing looks like on disk is its own business (Trainable).
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,9 +22,10 @@ from ..config.judge_training import SpmConfig
 from ..config.settings import differences, dump
 from ..config.training import Config, load
 from ..errors import UserError
-from .optimizer import LocalAdamW, ZeroAdamW
+from .optimizer import Optimizer
 from .ranks import Ranks
 
+Recipe = Config | SpmConfig
 MAY_CHANGE = (  # on resume; everything else decides what the run computes
     "run.dir",
     "run.iterations",
@@ -44,18 +47,90 @@ MAY_CHANGE = (  # on resume; everything else decides what the run computes
 )
 
 
-def check_run(config: Config | SpmConfig, ranks: Ranks) -> None:
+class Trainable(Protocol):
+    """What is trained: a LoRA, a judge. keep: how many checkpoints may stay in a run folder; None is all of them."""
+
+    keep: int | None
+
+    def save(self, folder: Path, iteration: int) -> None:
+        """Puts it into a folder, as it is after so many iterations."""
+
+    def load(self, folder: Path) -> None:
+        """Takes it from a folder that `save` wrote. Raises as `check` does."""
+
+    def check(self, folder: Path) -> None:
+        """Raises UserError where what the folder holds does not fit; changes nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """All that changes in the course of a run, and hence all that a checkpoint holds."""
+
+    trainable: Trainable
+    optimizer: Optimizer
+    rngs: Mapping[str, torch.Generator]
+
+
+def check_run(config: Recipe, ranks: Ranks) -> None:
     """All that `open_run` complains of itself, early and without writing anything."""
     _on_first(ranks, lambda: _check(config, ranks))
 
 
-def open_run(config: Config | SpmConfig, ranks: Ranks, check: Callable[[Path], object] | None = None) -> Path | None:
+def open_run(config: Recipe, ranks: Ranks, trainable: Trainable) -> Path | None:
     """Makes the run folder, writes config.yaml, and returns the checkpoint to go on from, or None for a new run.
 
     Raises UserError, on every rank and before anything is written, for a folder that holds something, cannot be
-    written, or does not fit run.resume; and what `check` raises for the checkpoint.
+    written, or does not fit run.resume and the trainable.
     """
-    return _on_first(ranks, lambda: _open(config, ranks, check))
+    return _on_first(ranks, lambda: _open(config, ranks, trainable))
+
+
+def save(training: Training, config: Recipe, iteration: int, ranks: Ranks, spent: Mapping[str, Any]) -> Path:
+    """Writes run.dir/checkpoints/<iteration>; it gets its name when it is complete. Every rank calls it.
+
+    spent: what the run has cost so far, for `spent_before`. Checkpoints that may not stay are removed.
+    """
+    final = Path(config.run.dir) / "checkpoints" / f"{iteration:06d}"
+    draft = final.with_name(f".{final.name}.draft")
+    if ranks.first:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+    _wait(ranks)
+    training.optimizer.save(draft)
+    states = {name: rng.get_state() for name, rng in training.rngs.items()}
+    save_file(states, draft / f"generators-{ranks.rank}.safetensors")
+    if ranks.first:
+        training.trainable.save(draft, iteration)
+        dump(config, draft / "config.yaml")
+        (draft / "state.json").write_text(json.dumps({"iteration": iteration, "ranks": ranks.size, **spent}))
+    _wait(ranks)
+    if ranks.first:
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(draft, final)
+        for old in _finished(Path(config.run.dir))[: -training.trainable.keep if training.trainable.keep else 0]:
+            shutil.rmtree(old, ignore_errors=True)
+    _wait(ranks)
+    return final
+
+
+def restore(training: Training, checkpoint: Path, ranks: Ranks) -> int:
+    """Puts everything back as `save` found it; returns the number of iterations done."""
+    training.trainable.load(checkpoint)
+    training.optimizer.load(checkpoint)
+    states = load_file(checkpoint / f"generators-{ranks.rank}.safetensors")
+    for name, rng in training.rngs.items():
+        rng.set_state(states[name])
+    return _state(checkpoint)["iteration"]
+
+
+def spent_before(checkpoint: Path | None, name: str) -> dict[str, Any]:
+    """What `save` was told under this name of `spent`; empty for a new run."""
+    return _state(checkpoint).get(name, {}) if checkpoint else {}
+
+
+def newest(run_dir: Path) -> Path | None:
+    """The checkpoint of the latest iteration; unfinished ones do not count."""
+    return next(reversed(_finished(run_dir)), None)
 
 
 def _on_first(ranks: Ranks, action: Callable[[], Path | None]) -> Path | None:
@@ -73,15 +148,15 @@ def _on_first(ranks: Ranks, action: Callable[[], Path | None]) -> Path | None:
     return outcome[0]
 
 
-def _open(config: Config | SpmConfig, ranks: Ranks, check: Callable[[Path], object] | None) -> Path | None:
+def _open(config: Recipe, ranks: Ranks, trainable: Trainable) -> Path | None:
     checkpoint = _check(config, ranks)
-    if checkpoint and check:
-        check(checkpoint)
+    if checkpoint:
+        trainable.check(checkpoint)
     _write_config(config)
     return checkpoint
 
 
-def _check(config: Config | SpmConfig, ranks: Ranks) -> Path | None:
+def _check(config: Recipe, ranks: Ranks) -> Path | None:
     """The checkpoint to go on from; None for a new run, whose folder is new or empty."""
     run_dir = Path(config.run.dir)
     if config.run.resume:
@@ -97,7 +172,7 @@ def _check(config: Config | SpmConfig, ranks: Ranks) -> Path | None:
     return None
 
 
-def _write_config(config: Config | SpmConfig) -> None:
+def _write_config(config: Recipe) -> None:
     run_dir = Path(config.run.dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -106,7 +181,7 @@ def _write_config(config: Config | SpmConfig) -> None:
         raise UserError(f"run.dir: {run_dir} cannot be written ({error.strerror}); choose another folder") from None
 
 
-def _checkpoint_to_resume(config: Config | SpmConfig, run_dir: Path, ranks: Ranks) -> Path:
+def _checkpoint_to_resume(config: Recipe, run_dir: Path, ranks: Ranks) -> Path:
     checkpoint = newest(run_dir)
     if checkpoint is None:
         raise UserError(f"run.resume: {run_dir} holds no checkpoint; leave run.resume out to begin a run there")
@@ -126,78 +201,8 @@ def _checkpoint_to_resume(config: Config | SpmConfig, run_dir: Path, ranks: Rank
     return checkpoint
 
 
-def newest(run_dir: Path) -> Path | None:
-    """The checkpoint of the latest iteration; unfinished ones do not count."""
-    return next(reversed(_finished(run_dir)), None)
-
-
 def _finished(run_dir: Path) -> list[Path]:
     return sorted(p for p in (run_dir / "checkpoints").glob("[0-9]*") if (p / "state.json").is_file())
-
-
-def save(
-    write: Callable[[Path], object],
-    config: Config | SpmConfig,
-    iteration: int,
-    optimizer: LocalAdamW | ZeroAdamW,
-    rngs: dict[str, torch.Generator],
-    ranks: Ranks,
-    seconds: dict[str, float],
-    ledger: dict[str, list[float]],
-    keep: int | None = None,
-) -> Path:
-    """Writes run.dir/checkpoints/<iteration>; it gets its name when it is complete. Every rank calls it.
-
-    write: puts what is trained into a folder, on the first rank. seconds: by stage, of the run so far. ledger: its
-    totals. keep: how many checkpoints may stay; older ones are removed.
-    """
-    final = Path(config.run.dir) / "checkpoints" / f"{iteration:06d}"
-    draft = final.with_name(f".{final.name}.draft")
-    if ranks.first:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-    _wait(ranks)
-    optimizer.save(draft)
-    save_file({name: rng.get_state() for name, rng in rngs.items()}, draft / f"generators-{ranks.rank}.safetensors")
-    if ranks.first:
-        write(draft)
-        dump(config, draft / "config.yaml")
-        state = {"iteration": iteration, "ranks": ranks.size, "seconds": seconds, "ledger": ledger}
-        (draft / "state.json").write_text(json.dumps(state))
-    _wait(ranks)
-    if ranks.first:
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(draft, final)
-        for old in _finished(Path(config.run.dir))[: -keep if keep else 0]:
-            shutil.rmtree(old, ignore_errors=True)
-    _wait(ranks)
-    return final
-
-
-def restore(
-    read: Callable[[Path], object],
-    checkpoint: Path,
-    optimizer: LocalAdamW | ZeroAdamW,
-    rngs: dict[str, torch.Generator],
-    ranks: Ranks,
-) -> int:
-    """Puts everything back as `save` found it, what is trained by `read`; returns the number of iterations done."""
-    read(checkpoint)
-    optimizer.load(checkpoint)
-    states = load_file(checkpoint / f"generators-{ranks.rank}.safetensors")
-    for name, rng in rngs.items():
-        rng.set_state(states[name])
-    return _state(checkpoint)["iteration"]
-
-
-def seconds_before(checkpoint: Path | None) -> dict[str, float]:
-    """Seconds by stage that the run had taken when this checkpoint was written; none for a new run."""
-    return _state(checkpoint)["seconds"] if checkpoint else {}
-
-
-def ledger_before(checkpoint: Path | None) -> dict[str, list[float]]:
-    """The ledger's totals when this checkpoint was written; none for a new run."""
-    return _state(checkpoint).get("ledger", {}) if checkpoint else {}
 
 
 def _state(checkpoint: Path) -> dict:

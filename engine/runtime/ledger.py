@@ -2,8 +2,8 @@
 
 NVML is read by a thread of its own, about once a second, beside the computation: no stream is touched, nothing waits.
 Without a GPU or without NVML there is no thread and nothing else changes; what a card does not answer, or NVML of a
-part of one (MIG), stays open. Not here: seconds by stage (metrics.py), what work takes at the peak (plan/peak.py), the
-rows that a person reads (report/tables.py).
+part of one (MIG), stays open. Not here: seconds by stage (stopwatch.py), what work takes at the peak (plan/peak.py),
+the rows that a person reads (report/tables.py).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .columns import Column
 from .metrics import Metrics
 
 EVERY = 1.0  # seconds between two readings; NVML's utilisation covers 1/6 to 1 second
@@ -31,6 +32,15 @@ REASONS = {  # why clocks are lower than they might be, of NVML's clocks event r
 }
 MEANS = ("share_of_peak", "utilisation", "sm_mhz", "memory_mhz")
 NAMES = ("seconds", "joules", *MEANS, *REASONS)
+# Of a record: sums over the GPUs since the run began, then means over them since the record before. share_of_peak is of
+# the GPU's matrix arithmetic, utilisation the share of time in which a kernel ran, throttled the share of readings by
+# reason.
+COLUMNS = (
+    Column("gpu_hours", "total"),
+    Column("energy_wh", "total"),
+    *map(Column, MEANS),
+    Column("throttled", labels=tuple(REASONS)),
+)
 SECONDS, SHARE = NAMES.index("seconds"), NAMES.index("share_of_peak")
 
 
@@ -49,13 +59,14 @@ class Reading(NamedTuple):
 class Ledger:
     """The ledger of one process and its GPU: `with Ledger(device) as ledger:` around all that is to be counted.
 
-    before: what `totals` had said when the checkpoint was written with which the run goes on. at_peak: seconds that a
-    prompt's rollout and a pair's update would take the GPU at its peak; None where that is not known.
+    before: what `totals` had said when the checkpoint was written with which the run goes on. at_peak: seconds that
+    each prompt, pair or the like would take the GPU at its peak, by the column that counts them; empty where that is
+    not known.
     """
 
     def __init__(self, device: torch.device):
         self.before: Mapping[str, list[float]] = {}
-        self.at_peak: tuple[float, float] | None = None
+        self.at_peak: Mapping[str, float] = {}
         self._work = 0.0  # seconds at the peak since the last record
         self._share = torch.zeros(2, dtype=torch.float64)  # seconds at work, and at the peak, up to the last record
         self._device, self._begun = device, time.perf_counter()
@@ -77,10 +88,9 @@ class Ledger:
         if self._thread:
             self._thread.join(timeout=10 * EVERY)
 
-    def work(self, prompts: int, pairs: int) -> None:
-        """Notes what was done: rollouts of so many prompts, updates by so many pairs."""
-        if self.at_peak:
-            self._work += prompts * self.at_peak[0] + pairs * self.at_peak[1]
+    def work(self, done: Mapping[str, Any]) -> None:
+        """Notes what was done: how many of each of the things that `at_peak` knows."""
+        self._work += sum(each * done.get(name, 0) for name, each in self.at_peak.items())
 
     def add_to(self, metrics: Metrics, worked: float = 0.0) -> None:
         """Adds what was measured since the last call to the next record; worked: seconds of what `work` was told of."""
@@ -92,14 +102,14 @@ class Ledger:
         counts, values = sums - self._told
         self._told = sums
         count, value = (dict(zip(NAMES, row.tolist(), strict=True)) for row in (counts, values))
-        for name, field in (("seconds", "gpu_hours"), ("joules", "energy_wh")):
+        for name, column in (("seconds", "gpu_hours"), ("joules", "energy_wh")):
             if count[name]:
-                metrics.add_total(**{field: value[name] / 3600})
+                metrics.add({column: value[name] / 3600})
         for name in MEANS:
             if count[name]:
-                metrics.add_mean(count[name], **{name: value[name] / count[name]})
+                metrics.add({name: value[name] / count[name]}, count[name])
         if count[NAMES[-1]]:
-            metrics.add_mean(count[NAMES[-1]], throttled=(values / counts)[-len(REASONS) :])
+            metrics.add({"throttled": (values / counts)[-len(REASONS) :]}, count[NAMES[-1]])
 
     def totals(self) -> dict[str, list[float]]:
         """By name, [how many readings, their sum] of all processes and of the whole run. A collective call."""

@@ -26,13 +26,13 @@ class AdamWSettings:
     """As in torch.optim.AdamW; max_grad_norm clips (None: never); accumulate: micro-batches per optimizer step."""
 
     lr: float
-    betas: tuple[float, float]
-    eps: float
     weight_decay: float
     max_grad_norm: float | None
     accumulate: int
     micro_batch: int
     stage: int
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
     loss_scale: float = 1.0  # of the backward pass; gradients are divided by it before anything else sees them
 
     @classmethod
@@ -144,7 +144,10 @@ class ZeroAdamW:
         self.engine.load_checkpoint(str(folder), tag="zero", load_module_strict=False)
 
 
-def build(module: nn.Module, settings: AdamWSettings, ranks: Ranks) -> LocalAdamW | ZeroAdamW:
+Optimizer = LocalAdamW | ZeroAdamW
+
+
+def build_optimizer(module: nn.Module, settings: AdamWSettings, ranks: Ranks) -> Optimizer:
     """The optimizer for as many ranks as there are."""
     return LocalAdamW(module, settings) if ranks.size == 1 else ZeroAdamW(module, settings, ranks)
 

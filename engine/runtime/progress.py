@@ -1,47 +1,55 @@
-"""The terminal's view of a run: one aligned line per record of metrics.jsonl."""
+"""The terminal's view of a run: one aligned line per record of metrics.jsonl, made from the method's columns."""
+
+from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TextIO
+
+from .columns import Column
+
+HEADED_EVERY = 20  # lines
 
 
 class Progress:
-    """The terminal's view of a run: `show(record)` prints one aligned line, with a header above every 20th."""
+    """`show(record)` prints one aligned line, with a header above every 20th."""
 
-    def __init__(self, iterations: int, stream: TextIO = sys.stdout):
+    def __init__(self, iterations: int, columns: Sequence[Column], stream: TextIO = sys.stdout):
         self._iterations = iterations
+        self._columns = [column for column in columns if column.form]
         self._stream = stream
         self._shown = 0
 
     def show(self, record: dict) -> None:
         """Print the line of a record of `Metrics.flush`. Bold headers on a terminal, no codes anywhere else."""
-        if self._shown % 20 == 0:
-            header = progress_header()
+        if self._shown % HEADED_EVERY == 0:
+            header = "".join(heading.rjust(width) for heading, _, width in self._cells({}))
             print(f"\033[1m{header}\033[0m" if self._stream.isatty() else header, file=self._stream)
-        print(progress_line(record, self._iterations), file=self._stream, flush=True)
+        line = "".join(cell.rjust(width) for _, cell, width in self._cells(record))
+        print(line, file=self._stream, flush=True)
         self._shown += 1
 
+    def _cells(self, record: dict) -> Iterator[tuple[str, str, int]]:
+        """(heading, value as text, width) of each column; a dash where nothing was measured."""
+        yield "iteration", f"{record.get('iteration')}/{self._iterations}", 11
+        for name, heading, form in (
+            ("prompts_per_second", "prompts/s", "{:.3g}".format),
+            ("eta_seconds", "ETA", duration),
+        ):
+            value = record.get(name)
+            yield heading, "-" if value is None else form(value), 10
+        for column in self._columns:
+            value = record.get(column.name)
+            if column.labels:
+                yield from self._vector(column, value or {})
+            else:
+                yield column.heading, _written(value, column.form), max(8, len(column.heading) + 2)
 
-def progress_header() -> str:
-    """The header over the columns of `progress_line`."""
-    names = ("iteration", "prompts/s", "ETA", "judge", "pairs", "kept", "margin", "accuracy", "clipped", "grad norm")
-    return _columns(names)
-
-
-def progress_line(record: dict, iterations: int) -> str:
-    """One line for a record of `Metrics.flush`, at most 100 columns; a dash where nothing was measured.
-
-    "pairs" counts from the beginning of the run; "kept" is the share of possible pairs of these iterations.
-    """
-    formats = {
-        "prompts_per_second": "{:.3g}", "eta_seconds": None, "judge": "{:.4g}", "pairs": "{:,}", "kept": "{:.0%}",
-        "margin": "{:+.3f}", "accuracy": "{:.0%}", "clipped": "{:.0%}", "grad_norm": "{:.3g}",
-    }  # fmt: skip
-    cells = [f"{record['iteration']}/{iterations}"]
-    for name, form in formats.items():
-        value = record.get(name)
-        cells.append("-" if value is None else form.format(value) if form else duration(value))
-    return _columns(cells)
+    @staticmethod
+    def _vector(column: Column, values: dict) -> Iterator[tuple[str, str, int]]:
+        for label in column.labels:
+            heading = column.heading.format(label)
+            yield heading, _written(values.get(str(label)), column.form), max(7, len(heading) + 2)
 
 
 def duration(seconds: float) -> str:
@@ -51,6 +59,5 @@ def duration(seconds: float) -> str:
     return f"{days}d {clock}" if days else clock
 
 
-def _columns(cells: Sequence[str]) -> str:
-    widths = (11, 10, 11, 9, 10, 6, 8, 9, 8, 10)
-    return "".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+def _written(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import UserError
+from ..rows import Rows
+
+R = TypeVar("R", bound=Rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +63,26 @@ def share(count: int, ranks: Ranks) -> slice:
     return slice(ranks.rank * count // ranks.size, (ranks.rank + 1) * count // ranks.size)
 
 
-def gather_rows(rows: Tensor, ranks: Ranks) -> Tensor:
-    """All ranks' rows (N_r, ...), in rank order, on every rank: (sum N_r, ...). The N_r may differ, and be 0."""
+def gather(rows: R, ranks: Ranks) -> R:
+    """All ranks' rows, in rank order, on every rank. How many each has may differ, and be 0."""
     if ranks.size == 1:
         return rows
-    count = torch.tensor([len(rows)], device=rows.device)
-    counts = [torch.zeros_like(count) for _ in range(ranks.size)]
-    dist.all_gather(counts, count)
-    counts = torch.cat(counts).tolist()
+    counts: list[int] = []
+    return rows.map(lambda value, axis: _gather(value.movedim(axis, 0), counts, ranks).movedim(0, axis))
+
+
+def gather_rows(rows: Tensor, ranks: Ranks) -> Tensor:
+    """As `gather`, of one tensor (N_r, ...) -> (sum N_r, ...)."""
+    return rows if ranks.size == 1 else _gather(rows, [], ranks)
+
+
+def _gather(rows: Tensor, counts: list[int], ranks: Ranks) -> Tensor:
+    """counts: rows of each rank, asked for and filled in where it is empty."""
+    if not counts:
+        count = torch.tensor([len(rows)], device=rows.device)
+        each = [torch.zeros_like(count) for _ in range(ranks.size)]
+        dist.all_gather(each, count)
+        counts += torch.cat(each).tolist()
     padded = rows.new_zeros((max(counts), *rows.shape[1:]))
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in counts]

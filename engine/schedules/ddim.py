@@ -28,6 +28,11 @@ class DDIMSchedule:
         self._table = coefficients.table.to(device)
         self._t = torch.tensor(coefficients.t, device=device)
 
+    @property
+    def guided(self) -> bool:
+        """Whether predictions have both guidance halves; a scale of 1 needs the one with the prompt alone."""
+        return self.guidance != 1
+
     def timesteps(self, step: int | Tensor, rows: int) -> Tensor:
         """(rows,) int64 training timesteps."""
         return self._t[step].expand(rows)

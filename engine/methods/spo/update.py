@@ -1,4 +1,4 @@
-"""The update: micro-batches of preference pairs, what policy and reference say of them, one optimizer step each.
+"""The update: micro-batches of preference pairs, what policy and reference predict for them, and the loss.
 
 Winner and loser of a step at which the branches forked share their x_t, and a UNet sees each latent once.
 """
@@ -6,8 +6,8 @@ Winner and loser of a step at which the branches forked share their x_t, and a U
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,108 +15,92 @@ from torch import Tensor
 from ...config.training import OptimConfig
 from ...models.conditioning import Conditioning
 from ...models.policy import Policy
-from ...runtime import optimizer as zero
-from ...runtime.metrics import Metrics
 from ...schedules.ddim import DDIMSchedule
 from .loss import spo_loss
 from .pairs import PreferencePairs
 
 
-def micro_batches(pairs: PreferencePairs, size: int, forks: Collection[int]) -> Iterator[tuple[PreferencePairs, int]]:
-    """`size` pairs at a time in order (the last time perhaps fewer), and how many of them share x_t: they come first.
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Pairs of one forward and backward pass, the first `shared` of which have one x_t for winner and loser.
 
-    forks: the steps at which branches fork. Pairs with x_t (1, N, ...) share it all. One wait for the device, at the
-    first micro-batch.
+    cond: of the iteration's prompts, of which pairs.prompt are rows.
     """
-    apart = [len(pairs.x_t) == 2 and step not in forks for step in pairs.step.tolist()]
+
+    pairs: PreferencePairs
+    shared: int
+    cond: Conditioning
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+
+def micro_batches(pairs: PreferencePairs, size: int, cond: Conditioning) -> Iterator[MicroBatch]:
+    """`size` pairs at a time in order (the last time perhaps fewer), those that share x_t first.
+
+    One wait for the device, at the first micro-batch; none where all pairs share x_t.
+    """
+    apart = pairs.shared.logical_not().tolist() if len(pairs.x_t) == 2 else [False] * len(pairs)
     for start in range(0, len(pairs), size):
         rows = sorted(range(start, min(start + size, len(pairs))), key=lambda row: apart[row])
         batch = pairs[torch.tensor(rows).to(pairs.step.device, non_blocking=True)]
-        yield batch, len(rows) - sum(apart[row] for row in rows)
+        yield MicroBatch(batch, len(rows) - sum(apart[row] for row in rows), cond)
 
 
-def learn(
-    pairs: PreferencePairs,
-    forks: Collection[int],
-    cond: Conditioning,
-    policy: Policy,
-    schedule: DDIMSchedule,
-    optimizer: zero.LocalAdamW | zero.ZeroAdamW,
-    config: OptimConfig,
-    rng: torch.Generator,
-    metrics: Metrics,
-) -> None:
-    """All passes over the shuffled pairs of a rollout; rng shuffles them anew for each after the first."""
-    pairs = pairs[: math.ceil(config.keep_pairs * len(pairs))]
-    if config.passes > 1:
-        pairs = with_reference(pairs, forks, cond, policy, schedule, config)
-    for again in range(config.passes):
-        pairs = pairs.shuffle(rng) if again else pairs
-        for batch, shared in micro_batches(pairs, config.micro_batch, forks):
-            update(batch, shared, cond, policy, schedule, optimizer, config, metrics)
+@dataclass(frozen=True, slots=True)
+class Learner:
+    """What turns micro-batches into losses: policy and reference, the schedule, and the section `optim`."""
 
+    policy: Policy
+    schedule: DDIMSchedule
+    config: OptimConfig
 
-def with_reference(
-    pairs: PreferencePairs,
-    forks: Collection[int],
-    cond: Conditioning,
-    policy: Policy,
-    schedule: DDIMSchedule,
-    config: OptimConfig,
-) -> PreferencePairs:
-    """The pairs with what the reference predicts for them, in the order of their micro-batches.
+    def loss(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The SPO loss of a micro-batch, with gradients in the policy, and its stats as `spo_loss` has them."""
+        pairs = batch.pairs
+        eps = self.predict(batch)
+        eps_ref = self.predict_reference(batch) if pairs.eps_ref is None else pairs.eps_ref
+        log_ratio = self.schedule.log_ratio(pairs.x_prev, pairs.x_t, eps, eps_ref, pairs.step)  # (2, N)
+        return spo_loss(log_ratio, self.config.beta, self.config.clip)
 
-    Passes over the same pairs then share it, because the reference does not learn. The first pass has the same bits
-    as without.
-    """
-    guided = config.guided and schedule.guidance != 1
-    parts = [pairs[:0]]
-    with policy.reference():
-        for batch, shared in micro_batches(pairs, config.micro_batch, forks):
-            parts.append(replace(batch, eps_ref=predict(policy, batch, shared, schedule, cond, guided)))
-    return PreferencePairs.cat(parts[1:] or parts)
+    def batches(self, pairs: PreferencePairs, cond: Conditioning, rng: torch.Generator) -> Iterator[MicroBatch]:
+        """All passes over the shuffled pairs of a rollout; rng shuffles them anew for each after the first."""
+        pairs = pairs[: math.ceil(self.config.keep_pairs * len(pairs))]
+        if self.config.passes > 1:
+            pairs = self.with_reference(pairs, cond)
+        for again in range(self.config.passes):
+            pairs = pairs.shuffle(rng) if again else pairs
+            yield from micro_batches(pairs, self.config.micro_batch, cond)
 
+    def with_reference(self, pairs: PreferencePairs, cond: Conditioning) -> PreferencePairs:
+        """The pairs with what the reference predicts for them, in the order of their micro-batches.
 
-def update(
-    batch: PreferencePairs,
-    shared: int,
-    cond: Conditioning,
-    policy: Policy,
-    schedule: DDIMSchedule,
-    optimizer: zero.LocalAdamW | zero.ZeroAdamW,
-    config: OptimConfig,
-    metrics: Metrics,
-) -> None:
-    """One micro-batch: policy and reference on its latents, the loss, its gradient, perhaps an optimizer step."""
-    guided = config.guided and schedule.guidance != 1
-    eps = predict(policy, batch, shared, schedule, cond, guided)
-    eps_ref = batch.eps_ref
-    if eps_ref is None:
-        with policy.reference():
-            eps_ref = predict(policy, batch, shared, schedule, cond, guided)
-    log_ratio = schedule.log_ratio(batch.x_prev, batch.x_t, eps, eps_ref, batch.step)  # (2, N)
-    loss, stats = spo_loss(log_ratio, config.beta, config.clip)
-    optimizer.backward(loss)
-    norm = optimizer.step()
-    metrics.add_mean(len(batch), **stats)
-    if norm is not None:
-        metrics.add_mean(grad_norm=norm)
+        Passes over the same pairs then share it, because the reference does not learn. The first pass has the same bits
+        as without.
+        """
+        batches = micro_batches(pairs, self.config.micro_batch, cond)
+        known = [replace(batch.pairs, eps_ref=self.predict_reference(batch)) for batch in batches]
+        return PreferencePairs.cat(known or [pairs])
 
+    def predict_reference(self, batch: MicroBatch) -> Tensor:
+        """As `predict`, of the reference, without gradients."""
+        with self.policy.reference():
+            return self.predict(batch)
 
-def predict(
-    policy: Policy, batch: PreferencePairs, shared: int, schedule: DDIMSchedule, cond: Conditioning, guided: bool
-) -> Tensor:
-    """Model output (G, R, N, C, H, W) of a batch of pairs, the first `shared` of which have one x_t for both.
+    def predict(self, batch: MicroBatch) -> Tensor:
+        """Model output (G, R, N, C, H, W) at the x_t of a micro-batch.
 
-    One forward of N rows for the winners' x_t and N - shared more for those of losers that have their own.
-    """
-    rows = len(batch)
-    others = batch.x_t[1:, shared:].flatten(0, 1)  # (N - shared, C, H, W), or none
-    again = torch.arange(rows, device=batch.step.device)[rows - len(others) :]
-    every = torch.cat([torch.arange(rows, device=again.device), again])
-    t = schedule.timesteps(batch.step[every], len(every))
-    eps = policy.eps(torch.cat([batch.x_t[0], others]), t, cond[batch.prompt[every]], guided)  # (G, N + others, ...)
-    winners = eps[:, :rows]
-    if len(batch.x_t) == 1:
-        return winners.unsqueeze(1)
-    return torch.stack([winners, torch.cat([winners[:, :shared], eps[:, rows:]], dim=1)], dim=1)
+        One forward of N rows for the winners' x_t and N - shared more for those of losers that have their own.
+        """
+        pairs, count = batch.pairs, len(batch)
+        others = pairs.x_t[1:, batch.shared :].flatten(0, 1)  # (N - shared, C, H, W), or none
+        again = torch.arange(count, device=pairs.step.device)[count - len(others) :]
+        every = torch.cat([torch.arange(count, device=again.device), again])
+        t = self.schedule.timesteps(pairs.step[every], len(every))
+        guided = self.config.guided and self.schedule.guided
+        eps = self.policy.eps(torch.cat([pairs.x_t[0], others]), t, batch.cond[pairs.prompt[every]], guided)
+        winners = eps[:, :count]  # (G, N, C, H, W)
+        if len(pairs.x_t) == 1:
+            return winners.unsqueeze(1)
+        losers = torch.cat([winners[:, : batch.shared], eps[:, count:]], dim=1)
+        return torch.stack([winners, losers], dim=1)

@@ -1,0 +1,196 @@
+"""Training of a step-aware judge from a PickScore (SPO, arXiv 2406.04314, section 3.2), as a method of the loop.
+
+Every pair of images is shown as the base model sees it at a random timestep, and all of the CLIP learns to tell the
+preferred one. An iteration is one optimizer step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ...config.judge_training import SpmConfig
+from ...data.pair_sets import PairSets
+from ...judge.denoiser import Denoiser, training_pixels
+from ...judge.heldout import accuracy, heldout_views
+from ...judge.loss import example_weights, labels_of, preference_loss, preference_scores
+from ...judge.model import StepAwarePreferenceModel
+from ...models.conditioning import Conditioning
+from ...runtime.ranks import Ranks, gather_rows
+from ...runtime.session import Session
+from ..protocol import Measured
+from .columns import COLUMNS
+
+EVALUATIONS = 5  # in the course of a run, the last one at its end; one more before it begins
+JUDGE_FILE = "judge.safetensors"  # in a checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedJudge:
+    """A judge as what a run trains. Two checkpoints stay: with optimizer state, each has 12 GB for PickScore."""
+
+    judge: StepAwarePreferenceModel
+    keep = 2
+
+    def save(self, folder: Path, iteration: int) -> None:
+        """Writes folder/JUDGE_FILE."""
+        state = {name: value.contiguous() for name, value in self.judge.clip.state_dict().items()}
+        save_file(state, folder / JUDGE_FILE)
+
+    def load(self, folder: Path) -> None:
+        """Takes the weights that `save` wrote."""
+        self.judge.clip.load_state_dict(load_file(folder / JUDGE_FILE))
+
+    def check(self, folder: Path) -> None:
+        """Nothing: the configuration, which resuming compares, says which judge it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """Pairs as the judge sees them: pixels (2, N, 3, S, S), normalised; t (N,); pairs: the batch of the loader."""
+
+    pairs: dict
+    pixels: Tensor
+    t: Tensor
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+
+class JudgeTraining:
+    """Shows pairs to the judge and trains it to order them as labelled."""
+
+    stage = "show"
+    columns = COLUMNS
+
+    def __init__(
+        self, config: SpmConfig, judge: StepAwarePreferenceModel, denoiser: Denoiser, sets: PairSets, session: Session
+    ):
+        """Makes what is made once: the held-out pairs as they are shown, the empty prompt. The judge may then learn.
+
+        decided: how many held-out pairs of all ranks are no ties.
+        """
+        self.config, self.judge, self.denoiser, self.sets = config, judge, denoiser, sets
+        self.ranks, self.clock = session.ranks, session.clock
+        self.views = heldout_views(config, sets.heldout, denoiser, judge, self.ranks)
+        self.nothing = denoiser.diffusion.encode([""])
+        if sets.kept:
+            denoiser.release_encoders()
+        judge.clip.requires_grad_(True).train()
+        self.trainable = TrainedJudge(judge)
+        decided = [sum((view.labels[0] != view.labels[1]).sum() for view in self.views)]
+        self.decided = int(gather_rows(torch.tensor(decided, device=self.ranks.device), self.ranks).sum())
+        self.rngs = {"show": torch.Generator(self.ranks.device).manual_seed(config.run.seed + self.ranks.rank)}
+        steps = config.optim.steps
+        self.due = {round(steps * part / EVALUATIONS) for part in range(EVALUATIONS + 1)}
+        self._loader: Iterator[dict] | None = None
+
+    def learning_rate(self, iteration: int) -> float:
+        """Warm-up, then linear decay."""
+        optim = self.config.optim
+        return learning_rate(iteration, optim.steps, optim.warmup, optim.lr, optim.warmup_shape)
+
+    def collect(self, iteration: int) -> tuple[Iterator[tuple[int, dict]], Measured]:
+        """(number, pairs) of the iteration's batches, which are loaded when they are asked for."""
+        optim, begin = self.config.optim, iteration * self.config.optim.accumulate
+        if self._loader is None:
+            all_of_them = optim.steps * optim.accumulate
+            rows = shares(len(self.sets.train), optim.batch, all_of_them, self.config.run.seed, self.ranks)
+            rows = islice(rows, begin, None)
+            self._loader = iter(DataLoader(self.sets.train, batch_sampler=rows, num_workers=self.config.data.workers))
+        seen = optim.accumulate * optim.batch
+        return zip(range(begin, begin + optim.accumulate), self._loader, strict=False), {"prompts": seen, "pairs": seen}
+
+    def batches(self, rows: Iterator[tuple[int, dict]]) -> Iterator[Shown]:
+        """The batches as the judge is shown them."""
+        for _ in range(self.config.optim.accumulate):
+            with self.clock("show"):
+                number, pairs = next(rows)
+                shown = self.show(pairs, clean_pairs(number, self.config))
+            yield shown
+
+    def loss(self, batch: Shown) -> tuple[Tensor, Measured]:
+        """The published criterion, ties included."""
+        labels = labels_of(batch.pairs, self.ranks.device)
+        counts = batch.pairs.get("num_examples", torch.ones(len(batch))).to(self.ranks.device)
+        with self.autocast():
+            text = self.judge.encode(batch.pairs["caption"])
+            scores = preference_scores(self.judge, batch.pixels, text, batch.t)
+        loss, stats = preference_loss(scores.float(), labels, example_weights(counts, self.ranks))
+        return loss, {"loss": stats["loss"], "accuracy": (stats["accuracy"], stats["decided"])}
+
+    def measure(self, done: int) -> Measured:
+        """Held-out accuracy by timestep, before the first step and EVALUATIONS times in the course of the run."""
+        if done not in self.due:
+            return {}
+        return {"heldout_accuracy": accuracy(self.judge, self.views, self.autocast, self.ranks.device)}
+
+    def show(self, pairs: dict, clean: int) -> Shown:
+        """What the judge sees of a batch.
+
+        The first `clean` pairs of the (shuffled) batch are shown as they are, at t = 0; each other one as the base
+        model sees it at t ~ U{0..999}, the same for both its images.
+        """
+        device, rng = self.ranks.device, self.rngs["show"]
+        t = torch.randint(self.denoiser.timesteps, (len(pairs["caption"]),), generator=rng, device=device)
+        t[:clean] = 0
+        seen = [training_pixels(self.judge, images_of(pairs, slice(clean), device))] if clean else []
+        if clean < len(t):
+            mean, std, cond = self.known(pairs, slice(clean, None))
+            seen.append(training_pixels(self.judge, self.denoiser.show(mean, std, cond, t[clean:], rng)))
+        return Shown(pairs, torch.cat(seen, dim=1), t)
+
+    def known(self, pairs: dict, rows: slice) -> tuple[Tensor, Tensor, Conditioning]:
+        """The VAE's mean and std (2, N, C, h, w) and the conditioning of rows of a batch, from the cache or made."""
+        diffusion, device = self.denoiser.diffusion, self.ranks.device
+        if not self.sets.kept:
+            posterior = self.denoiser.posterior(images_of(pairs, rows, device))
+            return *posterior, diffusion.encode(pairs["caption"][rows])
+        dtype = self.nothing.text.dtype
+        given = {name: pairs[name][rows].to(device, dtype) for name in ("text", "pooled") if name in pairs}
+        mean, std = (pairs[name][rows].transpose(0, 1).to(device, diffusion.vae.dtype) for name in ("mean", "std"))
+        return mean, std, replace(self.nothing, **given)
+
+    def autocast(self) -> torch.autocast:
+        """Weights are float32; arithmetic is bfloat16 where model.dtype is a 16-bit type, as published."""
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.model.dtype != "float32")
+
+
+def learning_rate(step: int, steps: int, warmup: int, peak: float, shape: str = "linear") -> float:
+    """Warm-up over `warmup` steps to the peak, then linear decay that would reach 0 at `steps`. step from 0.
+
+    shape: of the warm-up, "linear" or "log": log(1 + step) / log(warmup), as DeepSpeed's WarmupDecayLR has it.
+    """
+    if shape == "log" and step < warmup:
+        return peak * math.log(1 + step) / math.log(max(2, warmup))
+    return peak * min((step + 1) / max(1, warmup), (steps - step) / (steps - warmup))
+
+
+def shares(count: int, batch: int, steps: int, seed: int, ranks: Ranks) -> Iterator[list[int]]:
+    """`steps` lists of `batch` indices of this rank: one shuffle of all `count` after the other, dealt to the ranks."""
+    rng = torch.Generator().manual_seed(seed)
+    order = torch.empty(0, dtype=torch.int64)
+    for _ in range(steps):
+        while len(order) < batch * ranks.size:
+            order = torch.cat([order, torch.randperm(count, generator=rng)])
+        dealt, order = order[: batch * ranks.size], order[batch * ranks.size :]
+        yield dealt[ranks.rank * batch : (ranks.rank + 1) * batch].tolist()
+
+
+def clean_pairs(batch_number: int, config: SpmConfig) -> int:
+    """How many pairs of this batch are shown clean, so that the share is met over the batches."""
+    each = config.optim.batch * config.optim.clean_share
+    return int((batch_number + 1) * each) - int(batch_number * each)
+
+
+def images_of(pairs: dict, rows: slice, device: torch.device) -> Tensor:
+    """(2, N, 3, H, W) in [-1, 1] on the device."""
+    return torch.stack([pairs["image_0"][rows], pairs["image_1"][rows]]).to(device)

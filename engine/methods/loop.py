@@ -1,0 +1,41 @@
+"""The loop over iterations, the same for every method: collect rows, learn from them, log, measure and save."""
+
+from __future__ import annotations
+
+from ..runtime.checkpoint import Training
+from ..runtime.optimizer import Optimizer
+from ..runtime.session import Session
+from .protocol import Method
+
+
+def train(session: Session, method: Method, optimizer: Optimizer) -> None:
+    """Runs what is still to be done of a session; every rank calls it. Leaves its last record and checkpoint."""
+    session.begin(Training(method.trainable, optimizer, method.rngs), method.columns, method.stage)
+    if session.done == 0:
+        measure(session, method, 0)
+    for iteration in session.iterations():
+        optimizer.set_lr(method.learning_rate(iteration))
+        with session.clock(method.stage):
+            rows, facts = method.collect(iteration)
+        session.note(facts)
+        session.ledger.work(facts)
+        with session.clock("update"):
+            for batch in method.batches(rows):
+                loss, stats = method.loss(batch)
+                optimizer.backward(loss)
+                norm = optimizer.step()
+                session.note(stats, weight=len(batch))
+                if norm is not None:
+                    session.note({"grad_norm": norm})
+        measure(session, method, iteration + 1)
+        session.save(iteration + 1)
+    session.metrics.close()
+
+
+def measure(session: Session, method: Method, done: int) -> None:
+    """Measures what is due after `done` iterations, and logs the record that is due then."""
+    with session.clock("evaluate"):
+        found = method.measure(done)
+    session.note(found)
+    if found or done > 0:
+        session.log(done, now=bool(found))

@@ -1,0 +1,59 @@
+"""The models of a method that draws its own samples: policy, base model, judge, and what decodes for the judge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from ..config.training import Config
+from ..judge.model import StepAwarePreferenceModel
+from ..models.base_model import load_unet
+from ..models.latent_diffusion import LatentDiffusion
+from ..models.policy import Policy, Savings, TrainedLora
+from ..models.tiny_decoder import TinyDecoder
+from ..schedules.ddim import DDIMSchedule
+from ..speed.apply import prepare
+
+
+@dataclass(frozen=True, slots=True)
+class OnlineModels:
+    """decoder: of the judge's images, the VAE or a smaller one; schedule: of rollouts and updates."""
+
+    policy: Policy
+    diffusion: LatentDiffusion
+    decoder: LatentDiffusion | TinyDecoder
+    judge: StepAwarePreferenceModel
+    schedule: DDIMSchedule
+    trainable: TrainedLora
+
+    @classmethod
+    def load(cls, config: Config, device: torch.device) -> OnlineModels:
+        """Those that a recipe names. Raises UserError for whatever the user has to mend."""
+        diffusion = LatentDiffusion.load(config.model, device)
+        unet = load_unet(config.model, device)
+        judge = StepAwarePreferenceModel.load(config.judge, device)
+        return cls.of(config, unet, diffusion, judge)
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        unet: UNet2DConditionModel,
+        diffusion: LatentDiffusion,
+        judge: StepAwarePreferenceModel,
+        decoder: TinyDecoder | None = None,
+    ) -> OnlineModels:
+        """Of networks that are loaded: the UNet becomes the policy's, and all are made as fast as the recipe asks.
+
+        decoder: in place of the one that rollout.decoder names.
+        """
+        model, rollout, lora = config.model, config.rollout, config.lora
+        savings = Savings.of(model, config.optim.micro_batch)
+        policy = Policy(unet, lora.rank, lora.target_modules, config.run.seed, diffusion.latent_shape, savings)
+        if rollout.decoder and decoder is None:
+            decoder = TinyDecoder.load(rollout.decoder, model.dtype, diffusion)
+        prepare(model, policy.unet, diffusion.vae, judge.clip)
+        schedule = diffusion.schedule(rollout.num_steps, rollout.eta, rollout.guidance)
+        return cls(policy, diffusion, decoder or diffusion, judge, schedule, TrainedLora(policy, config))

@@ -1,0 +1,83 @@
+"""SPO, step-by-step preference optimization (arXiv 2406.04314), as a method of the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...config.training import Config
+from ...data.embeddings import TrainingPrompts
+from ...models.conditioning import Conditioning
+from ...runtime.session import Session
+from ..online import OnlineModels
+from ..protocol import Measured
+from .columns import COLUMNS
+from .pairs import PreferencePairs, balance
+from .rollout import Rollout, judged_segments
+from .update import Learner, MicroBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """The pairs of one rank's rollout, and the conditioning of its prompts."""
+
+    iteration: int
+    pairs: PreferencePairs
+    cond: Conditioning
+
+
+class SPO:
+    """Rolls out, has the judge tell winners from losers, and trains the policy to prefer the winners."""
+
+    stage = "rollout"
+
+    def __init__(self, config: Config, models: OnlineModels, prompts: TrainingPrompts, session: Session):
+        self.config, self.policy, self.prompts, self.ranks = config, models.policy, prompts, session.ranks
+        self.rollout = Rollout(
+            models.policy, models.decoder, models.judge, models.schedule, config.rollout, session.clock
+        )
+        self.learner = Learner(models.policy, models.schedule, config.optim)
+        self.trainable = models.trainable
+        device, seed = session.ranks.device, config.run.seed
+        self.rngs = {  # prior, branches and choices are each rank's own; the shuffle is the same on all
+            "rollout": torch.Generator(device).manual_seed(seed + session.ranks.rank),
+            "shuffle": torch.Generator(device).manual_seed(seed),
+        }
+        timesteps = models.schedule.t[:-1]
+        self.columns = [replace(c, labels=timesteps) if c.name == "pairs_per_t" else c for c in COLUMNS]
+        self.judged_steps = sum(map(len, judged_segments(models.schedule, config.rollout)))
+
+    def learning_rate(self, iteration: int) -> float:
+        """Constant, as published."""
+        return self.config.optim.lr
+
+    def collect(self, iteration: int) -> tuple[Collected, Measured]:
+        """The rollout of this rank's prompts."""
+        cond = self.prompts.mine(iteration)
+        with self.policy.sampling(cond, self.config.rollout.text_kv) as known:
+            found = self.rollout(known, self.rngs["rollout"])
+        facts = {
+            "prompts": len(cond),
+            "pairs": len(found.pairs),
+            "pairs_per_t": found.kept,
+            "judge": found.score,
+            "kept": found.kept.sum() / (len(cond) * self.judged_steps),
+        }
+        return Collected(iteration, found.pairs, cond), facts
+
+    def batches(self, rows: Collected) -> Iterator[MicroBatch]:
+        """All passes over this rank's share of all ranks' pairs."""
+        pairs = balance(rows.pairs, len(rows.cond), self.ranks, self.rngs["shuffle"])
+        cond = rows.cond if self.ranks.size == 1 else self.prompts.everyone(rows.iteration)
+        return self.learner.batches(pairs, cond, self.rngs["shuffle"])
+
+    def loss(self, batch: MicroBatch) -> tuple[Tensor, Measured]:
+        """The SPO loss."""
+        return self.learner.loss(batch)
+
+    def measure(self, done: int) -> Measured:
+        """Nothing: base and tuned model are evaluated before and after the loop."""
+        return {}

@@ -1,0 +1,77 @@
+"""Columns: what a method reports, each quantity described in one place.
+
+metrics.jsonl, TensorBoard, the lines on the terminal, the curves and the verdict of a report are all made from these
+descriptions, so that a new quantity is one line in its method's columns and one value in what the method returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """How a quantity is drawn over the iterations; of a vector, a line for each of its labels.
+
+    healthy: in words, what a good run looks like. limit: a line to compare with. share: values lie in [0, 1] and are
+    shown in per cent. from_zero: the axis begins at 0.
+    """
+
+    title: str
+    healthy: str
+    limit: float | None = None
+    share: bool = False
+    from_zero: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Heatmap:
+    """How a vector over timesteps is drawn: timesteps (noise at the top) against iterations."""
+
+    title: str
+    healthy: str
+    unit: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sign:
+    """A sign of trouble: at the end of a run (the last fifth of its records), `when` holds for the mean of a quantity.
+
+    text: the sentence, in which {} stands for that mean. after: iterations before which it means nothing.
+    """
+
+    when: Callable[[float], bool]
+    text: str
+    after: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One quantity.
+
+    name: in metrics.jsonl and TensorBoard. kind: `mean`, weighted, over what was added since the last record; `sum` of
+    that; `total`, the sum since the run began. labels: of a vector, the keys of its values. heading, form: on the
+    terminal, where an empty form leaves it out. not_drawn: why a quantity that one would look for has no curve. trend:
+    what the verdict calls it when it says whether it rose.
+    """
+
+    name: str
+    kind: Literal["mean", "sum", "total"] = "mean"
+    labels: Sequence[int | str] = ()
+    heading: str = ""
+    form: str = ""
+    drawn: Curve | Heatmap | None = None
+    not_drawn: str = ""
+    signs: tuple[Sign, ...] = ()
+    trend: str = ""
+
+
+PROMPTS = Column("prompts", "total")
+GRAD_NORM = Column(
+    "grad_norm",
+    heading="grad norm",
+    form="{:.3g}",
+    drawn=Curve("Gradient norm", "healthy: no growth, no repeated spikes", from_zero=True),
+)

@@ -1,0 +1,136 @@
+"""A session: what every run has beside its method, from the run folder to what it cost.
+
+It joins the processes, opens the run folder, keeps the clock, the ledger and the metrics, writes records and
+checkpoints when they are due, and goes on from a checkpoint. What an iteration does is a method's (methods/), the loop
+over iterations is methods/loop.py's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...kernels import use_reference
+from . import checkpoint, ledger
+from .checkpoint import Recipe, Training
+from .columns import Column
+from .ledger import Ledger
+from .metrics import Metrics, Value, read_records
+from .progress import Progress
+from .ranks import Ranks, start
+from .stopwatch import Stopwatch
+
+
+class Session:
+    """One process's part of a run: `with Session.start(config) as session:`, then `open`, `begin` and the loop.
+
+    metrics, training and progress are there from `begin` on.
+    """
+
+    metrics: Metrics
+    training: Training
+    progress: Progress
+
+    def __init__(self, config: Recipe, ranks: Ranks):
+        self.config, self.run, self.ranks = config, config.run, ranks
+        self.dir = Path(config.run.dir)
+        self.clock = Stopwatch(ranks.device)
+        self.ledger = Ledger(ranks.device)
+        self.done = 0  # iterations
+        self._begun = time.perf_counter()
+        self._resumed: Path | None = None
+        self._worked = ""  # the stage whose seconds, with those of the update, are a method's work
+
+    @classmethod
+    @contextmanager
+    def start(cls, config: Recipe) -> Iterator[Session]:
+        """Joins the processes of the run and looks at its folder; nothing is written yet. Raises UserError."""
+        use_reference(config.run.kernels == "reference")
+        session = cls(config, start(config.run.device))
+        checkpoint.check_run(config, session.ranks)
+        with session.ledger:
+            yield session
+
+    def open(self, trainable: checkpoint.Trainable) -> None:
+        """Makes the run folder, or finds the checkpoint to go on from. Raises UserError before anything is written."""
+        self._resumed = checkpoint.open_run(self.config, self.ranks, trainable)
+        self.ledger.before = checkpoint.spent_before(self._resumed, "ledger")
+
+    def begin(self, training: Training, columns: Sequence[Column], stage: str) -> None:
+        """Puts everything back as the checkpoint has it, and begins to measure; just before the loop.
+
+        columns: what the method reports. stage: what collecting its rows is called by the clock.
+        """
+        self.training, self._worked = training, stage
+        if self._resumed:
+            self.done = checkpoint.restore(training, self._resumed, self.ranks)
+        columns = (*columns, *ledger.COLUMNS)
+        iterations = self.config.iterations
+        self.metrics = Metrics(self.dir, self.ranks.device, self.ranks.first, columns, self.done, iterations)
+        self.progress = Progress(iterations, columns)
+        self.clock.lap()
+
+    def iterations(self) -> range:
+        """Those that are still to be done, counted from 0."""
+        return range(self.done, self.config.iterations)
+
+    def note(self, values: Mapping[str, Value | tuple[Value, Value]], weight: Value = 1.0) -> None:
+        """Adds to the columns of these names; weight: of means that have none of their own."""
+        self.metrics.add(values, weight)
+
+    def log(self, done: int, now: bool = False) -> None:
+        """Writes and shows the record after `done` iterations, where it is due or `now`. Every rank calls it."""
+        if not (now or done == self.config.iterations or done % self.run.log_every == 0):
+            return
+        seconds = self.clock.lap()
+        self.ledger.add_to(self.metrics, seconds.get(self._worked, 0.0) + seconds.get("update", 0.0))
+        record = self.metrics.flush(done, optimizer_steps=self.training.optimizer.steps, seconds=seconds)
+        if self.ranks.first:
+            self.progress.show(record)
+
+    def save(self, done: int) -> None:
+        """Writes a checkpoint after `done` iterations, where it is due. Every rank calls it."""
+        self.done = done
+        if done == self.config.iterations or done % self.run.save_every == 0:
+            with self.clock("save"):
+                spent = {"seconds": self.seconds(), "ledger": self.ledger.totals()}
+                checkpoint.save(self.training, self.config, done, self.ranks, spent)
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by stage and in total since the run began, those before a resumption included."""
+        before = checkpoint.spent_before(self._resumed, "seconds")
+        now = self.clock.seconds() | {"total": time.perf_counter() - self._begun}
+        return {stage: before.get(stage, 0.0) + now.get(stage, 0.0) for stage in {**before, **now}}
+
+    def summary(self) -> dict[str, Any]:
+        """What summary.json says of every run, on the first rank. A collective call, after the loop."""
+        totals = self.ledger.totals()
+        if not self.ranks.first:
+            return {}
+        last, seconds, optimizer = read_records(self.metrics.path)[-1], self.seconds(), self.training.optimizer
+        worked = seconds[self._worked] + seconds["update"]
+        return {
+            "seconds": seconds,
+            "ledger": ledger.figures(totals),
+            "iterations": self.config.iterations,
+            "prompts": last["prompts"],
+            "prompts_per_second": last["prompts"] / worked,
+            "pairs": last.get("pairs"),
+            "optimizer_steps": optimizer.steps,
+            "optimizer_state_bytes_per_rank": optimizer.state_bytes(),
+            "world_size": self.ranks.size,
+            "device": torch.cuda.get_device_name(self.ranks.device) if self.ranks.device.type == "cuda" else "cpu",
+            "seed": self.run.seed,
+            "version": version("strop"),
+            "paths": {
+                "run": str(self.dir),
+                "report": str(self.dir / "report.html"),
+                "checkpoints": str(self.dir / "checkpoints"),
+            },
+        }
