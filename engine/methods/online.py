@@ -13,7 +13,7 @@ from ..models.base_model import load_unet
 from ..models.latent_diffusion import LatentDiffusion
 from ..models.policy import Policy, Savings, TrainedLora
 from ..models.tiny_decoder import TinyDecoder
-from ..schedules.ddim import DDIMSchedule
+from ..schedules.schedule import Schedule
 from ..speed.apply import prepare
 
 
@@ -25,7 +25,7 @@ class OnlineModels:
     diffusion: LatentDiffusion
     decoder: LatentDiffusion | TinyDecoder
     judge: StepAwarePreferenceModel
-    schedule: DDIMSchedule
+    schedule: Schedule
     trainable: TrainedLora
 
     @classmethod

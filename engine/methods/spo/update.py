@@ -15,7 +15,7 @@ from torch import Tensor
 from ...config.training import OptimConfig
 from ...models.conditioning import Conditioning
 from ...models.policy import Policy
-from ...schedules.ddim import DDIMSchedule
+from ...schedules.schedule import Schedule
 from .loss import spo_loss
 from .pairs import PreferencePairs
 
@@ -52,7 +52,7 @@ class Learner:
     """What turns micro-batches into losses: policy and reference, the schedule, and the section `optim`."""
 
     policy: Policy
-    schedule: DDIMSchedule
+    schedule: Schedule
     config: OptimConfig
 
     def loss(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
