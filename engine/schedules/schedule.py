@@ -1,7 +1,7 @@
 """A schedule: which timestep a step index stands for, and the things one does at a step.
 
-It holds the numbers (a table of coefficients, guidance) and hands them to strop.kernels; it draws noise, but never calls
-a model. Which table it is, is the sampler's: ddim.py makes DDIM's.
+It holds the numbers (a table of coefficients, guidance) and hands them to strop.kernels; it draws noise, but never
+calls a model. Which table it is, is the sampler's: ddim.py makes DDIM's.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ class Schedule:
     """A sampler of Gaussian steps, each of which is five numbers (strop.kernels: DDIMCoefficients).
 
     `step` is an index 0..num_steps-1, an int or an (N,) int64 tensor; `t[step]` is the training timestep it stands for,
-    a whole number or not, with t[num_steps] = 0 for the clean latent. `eps` is the model output (G, N, C, H, W): G = 2 is the halves without
-    and with the prompt, combined by `guidance`; G = 1 is used as it is. Inside, arithmetic is float32 or wider.
+    a whole number or not, with t[num_steps] = 0 for the clean latent. `eps` is the model output (G, N, C, H, W): G = 2
+    is the halves without and with the prompt, combined by `guidance`; G = 1 is used as it is. Inside, arithmetic is
+    float32 or wider.
     """
 
     def __init__(self, coefficients: DDIMCoefficients, guidance: float, device: torch.device | str = "cpu"):
