@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from strop.kernels.backend import check_alike, on_triton, wide
+from .backend import check_alike, on_triton, wide
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from strop.kernels.backend import launch, on_triton
-from strop.kernels.ddim import ddim_log_prob_backward_ref, ddim_log_prob_ref, ddim_log_ratio_ref
-from strop.kernels.ddim_triton import BLOCK, guided
+from .backend import launch, on_triton
+from .ddim import ddim_log_prob_backward_ref, ddim_log_prob_ref, ddim_log_ratio_ref
+from .ddim_triton import BLOCK, guided
 
 PARTS = 64  # sums of a row at a time in the second stage
 HALF_LOG_TWO_PI = tl.constexpr(0.9189385332046727)
