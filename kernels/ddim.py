@@ -28,11 +28,12 @@ from .backend import check_alike, on_triton, wide
 class DDIMCoefficients:
     """The table of one schedule, a row a number, a column a step (index 0 is the noisiest).
 
-    t: training timesteps, `num_steps` of them and then 0, the timestep of the clean latent.
+    t: training timesteps, `num_steps` of them and then 0, the timestep of the clean latent. Those of DDIM are whole
+    numbers; those of a rectified flow are 1000 sigma, and need not be.
     table: (5, num_steps) float32: x0_from_x, x0_from_m, mean_from_x, mean_from_m, sigma; in units of the latents.
     """
 
-    t: tuple[int, ...]
+    t: tuple[float, ...]
     table: Tensor
 
     @classmethod

@@ -205,6 +205,45 @@ def test_every_step_against_diffusers(alphas, eta, prediction):
         close(x0_hat, step.pred_original_sample, LATENTS)
 
 
+def flow_step(form, sigmas, sigmas_next, x, v):
+    """One stochastic step of a rectified flow, x = (1 - sigma) x_0 + sigma z with v = z - x_0: x0_hat, mean, std.
+
+    "ddim": the step of DDIM with (alpha, sigma) = (1 - sigma, sigma) and eta 1; "flow_grpo": that of Flow-GRPO
+    (arXiv 2505.05470) at noise level 0.7, which at sigma = 1 takes the next sigma for the one that would divide by 0.
+    """
+    now, then = (each.view(-1, 1, 1, 1) for each in (sigmas, sigmas_next))
+    x0_hat, eps_hat = x - now * v, x + (1 - now) * v
+    if form == "ddim":
+        std = then / now * (now**2 - ((1 - now) / (1 - then)) ** 2 * then**2).sqrt()
+        return x0_hat, (1 - then) * x0_hat + (then**2 - std**2).clamp(min=0).sqrt() * eps_hat, std
+    dt, level = then - now, 0.7 * (now / (1 - torch.where(now == 1, then, now))).sqrt()
+    mean = x * (1 + level**2 / (2 * now) * dt) + v * (1 + level**2 * (1 - now) / (2 * now)) * dt
+    return x0_hat, mean, level * (-dt).sqrt()
+
+
+@pytest.mark.parametrize("form, steps", [("ddim", 9), ("flow_grpo", 10)])  # the last DDIM step has no density
+def test_a_table_of_rectified_flow_against_its_formulas(form, steps):
+    """A step that is linear in (x, v) is five numbers: those that it gives for (1, 0) and for (0, 1)."""
+    sigmas = torch.linspace(1, 0, 11, dtype=torch.float64)
+    sigmas = 3 * sigmas / (1 + 2 * sigmas)  # shifted by 3, as for SD3
+    now, then = sigmas[:steps], sigmas[1 : steps + 1]
+    one = torch.ones(steps, 1, 1, 1, dtype=torch.float64)
+    by_x, by_v = flow_step(form, now, then, one, 0 * one), flow_step(form, now, then, 0 * one, one)
+    table = torch.stack([by_x[0], by_v[0], by_x[1], by_v[1], by_x[2]]).view(5, steps).float()
+    schedule = DDIMCoefficients((*(1000 * now).tolist(), 0.0), table)
+
+    x, v, noise = (draw(steps, 2, 3, 5, seed=seed) for seed in range(3))
+    x0_hat, mean, std = flow_step(form, now, then, x, v)
+    branches, found = ddim_branch(x, None, v, 1.0, schedule.table, noise[None])
+    close(found, x0_hat, 1e-6)
+    close(ddim_x0_hat(x, None, v, 1.0, schedule.table), x0_hat, 1e-6)
+    close(branches[0], mean + std * noise, 1e-6)
+    x_prev = torch.stack([mean + std * noise, x, mean])
+    found = ddim_log_prob(x_prev, x[None], None, v[None], 1.0, schedule.table)
+    expected = torch.distributions.Normal(mean, std).log_prob(x_prev).flatten(2).mean(-1)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
 @pytest.fixture(scope="module")
 def table(alphas):
     return DDIMCoefficients.build(alphas, 20, 1.0).table[:, [0, 7, 19]]
