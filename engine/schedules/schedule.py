@@ -64,11 +64,11 @@ class Schedule:
         return ddim_branch(x, *self._halves(eps), self.guidance, self._coefficients(step, len(x)), nothing)[0][0]
 
     def log_prob(self, x_prev: Tensor, x_t: Tensor, eps: Tensor, step: Tensor) -> Tensor:
-        """Log-densities (2, N) of winner and loser: x_prev (2, N, C, H, W), x_t (R, N, ...), eps (G, R, N, ...)."""
+        """Log-densities (S, N) of S latents a row: x_prev (S, N, C, H, W), x_t (R, N, ...), eps (G, R, N, ...)."""
         return ddim_log_prob(x_prev, x_t, *self._halves(eps), self.guidance, self._coefficients(step, x_t.shape[1]))
 
     def log_ratio(self, x_prev: Tensor, x_t: Tensor, eps: Tensor, eps_ref: Tensor, step: Tensor) -> Tensor:
-        """log_prob under eps minus log_prob under eps_ref (2, N), without the digits lost by subtracting the two.
+        """log_prob under eps minus log_prob under eps_ref (S, N), without the digits lost by subtracting the two.
 
         Differentiable in eps alone; shapes as for log_prob, eps_ref like eps.
         """
