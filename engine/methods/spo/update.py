@@ -40,7 +40,7 @@ def micro_batches(pairs: PreferencePairs, size: int, cond: Conditioning) -> Iter
 
     One wait for the device, at the first micro-batch; none where all pairs share x_t.
     """
-    apart = pairs.shared.logical_not().tolist() if len(pairs.x_t) == 2 else [False] * len(pairs)
+    apart = pairs.shared.logical_not().tolist() if len(pairs.x_t) == 2 else [False] * len(pairs)  # one wait an iteration
     for start in range(0, len(pairs), size):
         rows = sorted(range(start, min(start + size, len(pairs))), key=lambda row: apart[row])
         batch = pairs[torch.tensor(rows).to(pairs.step.device, non_blocking=True)]
