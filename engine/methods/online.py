@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from diffusers import UNet2DConditionModel
+from torch import nn
 
 from ..config.training import Config
 from ..judge.model import StepAwarePreferenceModel
@@ -40,7 +40,7 @@ class OnlineModels:
     def of(
         cls,
         config: Config,
-        unet: UNet2DConditionModel,
+        unet: nn.Module,
         diffusion: LatentDiffusion,
         judge: StepAwarePreferenceModel,
         decoder: TinyDecoder | None = None,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from diffusers import DDIMScheduler
 
 from ...kernels import DDIMCoefficients
 from .schedule import Schedule
+
+if TYPE_CHECKING:
+    from diffusers import DDIMScheduler
 
 
 def ddim_schedule(

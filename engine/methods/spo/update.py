@@ -40,11 +40,11 @@ def micro_batches(pairs: PreferencePairs, size: int, cond: Conditioning) -> Iter
 
     One wait for the device, at the first micro-batch; none where all pairs share x_t.
     """
-    apart = pairs.shared.logical_not().tolist() if len(pairs.x_t) == 2 else [False] * len(pairs)  # one wait an iteration
+    shared = pairs.shared.tolist() if len(pairs.x_t) == 2 else [True] * len(pairs)  # one wait an iteration
     for start in range(0, len(pairs), size):
-        rows = sorted(range(start, min(start + size, len(pairs))), key=lambda row: apart[row])
+        rows = sorted(range(start, min(start + size, len(pairs))), key=lambda row: not shared[row])
         batch = pairs[torch.tensor(rows).to(pairs.step.device, non_blocking=True)]
-        yield MicroBatch(batch, len(rows) - sum(apart[row] for row in rows), cond)
+        yield MicroBatch(batch, sum(shared[row] for row in rows), cond)
 
 
 @dataclass(frozen=True, slots=True)
