@@ -2,9 +2,11 @@
 
 The folders stay at the top of the repository while the import names are strop.engine, strop.kernels and strop.bench: a
 top-level `kernels` in site-packages would collide with Hugging Face's package of that name, which transformers and
-diffusers probe for. Weights and configs are no package data: a wheel holds source files only.
+diffusers probe for. A wheel holds source files and the recipes; weights are no package data.
 The version has its one home here; code that wants it asks importlib.metadata.version("strop").
 """
+
+from pathlib import Path
 
 from setuptools import find_packages, setup
 
@@ -14,11 +16,27 @@ setup(
     name="strop",
     version="0.1.0",
     description="Post-trains Stable Diffusion 1.5 and SDXL with step-by-step preference optimization (SPO) on one node",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    keywords=["diffusion", "stable diffusion", "SDXL", "preference optimization", "DPO", "SPO", "LoRA", "RLHF"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.14",
-    package_dir={f"strop.{folder}": folder for folder in FOLDERS},
-    packages=[f"strop.{name}" for name in find_packages(include=[*FOLDERS, *(f"{folder}.*" for folder in FOLDERS)])],
+    package_dir={f"strop.{folder}": folder for folder in (*FOLDERS, "configs")},
+    packages=[
+        *(f"strop.{name}" for name in find_packages(include=[*FOLDERS, *(f"{folder}.*" for folder in FOLDERS)])),
+        "strop.configs",
+    ],
+    package_data={"strop.configs": ["*.yaml"], "strop.engine": ["py.typed"], "strop.kernels": ["py.typed"]},
+    entry_points={"console_scripts": ["strop = strop.engine.cli:main"]},
     include_package_data=False,
     zip_safe=False,
     install_requires=[

@@ -31,14 +31,15 @@ class Section(BaseModel):
 
 
 C = TypeVar("C", bound=Section)
+RECIPES = Path(__file__).parents[2] / "configs"  # beside engine/, in a checkout and in a wheel
 
 
 def load(path: str | Path, overrides: Sequence[str], cls: type[C]) -> C:
-    """Reads a YAML recipe, applies `section.key=value` overrides (values are YAML) and checks the whole.
+    """Reads a YAML recipe, a file or the name of one that comes with strop, applies `section.key=value` overrides (values are YAML) and checks the whole.
 
     Raises UserError with one sentence that names the file and the key.
     """
-    tree = _read_yaml(Path(path))
+    tree = _read_yaml(_recipe_file(path))
     for override in overrides:
         _apply(tree, override)
     try:
@@ -88,12 +89,23 @@ def varied(config: C, values: Mapping[str, Any]) -> C:
     return type(config).model_validate(tree)
 
 
+def recipes() -> list[str]:
+    """The names of the recipes that come with strop, such as tinyworld."""
+    return sorted(file.stem for file in RECIPES.glob("*.yaml"))
+
+
+def _recipe_file(path: str | Path) -> Path:
+    """A recipe's file: a path, or the name of a recipe that comes with strop."""
+    named = RECIPES / f"{path}.yaml"
+    return named if Path(path).name == str(path) and not Path(path).exists() and named.is_file() else Path(path)
+
+
 def _read_yaml(path: Path) -> dict:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be read ({error.strerror}); give the path of a recipe such as configs/tinyworld.yaml"
+            f"{path}: cannot be read ({error.strerror}); give the path of a recipe, or one of {', '.join(recipes())}"
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None

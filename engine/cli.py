@@ -1,0 +1,44 @@
+"""`strop COMMAND ...`: the programs of this package under one name. Each is a module with a `main(argv)` of its own."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+
+from .errors import UserError, exit_on_user_error
+
+COMMANDS = {  # name: (module, what it does)
+    "train": (".train", "post-train a model by a recipe"),
+    "train-judge": (".train_judge", "train a step-aware judge from preference pairs"),
+    "plan": (".plan.__main__", "what a recipe costs, before anything runs"),
+    "export": (".export", "a LoRA for diffusers, ComfyUI or A1111, or merged"),
+    "report": (".report.__main__", "remake the report of a run"),
+}
+
+
+@exit_on_user_error
+def main(argv: Sequence[str]) -> None:
+    """Runs one of strop's programs; `strop COMMAND --help` says what it takes."""
+    width = max(map(len, COMMANDS)) + 2
+    listed = "\n".join(f"  {name:<{width}}{what}" for name, (_, what) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="strop",
+        usage="strop COMMAND ...",
+        description=main.__doc__,
+        epilog=f"commands:\n{listed}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=version("strop"))
+    parser.add_argument("command", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv[:1] or ["--help"])
+    if args.command not in COMMANDS:
+        near = difflib.get_close_matches(args.command, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"strop: found the command {args.command!r}, expected one of {', '.join(COMMANDS)}{hint}")
+    module, _ = COMMANDS[args.command]
+    sys.argv[0] = f"strop {args.command}"
+    import_module(module, __package__).main(list(argv[1:]))
