@@ -136,10 +136,10 @@ def test_what_cannot_be_measured_is_said_in_a_sentence(arguments, message, capsy
     assert message in capsys.readouterr().err
 
 
-def test_the_readme_has_the_table_of_the_last_measurement():
-    readme = (bench_step.ROOT / "README.md").read_text()
+def test_the_page_has_the_table_of_the_last_measurement():
+    page = (bench_step.ROOT / "docs" / "cost.md").read_text()
     for file in sorted(bench_step.RESULTS.glob("bench_step-*.json")):
-        assert table(json.loads(file.read_text())) in readme, f"make it anew of {file.name}"
+        assert table(json.loads(file.read_text())) in page, f"make it anew of {file.name}"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="full size needs a GPU")

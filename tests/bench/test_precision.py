@@ -39,6 +39,8 @@ def test_what_cannot_be_measured_is_said_in_a_sentence(capsys, count):
     assert f"--iterations: found {count}, expected 1 to " in capsys.readouterr().err
 
 
-def test_the_readme_has_the_table_of_the_last_measurement():
+def test_the_page_has_the_table_of_the_last_measurement():
     record = json.loads((ROOT / "bench" / "results" / "precision_tinyworld.json").read_text())
-    assert precision.table(record) in (ROOT / "README.md").read_text(), "make it anew of precision_tinyworld.json"
+    assert precision.table(record) in (ROOT / "docs" / "cost.md").read_text(), (
+        "make it anew of precision_tinyworld.json"
+    )
