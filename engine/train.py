@@ -237,7 +237,7 @@ def close(
     summary = {name: paired_delta(base.scores[name], tuned.scores[name]) for name in base.scores} | {
         "seconds": seconds,
         "ledger": ledger,
-        "family": parts.policy.family,
+        "family": parts.policy.family.name,
         "iterations": config.run.iterations,
         "prompts": last["prompts"],
         "prompts_per_second": last["prompts"] / (seconds["rollout"] + seconds["update"]),

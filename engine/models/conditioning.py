@@ -15,8 +15,8 @@ ALIKE = ("null", "null_pooled", "time_ids")  # the same for all prompts, hence o
 class Conditioning:
     """Embeddings of N prompts, and of the empty (negative) prompt.
 
-    text (N, L, D): hidden states of the text encoder, of SDXL's two side by side; null (1, L, D): those of the empty
-    prompt. For SDXL alone: pooled (N, P), null_pooled (1, P), and time_ids (1, 6): original size, crop, target size.
+    text (N, L, D): hidden states of the text encoders; null (1, L, D): those of the empty prompt. For a UNet that takes
+    more, else None: pooled (N, P) text, null_pooled (1, P), and time_ids (1, 6): original size, crop, target size.
     judge (N, E): the judge's text features. row (N,) int64: where text_kv.py keeps what a UNet makes of each prompt's
     text; null's is row 0.
     """

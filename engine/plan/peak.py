@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from ..config.training import Config
+from ..models.families.base import Family
 from .flops import RECOMPUTED, cost
 from .gpus import card_called
 from .meta_models import Blueprint
@@ -20,7 +21,7 @@ ROLLOUT = ("trunk", "branches", "decode", "judge")
 UPDATE = ("update: policy", "update: reference", RECOMPUTED)
 
 
-def seconds_at_peak(config: Config, family: str, device: torch.device) -> tuple[float, float] | None:
+def seconds_at_peak(config: Config, family: Family, device: torch.device) -> tuple[float, float] | None:
     """(of a prompt's rollout, of the update by a pair of it) on this GPU.
 
     family: of the base model. None on a CPU and on a card that is not in the list. What a pair takes is the mean over

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import yaml
 
+from ..models.families.find import FAMILIES
 from .tables import count_rows, ledger_rows, score_rows, stage_rows
 from .verdict import NOT_MEASURED, Finding, headline, verdict
 
@@ -122,8 +123,8 @@ def _snippet(summary: dict, config: str) -> str:
     lora = (summary.get("paths") or {}).get("lora", "LORA")
     kind, load = "AutoPipelineForText2Image", "from_pretrained"
     if str(base).endswith(".safetensors"):
-        kind = "StableDiffusionXLPipeline" if summary.get("family") == "sdxl" else "StableDiffusionPipeline"
-        load = "from_single_file"
+        pipelines = {family.name: family.pipeline for family in FAMILIES}
+        kind, load = pipelines.get(summary.get("family"), FAMILIES[0].pipeline), "from_single_file"
     return (
         f"from diffusers import {kind}\n\n"
         f"pipe = {kind}.{load}({str(base)!r})\n"

@@ -9,7 +9,7 @@ import torch
 from strop.bench import full_size
 from strop.engine.config.settings import differences
 from strop.engine.config.training import load
-from strop.engine.models.architectures import FAMILIES
+from strop.engine.models.families.find import family_named
 from strop.engine.plan import __main__ as plan_main
 from strop.engine.plan import estimate as plan
 from strop.engine.plan.flops import cost, published_cost, published_recipe
@@ -208,8 +208,9 @@ def test_operations_per_prompt(recipe, at_most, published):
 @pytest.mark.parametrize("small", SMALL)
 def test_peak_memory_on_a_gpu(small):
     """Of one full-size iteration with random weights, beside which full_size keeps a float32 copy of the policy."""
-    family, gigabytes = SMALL[small]
-    architecture = FAMILIES[family] | {"judge": full_size.JUDGE}
+    name, gigabytes = SMALL[small]
+    family = family_named(name)
+    architecture = family.architecture | {"judge": full_size.JUDGE}
     record = full_size.measure(load(f"configs/{small}.yaml"), family, architecture, torch.device("cuda"))
     said = footprint(*counted(small), 1)
     peak = record["peak_bytes"] - 2 * said.parts["UNet"] - said.parts["LoRA"]

@@ -1,12 +1,18 @@
-"""models/family: the real configurations, fine-tunes under any name, and every model that is not of the two."""
+"""models/families: the real configurations, fine-tunes under any name, and every model that is of no family."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from strop.engine.errors import UserError
-from strop.engine.models.family import family_of, read_config
+from strop.engine.models.families.find import family_of_file, family_of_folder
+
+ENGINE = Path(__file__).parents[3] / "engine"
 
 
 @pytest.fixture
@@ -39,18 +45,18 @@ def folder_of(architectures, tmp_path):
     ids=["original", "other-names", "other-sampler", "v-prediction", "other-size", "other-vae"],
 )
 def test_the_two_families_and_their_fine_tunes(folder_of, family, changes):
-    assert family_of(folder_of(family, **changes), "model.path") == family
+    assert family_of_folder(folder_of(family, **changes), "model.path").name == family
 
 
 def test_the_tiny_folders(tiny_folder, tiny_sdxl_folder):
-    assert family_of(tiny_folder, "model.path") == "sd15"
-    assert family_of(tiny_sdxl_folder, "model.path") == "sdxl"
+    assert family_of_folder(tiny_folder, "model.path").name == "sd15"
+    assert family_of_folder(tiny_sdxl_folder, "model.path").name == "sdxl"
 
 
 def test_a_folder_without_model_index_is_known_by_its_parts(folder_of):
     folder = folder_of("sdxl")
     (folder / "model_index.json").unlink()
-    assert family_of(folder, "model.path") == "sdxl"
+    assert family_of_folder(folder, "model.path").name == "sdxl"
 
 
 @pytest.mark.parametrize(
@@ -83,7 +89,7 @@ def test_a_folder_without_model_index_is_known_by_its_parts(folder_of):
 )
 def test_other_models_are_refused_by_what_they_are(folder_of, family, changes, found):
     with pytest.raises(UserError, match=rf"^model\.path: .* is {found}.*; expected Stable Diffusion 1\.5") as refusal:
-        family_of(folder_of(family, **changes), "model.path")
+        family_of_folder(folder_of(family, **changes), "model.path")
     assert "\n" not in str(refusal.value)
 
 
@@ -91,7 +97,7 @@ def test_diffusion_transformers_are_refused_by_name(folder_of):
     folder = folder_of("sdxl", model_index={"_class_name": "StableDiffusion3Pipeline"})
     (folder / "unet").rename(folder / "transformer")
     with pytest.raises(UserError, match="is a StableDiffusion3Pipeline, with no folder unet/; expected"):
-        family_of(folder, "model.path")
+        family_of_folder(folder, "model.path")
 
 
 @pytest.mark.parametrize("name", [{"_class_name": "AutoencoderKL"}, {"model_type": "clip"}], ids=["vae", "clip"])
@@ -99,25 +105,80 @@ def test_a_single_network_is_refused_by_name(tmp_path, name):
     (tmp_path / "config.json").write_text(json.dumps(name))
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(UserError, match=f"is a {next(iter(name.values()))}, with no folder unet/"):
-        family_of(tmp_path, "model.path")
+        family_of_folder(tmp_path, "model.path")
 
 
 def test_the_refiner_is_refused(folder_of):
     folder = folder_of("sdxl", unet={"cross_attention_dim": 1280, "projection_class_embeddings_input_dim": 2560})
     shutil.rmtree(folder / "text_encoder")
     with pytest.raises(UserError, match="is an SDXL refiner"):
-        family_of(folder, "model.path")
+        family_of_folder(folder, "model.path")
 
 
 def test_a_folder_around_a_checkpoint_names_the_file(tmp_path):
     (tmp_path / "dream.safetensors").touch()
     with pytest.raises(UserError, match=r"write .*/dream\.safetensors"):
-        family_of(tmp_path, "model.path")
+        family_of_folder(tmp_path, "model.path")
 
 
-@pytest.mark.parametrize("text", ["{", "[1]"])
-def test_a_broken_configuration_is_named(folder_of, text):
-    folder = folder_of("sd15")
-    (folder / "unet" / "config.json").write_text(text)
-    with pytest.raises(UserError, match=r"^model\.components: .*unet/config\.json"):
-        read_config(folder, "unet", "model.components")
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_the_family_is_read_from_the_keys(tiny_checkpoints, family):
+    assert family_of_file(tiny_checkpoints[family][0], "model.path", own_vae=True).name == family
+
+
+@pytest.mark.parametrize(
+    "names, found",
+    [
+        (["lora_unet_down_blocks_0_attentions_0.lora_down.weight"], "a LoRA"),
+        (["unet.down_blocks.0.attentions.0.to_q.lora_A.weight"], "a LoRA"),
+        (["unet.down_blocks.0.attentions.0.to_q.lora.down.weight"], "a LoRA"),
+        (["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"], "an SD3"),
+        (["model.diffusion_model.double_blocks.0.img_attn.qkv.weight"], "a Flux"),
+        (["down_blocks.0.resnets.0.conv1.weight"], "a part of a model in diffusers format"),
+        (["encoder.conv_in.weight", "decoder.mid.block_1.conv1.weight"], "a VAE alone"),
+        (["weight"], "no checkpoint"),
+    ],
+)
+def test_files_that_are_no_checkpoint_are_refused_by_what_they_are(tmp_path, names, found):
+    file = tmp_path / "file.safetensors"
+    save_file({name: torch.zeros(4) for name in names}, file)
+    with pytest.raises(UserError, match=rf"^model\.path: .*file\.safetensors is {found}; expected .* in one file$"):
+        family_of_file(file, "model.path", own_vae=True)
+
+
+@pytest.mark.parametrize(
+    "family, keep, more, found",
+    [
+        (
+            "sd15",
+            "",
+            {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(16, 9, 3, 3)},
+            "a model with 9 input",
+        ),
+        ("sdxl", "", {"conditioner.embedders.0.model.ln_final.weight": torch.zeros(4)}, "an SDXL refiner"),
+        ("sd15", "", {"cond_stage_model.model.ln_final.weight": torch.zeros(4)}, "a Stable Diffusion 2"),
+        ("sdxl", "", {"edm_mean": torch.zeros(4)}, "a model trained on another kind of noise"),
+        ("sd15", "cond_stage_model.", {}, "a checkpoint without text_encoder"),
+        ("sdxl", "conditioner.embedders.1.", {}, "a checkpoint without text_encoder_2"),
+        ("sdxl", "first_stage_model.", {}, "a checkpoint without vae"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_other_checkpoints_are_refused_by_what_they_are(spoilt, family, keep, more, found):
+    file = spoilt(family, lambda name: not keep or not name.startswith(keep), **more)
+    with pytest.raises(UserError, match=rf"^model\.path: .* is {found}"):
+        family_of_file(file, "model.path", own_vae=True)
+
+
+def test_a_checkpoint_needs_no_vae_where_another_is_given(spoilt):
+    file = spoilt("sdxl", lambda name: not name.startswith("first_stage_model."))
+    assert family_of_file(file, "model.path", own_vae=False).name == "sdxl"
+
+
+def test_no_other_file_tells_the_families_apart():
+    """Descriptions of keys in config/ may name them: they are what a person reads who chooses a value."""
+    files = [file for file in ENGINE.rglob("*.py") if file.parent.name not in ("families", "config")]
+    names = re.compile(r"sdxl|[\"']sd15[\"']", re.IGNORECASE)
+    lines = [(file.name, line) for file in files for line in file.read_text().splitlines() if names.search(line)]
+    assert len(files) > 50
+    assert lines == []
