@@ -110,6 +110,8 @@ def _unlike_unet(unet: dict) -> str | None:
     for option in ("class_embed_type", "num_class_embeds", "encoder_hid_dim", "encoder_hid_dim_type"):
         if unet.get(option) is not None:
             return f"a model with {option} {unet[option]!r} in its UNet"
+    if unet.get("attention_type", "default") != "default":
+        return f"a model with attention_type {unet['attention_type']!r} in its UNet"
     if not any(family.takes(unet) for family in FAMILIES):
         return f"a model with addition_embed_type {unet.get('addition_embed_type')!r} in its UNet"
     return None

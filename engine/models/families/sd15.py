@@ -44,7 +44,13 @@ class StableDiffusion1(Family):
         return unet.get("addition_embed_type") is None
 
     def lookalike(self, unet: Mapping, parts: Collection[str]) -> str | None:
-        return None
+        """SD-2 has the same inputs and is known by linear layers around its attention, where SD-1's are convolutions.
+
+        No file can say otherwise and still load: the weights of the one do not have the shape of the other's. Widths
+        tell nothing of small models, and v-prediction nothing of fine-tunes. The text encoder is another one in SD-2
+        (OpenCLIP ViT-H), but a fine-tune of SD-1.5 may have any, and its LoRA fits SD-1.5 all the same.
+        """
+        return "a Stable Diffusion 2" if unet.get("use_linear_projection") else None
 
     def unlike_text(self, unet: Mapping, text: Mapping[str, Mapping]) -> str | None:
         return unlike_clip(unet, text)

@@ -13,6 +13,11 @@ from strop.engine.errors import UserError
 from strop.engine.models.families.find import family_of_file, family_of_folder
 
 ENGINE = Path(__file__).parents[3] / "engine"
+SD2_TEXT = {"hidden_act": "gelu", "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16}
+SD2_TEXT |= {"num_hidden_layers": 23, "projection_dim": 512}
+SD2_UNET = {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "use_linear_projection": True}
+SD2 = {"unet": SD2_UNET, "text_encoder": SD2_TEXT}  # as stabilityai's have it
+V_PREDICTION = {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
 
 
 @pytest.fixture
@@ -60,6 +65,24 @@ def test_a_folder_without_model_index_is_known_by_its_parts(folder_of):
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [
+        SD2,
+        SD2 | {"unet": SD2_UNET | {"sample_size": 96, "upcast_attention": True}, "scheduler": V_PREDICTION},
+        SD2 | {"unet": SD2_UNET | {"cross_attention_dim": 768}, "text_encoder": {}},
+    ],
+    ids=["2.1-base", "2.1", "with-the-text-encoder-of-1.5"],
+)
+def test_stable_diffusion_2_is_refused_as_its_file_is(folder_of, spoilt, changes):
+    file = spoilt("sd15", **{"cond_stage_model.model.ln_final.weight": torch.zeros(4)})
+    expected = "is a Stable Diffusion 2; expected Stable Diffusion 1.5, SDXL or a fine-tune of either"
+    with pytest.raises(UserError, match=rf"^model\.path: .* {expected}$"):
+        family_of_folder(folder_of("sd15", **changes), "model.path")
+    with pytest.raises(UserError, match=rf"^model\.path: .* {expected}, with"):
+        family_of_file(file, "model.path", own_vae=True)
+
+
+@pytest.mark.parametrize(
     "family, changes, found",
     [
         ("sd15", {"unet": {"in_channels": 9}}, "a model with 9 input channels, made for inpainting"),
@@ -68,6 +91,10 @@ def test_a_folder_without_model_index_is_known_by_its_parts(folder_of):
         ("sd15", {"unet": {"_class_name": "UNetMotionModel"}}, "a model around a UNetMotionModel"),
         ("sd15", {"unet": {"num_class_embeds": 1000}}, "a model with num_class_embeds 1000"),
         ("sd15", {"unet": {"addition_embed_type": "image"}}, "a model with addition_embed_type 'image'"),
+        ("sd15", {"unet": {"attention_type": "gated"}}, "a model with attention_type 'gated'"),
+        ("sd15", SD2 | {"unet": SD2_UNET | {"in_channels": 9}}, "a model with 9 input channels, made for inpainting"),
+        ("sd15", SD2 | {"unet": SD2_UNET | {"in_channels": 5}}, "a model with 5 input channels"),
+        ("sd15", SD2 | {"unet": SD2_UNET | {"class_embed_type": "projection"}}, "a model with class_embed_type 'proj"),
         ("sd15", {"unet": {"time_cond_proj_dim": 256}}, "a model distilled to take the guidance scale"),
         ("sdxl", {"unet": {"projection_class_embeddings_input_dim": 2560}}, "a model whose UNet does not take 6 sizes"),
         ("sd15", {"unet": {"cross_attention_dim": 1024}}, r"a model whose UNet takes text 1024 wide from .*\[768\]"),
