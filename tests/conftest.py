@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from strop.engine.config.training import ModelConfig
-from strop.engine.models.architectures import FAMILIES
 from strop.engine.models.base_model import load_unet
+from strop.engine.models.families.find import FAMILIES
 from strop.engine.models.latent_diffusion import LatentDiffusion
 from strop.engine.models.policy import Policy
 
@@ -243,7 +243,7 @@ def open_clip(state):
 @pytest.fixture(scope="session")
 def architectures():
     """architectures["sdxl"]["unet"] is the configuration of the real one, of its weights nothing."""
-    return FAMILIES
+    return {family.name: family.architecture for family in FAMILIES}
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,8 @@ from ..errors import UserError
 from ..speed.shared_halves import SharedHalves
 from ..speed.text_kv import kept_text
 from .conditioning import Conditioning
+from .families.base import Family
+from .families.find import family_of_unet
 from .lora_file import LORA_FILE, Lora, facts, read, write
 
 
@@ -141,9 +143,9 @@ class Policy:
             self.unet.enable_adapters()
 
     @property
-    def family(self) -> str:
-        """sd15, or sdxl, whose UNet is also told the image's size."""
-        return "sdxl" if self.unet.config.addition_embed_type == "text_time" else "sd15"
+    def family(self) -> Family:
+        """That of the base model, by its UNet."""
+        return family_of_unet(self.unet.config)
 
     def lora_state(self) -> dict[str, Tensor]:
         """The LoRA's tensors under PEFT names."""
@@ -252,7 +254,7 @@ def unet_eps(unet: UNet2DConditionModel, x: Tensor, step_t: Tensor, cond: Condit
     else:  # which of the kept texts each row has
         text = both_halves(torch.zeros_like(cond.row[:1]), cond.row, guided)
     added = None
-    if cond.pooled is not None:  # SDXL
+    if cond.pooled is not None:
         time_ids = cond.time_ids.expand(len(text), -1)
         added = {"text_embeds": both_halves(cond.null_pooled, cond.pooled, guided), "time_ids": time_ids}
     rows = x.repeat(halves, 1, 1, 1).to(dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from ..config.training import Config
+from ..models.families.base import Family
 from .flops import RECOMPUTED, cost
 from .gpus import card_called
 from .meta_models import Blueprint
@@ -20,7 +21,7 @@ ROLLOUT = ("trunk", "branches", "decode", "judge")
 UPDATE = ("update: policy", "update: reference", RECOMPUTED)
 
 
-def seconds_at_peak(config: Config, family: str, device: torch.device) -> dict[str, float]:
+def seconds_at_peak(config: Config, family: Family, device: torch.device) -> dict[str, float]:
     """Of a prompt's rollout, under `prompts`, and of the update by a pair of it, under `pairs`, on this GPU.
 
     family: of the base model. Empty on a CPU and for a card that is not in the list. What a pair takes is the mean over

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from ..models.families.find import FAMILIES
 from .run import Run
 from .tables import count_rows, ledger_rows, score_rows, stage_rows
 from .verdict import NOT_MEASURED, Finding, headline, verdict
@@ -130,8 +131,8 @@ def _snippet(run: Run) -> str:
     lora = (summary.get("paths") or {}).get("lora", "LORA")
     kind, load = "AutoPipelineForText2Image", "from_pretrained"
     if str(base).endswith(".safetensors"):
-        kind = "StableDiffusionXLPipeline" if summary.get("family") == "sdxl" else "StableDiffusionPipeline"
-        load = "from_single_file"
+        pipelines = {family.name: family.pipeline for family in FAMILIES}
+        kind, load = pipelines.get(summary.get("family"), FAMILIES[0].pipeline), "from_single_file"
     return (
         f"from diffusers import {kind}\n\n"
         f"pipe = {kind}.{load}({str(base)!r})\n"

@@ -1,9 +1,9 @@
 """What the halves of a guided forward have in common, computed once: all that lies before the first cross-attention.
 
-The halves have the same latents and timesteps and differ by their text alone, which a UNet of SD-1.5's kind first sees
-in a cross-attention; until there the second half would repeat the first. SDXL's shares nothing, as its pooled text is
-part of the timestep's embedding. The numbers are the same but for rounding, gradients too. Only modules are known here;
-who puts the halves side by side is policy.py.
+The halves have the same latents and timesteps and differ by their text alone, which a UNet without further inputs first
+sees in a cross-attention; until there the second half would repeat the first. A UNet that also takes pooled text shares
+nothing, as that is part of the timestep's embedding. The numbers are the same but for rounding, gradients too. Only
+modules are known here; who puts the halves side by side is policy.py.
 """
 
 from __future__ import annotations

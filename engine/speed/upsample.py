@@ -48,7 +48,7 @@ def fold_upsamplers(model: nn.Module) -> int:
 
 
 def foldable(module: nn.Module) -> bool:
-    """Whether it is diffusers' Upsample2D with a plain 3x3 convolution, as in SD-1.5, SDXL and their VAEs."""
+    """Whether it is diffusers' Upsample2D with a plain 3x3 convolution, as in Stable Diffusion's UNets and VAEs."""
     conv = getattr(module, "conv", None)
     if type(module).__name__ != "Upsample2D" or type(conv) is not nn.Conv2d or module.norm or not module.interpolate:
         return False

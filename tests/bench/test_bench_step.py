@@ -1,6 +1,7 @@
 """strop.bench.bench_step on tiny networks: what it counts, what it divides, and where it takes random weights."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +12,7 @@ from strop.bench.bench_step import Side, measure, ratio, summary, table
 from strop.engine.config.settings import varied
 from strop.engine.config.training import Config
 from strop.engine.errors import UserError
-from strop.engine.models.architectures import FAMILIES
-from strop.engine.plan import meta_models as blueprint
+from strop.engine.models.families import find
 
 CPU = torch.device("cpu")
 STAGES = {"text", "rollout/trunk", "rollout/branches", "rollout/decode", "rollout/judge", "update", "update/optimizer"}
@@ -84,8 +84,8 @@ def test_the_ratio_is_of_prompts_and_within_rounds():
 def tiny_families(monkeypatch):
     """Tiny networks under the names of the families, of which no files are here."""
     made = json.loads((bench_step.ROOT / "tests" / "golden" / "tiny_configs.json").read_text())
-    tiny = {name: made[name]["ctor"] | {"scheduler": made[name]["scheduler"], "model_index": {}} for name in FAMILIES}
-    monkeypatch.setattr(blueprint, "FAMILIES", tiny)
+    tiny = {name: each["ctor"] | {"scheduler": each["scheduler"], "model_index": {}} for name, each in made.items()}
+    monkeypatch.setattr(find, "FAMILIES", [replace(each, architecture=tiny[each.name]) for each in find.FAMILIES])
 
 
 def test_networks_that_are_not_here_get_random_weights(recipe, tiny_families):

@@ -8,6 +8,7 @@ import torch
 from strop.engine.config.training import Config
 from strop.engine.errors import UserError
 from strop.engine.models.base_model import BaseModel, load_unet
+from strop.engine.models.families.find import family_named
 from strop.engine.models.latent_diffusion import LatentDiffusion
 from strop.engine.models.policy import Policy
 from strop.engine.plan.meta_models import Blueprint
@@ -23,7 +24,7 @@ def blueprint(path, family=None, judge="none", decoder=None, **model):
         "rollout": {"decoder": decoder},
         "run": {"dir": "none", "iterations": 1},
     }
-    return Blueprint.of(Config.model_validate(config), family)
+    return Blueprint.of(Config.model_validate(config), family and family_named(family))
 
 
 def shapes(network):
@@ -67,14 +68,14 @@ def test_its_conditioning_has_the_shapes_of_a_real_one(tiny_sdxl_folder):
 )
 def test_what_is_not_here_goes_by_its_name_or_by_what_one_says(path, family, found):
     made = blueprint(path, family)
-    assert made.family == found
+    assert made.family.name == found
     assert made.size == ((1024, 1024) if found == "sdxl" else (512, 512))
-    assert "engine/models/architectures.py" in made.source
+    assert f"engine/models/families/{found}.py" in made.source
     assert ("--family says" if family else path) in made.source
 
 
 def test_a_checkpoint_file_goes_by_its_tensors(tiny_file, tiny_folder):
-    assert blueprint(tiny_file).family == "sd15"
+    assert blueprint(tiny_file).family.name == "sd15"
     assert str(tiny_file) in blueprint(tiny_file).source
     assert blueprint(tiny_file, components=str(tiny_folder)).latent_shape == (4, 8, 8)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from strop.engine.config.training import load
+from strop.engine.models.families.find import family_named
 from strop.engine.plan.estimate import make
 from strop.engine.plan.gpus import CARDS, card_called
 from strop.engine.plan.peak import seconds_at_peak
@@ -25,7 +26,7 @@ def test_prompts_and_their_pairs_take_what_the_plan_says(recipe, monkeypatch, ch
     """All but the texts: with all pairs kept, a prompt's rollout and its pairs' updates."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     recipe = recipe.model_copy(update={"optim": recipe.optim.model_copy(update=changes)})
-    prompt, pair = seconds_at_peak(recipe, "sd15", GPU)
+    prompt, pair = seconds_at_peak(recipe, family_named("sd15"), GPU)
     planned = make(recipe, "tiny", "a100", 1)
     stages, counted = planned.cost.stages, planned.counted
     expected = CARDS["a100"].seconds(planned.cost.done, 1.0) - CARDS["a100"].seconds(stages["text"], 1.0)
@@ -36,9 +37,9 @@ def test_prompts_and_their_pairs_take_what_the_plan_says(recipe, monkeypatch, ch
 
 
 def test_nothing_is_known_of_a_cpu_and_of_other_cards(recipe, monkeypatch):
-    assert seconds_at_peak(recipe, "sd15", torch.device("cpu")) is None
+    assert seconds_at_peak(recipe, family_named("sd15"), torch.device("cpu")) is None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Another 12GB")
-    assert seconds_at_peak(recipe, "sd15", GPU) is None
+    assert seconds_at_peak(recipe, family_named("sd15"), GPU) is None
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from strop.engine.config.training import Config
+from strop.engine.models.families.find import family_named
 from strop.engine.plan.meta_models import Blueprint
 from strop.engine.plan.meter import gauge
 from strop.engine.speed.shared_halves import before_text
@@ -74,7 +75,7 @@ def test_what_it_saves_at_full_size(name, saved):
             "run": {"dir": "none", "iterations": 1},
         }
     )
-    blueprint = Blueprint.of(config, name)
+    blueprint = Blueprint.of(config, family_named(name))
     policy, cond = blueprint.policy(), blueprint.conditioning(1)
     x, t = torch.empty(1, *blueprint.latent_shape, device="meta"), torch.zeros(1, dtype=torch.int64, device="meta")
     policy.merge_lora = True
