@@ -93,7 +93,7 @@ class Blueprint:
         with built_on(self.device, torch.float32):
             clip = TimeConditionedCLIP(CLIPModel(self.judge_config), modulated=self.config.judge.kind != "pickscore")
         tokenizer = BlankTokenizer(self.judge_config.text_config.max_position_embeddings, self.device)
-        clip.requires_grad_(False).eval()
+        clip.freeze()
         return StepAwarePreferenceModel(clip, tokenizer, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, self.config.judge.kind)
 
     def schedule(self, device: str) -> DDIMSchedule:
