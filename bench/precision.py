@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -27,7 +28,6 @@ from strop.engine.models.base_model import DTYPES, load_unet, quiet_libraries
 from strop.engine.models.conditioning import Conditioning
 from strop.engine.models.latent_diffusion import LatentDiffusion
 from strop.engine.models.policy import Policy
-from strop.engine.plan.meter import tf32_allowed
 from strop.engine.runtime import optimizer as zero
 from strop.engine.schedules.ddim import DDIMSchedule
 
@@ -107,7 +107,7 @@ def noise(
     the same; gradient_cosine: between the two gradients of the mean margin.
     """
     margin, gradient = margin_and_gradient(policy, pairs, forks, schedule, cond, config)
-    with tf32_allowed(False):
+    with without_tf32():
         given = pairs, forks, schedule, cond.to(torch.float32), config
         exact, exact_gradient = margin_and_gradient(precise, *given)
     return {
@@ -116,6 +116,20 @@ def noise(
         "same_sign": (margin.sign() == exact.sign()).double().mean().item(),
         "gradient_cosine": torch.nn.functional.cosine_similarity(gradient, exact_gradient, dim=0).item(),
     }
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Inside, this process computes what is in float32 in float32 as such."""
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, own in zip(backends, before, strict=True):
+            backend.allow_tf32 = own
 
 
 def margin_and_gradient(

@@ -87,7 +87,7 @@ def cross_attentions(unet: nn.Module, width: int) -> list[Attention]:
         return []
     if unet.config.addition_embed_type not in (None, "text_time"):
         return []
-    blocks = [b for b in (*unet.down_blocks, unet.mid_block, *unet.up_blocks) if type(b) not in WITHOUT_TEXT]
+    blocks = [b for b in (*unet.down_blocks, *unet.up_blocks, unet.mid_block) if type(b) not in WITHOUT_TEXT]
     if not all(type(block) in WITH_TEXT for block in blocks):
         return []
     transformers = [transformer for block in blocks for transformer in block.attentions]
