@@ -132,7 +132,7 @@ def surroundings(
     latent_shape = (unet["in_channels"], unet["sample_size"], unet["sample_size"])
     scheduler = DDIMScheduler.from_config(architecture["scheduler"])
     diffusion = LatentDiffusion(family, [], [], vae, scheduler, latent_shape, decode_rows=config.model.decode_rows)
-    clip.requires_grad_(False).eval()
+    clip.freeze()
     return diffusion, StepAwarePreferenceModel(clip, None, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 
 

@@ -6,13 +6,14 @@ else that of the family's original, and `source` says which. The classes are tho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from torch import nn
 from transformers import CLIPConfig, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -31,7 +32,6 @@ from ..models.policy import Policy
 from ..models.tiny_decoder import TinyDecoder
 from ..schedules.ddim import ddim_schedule
 from ..schedules.schedule import Schedule
-from .meter import built_on
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +62,12 @@ class Blueprint:
     def policy(self) -> Policy:
         """The UNet with its LoRA; neither upsampling is folded nor gradient checkpointing on."""
         lora = self.config.lora
-        with built_on(self.device, self.dtype):
-            return Policy(self.unet(), lora.rank, lora.target_modules, 0, self.latent_shape)
+        unet = self.unet()
+        with torch.device(self.device):
+            return Policy(unet, lora.rank, lora.target_modules, 0, self.latent_shape)
 
     def unet(self) -> UNet2DConditionModel:
-        with built_on(self.device, self.dtype):
-            return KINDS["unet"].from_config(self.parts["unet"])
+        return self._built(lambda: KINDS["unet"].from_config(self.parts["unet"]), self.dtype)
 
     def decoder(self) -> TinyDecoder | None:
         """rollout.decoder where there is one; of a hub id, the architecture is TAESD's."""
@@ -76,27 +76,31 @@ class Blueprint:
             return None
         folder = Path(path).expanduser()
         config = read_config(folder, "", "rollout.decoder") if folder.is_dir() else {}
-        with built_on(self.device, self.dtype):
-            return TinyDecoder(KINDS["tiny_decoder"].from_config(config), self.config.model.decode_rows)
+        network = self._built(lambda: KINDS["tiny_decoder"].from_config(config), self.dtype)
+        return TinyDecoder(network, self.config.model.decode_rows)
 
     def diffusion(self) -> LatentDiffusion:
         """Text encoders, VAE and schedule."""
         kinds = {name: network_kind(self.family, name) for name in self.family.text_encoders}
-        with built_on(self.device, self.dtype):
-            encoders = [kind(kind.config_class(**self.parts[name])) for name, kind in kinds.items()]
-        with built_on(self.device, self.vae_dtype):
-            vae = KINDS["vae"].from_config(self.parts["vae"])
+        encoder = lambda name: kinds[name](kinds[name].config_class(**self.parts[name]))
+        encoders = [self._built(lambda name=name: encoder(name), self.dtype) for name in kinds]
+        vae = self._built(lambda: KINDS["vae"].from_config(self.parts["vae"]), self.vae_dtype)
         tokenizers = [BlankTokenizer(encoder.config.max_position_embeddings, self.device) for encoder in encoders]
         scheduler = DDIMScheduler.from_config(self.parts["scheduler"])
         shape, rows = self.latent_shape, self.config.model.decode_rows
         return LatentDiffusion(self.family, tokenizers, encoders, vae, scheduler, shape, self.zero_null, rows)
 
     def judge(self) -> StepAwarePreferenceModel:
-        with built_on(self.device, torch.float32):
-            clip = TimeConditionedCLIP(CLIPModel(self.judge_config), modulated=self.config.judge.kind != "pickscore")
+        modulated = self.config.judge.kind != "pickscore"
+        clip = self._built(lambda: TimeConditionedCLIP(CLIPModel(self.judge_config), modulated), torch.float32)
         tokenizer = BlankTokenizer(self.judge_config.text_config.max_position_embeddings, self.device)
-        clip.requires_grad_(False).eval()
+        clip.freeze()
         return StepAwarePreferenceModel(clip, tokenizer, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, self.config.judge.kind)
+
+    def _built(self, make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
+        """The network that `make()` gives, on this device and in `dtype`; PyTorch's own type stays what it is."""
+        with torch.device(self.device):
+            return nn.Module.to(make(), dtype)  # diffusers' own `to` warns of parts in float32, though there are none
 
     def schedule(self, device: str) -> Schedule:
         """The rollout's."""

@@ -107,11 +107,12 @@ def test_random_networks_are_as_the_recipe_asks(recipe, tiny_families):
 
 def test_plan_reads_the_share_of_a_known_card(recipe, monkeypatch):
     """Half of the peak: 3 prompts and 12 pairs that would take 0.1 s each at the peak, in 3 s."""
-    monkeypatch.setattr(bench_step, "seconds_at_peak", lambda *_: (0.1, 0.1))
+    monkeypatch.setattr(bench_step, "seconds_on", lambda *_: (0.1, 0.1))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100-SXM4-80GB")
     models = SimpleNamespace(diffusion=SimpleNamespace(family="sd15"))
     side = Side(published, models, recipe(), pairs=12, rounds=[{"total": 3.0}])
-    assert bench_step.at_peak(side, CPU) == {"gpu": "a100", "share_of_peak": pytest.approx(0.5)}
+    assert bench_step.at_peak(side, CPU) == {}
+    assert bench_step.at_peak(side, torch.device("cuda")) == {"gpu": "a100", "share_of_peak": pytest.approx(0.5)}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -58,7 +58,7 @@ def run(kind, iteration, config, spm, tokenizer):
     """What an iteration returns, and besides: the models; the LoRA's gradients at each optimizer step; calls."""
     clip = TimeConditionedCLIP(CLIPModel(spm.config))
     clip.load_state_dict(spm.state)
-    judge = StepAwarePreferenceModel(clip.eval().requires_grad_(False), tokenizer, spm.mean, spm.std)
+    judge = StepAwarePreferenceModel(clip.freeze(), tokenizer, spm.mean, spm.std)
     models = kind(load_unet(config.model, CPU), LatentDiffusion.load(config.model, CPU), judge, config)
     rng = torch.Generator().manual_seed(1)
     for name, parameter in models.policy.unet.named_parameters():

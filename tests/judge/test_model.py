@@ -31,7 +31,7 @@ def golden_judge(spm, tokenizer):
     """The golden preference model."""
     clip = TimeConditionedCLIP(CLIPModel(spm.config))
     clip.load_state_dict(spm.state)
-    return StepAwarePreferenceModel(clip.eval().requires_grad_(False), tokenizer, spm.mean, spm.std)
+    return StepAwarePreferenceModel(clip.freeze(), tokenizer, spm.mean, spm.std)
 
 
 @pytest.fixture(scope="module")

@@ -88,6 +88,22 @@ def test_the_type_of_the_vae_is_that_of_a_run():
     assert blueprint("somebody/sd", **half).vae_dtype == torch.float16
 
 
+def test_networks_are_of_the_recipes_type_and_pytorchs_own_stays_what_it_is(monkeypatch):
+    monkeypatch.setattr(torch, "set_default_dtype", None)
+    made = blueprint("somebody/sdxl", dtype="float16")
+    diffusion = made.diffusion()
+    for network, dtype in (
+        (made.unet(), torch.float16),
+        (diffusion.text_encoders[1], torch.float16),
+        (diffusion.vae, torch.float32),
+        (made.judge().clip, torch.float32),
+    ):
+        assert {p.dtype for p in network.parameters()} == {dtype}
+        assert {p.device.type for p in network.parameters()} == {"meta"}
+    lora = {p.dtype for p in made.policy().parameters}
+    assert lora == {torch.float32}
+
+
 def test_the_judge_is_pickscores_or_that_of_its_folder(clip_folder, spm):
     made = blueprint("somebody/sd", judge=clip_folder)
     assert made.judge_config.projection_dim == spm.config.projection_dim

@@ -8,7 +8,7 @@ from strop.engine.config.training import Config
 from strop.engine.methods.spo.pairs import PreferencePairs
 from strop.engine.methods.spo.update import update
 from strop.engine.plan.meta_models import Blueprint
-from strop.engine.plan.meter import gauge, tf32_allowed
+from strop.engine.plan.meter import checkpointed, gauge
 from strop.engine.plan.unit_costs import (
     Networks,
     _NoMetrics,
@@ -54,7 +54,9 @@ def test_a_forward_grows_with_its_rows(tiny, rows):
 def test_an_update_grows_with_its_rows(tiny, checkpointing):
     policy, schedule, n = tiny.policy(), tiny.schedule("meta"), 6
     price = unet_prices(tiny, policy)
-    (policy.unet.enable_gradient_checkpointing if checkpointing else policy.unet.disable_gradient_checkpointing)()
+    policy.unet.disable_gradient_checkpointing()
+    if checkpointing:
+        policy.unet.enable_gradient_checkpointing(checkpointed)
     x = torch.empty(2, n, *policy.latent_shape, device="meta")
     index = torch.zeros(n, dtype=torch.int64, device="meta")
     batch, optim = PreferencePairs(x, x.clone(), index, index), tiny.config.optim
@@ -98,8 +100,7 @@ def test_the_full_size_networks(family, forward, decode, text):
     found = of_text(diffusion, judge)
     assert found["text"].all / 1e12 == pytest.approx(text, rel=0.01)
     assert found["judge_text"].all / 1e12 == pytest.approx(0.047, rel=0.01)
-    with tf32_allowed(True):
-        found = of_judge(judge, torch.empty(1, 3, 512, 512, device="meta", dtype=torch.float16))
+    found = of_judge(judge, torch.empty(1, 3, 512, 512, device="meta", dtype=torch.float16), tf32=True)
     assert found["judge"].all / 1e12 == pytest.approx(0.335, rel=0.01)
     assert found["judge"].tf32 > 0.99 * found["judge"].all
 

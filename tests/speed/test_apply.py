@@ -15,7 +15,6 @@ from strop.engine.methods.spo.update import micro_batches, update
 from strop.engine.models.base_model import load_unet
 from strop.engine.models.latent_diffusion import LatentDiffusion
 from strop.engine.models.policy import Policy
-from strop.engine.plan.meter import tf32_allowed
 from strop.engine.runtime import optimizer as zero
 from strop.engine.runtime.metrics import Metrics
 from strop.engine.speed.apply import prepare
@@ -103,6 +102,16 @@ def test_a_key_of_speed_changes_no_number_but_for_rounding(tiny_folder, clip_fol
     )
 
 
+@pytest.fixture
+def backends():
+    """Those of PyTorch that know TF32; afterwards they are set as before."""
+    known = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in known]
+    yield known
+    for backend, own in zip(known, before, strict=True):
+        backend.allow_tf32 = own
+
+
 @pytest.mark.parametrize(
     "keys, allowed",
     [
@@ -113,12 +122,13 @@ def test_a_key_of_speed_changes_no_number_but_for_rounding(tiny_folder, clip_fol
     ],
     ids=str,
 )
-def test_float32_goes_through_tf32_unless_the_model_is_of_it(tiny_folder, keys, allowed):
+def test_float32_goes_through_tf32_unless_the_model_is_of_it(tiny_folder, backends, keys, allowed):
     model = ModelConfig(path=str(tiny_folder), **keys)
     diffusion = LatentDiffusion.load(model, CPU)
-    with tf32_allowed(not allowed):
-        prepare(model, load_unet(model, CPU), diffusion.vae, None)
-        assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is allowed
+    for backend in backends:
+        backend.allow_tf32 = not allowed
+    prepare(model, load_unet(model, CPU), diffusion.vae, None)
+    assert [backend.allow_tf32 for backend in backends] == [allowed, allowed]
 
 
 def test_sdxl_takes_them_all(tiny_sdxl_folder, clip_folder, tmp_path):

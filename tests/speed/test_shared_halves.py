@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from strop.engine.config.training import Config
 from strop.engine.models.families.find import family_named
@@ -87,3 +88,27 @@ def test_what_it_saves_at_full_size(name, saved):
     assert saved == 0 or 0.02 < saved / apart.flops.all < 0.03
     assert shared.peak <= apart.peak
     assert (len(before_text(policy.unet)) > 0) == (name == "sd15")
+
+
+@pytest.mark.parametrize(
+    "first, only, shared",
+    [
+        ("CrossAttnDownBlock2D", False, 3),  # the first convolution, a residual block, a self-attention
+        ("CrossAttnDownBlock2D", True, 1),  # attn1 sees the text too
+        ("SimpleCrossAttnDownBlock2D", False, 1),
+        ("AttnDownBlock2D", False, 1),
+        ("DownBlock2D", False, 3),  # and the second block is not known
+    ],
+)
+def test_it_ends_where_a_block_is_not_known(first, only, shared):
+    unet = UNet2DConditionModel(
+        down_block_types=(first, "DownBlock2D", "SimpleCrossAttnDownBlock2D"),
+        up_block_types=("UpBlock2D",) * 3,
+        only_cross_attention=only,
+        block_out_channels=(8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        cross_attention_dim=6,
+    )
+    assert len(before_text(unet)) == shared
