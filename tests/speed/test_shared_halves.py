@@ -6,6 +6,7 @@ from diffusers import UNet2DConditionModel
 
 from strop.engine.config.training import Config
 from strop.engine.models.families.find import family_named
+from strop.engine.models.policy import Savings
 from strop.engine.plan.meta_models import Blueprint
 from strop.engine.plan.meter import gauge
 from strop.engine.speed.shared_halves import before_text
@@ -29,7 +30,7 @@ def gradients(policy, cond):
 def test_the_output_is_the_same(model, guided):
     policy, cond = model
     expected = policy.eps(*latents(), cond, guided)
-    policy.share_halves = True
+    policy.savings = Savings(share_halves=True)
     found = policy.eps(*latents(), cond, guided)
     torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING)
     with policy.sampling(cond, text_kv=True) as known:
@@ -40,7 +41,7 @@ def test_the_output_is_the_same(model, guided):
 def test_gradients_are_the_same(model, checkpointing):
     policy, cond = model
     expected = gradients(policy, cond)
-    policy.share_halves = True
+    policy.savings = Savings(share_halves=True)
     if checkpointing:
         policy.unet.enable_gradient_checkpointing()
     largest = max(e.abs().max() for e in expected)
@@ -53,7 +54,7 @@ def test_a_forward_is_shared_only_where_it_is_asked_for(model):
     policy, cond = model
     x, t = latents()
     expected = policy.eps(x, t, cond, guided=False)
-    policy.share_halves = True
+    policy.savings = Savings(share_halves=True)
     with pytest.raises(RuntimeError, match="size of tensor"):
         policy.eps(x, t, cond[:2])
     torch.testing.assert_close(policy.eps(x, t, cond, guided=False), expected, rtol=0, atol=0)
@@ -79,10 +80,10 @@ def test_what_it_saves_at_full_size(name, saved):
     blueprint = Blueprint.of(config, family_named(name))
     policy, cond = blueprint.policy(), blueprint.conditioning(1)
     x, t = torch.empty(1, *blueprint.latent_shape, device="meta"), torch.zeros(1, dtype=torch.int64, device="meta")
-    policy.merge_lora = True
+    policy.savings = Savings(merge_lora=True)
     with policy.sampling(cond, text_kv=False):
         apart = gauge(lambda: policy.eps(x, t, cond))
-        policy.share_halves = True
+        policy.savings = Savings(merge_lora=True, share_halves=True)
         shared = gauge(lambda: policy.eps(x, t, cond))
     assert apart.flops.all - shared.flops.all == saved
     assert saved == 0 or 0.02 < saved / apart.flops.all < 0.03
