@@ -5,14 +5,14 @@ import torch
 from torch import nn
 
 from strop.engine.config.training import OptimConfig
-from strop.engine.runtime.optimizer import FLOAT16_SCALE, AdamWSettings, build
+from strop.engine.runtime.optimizer import FLOAT16_SCALE, AdamWSettings, build_optimizer
 from strop.engine.runtime.ranks import Ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def optimizer(module, dtype="float32", **optim):
-    return build(module, AdamWSettings.of(OptimConfig(**optim), 1, dtype), ALONE)
+    return build_optimizer(module, AdamWSettings.of(OptimConfig(**optim), 1, dtype), ALONE)
 
 
 class HalfPath(nn.Module):
