@@ -10,7 +10,7 @@ from strop.engine.config.judge_training import SpmConfig
 from strop.engine.config.training import JudgeConfig
 from strop.engine.data.pair_cache import PairCache
 from strop.engine.data.pair_files import fitted, open_source
-from strop.engine.data.pair_sets import FilePairs, check_labeller, choose, split_by_caption
+from strop.engine.data.pair_sets import FilePairs, check_labeller, choose, load_pairs, split_by_caption
 from strop.engine.data.pair_survey import Entries
 from strop.engine.errors import UserError
 from strop.engine.judge.model import StepAwarePreferenceModel
@@ -145,3 +145,30 @@ def test_pairs_of_files_hold_what_was_asked_for(tmp_path, pair_files):
     assert kept[1]["text"].sum() == 30
     with pytest.raises(UserError, match=r"^data\.cache: .* was whole when the run began and is not now"):
         kept[0]
+
+
+def one_pair(**changes):
+    pair = {
+        "image_0": torch.zeros(3, 8, 8),
+        "image_1": torch.zeros(3, 8, 8),
+        "caption": "",
+        "label_0": 1.0,
+        "label_1": 0.0,
+    }
+    return lambda seed, size: [{name: value for name, value in (pair | changes).items() if value is not None}]
+
+
+@pytest.mark.parametrize(
+    "factory, complaint",
+    [
+        (lambda seed, size: [], "gives no pair, expected 5"),
+        (one_pair(caption=None, label_1=None), "lack caption, label_1; found image_0, image_1, label_0"),
+        (one_pair(image_1=torch.zeros(3, 9, 8)), r"shapes \(3, 8, 8\) and \(3, 9, 8\)"),
+        (one_pair(image_0=torch.zeros(8, 8), image_1=torch.zeros(8, 8)), r"expected \(3, H, W\)"),
+        (one_pair(label_1=1.0), "labels of mine:pairs are 1.0 and 1.0, expected sum 1"),
+    ],
+    ids=["empty", "keys", "unequal images", "no images", "labels"],
+)
+def test_bad_pairs_are_told_apart(factory, complaint):
+    with pytest.raises(UserError, match=f"data.source: .*{complaint}"):
+        load_pairs(factory, "mine:pairs", 0, 5)
