@@ -74,17 +74,18 @@ def branches(shape: tuple[int, int, int, int], k: int, dtype: torch.dtype) -> Ca
     return Case(kernels.ddim_branch, ddim.ddim_branch_ref, inputs, (), bytes_moved, 0)
 
 
-def pair(shape: tuple[int, int, int, int], ratio: bool, dtype: torch.dtype) -> Case:
-    """Winner and loser share x_t."""
+def log_probs(shape: tuple[int, int, int, int], s: int, r: int, ratio: bool, dtype: torch.dtype) -> Case:
+    """S latents x_prev to a row, and x_t that they share (R = 1) or S of them (R = S)."""
 
     def inputs(seed: int) -> list:
-        latents = [draw(seed + i, dtype, 1, *shape) for i in range(5 if ratio else 3)]
-        return [draw(seed + 9, dtype, 2, *shape), *latents, 5.0, table(shape[0])]
+        latents = [draw(seed + i, dtype, r, *shape) for i in range(5 if ratio else 3)]
+        return [draw(seed + 9, dtype, s, *shape), *latents, 5.0, table(shape[0])]
 
     size = math.prod(shape) * dtype.itemsize
-    if ratio:
-        return Case(kernels.ddim_log_ratio, ddim.ddim_log_ratio_ref, inputs, (2, 3), 7 * size, 7 * size)
-    return Case(kernels.ddim_log_prob, ddim.ddim_log_prob_ref, inputs, (2, 3), 5 * size, 7 * size)
+    forward, backward = (s + (5 if ratio else 3) * r) * size, (s + 5 * r) * size
+    op = kernels.ddim_log_ratio if ratio else kernels.ddim_log_prob
+    reference = ddim.ddim_log_ratio_ref if ratio else ddim.ddim_log_prob_ref
+    return Case(op, reference, inputs, (2, 3), forward, backward)
 
 
 def cases() -> dict[str, Case]:
@@ -95,8 +96,9 @@ def cases() -> dict[str, Case]:
     found |= {f"gated_residual_adaln {shape}": modulated(shape, True, half) for shape in rows}
     for name, shape in latents.items():
         found |= {f"ddim_branch {name} k={k}": branches(shape, k, single) for k in (2, 4, 8)}
-        found |= {f"ddim_log_prob {name}": pair(shape, False, single)}
-        found |= {f"ddim_log_ratio {name}": pair(shape, True, single)}
+        for s, r in ((1, 1), (2, 1), (2, 2)):  # a trajectory, a pair from one x_t, a pair of trajectories
+            found |= {f"ddim_log_prob {name} S={s} R={r}": log_probs(shape, s, r, False, single)}
+            found |= {f"ddim_log_ratio {name} S={s} R={r}": log_probs(shape, s, r, True, single)}
     return found
 
 

@@ -1,114 +1,24 @@
-"""Training of the judge: `python engine/train_judge.py RECIPE [key=value ...]`, or with `deepspeed`.
-
-Makes a step-aware preference model of a PickScore by methods/judge_training, in the same loop as every method.
-"""
+"""Training of the judge: `python engine/train_judge.py RECIPE [key=value ...]`, or with `deepspeed`."""
 
 from __future__ import annotations
 
 if not __package__:  # run as a script (PEP 366)
     __package__ = "strop.engine"
 
-import argparse
 from collections.abc import Sequence
 
-import torch
-
+from .config.command_line import recipe_of
 from .config.judge_training import SpmConfig
-from .config.training import load
-from .data.pair_sets import PairSets, check_labeller, choose, make_sets
 from .errors import exit_on_user_error
-from .evaluation.compare import rate_delta
-from .judge.denoiser import Denoiser
-from .judge.model import StepAwarePreferenceModel
-from .methods.judge_training.method import JudgeTraining
-from .methods.loop import train
-from .models.base_model import load_unet, quiet_libraries
-from .models.latent_diffusion import LatentDiffusion
-from .report.run_folder import close_run
-from .runtime.metrics import read_records
-from .runtime.optimizer import AdamWSettings, Optimizer, build_optimizer
-from .runtime.session import Session
-from .speed.apply import prepare
-
-NAMED = 3  # broken pairs that the terminal and the summary name; broken.txt has all
 
 
 @exit_on_user_error
 def main(argv: Sequence[str]) -> None:
     """Trains a judge by a recipe; the last lines on the terminal say what came out and where it lies."""
-    parser = argparse.ArgumentParser(prog="train_judge.py", description=main.__doc__)
-    parser.add_argument("recipe", help="YAML file, such as configs/judge_sd15.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as run.dir=runs/judge optim.lr=1e-5")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # given by the deepspeed launcher
-    args = parser.parse_args(argv)
-    quiet_libraries()
-    with Session.start(load(args.recipe, args.overrides, SpmConfig)) as session:
-        method, optimizer = build(session)
-        session.open(method.trainable)
-        if session.ranks.first:
-            announce(session, method.sets)
-        train(session, method, optimizer)
-        summary = session.summary()
-    if session.ranks.first:
-        close(session, method, summary)
+    config = recipe_of(argv, "train_judge.py", main.__doc__, "configs/judge_tinyworld.yaml", SpmConfig)
+    from . import judge_training  # torch and diffusers take seconds: what is wrong with a recipe has been said by now
 
-
-def build(session: Session) -> tuple[JudgeTraining, Optimizer]:
-    """Loads and checks all parts, and makes what is made once. Nothing but the cache is written.
-
-    Raises UserError for whatever the user has to mend.
-    """
-    config, ranks = session.config, session.ranks
-    model, optim = config.model, config.optim
-    with session.clock("load"):
-        chosen = choose(config, ranks)
-        diffusion = LatentDiffusion.load(model, ranks.device)
-        rng = torch.Generator().manual_seed(config.run.seed)
-        judge = StepAwarePreferenceModel.load(config.judge, ranks.device, rng)
-        check_labeller(config, judge)
-        denoiser = Denoiser(diffusion, load_unet(model, ranks.device), optim.guidance)
-        prepare(model, denoiser.unet, diffusion.vae, judge.clip)
-    with session.clock("prepare"):
-        sets = make_sets(config, chosen, denoiser, judge, ranks)
-        method = JudgeTraining(config, judge, denoiser, sets, session)
-    settings = AdamWSettings(
-        lr=optim.lr,
-        weight_decay=optim.weight_decay,
-        max_grad_norm=optim.max_grad_norm,
-        accumulate=optim.accumulate,
-        micro_batch=optim.batch,
-        stage=config.zero.stage,
-    )
-    return method, build_optimizer(judge.clip, settings, ranks)
-
-
-def announce(session: Session, sets: PairSets) -> None:
-    """Says what there is to train on, and writes broken.txt where pairs are broken."""
-    print(f"{len(sets.train):,} training pairs, {len(sets.heldout):,} held-out pairs, {sets.left_out:,} rows left out")
-    if sets.broken:
-        path = session.dir / "broken.txt"
-        path.write_text("".join(f"{line}\n" for line in sets.broken), encoding="utf-8")
-        print(f"{len(sets.broken):,} broken pairs left out, named in {path}, such as {sets.broken[0]}")
-
-
-def close(session: Session, method: JudgeTraining, summary: dict) -> None:
-    """Writes the judge and the report, and prints the closing table."""
-    sets, clip = method.sets, method.judge.clip
-    method.judge.save(session.dir / "judge")
-    records = read_records(session.metrics.path)
-    before, after = records[0]["heldout_accuracy"], records[-1]["heldout_accuracy"]
-    compared = {f"accuracy at t={t}": rate_delta(before[t], after[t], method.decided) for t in before or {}}
-    more = {
-        "accuracy": {"before": before, "after": after},
-        "loss": records[-1]["loss"],
-        "training_pairs": len(sets.train),
-        "heldout_pairs": len(sets.heldout),
-        "left_out_rows": sets.left_out,
-        "broken_pairs": {"count": len(sets.broken), "such_as": sets.broken[:NAMED]},
-        "parameters": sum(p.numel() for p in clip.parameters()),
-        "paths": summary["paths"] | {"judge": str(session.dir / "judge")},
-    }
-    close_run(session.dir, compared | summary | more)
+    judge_training.run(config)
 
 
 if __name__ == "__main__":

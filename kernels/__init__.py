@@ -3,12 +3,12 @@
 Where Triton is installed, importing this registers torch.ops.strop.*; which code then answers, backend.py decides.
 """
 
-from strop.kernels.adaln import adaln_modulate, gated_residual_adaln
-from strop.kernels.backend import TRITON, use_reference
-from strop.kernels.ddim import DDIMCoefficients, ddim_branch, ddim_log_prob, ddim_log_ratio, ddim_x0_hat
+from .adaln import adaln_modulate, gated_residual_adaln
+from .backend import TRITON, use_reference
+from .ddim import DDIMCoefficients, ddim_branch, ddim_log_prob, ddim_log_ratio, ddim_x0_hat
 
 if TRITON:
-    from strop.kernels import adaln_triton, ddim_triton, log_prob_triton  # noqa: F401
+    from . import adaln_triton, ddim_triton, log_prob_triton  # noqa: F401
 
 __all__ = [
     "DDIMCoefficients",

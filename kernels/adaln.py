@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from strop.kernels.backend import check_alike, on_triton, outside_autocast, wide
+from .backend import check_alike, on_triton, outside_autocast, wide
 
 
 def adaln_modulate_ref(

@@ -25,8 +25,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from strop.kernels.adaln import adaln_backward_ref, adaln_forward_ref
-from strop.kernels.backend import launch, on_triton, rows_of
+from .adaln import adaln_backward_ref, adaln_forward_ref
+from .backend import launch, on_triton, rows_of
 
 SUM_CHUNKS, SUM_COLUMNS = 16, 128  # tile of the second stage of the sums
 

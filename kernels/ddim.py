@@ -8,7 +8,9 @@
 
 Both the predicted clean latent and the DDIM mean are linear in (x_t, m), for epsilon and for v prediction alike, so a
 step is five numbers: DDIMCoefficients computes them in float64 and stores them in float32.
-Shapes: x_t, eps_* (N, C, H, W); noise, branches (K, N, C, H, W); x_prev (2, N, C, H, W); coefficients (5, N).
+Shapes: x_t, eps_* (N, C, H, W); noise, branches (K, N, C, H, W); coefficients (5, N); and of a log-probability
+x_prev (S, N, C, H, W), x_t, eps_* (R, N, C, H, W): R = 1 where the S latents x_prev of a row come from one x_t, R = S
+where each has its own.
 The functions `<op>_ref` are plain PyTorch and define the meaning of each op: float32 inside, float64 where an input is.
 They run everywhere but on CUDA tensors; those go to the kernels of ddim_triton.py and log_prob_triton.py.
 """
@@ -19,18 +21,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from strop.kernels.backend import check_alike, on_triton, wide
+from .backend import check_alike, on_triton, wide
 
 
 @dataclass(frozen=True, slots=True)
 class DDIMCoefficients:
     """The table of one schedule, a row a number, a column a step (index 0 is the noisiest).
 
-    t: training timesteps, `num_steps` of them and then 0, the timestep of the clean latent.
+    t: training timesteps, `num_steps` of them and then 0, the timestep of the clean latent. Those of DDIM are whole
+    numbers; those of a rectified flow are 1000 sigma, and need not be.
     table: (5, num_steps) float32: x0_from_x, x0_from_m, mean_from_x, mean_from_m, sigma; in units of the latents.
     """
 
-    t: tuple[int, ...]
+    t: tuple[float, ...]
     table: Tensor
 
     @classmethod
@@ -132,7 +135,7 @@ def ddim_log_prob_backward_ref(
 ) -> tuple[Tensor, Tensor]:
     from_x, from_m, sigma = per_row(coefficients[2:], x_t, eps_text)
     away = away_ref(x_prev, x_t, guide_ref(eps_uncond, eps_text, guidance), from_x, from_m)
-    dm = per_row(grad, x_t, eps_text) * from_m / sigma**2 * away / away[0, 0].numel()  # (2, N, C, H, W)
+    dm = per_row(grad, x_t, eps_text) * from_m / sigma**2 * away / away[0, 0].numel()  # (S, N, C, H, W)
     if x_t.shape[0] == 1:
         dm = dm.sum(0, keepdim=True)
     if eps_uncond is None:
@@ -178,12 +181,12 @@ def ddim_log_prob(
 ) -> Tensor:
     """Log-density of drawing x_prev from x_t, as published the mean over C, H, W instead of the sum.
 
-    x_prev (2, N, C, H, W); x_t, eps_* (R, N, C, H, W) with R = 1 where winner and loser share x_t, else 2; coefficients
-    (5, N) float32. x_prev and x_t are of one type, eps_* of one type. Differentiable in eps_* alone. Returns (2, N),
-    float32 or wider. Raises ValueError naming the argument that does not fit, or that asks for a gradient it cannot
-    have.
+    x_prev (S, N, C, H, W), S >= 1; x_t, eps_* (R, N, C, H, W) with R = 1 where all S share x_t, else R = S;
+    coefficients (5, N) float32, the same for all S. S is 1 for a trajectory, 2 for winner and loser. x_prev and x_t are
+    of one type, eps_* of one type. Differentiable in eps_* alone. Returns (S, N), float32 or wider. Raises ValueError
+    naming the argument that does not fit, or that asks for a gradient it cannot have.
     """
-    _check_pair(x_prev, x_t, eps_uncond, eps_text, guidance, coefficients)
+    _check_log_prob(x_prev, x_t, eps_uncond, eps_text, guidance, coefficients)
     _check_constant(x_prev=x_prev, x_t=x_t)
     if on_triton(x_t, eps_text):
         return torch.ops.strop.ddim_log_prob(x_prev, x_t, eps_uncond, eps_text, float(guidance), coefficients)
@@ -204,9 +207,9 @@ def ddim_log_ratio(
 
     Arguments as for ddim_log_prob, ref_* like eps_*. Computed from the difference of the predictions, and therefore
     exact to rounding where the two agree, while ddim_log_prob twice loses the digits that both have in common.
-    Differentiable in eps_* alone. Returns (2, N), float32 or wider. Raises ValueError naming what does not fit.
+    Differentiable in eps_* alone. Returns (S, N), float32 or wider. Raises ValueError naming what does not fit.
     """
-    _check_pair(x_prev, x_t, eps_uncond, eps_text, guidance, coefficients)
+    _check_log_prob(x_prev, x_t, eps_uncond, eps_text, guidance, coefficients)
     _check_constant(x_prev=x_prev, x_t=x_t, ref_uncond=ref_uncond, ref_text=ref_text)
     if (ref_uncond is None) != (eps_uncond is None):
         raise ValueError("ref_uncond and eps_uncond: expected both or neither to be None")
@@ -225,15 +228,15 @@ def per_row(numbers: Tensor, *tensors: Tensor) -> Tensor:
     return numbers[..., None, None, None].to(wide(*tensors))
 
 
-def _check_pair(
+def _check_log_prob(
     x_prev: Tensor, x_t: Tensor, eps_uncond: Tensor | None, eps_text: Tensor, guidance: float, coefficients: Tensor
 ) -> None:
-    if x_prev.ndim != 5 or x_prev.shape[0] != 2:
-        raise ValueError(f"x_prev has shape {tuple(x_prev.shape)}, expected (2, N, C, H, W)")
-    if x_t.ndim != 5 or x_t.shape[0] not in (1, 2) or x_t.shape[1:] != x_prev.shape[1:]:
-        raise ValueError(
-            f"x_t has shape {tuple(x_t.shape)}, expected (1 or 2, {', '.join(map(str, x_prev.shape[1:]))})"
-        )
+    if x_prev.ndim != 5 or x_prev.shape[0] < 1:
+        raise ValueError(f"x_prev has shape {tuple(x_prev.shape)}, expected (S, N, C, H, W) with S >= 1")
+    many, *row = x_prev.shape
+    if x_t.ndim != 5 or x_t.shape[0] not in (1, many) or x_t.shape[1:] != x_prev.shape[1:]:
+        leading = "1" if many == 1 else f"1 or {many}"
+        raise ValueError(f"x_t has shape {tuple(x_t.shape)}, expected ({leading}, {', '.join(map(str, row))})")
     _check_step(x_t, eps_uncond, eps_text, guidance, coefficients, "(R, N, C, H, W)")
     check_alike(x_t, "x_t", x_prev=x_prev)
 

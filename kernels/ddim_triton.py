@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from strop.kernels.backend import launch, on_triton
-from strop.kernels.ddim import ddim_branch_ref, per_row
+from .backend import launch, on_triton
+from .ddim import ddim_branch_ref, per_row
 
 BLOCK = 1024  # numbers of a row to a program
 

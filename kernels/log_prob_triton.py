@@ -1,8 +1,11 @@
 """Triton kernels and torch ops of ddim_log_prob and ddim_log_ratio; ddim.py has formulas, shapes and references.
 
-E = C H W numbers to a row. Per number of a row, with s the size of the types: ddim_log_prob reads 5 s where winner and
-loser share x_t, else 8 s, ddim_log_ratio 7 s or 12 s, and both write 8 / BLOCK; their common backward reads as much as
-ddim_log_prob and writes 2 s, or 4 s. Without guidance each model output is one tensor instead of two.
+E = C H W numbers to a row. Per number of (N, E), with s the size of the types: ddim_log_prob reads (S + 3 R) s bytes,
+ddim_log_ratio (S + 5 R) s, and both write 4 S / BLOCK; their common backward reads as much as ddim_log_prob and writes
+2 R s. Without guidance each model output is one tensor instead of two.
+
+A program reads its block of a row of x_t and of the model outputs once and goes through the x_prev that belong to it:
+all S where R = 1, one where R = S. The backward adds up their gradients in the order of S.
 
 All arithmetic is float32. The mean over a latent is summed in two stages, in a fixed order and without atomics: the
 same bits on every run. The constants of the log-density are added after the sum, where they cost no accuracy. The
@@ -17,9 +20,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from strop.kernels.backend import launch, on_triton
-from strop.kernels.ddim import ddim_log_prob_backward_ref, ddim_log_prob_ref, ddim_log_ratio_ref
-from strop.kernels.ddim_triton import BLOCK, guided
+from .backend import launch, on_triton
+from .ddim import ddim_log_prob_backward_ref, ddim_log_prob_ref, ddim_log_ratio_ref
+from .ddim_triton import BLOCK, guided
 
 PARTS = 64  # sums of a row at a time in the second stage
 HALF_LOG_TWO_PI = tl.constexpr(0.9189385332046727)
@@ -32,14 +35,14 @@ def _away(x_prev, x, m, from_x, from_m):
 
 @triton.jit
 def _ddim_log_prob_fwd_kernel(
-    x_prev_ptr,  # (2, N, E)
+    x_prev_ptr,  # (S, N, E)
     x_ptr,  # (R, N, E), and so are all model outputs
     uncond_ptr,  # if GUIDED, else unused
     text_ptr,
     ref_uncond_ptr,  # if RATIO and GUIDED, else unused
     ref_text_ptr,  # if RATIO, else unused
     table_ptr,  # (5, N) float32
-    sums_ptr,  # (2, N, blocks) float32, written
+    sums_ptr,  # (S, N, blocks) float32, written
     table_row,  # strides of the table
     table_col,
     guidance,
@@ -47,31 +50,31 @@ def _ddim_log_prob_fwd_kernel(
     rows,  # N
     GUIDED: tl.constexpr,
     RATIO: tl.constexpr,
-    SHARED: tl.constexpr,  # R = 1
+    DRAWS: tl.constexpr,  # rows of x_prev to a row of x_t: S where R = 1, else 1
     BLOCK: tl.constexpr,
 ):
     blocks = tl.cdiv(size, BLOCK)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
+    row = (tl.program_id(0) // blocks).to(tl.int64)  # of (R, N)
     block = tl.program_id(0) % blocks
     offset = block * BLOCK + tl.arange(0, BLOCK)
     inside = offset < size
-    from_x = tl.load(table_ptr + row * table_col + 2 * table_row)
-    from_m = tl.load(table_ptr + row * table_col + 3 * table_row)
-    for s in tl.static_range(2):
-        mine = row + s * rows  # of (2, N)
-        at = mine * size + offset
-        x_prev = tl.load(x_prev_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        if s == 0 or not SHARED:
-            x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            text = tl.load(text_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            uncond = tl.load(uncond_ptr + at, mask=inside, other=0.0).to(tl.float32) if GUIDED else text
-            if RATIO:
-                ref_text = tl.load(ref_text_ptr + at, mask=inside, other=0.0).to(tl.float32)
-                ref_uncond = tl.load(ref_uncond_ptr + at, mask=inside, other=0.0).to(tl.float32) if GUIDED else ref_text
-                d = from_m * guided(uncond - ref_uncond, text - ref_text, guidance, GUIDED)
-                m = guided(ref_uncond, ref_text, guidance, GUIDED)
-            else:
-                m = guided(uncond, text, guidance, GUIDED)
+    at = row * size + offset
+    numbers = table_ptr + (row % rows) * table_col
+    from_x = tl.load(numbers + 2 * table_row)
+    from_m = tl.load(numbers + 3 * table_row)
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    text = tl.load(text_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    uncond = tl.load(uncond_ptr + at, mask=inside, other=0.0).to(tl.float32) if GUIDED else text
+    if RATIO:
+        ref_text = tl.load(ref_text_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        ref_uncond = tl.load(ref_uncond_ptr + at, mask=inside, other=0.0).to(tl.float32) if GUIDED else ref_text
+        d = from_m * guided(uncond - ref_uncond, text - ref_text, guidance, GUIDED)
+        m = guided(ref_uncond, ref_text, guidance, GUIDED)
+    else:
+        m = guided(uncond, text, guidance, GUIDED)
+    for s in tl.static_range(DRAWS):
+        mine = row + s * rows  # of (S, N)
+        x_prev = tl.load(x_prev_ptr + mine * size + offset, mask=inside, other=0.0).to(tl.float32)
         away = _away(x_prev, x, m, from_x, from_m)
         each = d * (away - 0.5 * d) if RATIO else away * away
         tl.store(sums_ptr + mine * blocks + block, tl.sum(tl.where(inside, each, 0.0), axis=0))
@@ -79,9 +82,9 @@ def _ddim_log_prob_fwd_kernel(
 
 @triton.jit
 def _ddim_log_prob_sum_kernel(
-    sums_ptr,  # (2, N, blocks) float32
+    sums_ptr,  # (S, N, blocks) float32
     table_ptr,  # (5, N) float32
-    out_ptr,  # (2, N) float32, written
+    out_ptr,  # (S, N) float32, written
     table_row,  # strides of the table
     table_col,
     size,  # E
@@ -106,8 +109,8 @@ def _ddim_log_prob_sum_kernel(
 
 @triton.jit
 def _ddim_log_prob_bwd_kernel(
-    grad_ptr,  # (2, N) float32
-    x_prev_ptr,  # (2, N, E)
+    grad_ptr,  # (S, N) float32
+    x_prev_ptr,  # (S, N, E)
     x_ptr,  # (R, N, E), and so are the model outputs and their gradients
     uncond_ptr,  # if GUIDED, else unused
     text_ptr,
@@ -120,36 +123,38 @@ def _ddim_log_prob_bwd_kernel(
     size,  # E
     rows,  # N
     GUIDED: tl.constexpr,
-    SHARED: tl.constexpr,  # R = 1
+    DRAWS: tl.constexpr,  # rows of x_prev to a row of x_t: S where R = 1, else 1
     BLOCK: tl.constexpr,
 ):
     blocks = tl.cdiv(size, BLOCK)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
+    row = (tl.program_id(0) // blocks).to(tl.int64)  # of (R, N)
     offset = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = offset < size
-    from_x = tl.load(table_ptr + row * table_col + 2 * table_row)
-    from_m = tl.load(table_ptr + row * table_col + 3 * table_row)
-    sigma = tl.load(table_ptr + row * table_col + 4 * table_row)
+    at = row * size + offset
+    numbers = table_ptr + (row % rows) * table_col
+    from_x = tl.load(numbers + 2 * table_row)
+    from_m = tl.load(numbers + 3 * table_row)
+    sigma = tl.load(numbers + 4 * table_row)
     slope = from_m / (sigma * sigma) / size
-    for s in tl.static_range(2):
-        mine = row + s * rows  # of (2, N)
-        at = mine * size + offset
-        x_prev = tl.load(x_prev_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        if s == 0 or not SHARED:
-            there = at
-            x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            text = tl.load(text_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            uncond = tl.load(uncond_ptr + at, mask=inside, other=0.0).to(tl.float32) if GUIDED else text
-            m = guided(uncond, text, guidance, GUIDED)
-            dm = tl.zeros([BLOCK], tl.float32)
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    text = tl.load(text_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    uncond = tl.load(uncond_ptr + at, mask=inside, other=0.0).to(tl.float32) if GUIDED else text
+    m = guided(uncond, text, guidance, GUIDED)
+    dm = tl.zeros([BLOCK], tl.float32)
+    for s in tl.static_range(DRAWS):
+        mine = row + s * rows  # of (S, N)
+        x_prev = tl.load(x_prev_ptr + mine * size + offset, mask=inside, other=0.0).to(tl.float32)
         dm += tl.load(grad_ptr + mine) * slope * _away(x_prev, x, m, from_x, from_m)
-        if s == 1 or not SHARED:
-            if GUIDED:
-                duncond = (1.0 - guidance) * dm
-                tl.store(duncond_ptr + there, duncond.to(duncond_ptr.dtype.element_ty), mask=inside)
-                tl.store(dtext_ptr + there, (guidance * dm).to(dtext_ptr.dtype.element_ty), mask=inside)
-            else:
-                tl.store(dtext_ptr + there, dm.to(dtext_ptr.dtype.element_ty), mask=inside)
+    if GUIDED:
+        tl.store(duncond_ptr + at, ((1.0 - guidance) * dm).to(duncond_ptr.dtype.element_ty), mask=inside)
+        tl.store(dtext_ptr + at, (guidance * dm).to(dtext_ptr.dtype.element_ty), mask=inside)
+    else:
+        tl.store(dtext_ptr + at, dm.to(dtext_ptr.dtype.element_ty), mask=inside)
+
+
+def _draws(x_prev: Tensor, x_t: Tensor) -> int:
+    """Rows of x_prev to a row of x_t. Where each has its own x_t, (S, N) is nothing but S N rows."""
+    return int(x_prev.shape[0]) if x_t.shape[0] == 1 else 1
 
 
 def _log_prob(
@@ -162,22 +167,22 @@ def _log_prob(
     guidance: float,
     coefficients: Tensor,
 ) -> Tensor:
-    """(2, N): the log-ratio if ref_text is given, else the log-density."""
+    """(S, N): the log-ratio if ref_text is given, else the log-density."""
     guided, ratio = eps_uncond is not None, ref_text is not None
     x_prev, x_t, text = x_prev.contiguous(), x_t.contiguous(), eps_text.contiguous()
     uncond = eps_uncond.contiguous() if guided else text
     ref_text = ref_text.contiguous() if ratio else text
     ref_uncond = ref_uncond.contiguous() if guided and ratio else text
-    rows = x_prev.shape[1]
+    many, rows = x_prev.shape[:2]
     size = x_prev.shape[2] * x_prev.shape[3] * x_prev.shape[4]
     blocks = triton.cdiv(size, BLOCK)
-    sums = x_prev.new_empty((2, rows, blocks), dtype=torch.float32)
-    launch(_ddim_log_prob_fwd_kernel)[(rows * blocks,)](
+    sums = x_prev.new_empty((many, rows, blocks), dtype=torch.float32)
+    launch(_ddim_log_prob_fwd_kernel)[(x_t.shape[0] * rows * blocks,)](
         x_prev, x_t, uncond, text, ref_uncond, ref_text, coefficients, sums, *coefficients.stride(), guidance,
-        size, rows, GUIDED=guided, RATIO=ratio, SHARED=x_t.shape[0] == 1, BLOCK=BLOCK, num_warps=4,
+        size, rows, GUIDED=guided, RATIO=ratio, DRAWS=_draws(x_prev, x_t), BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
-    found = sums.new_empty((2, rows))
-    launch(_ddim_log_prob_sum_kernel)[(2 * rows,)](
+    found = sums.new_empty((many, rows))
+    launch(_ddim_log_prob_sum_kernel)[(many * rows,)](
         sums, coefficients, found, *coefficients.stride(), size, rows, blocks, RATIO=ratio, PARTS=PARTS, num_warps=1
     )
     return found
@@ -199,9 +204,9 @@ def _log_prob_backward(
     duncond = torch.empty_like(text) if guided else text.new_empty(0)
     rows = x_prev.shape[1]
     size = x_prev.shape[2] * x_prev.shape[3] * x_prev.shape[4]
-    launch(_ddim_log_prob_bwd_kernel)[(rows * triton.cdiv(size, BLOCK),)](
+    launch(_ddim_log_prob_bwd_kernel)[(x_t.shape[0] * rows * triton.cdiv(size, BLOCK),)](
         grad, x_prev, x_t, uncond, text, coefficients, duncond, dtext, *coefficients.stride(), guidance,
-        size, rows, GUIDED=guided, SHARED=x_t.shape[0] == 1, BLOCK=BLOCK, num_warps=4,
+        size, rows, GUIDED=guided, DRAWS=_draws(x_prev, x_t), BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     return duncond, dtext
 
@@ -210,7 +215,7 @@ def _log_prob_backward(
 def ddim_log_prob_op(
     x_prev: Tensor, x_t: Tensor, eps_uncond: Tensor | None, eps_text: Tensor, guidance: float, coefficients: Tensor
 ) -> Tensor:
-    """Log-densities (2, N)."""
+    """Log-densities (S, N)."""
     if on_triton(x_t, eps_text):
         return _log_prob(x_prev, x_t, eps_uncond, eps_text, None, None, guidance, coefficients)
     return ddim_log_prob_ref(x_prev, x_t, eps_uncond, eps_text, guidance, coefficients)
@@ -227,7 +232,7 @@ def ddim_log_ratio_op(
     guidance: float,
     coefficients: Tensor,
 ) -> Tensor:
-    """Log-ratios (2, N)."""
+    """Log-ratios (S, N)."""
     log_ratio = _log_prob if on_triton(x_t, eps_text) else ddim_log_ratio_ref
     return log_ratio(x_prev, x_t, eps_uncond, eps_text, ref_uncond, ref_text, guidance, coefficients)
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from strop.kernels import adaln_triton, ddim_triton, log_prob_triton
-from strop.kernels.backend import Launch, recording
+from . import adaln_triton, ddim_triton, log_prob_triton
+from .backend import Launch, recording
 
 ARCHITECTURES = (80, 90)
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

@@ -1,4 +1,4 @@
-"""What an installation of strop contains, and that it lives beside Hugging Face's package `kernels`."""
+"""What an installation of strop contains, how its doors start, and that it lives beside Hugging Face's `kernels`."""
 
 import importlib.metadata
 import os
@@ -11,6 +11,16 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
+DOORS = sorted(path.name for path in (ROOT / "engine").glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
+
+
+def python(*arguments: str, cwd: Path, first_on_path: Path | None = None) -> str:
+    """What a Python of its own prints; it must end well."""
+    paths = filter(None, [first_on_path and str(first_on_path), os.environ.get("PYTHONPATH")])
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_kernels_of_another_package_is_left_alone(tmp_path):
@@ -19,12 +29,9 @@ def test_kernels_of_another_package_is_left_alone(tmp_path):
     (tmp_path / "kernels" / "__init__.py").write_text("__version__ = '0.0.1'\n")
     names = "kernels", "strop.kernels", "strop.engine", "strop.bench.tinyworld"
     code = f"import importlib.util as u\nfor name in {names}: print(u.find_spec(name).origin)"
-    env = os.environ | {"PYTHONPATH": str(tmp_path)}
-    found = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
-    )
+    found = python("-c", code, cwd=tmp_path, first_on_path=tmp_path).split()
     expected = [tmp_path / "kernels", ROOT / "kernels", ROOT / "engine", ROOT / "bench" / "tinyworld"]
-    assert found.stdout.split() == [str(folder / "__init__.py") for folder in expected]
+    assert [Path(origin).resolve() for origin in found] == [(folder / "__init__.py").resolve() for folder in expected]
 
 
 def test_installation_takes_one_top_level_name():
@@ -39,18 +46,49 @@ def test_tested_version_is_within_the_declared_range(needed):
     assert declared.specifier.contains(str(pin.specifier).removeprefix("=="))
 
 
+@pytest.mark.parametrize("arguments", [[str(ROOT / "engine/train.py")], ["-m", "strop.engine.train"]])
+def test_trainer_starts_from_any_folder(tmp_path, arguments):
+    assert "usage: train.py" in python(*arguments, "--help", cwd=tmp_path)
+
+
 @pytest.mark.slow
-def test_wheel_holds_every_source_and_no_weights(tmp_path):
-    """Built without network; a copy, because setuptools leaves a build folder behind."""
+@pytest.mark.parametrize("door", DOORS)
+def test_door_starts_as_a_file_of_the_repository(door):
+    safe_path = ["-P"] if door == "train.py" and sys.version_info >= (3, 11) else []
+    assert "usage: " in python(*safe_path, f"engine/{door}", "--help", cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built without network; from a copy, because setuptools leaves a build folder behind."""
+    folder = tmp_path_factory.mktemp("wheel")
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
     for name in filter(None, tracked.stdout.split("\0")):
         if (ROOT / name).exists():
-            (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / "copy" / name).write_bytes((ROOT / name).read_bytes())
-    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*pip, "--wheel-dir", str(tmp_path), str(tmp_path / "copy")], check=True)
-    names = zipfile.ZipFile(next(tmp_path.glob("strop-*.whl"))).namelist()
-    inside = {name.removeprefix("strop/") for name in names if ".dist-info/" not in name}
-    copied = (tmp_path / "copy").rglob("*.py")
-    sources = {str(path.relative_to(tmp_path / "copy")) for path in copied}
-    assert inside == {name for name in sources if name.split("/")[0] in ("engine", "kernels", "bench")}
+            (folder / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "copy" / name).write_bytes((ROOT / name).read_bytes())
+    pip = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    python(*pip, "--wheel-dir", str(folder), str(folder / "copy"), cwd=folder)
+    with zipfile.ZipFile(next(folder.glob("strop-*.whl"))) as archive:
+        archive.extractall(folder / "unzipped")
+    return folder / "unzipped"
+
+
+@pytest.mark.slow
+def test_wheel_holds_every_source_and_no_weights(wheel):
+    copy = wheel.parent / "copy"
+    sources = [path for part in ("engine", "kernels", "bench") for path in (copy / part).rglob("*.py")]
+    inside = {str(path.relative_to(wheel / "strop")) for path in (wheel / "strop").rglob("*") if path.is_file()}
+    assert inside == {str(path.relative_to(copy)) for path in sources}
+
+
+@pytest.mark.slow
+def test_wheel_runs_without_the_repository(wheel, tmp_path):
+    """All that the trainer imports of strop comes from the wheel, though this environment knows the repository too."""
+    code = """
+import sys, strop.engine.errors, strop.engine.config.training, strop.engine.train
+print(*(m.__file__ for name, m in list(sys.modules.items()) if name.startswith("strop.")), sep="\\n")"""
+    files = python("-c", code, cwd=tmp_path, first_on_path=wheel).splitlines()
+    assert str(wheel / "strop/engine/methods/spo/rollout.py") in files
+    assert [file for file in files if not Path(file).is_relative_to(wheel)] == []
+    assert "usage: train.py" in python("-m", "strop.engine.train", "--help", cwd=tmp_path, first_on_path=wheel)

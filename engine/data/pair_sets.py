@@ -6,7 +6,7 @@ taken as they come and never cached. Reading is data/pair_files.py, the pass bef
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -199,6 +199,17 @@ def load_pairs(factory: Callable[[int, int], Dataset], spec: str, seed: int, siz
             f"data.source: the labels of {spec} are {first['label_0']} and {first['label_1']}, expected sum 1"
         )
     return pairs
+
+
+def shares(count: int, batch: int, steps: int, seed: int, ranks: Ranks) -> Iterator[list[int]]:
+    """`steps` lists of `batch` indices of this rank: one shuffle of all `count` after the other, dealt to the ranks."""
+    rng = torch.Generator().manual_seed(seed)
+    order = torch.empty(0, dtype=torch.int64)
+    for _ in range(steps):
+        while len(order) < batch * ranks.size:
+            order = torch.cat([order, torch.randperm(count, generator=rng)])
+        dealt, order = order[: batch * ranks.size], order[batch * ranks.size :]
+        yield dealt[ranks.rank * batch : (ranks.rank + 1) * batch].tolist()
 
 
 def _opened(spec: str, key: str, labelled: bool, max_broken: float) -> PairSource:

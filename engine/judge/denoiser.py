@@ -14,7 +14,7 @@ from ...kernels import DDIMCoefficients
 from ..models.conditioning import Conditioning
 from ..models.latent_diffusion import LatentDiffusion
 from ..models.policy import unet_eps
-from ..schedules.ddim import DDIMSchedule
+from ..schedules.schedule import Schedule
 from .model import StepAwarePreferenceModel
 
 
@@ -29,7 +29,7 @@ class Denoiser:
         self.timesteps = len(self.alphas)  # 1000
         prediction = diffusion.scheduler.config.prediction_type
         coefficients = DDIMCoefficients.build(self.alphas, self.timesteps, 1.0, prediction, steps_offset=0)
-        self.schedule = DDIMSchedule(coefficients, guidance, diffusion.device)  # step s stands for t = 999 - s
+        self.schedule = Schedule(coefficients, guidance, diffusion.device)  # step s stands for t = 999 - s
 
     def __call__(self, images: Tensor, cond: Conditioning, t: Tensor, rng: torch.Generator) -> Tensor:
         """Decoded x0_hat of both images of each pair; the two are noised alike, so that only the images differ.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 
@@ -18,6 +20,7 @@ from .clip import TimeConditionedCLIP
 
 STEPLESS_T = 0  # what a judge that is never told the timestep is told instead, in training and in scoring
 ENCODED_AT_ONCE = 256
+JUDGE_FILE = "judge.safetensors"  # in a checkpoint
 
 
 class StepAwarePreferenceModel:
@@ -109,3 +112,23 @@ class StepAwarePreferenceModel:
     def _needs_text_tower(self, use: str) -> None:
         if self.clip.text_model is None:
             raise RuntimeError(f"a judge without its text tower cannot be {use}; release_text_tower comes last")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedJudge:
+    """A judge as what a run trains. Two checkpoints stay: with optimizer state, each has 12 GB for PickScore."""
+
+    judge: StepAwarePreferenceModel
+    keep = 2
+
+    def save(self, folder: Path, iteration: int) -> None:
+        """Writes folder/JUDGE_FILE."""
+        state = {name: value.contiguous() for name, value in self.judge.clip.state_dict().items()}
+        save_file(state, folder / JUDGE_FILE)
+
+    def load(self, folder: Path) -> None:
+        """Takes the weights that `save` wrote."""
+        self.judge.clip.load_state_dict(load_file(folder / JUDGE_FILE))
+
+    def check(self, folder: Path) -> None:
+        """Nothing: the configuration, which resuming compares, says which judge it is."""

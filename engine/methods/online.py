@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from diffusers import UNet2DConditionModel
+from torch import nn
 
 from ..config.training import Config
 from ..judge.model import StepAwarePreferenceModel
@@ -13,7 +13,7 @@ from ..models.base_model import load_unet
 from ..models.latent_diffusion import LatentDiffusion
 from ..models.policy import Policy, Savings, TrainedLora
 from ..models.tiny_decoder import TinyDecoder
-from ..schedules.ddim import DDIMSchedule
+from ..schedules.schedule import Schedule
 from ..speed.apply import prepare
 
 
@@ -25,7 +25,7 @@ class OnlineModels:
     diffusion: LatentDiffusion
     decoder: LatentDiffusion | TinyDecoder
     judge: StepAwarePreferenceModel
-    schedule: DDIMSchedule
+    schedule: Schedule
     trainable: TrainedLora
 
     @classmethod
@@ -40,7 +40,7 @@ class OnlineModels:
     def of(
         cls,
         config: Config,
-        unet: UNet2DConditionModel,
+        unet: nn.Module,
         diffusion: LatentDiffusion,
         judge: StepAwarePreferenceModel,
         decoder: TinyDecoder | None = None,

@@ -14,10 +14,10 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from ...kernels import DDIMCoefficients
 from ..config.training import ModelConfig
 from ..errors import warn
-from ..schedules.ddim import DDIMSchedule
+from ..schedules.ddim import ddim_schedule
+from ..schedules.schedule import Schedule
 from .base_model import DTYPES, BaseModel
 from .conditioning import Conditioning
 
@@ -64,11 +64,8 @@ class LatentDiffusion:
         null, rows = base.zero_null(), model.decode_rows
         return cls(base.family, tokenizers, text_encoders, vae.to(device), scheduler, latent_shape, null, rows)
 
-    def schedule(self, num_steps: int, eta: float, guidance: float) -> DDIMSchedule:
-        """The DDIM schedule of this base model, with "leading" spacing as published, whatever sampler it comes with.
-
-        A steps_offset of 0 becomes 1: from t = 0 the last step would have no noise, and so no density.
-        """
+    def schedule(self, num_steps: int, eta: float, guidance: float) -> Schedule:
+        """The DDIM schedule of this base model, whatever sampler it comes with."""
         return ddim_schedule(self.scheduler, num_steps, eta, guidance, self.device)
 
     @torch.no_grad()
@@ -138,16 +135,6 @@ def decode_in_parts(decoder: AutoencoderKL | AutoencoderTiny, latents: Tensor, r
     parts = [decoder.decode(part).sample for part in flat.split(rows or len(flat))]
     images = parts[0] if len(parts) == 1 else torch.cat(parts)
     return images.unflatten(0, latents.shape[:-3])
-
-
-def ddim_schedule(
-    scheduler: DDIMScheduler, num_steps: int, eta: float, guidance: float, device: torch.device | str
-) -> DDIMSchedule:
-    """As LatentDiffusion.schedule, of any scheduler."""
-    config = scheduler.config
-    offset = max(1, config.steps_offset)
-    coefficients = DDIMCoefficients.build(scheduler.alphas_cumprod, num_steps, eta, config.prediction_type, offset)
-    return DDIMSchedule(coefficients, guidance, device)
 
 
 def pixels_per_latent(vae: AutoencoderKL) -> int:

@@ -86,7 +86,7 @@ class Policy:
         """Model output for both guidance halves in one forward.
 
         x (N, C, H, W); step_t (N,) training timesteps; cond of N prompts. Returns (2, N, C, H, W): without the prompt,
-        with the prompt; (1, N, C, H, W) when not guided. DDIMSchedule combines the halves.
+        with the prompt; (1, N, C, H, W) when not guided. Schedule combines the halves.
         """
         forward = self._in_parts if self.is_sampling else self._filled_up
         with self._halves.shared() if guided and self.savings.share_halves else nullcontext():

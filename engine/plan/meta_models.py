@@ -25,10 +25,11 @@ from ..models.architectures import FAMILIES, PICKSCORE
 from ..models.base_model import DTYPES, KINDS, latent_shape
 from ..models.conditioning import Conditioning
 from ..models.family import TEXT_ENCODERS, family_of, read_config, read_index
-from ..models.latent_diffusion import LatentDiffusion, ddim_schedule
+from ..models.latent_diffusion import LatentDiffusion
 from ..models.policy import Policy
 from ..models.tiny_decoder import TinyDecoder
-from ..schedules.ddim import DDIMSchedule
+from ..schedules.ddim import ddim_schedule
+from ..schedules.schedule import Schedule
 from .meter import built_on
 
 
@@ -96,7 +97,7 @@ class Blueprint:
         clip.requires_grad_(False).eval()
         return StepAwarePreferenceModel(clip, tokenizer, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, self.config.judge.kind)
 
-    def schedule(self, device: str) -> DDIMSchedule:
+    def schedule(self, device: str) -> Schedule:
         """The rollout's."""
         given, scheduler = self.config.rollout, DDIMScheduler.from_config(self.parts["scheduler"])
         return ddim_schedule(scheduler, given.num_steps, given.eta, given.guidance, device)

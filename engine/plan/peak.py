@@ -20,15 +20,15 @@ ROLLOUT = ("trunk", "branches", "decode", "judge")
 UPDATE = ("update: policy", "update: reference", RECOMPUTED)
 
 
-def seconds_at_peak(config: Config, family: str, device: torch.device) -> tuple[float, float] | None:
-    """(of a prompt's rollout, of the update by a pair of it) on this GPU.
+def seconds_at_peak(config: Config, family: str, device: torch.device) -> dict[str, float]:
+    """Of a prompt's rollout, under `prompts`, and of the update by a pair of it, under `pairs`, on this GPU.
 
-    family: of the base model. None on a CPU and on a card that is not in the list. What a pair takes is the mean over
+    family: of the base model. Empty on a CPU and for a card that is not in the list. What a pair takes is the mean over
     all that a rollout can make: those that optim.keep_pairs drops are in it, and so are all passes.
     """
     card = card_called(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if card is None:
-        return None
+        return {}
     blueprint = Blueprint.of(config, family)
     counted = tally(config, blueprint.schedule("cpu"))
     stages = cost(blueprint, counted, prices(blueprint, Networks.of(blueprint))).stages
@@ -36,4 +36,4 @@ def seconds_at_peak(config: Config, family: str, device: torch.device) -> tuple[
         card.seconds(sum((stages[name] for name in names if name in stages), Flops()), share=1.0)
         for names in (ROLLOUT, UPDATE)
     )
-    return rollout, update * counted.prompts / counted.made
+    return {"prompts": rollout, "pairs": update * counted.prompts / counted.made}

@@ -21,7 +21,7 @@ from ..methods.spo.rollout import Rollout
 from ..methods.spo.update import Learner
 from ..models.conditioning import Conditioning
 from ..runtime.ranks import Ranks
-from ..schedules.ddim import DDIMSchedule
+from ..schedules.schedule import Schedule
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -50,7 +50,7 @@ class Tally:
         return sum(rows for (s, c), rows in self.rows.items() if c == call and stage in (None, s))
 
 
-def tally(config: Config, schedule: DDIMSchedule) -> Tally:
+def tally(config: Config, schedule: Schedule) -> Tally:
     """Runs one iteration of a recipe; schedule: its rollout's, on the CPU."""
     notes = _Notes(config)
     prompts = config.rollout.prompts

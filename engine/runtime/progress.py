@@ -14,10 +14,10 @@ HEADED_EVERY = 20  # lines
 class Progress:
     """`show(record)` prints one aligned line, with a header above every 20th."""
 
-    def __init__(self, iterations: int, columns: Sequence[Column], stream: TextIO = sys.stdout):
+    def __init__(self, iterations: int, columns: Sequence[Column], stream: TextIO | None = None):
         self._iterations = iterations
         self._columns = [column for column in columns if column.form]
-        self._stream = stream
+        self._stream = stream or sys.stdout
         self._shown = 0
 
     def show(self, record: dict) -> None:

@@ -1,81 +1,26 @@
-"""The DDIM schedule of a run: which timestep a step index stands for, and the three things one does at a step.
-
-It holds the numbers (coefficients, guidance) and hands them to strop.kernels; it draws noise, but never calls a model.
-"""
+"""The schedule of stochastic DDIM."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor
 
-from ...kernels import DDIMCoefficients, ddim_branch, ddim_log_prob, ddim_log_ratio, ddim_x0_hat
-from .draws import Replay, normal
+from ...kernels import DDIMCoefficients
+from .schedule import Schedule
+
+if TYPE_CHECKING:
+    from diffusers import DDIMScheduler
 
 
-class DDIMSchedule:
-    """Stochastic DDIM over `num_steps` steps of a model trained with 1000.
+def ddim_schedule(
+    scheduler: DDIMScheduler, num_steps: int, eta: float, guidance: float, device: torch.device | str
+) -> Schedule:
+    """That of the betas and the prediction type of a scheduler, with "leading" spacing as published.
 
-    `step` is an index 0..num_steps-1, an int or an (N,) int64 tensor; `t[step]` is the training timestep it stands for,
-    with t[num_steps] = 0 for the clean latent. `eps` is the model output (G, N, C, H, W): G = 2 is the halves without
-    and with the prompt, combined by `guidance`; G = 1 is used as it is. Inside, arithmetic is float32 or wider.
+    A steps_offset of 0 becomes 1: from t = 0 the last step would have no noise, and so no density.
     """
-
-    def __init__(self, coefficients: DDIMCoefficients, guidance: float, device: torch.device | str = "cpu"):
-        self.num_steps = coefficients.table.shape[1]
-        self.t = coefficients.t
-        self.guidance = guidance
-        self.device = torch.device(device)
-        self._table = coefficients.table.to(device)
-        self._t = torch.tensor(coefficients.t, device=device)
-
-    @property
-    def guided(self) -> bool:
-        """Whether predictions have both guidance halves; a scale of 1 needs the one with the prompt alone."""
-        return self.guidance != 1
-
-    def timesteps(self, step: int | Tensor, rows: int) -> Tensor:
-        """(rows,) int64 training timesteps."""
-        return self._t[step].expand(rows)
-
-    def steps_within(self, low: int, high: int) -> range:
-        """Indices of the steps whose training timestep lies in [low, high]; they follow one another."""
-        inside = [step for step, t in enumerate(self.t[:-1]) if low <= t <= high]
-        return range(inside[0], inside[-1] + 1) if inside else range(0)
-
-    def prior(self, shape: tuple[int, ...], rng: torch.Generator | Replay) -> Tensor:
-        """Standard normal latents of this shape, the start of every trajectory."""
-        return normal(shape, rng, self.device, torch.float32)
-
-    def x0_hat(self, x: Tensor, eps: Tensor, step: int | Tensor) -> Tensor:
-        """Predicted clean latents. x (N, C, H, W), eps (G, N, C, H, W) -> (N, C, H, W)."""
-        return ddim_x0_hat(x, *self._halves(eps), self.guidance, self._coefficients(step, len(x)))
-
-    def branch(self, x: Tensor, eps: Tensor, step: int | Tensor, k: int, rng: torch.Generator | Replay) -> Tensor:
-        """k draws from p(x_{t-1} | x_t) for each row. x (N, C, H, W), eps (G, N, C, H, W) -> (k, N, C, H, W)."""
-        noise = normal((k, *x.shape), rng, x.device, x.dtype)
-        branches, _ = ddim_branch(x, *self._halves(eps), self.guidance, self._coefficients(step, len(x)), noise)
-        return branches
-
-    def mean(self, x: Tensor, eps: Tensor, step: int | Tensor) -> Tensor:
-        """The deterministic step: mean of p(x_{t-1} | x_t). x (N, C, H, W), eps (G, N, C, H, W) -> (N, C, H, W)."""
-        nothing = x.new_zeros((1, *x.shape))
-        return ddim_branch(x, *self._halves(eps), self.guidance, self._coefficients(step, len(x)), nothing)[0][0]
-
-    def log_prob(self, x_prev: Tensor, x_t: Tensor, eps: Tensor, step: Tensor) -> Tensor:
-        """Log-densities (2, N) of winner and loser: x_prev (2, N, C, H, W), x_t (R, N, ...), eps (G, R, N, ...)."""
-        return ddim_log_prob(x_prev, x_t, *self._halves(eps), self.guidance, self._coefficients(step, x_t.shape[1]))
-
-    def log_ratio(self, x_prev: Tensor, x_t: Tensor, eps: Tensor, eps_ref: Tensor, step: Tensor) -> Tensor:
-        """log_prob under eps minus log_prob under eps_ref (2, N), without the digits lost by subtracting the two.
-
-        Differentiable in eps alone; shapes as for log_prob, eps_ref like eps.
-        """
-        coefficients = self._coefficients(step, x_t.shape[1])
-        return ddim_log_ratio(x_prev, x_t, *self._halves(eps), *self._halves(eps_ref), self.guidance, coefficients)
-
-    def _halves(self, eps: Tensor) -> tuple[Tensor | None, Tensor]:
-        return (None, eps[0]) if len(eps) == 1 else (eps[0], eps[1])
-
-    def _coefficients(self, step: int | Tensor, rows: int) -> Tensor:
-        chosen = self._table[:, step]  # (5,) or (5, N)
-        return chosen.unsqueeze(-1).expand(-1, rows) if chosen.ndim == 1 else chosen
+    config = scheduler.config
+    offset = max(1, config.steps_offset)
+    coefficients = DDIMCoefficients.build(scheduler.alphas_cumprod, num_steps, eta, config.prediction_type, offset)
+    return Schedule(coefficients, guidance, device)

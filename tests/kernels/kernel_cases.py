@@ -25,11 +25,21 @@ from strop.kernels.ddim import DDIMCoefficients
 GOLDEN = Path(__file__).parents[1] / "golden"
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROWS = [(1, 1, 1), (2, 3, 5), (1, 9, 1280), (3, 17, 64), (5, 1, 769), (2, 70, 33), (1, 2, 8192)]
-LATENTS = [  # with k, whether winner and loser share x_t, and whether there is guidance
-    ((2, 4, 17, 19), 3, True, True),
-    ((3, 4, 5, 3), 9, False, False),
-    ((1, 1, 1, 1), 1, False, True),
-    ((3, 4, 5, 3), 2, True, False),
+LATENTS = [  # with k, S and R of the log-probabilities, and whether there is guidance
+    ((2, 4, 17, 19), 3, 2, 1, True),
+    ((2, 4, 17, 19), 1, 3, 3, False),
+    ((3, 4, 5, 3), 9, 5, 1, False),
+    ((3, 4, 5, 3), 2, 1, 1, True),
+    ((1, 1, 1, 1), 1, 2, 2, True),
+    ((3, 4, 5, 3), 2, 2, 1, False),
+    ((3, 4, 5, 3), 2, 1, 1, False),
+    ((2, 4, 17, 19), 4, 3, 1, True),
+    ((2, 4, 17, 19), 5, 5, 5, True),
+    ((3, 4, 5, 3), 2, 2, 2, False),
+    ((3, 4, 5, 3), 2, 3, 1, False),
+    ((3, 4, 5, 3), 2, 3, 3, True),
+    ((3, 4, 5, 3), 2, 5, 1, True),
+    ((1, 1, 1, 1), 1, 5, 5, False),
 ]
 EPS = 1e-5
 
@@ -138,14 +148,13 @@ def exactly(formula):
     return lambda **given: formula(**given | {"coefficients": given["coefficients"].double()})
 
 
-def ddim(device, dtype, shape, k, shared, guided):
+def ddim(device, dtype, shape, k, s, r, guided):
     """dtype of the latents; the model outputs are of dtype, too."""
     rows = shape[0]
     alphas = load_file(GOLDEN / "case1_ddim.safetensors")["schedule/alphas_cumprod"]
     table = DDIMCoefficients.build(alphas, 20, 1.0).table.to(device)[:, [0, 7, 18][:rows]]
-    separate = (1 if shared else 2, *shape)
-    x_t, text, uncond = (draw(device, dtype, *separate, seed=i) for i in (1, 2, 3))
-    ref_text, ref_uncond = (e + (0.02 * draw(device, dtype, *separate, seed=i)) for e, i in ((text, 4), (uncond, 5)))
+    x_t, text, uncond = (draw(device, dtype, r, *shape, seed=i) for i in (1, 2, 3))
+    ref_text, ref_uncond = (e + (0.02 * draw(device, dtype, r, *shape, seed=i)) for e, i in ((text, 4), (uncond, 5)))
     noise = draw(device, dtype, k, *shape, seed=6)
     eps = {"eps_uncond": uncond if guided else None, "eps_text": text}
     wanted = ["eps_uncond", "eps_text"] if guided else ["eps_text"]
@@ -159,7 +168,7 @@ def ddim(device, dtype, shape, k, shared, guided):
     assert torch.equal(ddim_x0_hat(**one), ddim_branch(**call)[1])
     c, d, sigma = table[2:, :, None, None, None].double()
     mean = c * x_t.double() + d * guide(eps["eps_uncond"], text, 5.0).double()
-    x_prev = (mean + sigma * draw(device, torch.float64, 2, *shape, seed=7)).to(dtype)
+    x_prev = (mean + sigma * draw(device, torch.float64, s, *shape, seed=7)).to(dtype)
     call = {"x_prev": x_prev, "x_t": x_t, **eps, **step}
     errors["ddim_log_prob"] = compare(ddim_log_prob, log_prob, exactly(log_prob), call, wanted, ["log_prob"])
     call |= {"ref_uncond": ref_uncond if guided else None, "ref_text": ref_text}
@@ -215,8 +224,8 @@ def strides(device):
         "adaln_modulate": (adaln_modulate, (x, weight, bias, vector, row)),
         "gated_residual_adaln": (gated_residual_adaln, (x, branch, gate, weight, bias, row, vector)),
         "ddim_branch": (ddim_branch, (latents, latents, latents, 5.0, table, noise)),
-        "ddim_log_prob": (ddim_log_prob, (noise[:2], shared, shared, shared, 5.0, table)),
-        "ddim_log_ratio": (ddim_log_ratio, (noise[:2], shared, shared, shared, shared, shared, 5.0, table)),
+        "ddim_log_prob": (ddim_log_prob, (noise, shared, shared, shared, 5.0, table)),
+        "ddim_log_ratio": (ddim_log_ratio, (noise, shared, shared, shared, shared, shared, 5.0, table)),
     }
     same = {}
     for name, (op, given) in calls.items():
@@ -261,9 +270,9 @@ def main():
         for shape in ROWS if many else ROWS[:3]:
             for op, errors in adaln(device, dtype, shape).items():
                 found[f"{op}/{name}/{'x'.join(map(str, shape))}"] = errors
-        for shape, *case in LATENTS if many else LATENTS[:2]:
-            for op, errors in ddim(device, dtype, shape, *case).items():
-                found[f"{op}/{name}/{'x'.join(map(str, shape))}"] = errors
+        for shape, k, s, r, guided in LATENTS if many else LATENTS[:4]:
+            for op, errors in ddim(device, dtype, shape, k, s, r, guided).items():
+                found[f"{op}/{name}/{'x'.join(map(str, shape))} k{k} S{s} R{r} {guided}"] = errors
     print(json.dumps(found))
 
 

@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch.autograd import gradcheck
 
-from strop.kernels import DDIMCoefficients, ddim_branch, ddim_log_prob, ddim_log_ratio, ddim_x0_hat
+from strop.kernels import DDIMCoefficients, ddim, ddim_branch, ddim_log_prob, ddim_log_ratio, ddim_x0_hat
 
 LATENTS = 4e-5  # absolute, at values up to 60
 LOG_PROBS = 5e-6
@@ -205,6 +205,45 @@ def test_every_step_against_diffusers(alphas, eta, prediction):
         close(x0_hat, step.pred_original_sample, LATENTS)
 
 
+def flow_step(form, sigmas, sigmas_next, x, v):
+    """One stochastic step of a rectified flow, x = (1 - sigma) x_0 + sigma z with v = z - x_0: x0_hat, mean, std.
+
+    "ddim": the step of DDIM with (alpha, sigma) = (1 - sigma, sigma) and eta 1; "flow_grpo": that of Flow-GRPO
+    (arXiv 2505.05470) at noise level 0.7, which at sigma = 1 takes the next sigma for the one that would divide by 0.
+    """
+    now, then = (each.view(-1, 1, 1, 1) for each in (sigmas, sigmas_next))
+    x0_hat, eps_hat = x - now * v, x + (1 - now) * v
+    if form == "ddim":
+        std = then / now * (now**2 - ((1 - now) / (1 - then)) ** 2 * then**2).sqrt()
+        return x0_hat, (1 - then) * x0_hat + (then**2 - std**2).clamp(min=0).sqrt() * eps_hat, std
+    dt, level = then - now, 0.7 * (now / (1 - torch.where(now == 1, then, now))).sqrt()
+    mean = x * (1 + level**2 / (2 * now) * dt) + v * (1 + level**2 * (1 - now) / (2 * now)) * dt
+    return x0_hat, mean, level * (-dt).sqrt()
+
+
+@pytest.mark.parametrize("form, steps", [("ddim", 9), ("flow_grpo", 10)])  # the last DDIM step has no density
+def test_a_table_of_rectified_flow_against_its_formulas(form, steps):
+    """A step that is linear in (x, v) is five numbers: those that it gives for (1, 0) and for (0, 1)."""
+    sigmas = torch.linspace(1, 0, 11, dtype=torch.float64)
+    sigmas = 3 * sigmas / (1 + 2 * sigmas)  # shifted by 3, as for SD3
+    now, then = sigmas[:steps], sigmas[1 : steps + 1]
+    one = torch.ones(steps, 1, 1, 1, dtype=torch.float64)
+    by_x, by_v = flow_step(form, now, then, one, 0 * one), flow_step(form, now, then, 0 * one, one)
+    table = torch.stack([by_x[0], by_v[0], by_x[1], by_v[1], by_x[2]]).view(5, steps).float()
+    schedule = DDIMCoefficients((*(1000 * now).tolist(), 0.0), table)
+
+    x, v, noise = (draw(steps, 2, 3, 5, seed=seed) for seed in range(3))
+    x0_hat, mean, std = flow_step(form, now, then, x, v)
+    branches, found = ddim_branch(x, None, v, 1.0, schedule.table, noise[None])
+    close(found, x0_hat, 1e-6)
+    close(ddim_x0_hat(x, None, v, 1.0, schedule.table), x0_hat, 1e-6)
+    close(branches[0], mean + std * noise, 1e-6)
+    x_prev = torch.stack([mean + std * noise, x, mean])
+    found = ddim_log_prob(x_prev, x[None], None, v[None], 1.0, schedule.table)
+    expected = torch.distributions.Normal(mean, std).log_prob(x_prev).flatten(2).mean(-1)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
 @pytest.fixture(scope="module")
 def table(alphas):
     return DDIMCoefficients.build(alphas, 20, 1.0).table[:, [0, 7, 19]]
@@ -229,22 +268,48 @@ def test_without_halves_guidance_has_no_effect(table):
     assert torch.equal(ddim_x0_hat(x, None, m, 7.5, table), ddim_x0_hat(x, None, m, 1.0, table))
 
 
-def test_shared_x_t_broadcasts_like_its_copy(table):
-    x_prev, x, uncond, text = (draw(2, 3, 4, 3, 3, seed=seed) for seed in range(4))
-    x, uncond, text = x[:1], uncond[:1], text[:1]
-    shared = ddim_log_prob(x_prev, x, uncond, text, 5.0, table)
-    twice = ddim_log_prob(x_prev, *(both.expand(2, -1, -1, -1, -1) for both in (x, uncond, text)), 5.0, table)
-    assert shared.shape == (2, 3)
-    torch.testing.assert_close(shared, twice, rtol=1e-12, atol=0)
-    assert not torch.allclose(shared[0], shared[1])
+def drawn(dtype=torch.float64, s=2, r=1, guided=True, size=(4, 5, 3)):
+    """x_prev (S, 3, C, H, W), then x_t, and uncond and text of policy and reference, which nearly agree, (R, ...)."""
+    x_prev, x, uncond, text = (draw(n, 3, *size, seed=i).to(dtype) for i, n in enumerate((s, r, r, r)))
+    near = [each + 1e-3 * draw(r, 3, *size, seed=9).to(dtype) for each in (uncond, text)]
+    return x_prev, x, *((uncond, text, *near) if guided else (None, text, None, near[1]))
 
 
-def test_separate_x_t_go_with_their_own_x_prev(table):
-    x_prev, x, m = (draw(2, 3, 4, 3, 3, seed=seed) for seed in range(3))
-    both = ddim_log_prob(x_prev, x, None, m, 1.0, table)
-    for row in range(2):
-        alone = ddim_log_prob(x_prev, x[row : row + 1], None, m[row : row + 1], 1.0, table)
-        torch.testing.assert_close(both[row], alone[row], rtol=1e-12, atol=0)
+AXES = [(s, r, guided) for s in (1, 2, 3, 5) for r in sorted({1, s}) for guided in (True, False)]
+every_axis = pytest.mark.parametrize("s, r, guided", AXES, ids=str)
+
+
+@every_axis
+def test_log_prob_and_log_ratio_of_every_draw_are_those_of_its_own_x_t(table, s, r, guided):
+    x_prev, x, uncond, text, *reference = drawn(s=s, r=r, guided=guided)
+    from_x, from_m, sigma = table[2:, :, None, None, None].double()
+
+    def density(i, uncond, text):
+        row = i if r > 1 else 0
+        m = text[row] if uncond is None else -4 * uncond[row] + 5 * text[row]
+        mean = from_x * x[row] + from_m * m
+        return torch.distributions.Normal(mean, sigma).log_prob(x_prev[i]).flatten(1).mean(-1)
+
+    ours, theirs = (torch.stack([density(i, *eps) for i in range(s)]) for eps in ((uncond, text), reference))
+    found = ddim_log_prob(x_prev, x, uncond, text, 5.0, table)
+    torch.testing.assert_close(found, ours, rtol=1e-10, atol=1e-10)
+    found = ddim_log_ratio(x_prev, x, uncond, text, *reference, 5.0, table)
+    torch.testing.assert_close(found, ours - theirs, rtol=1e-8, atol=1e-9)
+
+
+@every_axis
+def test_gradients_by_finite_differences(table, s, r, guided):
+    """Of both functions; and ddim_log_prob_backward_ref, written out, is what autograd finds."""
+    x_prev, x, uncond, text, *reference = drawn(s=s, r=r, guided=guided, size=(2, 1, 2))
+    given = [each.requires_grad_() for each in (uncond, text) if each is not None]
+    halves = lambda given: given if guided else (None, *given)
+    log_prob = lambda *given: ddim_log_prob(x_prev, x, *halves(given), 5.0, table)
+    assert gradcheck(log_prob, given)
+    assert gradcheck(lambda *given: ddim_log_ratio(x_prev, x, *halves(given), *reference, 5.0, table), given)
+    grad = draw(s, 3, seed=8)
+    written = ddim.ddim_log_prob_backward_ref(grad, x_prev, x, uncond, text, 5.0, table)
+    for found, expected in zip(written[-len(given) :], torch.autograd.grad(log_prob(*given), given, grad), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_each_row_has_its_own_step(table):
@@ -272,14 +337,6 @@ def test_narrow_types_lose_only_the_rounding_of_their_inputs_and_output(table, l
     assert branches.dtype == latents
     torch.testing.assert_close(branches.double(), expected, rtol=step, atol=1e-5)
     torch.testing.assert_close(x0_hat.double(), expected_x0, rtol=1e-6, atol=1e-5)
-
-
-def test_gradient_of_the_log_prob_by_finite_differences(table):
-    x_prev, x = draw(2, 3, 2, 2, 3, seed=0), draw(1, 3, 2, 2, 3, seed=1)
-    uncond, text = draw(1, 3, 2, 2, 3, seed=2).requires_grad_(), draw(1, 3, 2, 2, 3, seed=3).requires_grad_()
-    assert gradcheck(lambda u, c: ddim_log_prob(x_prev, x, u, c, 5.0, table), (uncond, text))
-    separate = draw(2, 3, 2, 2, 3, seed=4).requires_grad_()
-    assert gradcheck(lambda m: ddim_log_prob(x_prev, x.expand_as(x_prev), None, m, 1.0, table), (separate,))
 
 
 def test_log_prob_is_the_mean_over_a_latent_not_the_sum(table):
@@ -344,7 +401,7 @@ def test_branch_names_what_does_not_fit(name, shape):
 @pytest.mark.parametrize(
     "name, shape",
     [
-        ("x_prev", (3, *LATENT)),
+        ("x_prev", (0, *LATENT)),
         ("x_prev", LATENT),
         ("x_t", (3, *LATENT)),
         ("x_t", (1, 3, 4, 2, 1)),
@@ -360,26 +417,8 @@ def test_log_prob_names_what_does_not_fit(name, shape):
         ddim_log_prob(guidance=5.0, **given)
 
 
-def pair(latents=torch.float64, shared=1):
-    """x_prev, x_t, then uncond and text of policy and reference, which nearly agree."""
-    x_prev, x, uncond, text = (draw(2, 3, 4, 5, 3, seed=seed).to(latents) for seed in range(4))
-    near = [each + 1e-3 * draw(2, 3, 4, 5, 3, seed=9).to(latents) for each in (uncond, text)]
-    return x_prev, *(each[:shared] for each in (x, uncond, text, *near))
-
-
-@pytest.mark.parametrize("shared", [1, 2], ids=["shared-x_t", "separate-x_t"])
-def test_log_ratio_is_the_difference_of_two_log_probs(table, shared):
-    x_prev, x, uncond, text, *reference = pair(shared=shared)
-    found = ddim_log_ratio(x_prev, x, uncond, text, *reference, 5.0, table)
-    expected = ddim_log_prob(x_prev, x, uncond, text, 5.0, table) - ddim_log_prob(x_prev, x, *reference, 5.0, table)
-    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
-    unguided = ddim_log_ratio(x_prev, x, None, text, None, reference[1], 5.0, table)
-    guided_by_1 = ddim_log_ratio(x_prev, x, uncond, text, *reference, 1.0, table)
-    torch.testing.assert_close(unguided, guided_by_1, rtol=1e-8, atol=1e-9)
-
-
 def test_log_ratio_of_equal_predictions_is_zero_and_still_has_a_gradient(table):
-    x_prev, x, uncond, text, *_ = pair(torch.float32)
+    x_prev, x, uncond, text, *_ = drawn(torch.float32)
     eps = text.clone().requires_grad_()
     found = ddim_log_ratio(x_prev, x, uncond, eps, uncond, text, 5.0, table)
     assert not found.any()
@@ -390,19 +429,13 @@ def test_log_ratio_of_equal_predictions_is_zero_and_still_has_a_gradient(table):
 @pytest.mark.parametrize("dtype, gain", [(torch.float32, 20), (torch.bfloat16, 50), (torch.float16, 50)], ids=str)
 def test_log_ratio_keeps_digits_that_two_log_probs_lose(table, dtype, gain):
     """Against float64 on the same numbers, as a step of training near its beginning has them."""
-    given = pair(dtype)
+    given = drawn(dtype)
     truth = ddim_log_ratio(*(each.double() for each in given), 5.0, table)
     found = ddim_log_ratio(*given, 5.0, table)
     x_prev, x, uncond, text, *reference = given
     naive = [ddim_log_prob(x_prev, x, *eps, 5.0, table) for eps in ((uncond, text), reference)]
     error = lambda ratio: (ratio.double() - truth).norm() / truth.norm()
     assert gain * error(found) < error(naive[0] - naive[1])
-
-
-def test_gradient_of_the_log_ratio_by_finite_differences(table):
-    x_prev, x, uncond, text, *reference = pair()
-    given = uncond.clone().requires_grad_(), text.clone().requires_grad_()
-    assert gradcheck(lambda u, c: ddim_log_ratio(x_prev, x, u, c, *reference, 5.0, table), given)
 
 
 @pytest.mark.parametrize(
@@ -423,7 +456,7 @@ def test_gradient_of_the_log_ratio_by_finite_differences(table):
 )
 def test_log_ratio_names_what_does_not_fit(table, name, change, complaint):
     names = ("x_prev", "x_t", "eps_uncond", "eps_text", "ref_uncond", "ref_text")
-    given = dict(zip(names, pair(), strict=True)) | {"guidance": 5.0, "coefficients": table}
+    given = dict(zip(names, drawn(), strict=True)) | {"guidance": 5.0, "coefficients": table}
     with pytest.raises(ValueError, match=f"^{name} {complaint}"):
         ddim_log_ratio(**given | {name: change(given[name])})
 

@@ -10,47 +10,24 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ...config.judge_training import SpmConfig
-from ...data.pair_sets import PairSets
+from ...data.pair_sets import PairSets, shares
 from ...judge.denoiser import Denoiser, training_pixels
 from ...judge.heldout import accuracy, heldout_views
 from ...judge.loss import example_weights, labels_of, preference_loss, preference_scores
-from ...judge.model import StepAwarePreferenceModel
+from ...judge.model import StepAwarePreferenceModel, TrainedJudge
 from ...models.conditioning import Conditioning
-from ...runtime.ranks import Ranks, gather_rows
+from ...runtime.ranks import gather_rows
 from ...runtime.session import Session
 from ..protocol import Measured
 from .columns import COLUMNS
 
 EVALUATIONS = 5  # in the course of a run, the last one at its end; one more before it begins
-JUDGE_FILE = "judge.safetensors"  # in a checkpoint
-
-
-@dataclass(frozen=True, slots=True)
-class TrainedJudge:
-    """A judge as what a run trains. Two checkpoints stay: with optimizer state, each has 12 GB for PickScore."""
-
-    judge: StepAwarePreferenceModel
-    keep = 2
-
-    def save(self, folder: Path, iteration: int) -> None:
-        """Writes folder/JUDGE_FILE."""
-        state = {name: value.contiguous() for name, value in self.judge.clip.state_dict().items()}
-        save_file(state, folder / JUDGE_FILE)
-
-    def load(self, folder: Path) -> None:
-        """Takes the weights that `save` wrote."""
-        self.judge.clip.load_state_dict(load_file(folder / JUDGE_FILE))
-
-    def check(self, folder: Path) -> None:
-        """Nothing: the configuration, which resuming compares, says which judge it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,17 +149,6 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float, shape: str = 
     if shape == "log" and step < warmup:
         return peak * math.log(1 + step) / math.log(max(2, warmup))
     return peak * min((step + 1) / max(1, warmup), (steps - step) / (steps - warmup))
-
-
-def shares(count: int, batch: int, steps: int, seed: int, ranks: Ranks) -> Iterator[list[int]]:
-    """`steps` lists of `batch` indices of this rank: one shuffle of all `count` after the other, dealt to the ranks."""
-    rng = torch.Generator().manual_seed(seed)
-    order = torch.empty(0, dtype=torch.int64)
-    for _ in range(steps):
-        while len(order) < batch * ranks.size:
-            order = torch.cat([order, torch.randperm(count, generator=rng)])
-        dealt, order = order[: batch * ranks.size], order[batch * ranks.size :]
-        yield dealt[ranks.rank * batch : (ranks.rank + 1) * batch].tolist()
 
 
 def clean_pairs(batch_number: int, config: SpmConfig) -> int:

@@ -18,8 +18,8 @@ from ...config.training import RolloutConfig
 from ...errors import UserError
 from ...judge.candidates import Candidates, Judge
 from ...models.conditioning import Conditioning
-from ...schedules.ddim import DDIMSchedule
 from ...schedules.draws import Replay, integers
+from ...schedules.schedule import Schedule
 from .pairs import PreferencePairs, is_sure
 
 Rng = torch.Generator | Replay
@@ -62,7 +62,7 @@ class Rollout:
     policy: Predictor
     decoder: Decoder
     judge: Judge
-    schedule: DDIMSchedule
+    schedule: Schedule
     config: RolloutConfig
     clock: Callable[[str], AbstractContextManager] = nullcontext
 
@@ -166,13 +166,13 @@ class Rollout:
         return eps.unflatten(1, (k, prompts)), x0_hat.unflatten(0, (k, prompts))
 
 
-def judged_segments(schedule: DDIMSchedule, config: RolloutConfig) -> list[range]:
+def judged_segments(schedule: Schedule, config: RolloutConfig) -> list[range]:
     """The segments that branches fork in, judged and trained on."""
     steps = schedule.steps_within(*config.t_range)
     return segments(steps, config.inner_steps, config.merge_last)[:: config.judge_every]
 
 
-def check_steps(config: RolloutConfig, schedule: DDIMSchedule) -> None:
+def check_steps(config: RolloutConfig, schedule: Schedule) -> None:
     """Raises UserError where t_range holds no step, or fewer segments than judge_every passes over."""
     steps = schedule.steps_within(*config.t_range)
     if not steps:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...config.training import OptimConfig
 from ...models.conditioning import Conditioning
 from ...models.policy import Policy
-from ...schedules.ddim import DDIMSchedule
+from ...schedules.schedule import Schedule
 from .loss import spo_loss
 from .pairs import PreferencePairs
 
@@ -40,11 +40,11 @@ def micro_batches(pairs: PreferencePairs, size: int, cond: Conditioning) -> Iter
 
     One wait for the device, at the first micro-batch; none where all pairs share x_t.
     """
-    apart = pairs.shared.logical_not().tolist() if len(pairs.x_t) == 2 else [False] * len(pairs)
+    shared = pairs.shared.tolist() if len(pairs.x_t) == 2 else [True] * len(pairs)  # one wait an iteration
     for start in range(0, len(pairs), size):
-        rows = sorted(range(start, min(start + size, len(pairs))), key=lambda row: apart[row])
+        rows = sorted(range(start, min(start + size, len(pairs))), key=lambda row: not shared[row])
         batch = pairs[torch.tensor(rows).to(pairs.step.device, non_blocking=True)]
-        yield MicroBatch(batch, len(rows) - sum(apart[row] for row in rows), cond)
+        yield MicroBatch(batch, sum(shared[row] for row in rows), cond)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Learner:
     """What turns micro-batches into losses: policy and reference, the schedule, and the section `optim`."""
 
     policy: Policy
-    schedule: DDIMSchedule
+    schedule: Schedule
     config: OptimConfig
 
     def loss(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,13 +1,10 @@
-"""methods/judge_training: the learning rate, and which pairs each rank is shown."""
+"""methods/judge_training: the learning rate, warm-up and decay."""
 
 import pytest
 import torch
 from deepspeed.runtime.lr_schedules import WarmupDecayLR
 
-from strop.engine.methods.judge_training.method import learning_rate, shares
-from strop.engine.runtime.ranks import Ranks
-
-ALONE = Ranks(0, 1, torch.device("cpu"))
+from strop.engine.methods.judge_training.method import learning_rate
 
 
 def test_learning_rate_warms_up_and_reaches_zero():
@@ -22,13 +19,3 @@ def test_a_logarithmic_warm_up_is_that_of_deepspeed():
     for step in range(20):
         theirs.step()
         assert learning_rate(step, 20, 6, 2.0, "log") == pytest.approx(theirs.get_last_lr()[0])
-
-
-def test_shares_deal_every_pair_once_per_epoch():
-    cpu = torch.device("cpu")
-    dealt = [list(shares(8, 2, 4, seed=3, ranks=Ranks(rank, 2, cpu))) for rank in (0, 1)]
-    for epoch in (slice(0, 2), slice(2, 4)):
-        seen = [i for rank in dealt for batch in rank[epoch] for i in batch]
-        assert sorted(seen) == list(range(8))
-    assert dealt[0] != [list(shares(8, 2, 4, seed=4, ranks=Ranks(0, 2, cpu)))]
-    assert [len(batch) for batch in shares(3, 5, 2, seed=0, ranks=ALONE)] == [5, 5]

@@ -1,0 +1,114 @@
+"""A post-training run on one page: build the parts, evaluate the base model, train, evaluate, report.
+
+train.py is its command.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .config.factory import resolve
+from .config.training import Config
+from .data.embeddings import Embeddings, TrainingPrompts
+from .data.prompts import first_used, read_prompts, split_prompts
+from .errors import UserError
+from .evaluation.compare import paired_delta
+from .evaluation.evaluator import Evaluation, Evaluator
+from .methods.loop import train
+from .methods.online import OnlineModels
+from .methods.protocol import Method
+from .methods.spo.method import SPO
+from .methods.spo.rollout import check_steps
+from .models.base_model import quiet_libraries
+from .models.latent_diffusion import BATCH
+from .models.lora_file import write
+from .plan.peak import seconds_at_peak
+from .report.pictures import before_after
+from .report.run_folder import close_run
+from .runtime.optimizer import AdamWSettings, Optimizer, build_optimizer
+from .runtime.ranks import Ranks
+from .runtime.session import Session
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Everything that a run is made of, loaded and checked."""
+
+    models: OnlineModels
+    method: Method
+    optimizer: Optimizer
+    evaluator: Evaluator
+
+
+def run(config: Config) -> None:
+    """Trains by a recipe; the last lines on the terminal say what came out and where it lies."""
+    quiet_libraries()
+    with Session.start(config) as session:
+        with session.clock("load"):
+            parts = build(session)
+            session.open(parts.models.trainable)
+            session.ledger.at_peak = seconds_at_peak(config, parts.models.policy.family, session.ranks.device)
+        with session.clock("evaluate"), parts.models.policy.reference():
+            base = parts.evaluator("base model")  # first, so that whatever the examiner cannot do shows at once
+        train(session, parts.method, parts.optimizer)
+        with session.clock("evaluate"):
+            tuned = parts.evaluator("tuned model")
+        summary = session.summary()
+    if session.ranks.first:
+        close(config, parts, base, tuned, summary)
+
+
+def build(session: Session) -> Parts:
+    """Loads and checks all parts. Raises UserError for whatever the user has to mend, before anything is written."""
+    config, ranks = session.config, session.ranks
+    prompts, heldout = prompts_of(config, ranks)
+    models = OnlineModels.load(config, ranks.device)
+    check_steps(config.rollout, models.schedule)
+    spec = config.evaluate.examiner
+    examine = resolve(spec, "evaluate.examiner")(ranks.device) if spec else None
+    used = config.iterations * config.rollout.prompts * ranks.size
+    trained = first_used(prompts, used, config.run.seed, BATCH)
+    embeddings = Embeddings(models.diffusion, models.judge, [trained, heldout])
+    models.diffusion.release_text_encoders()
+    models.judge.release_text_tower()
+    training = TrainingPrompts(prompts, embeddings, config.rollout.prompts, config.run.seed, ranks)
+    return Parts(
+        models,
+        SPO(config, models, training, session),
+        build_optimizer(
+            models.policy.unet, AdamWSettings.of(config.optim, config.zero.stage, config.model.dtype), ranks
+        ),
+        Evaluator(models, examine, embeddings, heldout, config, ranks),
+    )
+
+
+def prompts_of(config: Config, ranks: Ranks) -> tuple[list[str], list[str]]:
+    """(training prompts, held-out prompts). Raises UserError where they overlap or do not suffice."""
+    prompts = read_prompts(config.prompts.train, "prompts.train")
+    count = config.evaluate.prompts
+    if config.prompts.heldout is None:
+        most, where = len(set(prompts)) - 1, f"held out of the prompts in {config.prompts.train}"
+        prompts, heldout = split_prompts(prompts, min(count, most), config.run.seed)
+    else:
+        heldout = read_prompts(config.prompts.heldout, "prompts.heldout")
+        most, where = len(heldout), f"the prompts in {config.prompts.heldout}"
+    if not ranks.size <= count <= most:
+        raise UserError(f"evaluate.prompts: found {count}, expected {ranks.size} (the processes) to {most} ({where})")
+    both = set(prompts) & set(heldout)
+    if both:
+        raise UserError(f"prompts.heldout: {len(both)} prompts are training prompts too, such as {min(both)!r}")
+    return prompts, heldout[:count]
+
+
+def close(config: Config, parts: Parts, base: Evaluation, tuned: Evaluation, summary: dict) -> None:
+    """Writes the LoRA in both formats, before_after.png and the report, and prints the closing table."""
+    run_dir, policy, heldout = Path(config.run.dir), parts.models.policy, parts.evaluator.all_prompts
+    lora = parts.models.trainable.save(run_dir / "lora", config.iterations)
+    kohya = run_dir / "lora" / f"{run_dir.resolve().name}_kohya.safetensors"
+    write(policy.lora(parts.models.trainable.facts(config.iterations)), kohya, "kohya")
+    before_after(base.images, tuned.images, heldout[: len(base.images)], run_dir / "before_after.png")
+    compared = {name: paired_delta(base.scores[name], tuned.scores[name]) for name in base.scores}
+    paths = summary["paths"] | {"lora": str(lora), "lora_kohya": str(kohya)}
+    more = {"family": policy.family, "heldout_prompts": len(heldout), "paths": paths}
+    close_run(run_dir, compared | summary | more)
