@@ -36,8 +36,8 @@ from strop.engine.models.base_model import load_unet, quiet_libraries
 from strop.engine.models.conditioning import Conditioning
 from strop.engine.models.latent_diffusion import LatentDiffusion
 from strop.engine.models.policy import Policy
-from strop.engine.schedules.ddim import DDIMSchedule
 from strop.engine.schedules.draws import Replay
+from strop.engine.schedules.schedule import Schedule
 from strop.kernels import DDIMCoefficients, ddim_branch, ddim_log_prob, ddim_x0_hat
 
 ddim = module_of("kernels/test_ddim.py")
@@ -80,7 +80,7 @@ def ddim_corners(rows: Rows, world: SimpleNamespace) -> None:
     table = ddim.columns(world.alphas, case, 20, 1.0, "epsilon")
     branches = ddim_branch(x, None, eps, 1.0, table, case["in/variance_noise_k3"])[0]
     see("branches, set_alpha_to_one", LATENTS, branches, case["f32_alpha_to_one/epsilon/n20/eta1.0/x_prev_k3"])
-    schedule = DDIMSchedule(DDIMCoefficients.build(world.alphas, 20, 1.0), 1.0)
+    schedule = Schedule(DDIMCoefficients.build(world.alphas, 20, 1.0), 1.0)
     for t in (951, 1):
         step, recorded = schedule.t.index(t), part(case, f"f32_scalar_t{t}/")
         branch = schedule.branch(x, eps[None], step, 1, Replay([noise]))[0]

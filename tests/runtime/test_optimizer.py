@@ -10,7 +10,7 @@ from torch import nn
 
 from strop.engine.config.training import OptimConfig
 from strop.engine.errors import UserError
-from strop.engine.runtime.optimizer import FLOAT16_SCALE, AdamWSettings, build
+from strop.engine.runtime.optimizer import FLOAT16_SCALE, AdamWSettings, build_optimizer
 from strop.engine.runtime.ranks import Ranks
 
 ALONE, TWO = (Ranks(0, size, torch.device("cpu")) for size in (1, 2))
@@ -18,7 +18,7 @@ SETTINGS = AdamWSettings.of(OptimConfig(), 1, "float32")
 
 
 def optimizer(module, dtype="float32", **optim):
-    return build(module, AdamWSettings.of(OptimConfig(**optim), 1, dtype), ALONE)
+    return build_optimizer(module, AdamWSettings.of(OptimConfig(**optim), 1, dtype), ALONE)
 
 
 class HalfPath(nn.Module):
@@ -115,7 +115,7 @@ def broadcasting(known):
 def test_deepspeed_passes_over_scalars_by_their_mark(monkeypatch):
     monkeypatch.setattr(deepspeed, "initialize", broadcasting(known=True))
     module = Scaled()
-    build(module, SETTINGS, TWO)
+    build_optimizer(module, SETTINGS, TWO)
     assert not hasattr(module.logit_scale, "ds_optim_param")
 
 
@@ -123,9 +123,9 @@ def test_a_deepspeed_that_does_not_know_the_mark_is_refused_by_its_version(monke
     monkeypatch.setattr(deepspeed, "initialize", broadcasting(known=False))
     module = Scaled()
     with pytest.raises(UserError, match=rf"^DeepSpeed {version('deepspeed')} cannot broadcast .*logit_scale.* install"):
-        build(module, SETTINGS, TWO)
+        build_optimizer(module, SETTINGS, TWO)
     assert not hasattr(module.logit_scale, "ds_optim_param")
-    build(nn.Linear(2, 2), SETTINGS, TWO)  # without scalars it is as good as any
+    build_optimizer(nn.Linear(2, 2), SETTINGS, TWO)  # without scalars it is as good as any
 
 
 def test_what_else_deepspeed_cannot_do_is_said_as_it_says_it(monkeypatch):
@@ -134,4 +134,4 @@ def test_what_else_deepspeed_cannot_do_is_said_as_it_says_it(monkeypatch):
 
     monkeypatch.setattr(deepspeed, "initialize", initialize)
     with pytest.raises(RuntimeError, match="something else"):
-        build(Scaled(), SETTINGS, TWO)
+        build_optimizer(Scaled(), SETTINGS, TWO)

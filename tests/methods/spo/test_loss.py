@@ -12,7 +12,7 @@ from strop.engine.methods.spo.loss import spo_loss
 from strop.engine.methods.spo.pairs import PreferencePairs
 from strop.engine.methods.spo.update import Learner, MicroBatch
 from strop.engine.models.conditioning import Conditioning
-from strop.engine.schedules.ddim import DDIMSchedule
+from strop.engine.schedules.schedule import Schedule
 from strop.kernels import DDIMCoefficients
 
 BETA, CLIP = 10.0, 0.1
@@ -45,7 +45,7 @@ def schedule(alphas, tag):
 
 
 def schedule_of(alphas, tag):
-    return DDIMSchedule(DDIMCoefficients.build(alphas, 20, 1.0), 1.0 if tag.endswith("nocfg") else 5.0)
+    return Schedule(DDIMCoefficients.build(alphas, 20, 1.0), 1.0 if tag.endswith("nocfg") else 5.0)
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from strop.engine.models.base_model import load_unet
 from strop.engine.models.conditioning import Conditioning
 from strop.engine.models.latent_diffusion import LatentDiffusion
 from strop.engine.models.policy import Policy
-from strop.engine.schedules.ddim import DDIMSchedule
 from strop.engine.schedules.draws import Replay
+from strop.engine.schedules.schedule import Schedule
 from strop.kernels import DDIMCoefficients
 
 LATENTS = 4e-5  # absolute, at values up to 60
@@ -73,7 +73,7 @@ def replayed(golden, alphas, tiny_folder):
 def replay(case6, alphas, folder, **changes):
     """A golden rollout on the models of `folder`, with its recorded draws in place of torch's."""
     tape = Replay(case6[name] for name in sorted(case6) if name.startswith("rand/"))
-    schedule = DDIMSchedule(DDIMCoefficients.build(alphas, 20, 1.0), 5.0)
+    schedule = Schedule(DDIMCoefficients.build(alphas, 20, 1.0), 5.0)
     cond = Conditioning(
         text=case6["in/prompt_embeds"],
         null=case6["in/negative_prompt_embeds"][:1],
@@ -201,7 +201,7 @@ def small(golden, alphas):
     case6 = golden("case6_sd15_k4_b3")
     text, null = case6["in/prompt_embeds"][:2], case6["in/negative_prompt_embeds"][:1]
     cond = Conditioning(text, null, judge=torch.tensor([[0.0], [3.0]]))
-    schedule = DDIMSchedule(DDIMCoefficients.build(alphas, 6, 1.0), 3.0)
+    schedule = Schedule(DDIMCoefficients.build(alphas, 6, 1.0), 3.0)
     return SimpleNamespace(cond=cond, schedule=schedule, judge=lambda: GoldenJudge(case6["in/score_W"]))
 
 
@@ -254,7 +254,7 @@ def test_the_same_seed_gives_the_same_bits(small, policy, diffusion):
 @pytest.mark.parametrize("guided, halves", [(True, 2), (False, 1)], ids=["guided", "unguided"])
 @pytest.mark.parametrize("branch_from", [0, 3, 5])
 def test_k_branches_cost_one_fused_forward_a_step(small, policy, diffusion, alphas, branch_from, guided, halves):
-    schedule = DDIMSchedule(DDIMCoefficients.build(alphas, 6, 1.0), 3.0 if guided else 1.0)
+    schedule = Schedule(DDIMCoefficients.build(alphas, 6, 1.0), 3.0 if guided else 1.0)
     counting = CountingPolicy(policy)
     config = settings(small.schedule, k=3, branch_from=branch_from)
     Rollout(counting, diffusion, small.judge(), schedule, config)(small.cond, torch.Generator())
