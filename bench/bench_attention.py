@@ -12,8 +12,8 @@ import argparse
 import importlib.util
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.benchmark import Timer
 
 from strop.bench.bench_step import RESULTS, ROOT, machine
@@ -28,7 +29,6 @@ from strop.engine.config.training import Config, load
 from strop.engine.errors import UserError, exit_on_user_error
 from strop.engine.models.base_model import quiet_libraries
 from strop.engine.plan.meta_models import Blueprint
-from strop.engine.plan.meter import attention_by
 from strop.engine.plan.row_counts import tally
 from strop.engine.plan.unit_costs import Networks
 from strop.engine.runtime.ranks import start
@@ -103,26 +103,26 @@ def calls(config: Config) -> list[Call]:
     }
     found = []
     for stage, (work, rows, learns) in stages.items():
-        with torch.no_grad(), noted() as notes:
+        with torch.no_grad(), Noted() as noted:
             work()
-        for (heads, queries, keys, width, dtype), times in notes.items():
+        for (heads, queries, keys, width, dtype), times in noted.calls.items():
             found.append(Call(stage, rows, heads, queries, keys, width, dtype, learns, times))
     return found
 
 
-@contextmanager
-def noted() -> Iterator[Counter]:
-    """Inside, how often PyTorch's SDPA is called, by (heads, queries, keys, width, dtype)."""
-    notes, plain = Counter(), F.scaled_dot_product_attention
+class Noted(TorchFunctionMode):
+    """Inside, notes how often this thread calls PyTorch's SDPA, by (heads, queries, keys, width, dtype)."""
 
-    def note(query: Tensor, key: Tensor, *args, **kwargs) -> Tensor:
-        notes[
-            query.shape[1], query.shape[2], key.shape[2], query.shape[3], str(query.dtype).removeprefix("torch.")
-        ] += 1
-        return plain(query, key, *args, **kwargs)
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
 
-    with attention_by(note):
-        yield notes
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            query, key = args[:2]
+            sizes = query.shape[1], query.shape[2], key.shape[2], query.shape[3]
+            self.calls[(*sizes, str(query.dtype).removeprefix("torch."))] += 1
+        return function(*args, **(kwargs or {}))
 
 
 def measure(given: Sequence[Call], device: torch.device) -> list[dict]:

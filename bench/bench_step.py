@@ -37,7 +37,7 @@ from strop.engine.models.latent_diffusion import LatentDiffusion
 from strop.engine.plan.gpus import CARDS, card_called
 from strop.engine.plan.meta_models import Blueprint
 from strop.engine.plan.meter import FORMULAS
-from strop.engine.plan.peak import seconds_at_peak
+from strop.engine.plan.peak import seconds_on
 from strop.engine.runtime.ranks import start
 from strop.engine.runtime.stopwatch import Stopwatch
 
@@ -141,15 +141,15 @@ def measure(exact: Config, fast: Config, recipe: str, rounds: int, device: torch
 
 def at_peak(side: Side, device: torch.device) -> dict[str, str | float]:
     """What plan reads of a card in its list: which it is, and the share of its peak that this side reached."""
-    peak = seconds_at_peak(side.config, side.models.diffusion.family, device)
-    if peak is None:
+    card = card_called(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if card is None:
         return {}
-    card = card_called(torch.cuda.get_device_name(device))
+    peak = seconds_on(card, side.config, side.models.diffusion.family)
     key = next(key for key, known in CARDS.items() if known is card)
     seconds = statistics.median(one["total"] for one in side.rounds)
     return {
         "gpu": key,
-        "share_of_peak": (side.config.rollout.prompts * peak[0] + side.pairs * peak[1]) / seconds,
+        "share_of_peak": (side.config.rollout.prompts * peak["prompts"] + side.pairs * peak["pairs"]) / seconds,
     }
 
 

@@ -26,11 +26,13 @@ from strop.engine.config.training import Config, load
 from strop.engine.errors import UserError, exit_on_user_error
 from strop.engine.judge.clip import TimeConditionedCLIP
 from strop.engine.judge.model import StepAwarePreferenceModel
+from strop.engine.judge.pickscore import PICKSCORE
 from strop.engine.methods.spo.rollout import Rollout
 from strop.engine.methods.spo.update import Learner
-from strop.engine.models.architectures import FAMILIES, PICKSCORE
 from strop.engine.models.base_model import DTYPES, equip
 from strop.engine.models.conditioning import Conditioning
+from strop.engine.models.families.base import Family
+from strop.engine.models.families.find import FAMILIES, family_named
 from strop.engine.models.latent_diffusion import LatentDiffusion
 from strop.engine.models.policy import Policy, Savings
 from strop.engine.runtime.optimizer import AdamWSettings, build_optimizer
@@ -48,14 +50,14 @@ NOISE_PAIRS = 16
 def main(argv: Sequence[str]) -> None:
     """Times one iteration at full size and measures the noise of the log-ratio."""
     parser = argparse.ArgumentParser(prog="python -m strop.bench.full_size", description=main.__doc__)
-    parser.add_argument("family", choices=("sd15", "sdxl"))
+    parser.add_argument("family", choices=[family.name for family in FAMILIES])
     parser.add_argument("--dtype", default="float16", choices=tuple(DTYPES))
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise UserError("full_size: PyTorch sees no GPU, and at full size an iteration on a CPU takes hours")
     config = load(ROOT / "configs" / f"{args.family}.yaml", [f"model.dtype={args.dtype}"])
-    architecture = FAMILIES[args.family] | {"judge": JUDGE}
-    record = measure(config, args.family, architecture, torch.device("cuda"))
+    family = family_named(args.family)
+    record = measure(config, family, family.architecture | {"judge": JUDGE}, torch.device("cuda"))
     card = torch.cuda.get_device_name().replace(" ", "-")
     target = ROOT / "bench" / "results" / f"full_size-{card}-{args.family}-{args.dtype}.json"
     target.parent.mkdir(exist_ok=True)
@@ -63,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"{json.dumps(record, indent=2)}\n\nwritten to {target}")
 
 
-def measure(config: Config, family: str, architecture: dict, device: torch.device) -> dict:
+def measure(config: Config, family: Family, architecture: dict, device: torch.device) -> dict:
     """The record of one warm iteration and of the log-ratio's noise; every pair is kept, as if the judge were sure."""
     config = varied(config, {"rollout.threshold": 0.0})
     model, lora = config.model, config.lora
@@ -96,7 +98,7 @@ def measure(config: Config, family: str, architecture: dict, device: torch.devic
                 optimizer.backward(learner.loss(batch)[0])
                 optimizer.step()
     return {
-        "family": family,
+        "family": family.name,
         "dtype": model.dtype,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
@@ -119,7 +121,7 @@ def move(policy: Policy) -> None:
 
 
 def surroundings(
-    config: Config, family: str, architecture: dict, device: torch.device
+    config: Config, family: Family, architecture: dict, device: torch.device
 ) -> tuple[LatentDiffusion, StepAwarePreferenceModel]:
     """VAE, noise schedule and judge."""
     dtype = DTYPES[config.model.dtype]
@@ -130,7 +132,7 @@ def surroundings(
     latent_shape = (unet["in_channels"], unet["sample_size"], unet["sample_size"])
     scheduler = DDIMScheduler.from_config(architecture["scheduler"])
     diffusion = LatentDiffusion(family, [], [], vae, scheduler, latent_shape, decode_rows=config.model.decode_rows)
-    clip.requires_grad_(False).eval()
+    clip.freeze()
     return diffusion, StepAwarePreferenceModel(clip, None, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 
 
@@ -142,12 +144,13 @@ def conditioning(architecture: dict, diffusion: LatentDiffusion, prompts: int, d
     width, features = unet["cross_attention_dim"], architecture["judge"]["projection_dim"]
     judge = torch.nn.functional.normalize(made(prompts, features).float(), dim=-1)
     cond = Conditioning(made(prompts, 77, width), made(1, 77, width), judge)
-    if diffusion.family == "sd15":
-        return cond
-    pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
-    sides = [side * diffusion.factor for side in diffusion.latent_shape[1:]]
-    time_ids = torch.tensor([[*sides, 0, 0, *sides]], dtype=dtype, device=device)
-    return replace(cond, pooled=made(prompts, pooled), null_pooled=made(1, pooled), time_ids=time_ids)
+    pooled = diffusion.family.pooled_width(unet)
+    time_ids = diffusion.family.time_ids(*(side * diffusion.factor for side in diffusion.latent_shape[1:]))
+    if pooled is not None:
+        cond = replace(cond, pooled=made(prompts, pooled), null_pooled=made(1, pooled))
+    if time_ids is not None:
+        cond = replace(cond, time_ids=torch.tensor([time_ids], dtype=dtype, device=device))
+    return cond
 
 
 if __name__ == "__main__":

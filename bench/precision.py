@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +30,6 @@ from strop.engine.models.base_model import DTYPES, load_unet, quiet_libraries
 from strop.engine.models.conditioning import Conditioning
 from strop.engine.models.latent_diffusion import LatentDiffusion
 from strop.engine.models.policy import Policy
-from strop.engine.plan.meter import tf32_allowed
 from strop.engine.runtime.optimizer import FLOAT16_SCALE
 
 ROOT = Path(__file__).parents[1]
@@ -101,7 +101,7 @@ def noise(learner: Learner, precise: Learner, pairs: PreferencePairs, cond: Cond
     the same; gradient_cosine: between the two gradients of the mean margin.
     """
     margin, gradient = margin_and_gradient(learner, pairs, cond)
-    with tf32_allowed(False):
+    with without_tf32():
         exact, exact_gradient = margin_and_gradient(precise, pairs, cond.to(torch.float32))
     return {
         "pairs": len(pairs),
@@ -109,6 +109,20 @@ def noise(learner: Learner, precise: Learner, pairs: PreferencePairs, cond: Cond
         "same_sign": (margin.sign() == exact.sign()).double().mean().item(),
         "gradient_cosine": torch.nn.functional.cosine_similarity(gradient, exact_gradient, dim=0).item(),
     }
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Inside, this process computes what is in float32 in float32 as such."""
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, own in zip(backends, before, strict=True):
+            backend.allow_tf32 = own
 
 
 def margin_and_gradient(learner: Learner, pairs: PreferencePairs, cond: Conditioning) -> tuple[Tensor, Tensor]:

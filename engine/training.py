@@ -110,5 +110,5 @@ def close(config: Config, parts: Parts, base: Evaluation, tuned: Evaluation, sum
     before_after(base.images, tuned.images, heldout[: len(base.images)], run_dir / "before_after.png")
     compared = {name: paired_delta(base.scores[name], tuned.scores[name]) for name in base.scores}
     paths = summary["paths"] | {"lora": str(lora), "lora_kohya": str(kohya)}
-    more = {"family": policy.family, "heldout_prompts": len(heldout), "paths": paths}
+    more = {"family": policy.family.name, "heldout_prompts": len(heldout), "paths": paths}
     close_run(run_dir, compared | summary | more)

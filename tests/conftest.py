@@ -1,6 +1,7 @@
 """What several test modules share: golden numbers and the tiny models behind them (tests/golden/README.md)."""
 
 import functools
+import importlib.util
 import io
 import json
 from pathlib import Path
@@ -25,8 +26,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from strop.engine.config.training import ModelConfig
-from strop.engine.models.architectures import FAMILIES
 from strop.engine.models.base_model import load_unet
+from strop.engine.models.families.find import FAMILIES
 from strop.engine.models.latent_diffusion import LatentDiffusion
 from strop.engine.models.policy import Policy
 
@@ -34,6 +35,15 @@ GOLDEN = Path(__file__).parent / "golden"
 CPU = torch.device("cpu")
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 torch.set_num_threads(1)
+
+
+@functools.cache
+def module_of(file):
+    """The tests of a file of this folder, "judge/test_clip.py": for parity.py, whatever sys.path has of these names."""
+    spec = importlib.util.spec_from_file_location(Path(file).stem, Path(__file__).parent / file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @functools.cache
@@ -243,7 +253,7 @@ def open_clip(state):
 @pytest.fixture(scope="session")
 def architectures():
     """architectures["sdxl"]["unet"] is the configuration of the real one, of its weights nothing."""
-    return FAMILIES
+    return {family.name: family.architecture for family in FAMILIES}
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from conftest import CPU, LORA_TARGETS, golden_spm, letters, load_golden, part, write_sd15, write_sdxl
+from conftest import CPU, LORA_TARGETS, golden_spm, letters, load_golden, module_of, part, write_sd15, write_sdxl
 from parity_judge import judge, judge_in_training, judge_training, selection
 from parity_table import (
     ENCODINGS,
@@ -27,31 +27,31 @@ from parity_table import (
     both,
     markdown,
 )
-from test_kernels_ddim import CASES, columns, log_probs_and_gradient
-from test_objective import BETA, CLIP, TAGS, case7_of, log_probs, recorded_pairs, schedule_of, with_lora
-from test_rollout import replay
 from torch import Tensor
 
 from strop.engine.config.training import ModelConfig
-from strop.engine.methods.spo.loss import spo_loss
 from strop.engine.methods.spo.pairs import is_sure
 from strop.engine.methods.spo.rollout import choose
 from strop.engine.models.base_model import load_unet, quiet_libraries
 from strop.engine.models.conditioning import Conditioning
 from strop.engine.models.latent_diffusion import LatentDiffusion
 from strop.engine.models.policy import Policy
-from strop.engine.schedules.ddim import DDIMSchedule
 from strop.engine.schedules.draws import Replay
+from strop.engine.schedules.schedule import Schedule
 from strop.kernels import DDIMCoefficients, ddim_branch, ddim_log_prob, ddim_x0_hat
+
+ddim = module_of("kernels/test_ddim.py")
+replay = module_of("methods/spo/test_rollout.py").replay
+spo = module_of("methods/spo/test_loss.py")
 
 
 def ddim_step(rows: Rows, world: SimpleNamespace) -> None:
     """Case 1: epsilon and v prediction, 20 and 50 steps, eta 1 and 0.5, five timesteps each."""
     see, case = partial(rows.see, "1 DDIM step"), load_golden("case1_ddim")
     x, eps = case["in/sample"], case["in/model_output"]
-    for prediction, n, eta in (given.values for given in CASES):
+    for prediction, n, eta in (given.values for given in ddim.CASES):
         key = f"{prediction}/n{n}/eta{eta}"
-        table, recorded = columns(world.alphas, case, n, eta, prediction), both(case, f"{key}/")
+        table, recorded = ddim.columns(world.alphas, case, n, eta, prediction), both(case, f"{key}/")
         t = DDIMCoefficients.build(world.alphas, n, eta).t
         after = [t[t.index(now) + 1] for now in case[f"in/timesteps_n{n}"].tolist()]
         see("timestep after the step", EXACT, torch.tensor(after), *recorded("prev_timestep"))
@@ -63,7 +63,7 @@ def ddim_step(rows: Rows, world: SimpleNamespace) -> None:
             noise = case[f"in/variance_noise_k{k}"]
             branches = ddim_branch(x, None, eps, 1.0, table, noise.view(k, *x.shape))[0]
             see("branches, 1 and 3", LATENTS, branches.view_as(noise), *recorded(f"x_prev_k{k}"))
-        (own, other), gradients = log_probs_and_gradient(case, table, f"f32/{key}")
+        (own, other), gradients = ddim.log_probs_and_gradient(case, table, f"f32/{key}")
         see("log-prob of a branch", LOG_PROBS, own, recorded("logprob_own")[0])
         wide = [value.double().expand(2, *x.shape) for value in (recorded("x_prev_k1")[1], x, eps)]
         found = ddim_log_prob(wide[0], wide[1], None, wide[2], 1.0, table)[0]
@@ -77,10 +77,10 @@ def ddim_corners(rows: Rows, world: SimpleNamespace) -> None:
     """Case 1: a scheduler with set_alpha_to_one, one step index for all rows, float16 latents."""
     see, case = partial(rows.see, "1 DDIM step"), load_golden("case1_ddim")
     x, eps, noise = case["in/sample"], case["in/model_output"], case["in/variance_noise_k1"]
-    table = columns(world.alphas, case, 20, 1.0, "epsilon")
+    table = ddim.columns(world.alphas, case, 20, 1.0, "epsilon")
     branches = ddim_branch(x, None, eps, 1.0, table, case["in/variance_noise_k3"])[0]
     see("branches, set_alpha_to_one", LATENTS, branches, case["f32_alpha_to_one/epsilon/n20/eta1.0/x_prev_k3"])
-    schedule = DDIMSchedule(DDIMCoefficients.build(world.alphas, 20, 1.0), 1.0)
+    schedule = Schedule(DDIMCoefficients.build(world.alphas, 20, 1.0), 1.0)
     for t in (951, 1):
         step, recorded = schedule.t.index(t), part(case, f"f32_scalar_t{t}/")
         branch = schedule.branch(x, eps[None], step, 1, Replay([noise]))[0]
@@ -147,13 +147,14 @@ def rollouts(rows: Rows, world: SimpleNamespace) -> None:
 def objective(rows: Rows, world: SimpleNamespace) -> None:
     """Case 7: 6 pairs of the SD-1.5 rollout, a LoRA for each tag."""
     policy = Policy(load_unet(ModelConfig(path=str(world.sd15)), CPU), 4, LORA_TARGETS, seed=0)
-    for tag in TAGS:
-        see, case = partial(rows.see, f"7 objective, {tag}"), case7_of(load_golden("case7_spo_loss_sd15"), tag)
-        schedule, recorded = schedule_of(world.alphas, tag), both(case, "")
+    for tag in spo.TAGS:
+        see, case = partial(rows.see, f"7 objective, {tag}"), spo.case7_of(load_golden("case7_spo_loss_sd15"), tag)
+        schedule, recorded = spo.schedule_of(world.alphas, tag), both(case, "")
         policy.unet.zero_grad()
-        pairs = recorded_pairs(case, schedule)
-        logp, logp_ref, log_ratio = log_probs(with_lora(policy, case), schedule, pairs, case)
-        loss, _ = spo_loss(log_ratio, BETA, CLIP)
+        learner = spo.learner_of(spo.with_lora(policy, case), schedule)
+        batch = spo.batch_of(spo.recorded_pairs(case, schedule), case)
+        logp, logp_ref, log_ratio = spo.log_probs(learner, batch)
+        loss, _ = learner.loss(batch)
         loss.backward()
         for side in (0, 1):
             see("log-probs of the policy", LOG_PROBS, logp[side], *recorded(f"total_prob_{side}"))

@@ -1,29 +1,27 @@
 """The entry point end to end on the golden tiny model: what a run writes, that it repeats and resumes bit for bit."""
 
-import dataclasses
 import json
 import shutil
 
 import pytest
 import torch
 import yaml
+from matplotlib.axes import Axes
 from safetensors.torch import load_file
 
-from strop.engine import train
-from strop.engine.config.training import ModelConfig, load
-from strop.engine.data.prompts import batch_of
+from strop.engine import training
+from strop.engine.config.training import ModelConfig, OptimConfig, load
+from strop.engine.methods.spo import columns, method
 from strop.engine.methods.spo.pairs import PreferencePairs
-from strop.engine.methods.spo.update import update
+from strop.engine.methods.spo.update import Learner, MicroBatch
 from strop.engine.models.base_model import load_unet
-from strop.engine.models.conditioning import Conditioning
 from strop.engine.models.lora_file import read
 from strop.engine.models.policy import Policy
-from strop.engine.runtime import ledger
+from strop.engine.runtime import ledger, session
+from strop.engine.runtime.columns import Column, Curve, Sign
 from strop.engine.runtime.ledger import MEANS, Ledger
-from strop.engine.runtime.metrics import Metrics, read_records
-from strop.engine.runtime.optimizer import AdamWSettings, LocalAdamW
-from strop.engine.runtime.ranks import Ranks
-from strop.engine.train import main, share_of
+from strop.engine.runtime.metrics import read_records
+from strop.engine.train import main
 
 SECTIONS = {
     "rollout": {"prompts": 2, "k": 2, "num_steps": 5, "t_range": [0, 401], "threshold": 0.0},
@@ -132,8 +130,8 @@ def test_a_ledger_goes_on_over_a_resumption_and_changes_no_bit(recipe, tmp_path,
     capsys.readouterr()
     nvml.answers |= {"CurrentClocksEventReasons": [4], "TotalEnergyConsumption": [7_000_000, 7_700_000]}
     monkeypatch.setattr(ledger, "EVERY", 0.01)
-    monkeypatch.setattr(train, "seconds_at_peak", lambda config, family, device: (0.002, 0.001))
-    monkeypatch.setattr(train, "Ledger", lambda device: Ledger(torch.device("cuda", 0)))
+    monkeypatch.setattr(training, "seconds_at_peak", lambda *_: {"prompts": 0.002, "pairs": 0.001})
+    monkeypatch.setattr(session, "Ledger", lambda device: Ledger(torch.device("cuda", 0)))
     main(recipe("run.iterations=1"))
     half = json.loads((tmp_path / "run" / "summary.json").read_text())["ledger"]
     state = json.loads((tmp_path / "run" / "checkpoints" / "000001" / "state.json").read_text())["ledger"]
@@ -156,6 +154,34 @@ def test_a_ledger_goes_on_over_a_resumption_and_changes_no_bit(recipe, tmp_path,
     shown = (tmp_path / "run" / "report.html").read_text()
     assert "<dt>throttled</dt><dd>100.0% of the time by power cap</dd>" in shown
     assert "not available" not in shown + capsys.readouterr().out
+
+
+def test_a_new_metric_is_one_column_and_one_value(recipe, tmp_path, monkeypatch, capsys):
+    surprise = Column(
+        "surprise",
+        heading="surprise",
+        form="{:.2f}",
+        drawn=Curve("Surprise", "healthy: small"),
+        signs=(Sign(lambda value: value > 1, "Surprise is {:.1f} at the end."),),
+    )
+    described, loss, titles = (*columns.COLUMNS, surprise), method.SPO.loss, []
+
+    def measured(self, batch):
+        value, stats = loss(self, batch)
+        return value, stats | {"surprise": torch.tensor(1.5)}
+
+    for module in (columns, method):
+        monkeypatch.setattr(module, "COLUMNS", described)
+    monkeypatch.setattr(method.SPO, "loss", measured)
+    monkeypatch.setattr(Axes, "set_title", lambda self, title, **_: titles.append(title))
+    main(recipe("run.iterations=1"))
+    run = tmp_path / "run"
+    assert records(run)[-1]["surprise"] == 1.5
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    header = next(at for at, words in enumerate(shown) if words[:1] == ["iteration"])
+    assert (shown[header][-1], shown[header + 1][-1]) == ("surprise", "1.50")
+    assert "Surprise" in titles
+    assert '<li class="bad">Surprise is 1.5 at the end.</li>' in (run / "report.html").read_text()
 
 
 def test_same_seed_same_bits_other_seed_other_bits(recipe, tmp_path):
@@ -386,56 +412,35 @@ def batch(diffusion):
         x_prev=torch.randn(2, 6, 4, 8, 8, generator=rng),
         step=torch.tensor([4, 5, 6, 7, 8, 9]),
         prompt=torch.tensor([0, 1, 0, 1, 0, 1]),
+        shared=torch.ones(6, dtype=bool),
     )
     return pairs, diffusion.encode(["a b", "c"])
 
 
-def updated(policy, diffusion, pairs, cond, tmp_path, recipe):
-    """Gradients and metrics of one update that takes no optimizer step."""
-    config = load(recipe()[0], ["optim.accumulate=2"])
+def updated(policy, diffusion, batch):
+    """Gradients and stats of one micro-batch, of which two make an optimizer step."""
     generator = torch.Generator().manual_seed(1)
     for parameter in policy.parameters:  # away from the reference, so that the gradients say something
         parameter.data.add_(0.02 * torch.randn(parameter.shape, generator=generator))
-    optimizer = LocalAdamW(policy.unet, AdamWSettings(1e-3, (0.9, 0.999), 1e-8, 0.0, 1.0, 2, 6, 1))
-    metrics = Metrics(tmp_path, "cpu", True, start=0, iterations=1)
-    shared = len(pairs) if len(pairs.x_t) == 1 else 0
-    update(pairs, shared, cond, policy, diffusion.schedule(20, 1.0, 5.0), optimizer, config.optim, metrics)
-    record = metrics.flush(1)
-    metrics.close()
-    return [p.grad.clone() for p in policy.parameters], record
+    loss, stats = Learner(policy, diffusion.schedule(20, 1.0, 5.0), OptimConfig()).loss(batch)
+    (loss / 2).backward()
+    return [p.grad.clone() for p in policy.parameters], stats
 
 
-def test_sharing_one_forward_changes_nothing(policy, tiny_folder, diffusion, batch, recipe, tmp_path):
+def test_sharing_one_forward_changes_nothing(policy, tiny_folder, diffusion, batch):
     pairs, cond = batch
-    shared, one = updated(policy, diffusion, pairs, cond, tmp_path / "one", recipe)
-    twice = dataclasses.replace(pairs, x_t=pairs.x_t.expand(2, -1, -1, -1, -1))
+    shared, one = updated(policy, diffusion, MicroBatch(pairs, len(pairs), cond))
     other = Policy(
         load_unet(ModelConfig(path=str(tiny_folder)), torch.device("cpu")),
         4,
         ("to_q", "to_k", "to_v", "to_out.0"),
         seed=0,
     )
-    apart, two = updated(other, diffusion, twice, cond, tmp_path / "two", recipe)
-    assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
-    assert one["margin"] == pytest.approx(two["margin"], abs=2e-5)  # a difference of large numbers
+    apart, two = updated(other, diffusion, MicroBatch(pairs.apart(), 0, cond))
+    assert one["loss"].item() == pytest.approx(two["loss"].item(), rel=1e-5)
+    assert one["margin"].item() == pytest.approx(two["margin"].item(), abs=2e-5)  # a difference of large numbers
     for a, b in zip(shared, apart, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-4, atol=1e-7)
-
-
-def test_ranks_share_the_prompts_of_an_iteration(recipe):
-    prompts = [str(i) for i in range(12)]
-    cpu = torch.device("cpu")
-    shares = [share_of(prompts, 1, 3, 7, Ranks(rank, 2, cpu)) for rank in range(2)]
-    assert shares[0] + shares[1] == batch_of(prompts, 1, 6, 7), "in rank order, as pairs of all ranks name them"
-    assert sorted(shares[0] + shares[1] + share_of(prompts, 0, 6, 7, Ranks(0, 1, cpu)), key=int) == prompts
-
-
-def test_conditioning_rows_follow_the_prompts():
-    cond = Conditioning(text=torch.arange(6.0).view(3, 2, 1), null=torch.zeros(1, 2, 1), judge=torch.eye(3))
-    chosen = cond[torch.tensor([2, 0])]
-    assert chosen.text[:, 0, 0].tolist() == [4.0, 0.0]
-    assert chosen.judge.tolist() == [[0, 0, 1], [1, 0, 0]]
-    assert chosen.repeat(2).text[:, 0, 0].tolist() == [4.0, 0.0, 4.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -450,6 +455,6 @@ def test_the_recipe_decides_whether_the_kernels_may_run(recipe, override, forced
     def ask(value):
         raise Asked(value)
 
-    monkeypatch.setattr("strop.engine.train.use_reference", ask)
+    monkeypatch.setattr("strop.engine.runtime.session.use_reference", ask)
     with pytest.raises(Asked, match=str(forced)):
         main(recipe(*override))

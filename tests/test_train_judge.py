@@ -21,13 +21,16 @@ from strop.engine.config.judge_training import SpmConfig
 from strop.engine.config.training import JudgeConfig, load
 from strop.engine.data.pair_cache import PairCache
 from strop.engine.errors import UserError
+from strop.engine.evaluation.compare import rate_delta
+from strop.engine.judge.denoiser import Denoiser
 from strop.engine.judge.heldout import TIMESTEPS
 from strop.engine.judge.model import StepAwarePreferenceModel
-from strop.engine.judge.training import Denoiser
-from strop.engine.runtime.metrics import Metrics, Stopwatch
+from strop.engine.judge_training import build
+from strop.engine.methods.judge_training.method import JudgeTraining
 from strop.engine.runtime.ranks import Ranks
+from strop.engine.runtime.session import Session
 from strop.engine.speed.upsample import FoldedUpsample
-from strop.engine.train_judge import build, main, show, update
+from strop.engine.train_judge import main
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 PAIRS = '''
@@ -64,14 +67,23 @@ def recipe(tmp_path, tiny_folder, clip_folder, monkeypatch):
     return lambda *overrides: [str(tmp_path / "recipe.yaml"), *overrides]
 
 
+def built(arguments):
+    """Method and optimizer of a run that is not begun."""
+    path, *overrides = arguments
+    return build(Session(load(path, overrides, SpmConfig), ALONE))
+
+
 def records(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_run_leaves_what_it_promises(recipe, tmp_path, capsys):
-    main(["--local_rank=0", *recipe()])
+    main(["--local_rank=0", *recipe("run.save_every=2")])
     run = tmp_path / "run"
-    assert load(run / "config.yaml", cls=SpmConfig) == load(recipe()[0], cls=SpmConfig)
+    assert load(run / "config.yaml", cls=SpmConfig) == load(recipe()[0], ["run.save_every=2"], SpmConfig)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["000004", "000006"]
+    assert all((run / name).stat().st_size > 0 for name in ("curves.png", "report.html"))
+    assert list((run / "tensorboard").iterdir())
     lines = records(run)
     assert [line["iteration"] for line in lines] == [0, 1, 2, 4, 5, 6]
     assert (lines[-1]["pairs"], lines[-1]["optimizer_steps"]) == (48, 6)
@@ -79,25 +91,33 @@ def test_a_run_leaves_what_it_promises(recipe, tmp_path, capsys):
     assert list(lines[0]["heldout_accuracy"]) == [str(t) for t in TIMESTEPS]
     summary = json.loads((run / "summary.json").read_text())
     assert summary["accuracy"] == {"before": lines[0]["heldout_accuracy"], "after": lines[-1]["heldout_accuracy"]}
-    assert summary["pairs"] == 48
+    assert (summary["pairs"], summary["iterations"], summary["heldout_pairs"]) == (48, 6, 20)
+    for t in map(str, TIMESTEPS):
+        rates = (lines[at]["heldout_accuracy"][t] for at in (0, -1))
+        assert summary[f"accuracy at t={t}"] == rate_delta(*rates, 17), "three of the held-out pairs are ties"
+    assert {"total", "load", "prepare", "evaluate", "show", "update", "save"} == summary["seconds"].keys()
 
     judge = StepAwarePreferenceModel.load(JudgeConfig(path=str(run / "judge")), ALONE.device)
     assert judge.clip.vision_model.adaLN_modulation[1].weight.abs().max() > 0
     shown = capsys.readouterr().out.splitlines()
     assert shown[0] == "40 training pairs, 20 held-out pairs, 0 rows left out"
     assert shown[1].split() == [
-        "step",
-        "pairs/s",
+        "iteration",
+        "prompts/s",
         "ETA",
         "loss",
         "accuracy",
-        "held-out:",
         *(f"t={t}" for t in TIMESTEPS),
+        "grad",
+        "norm",
     ]
     assert [line.split()[0] for line in shown[2:8]] == ["0/6", "1/6", "2/6", "4/6", "5/6", "6/6"]
-    after = ["-" if v is None else f"{v:.3f}" for v in summary["accuracy"]["after"].values()]
-    assert next(line for line in shown if line.startswith("after")).split()[1:] == after
-    assert f"judge     {run / 'judge'}" in shown
+    after = [f"{value:.3f}" for value in summary["accuracy"]["after"].values()]
+    assert shown[7].split()[5:-1] == after
+    assert [line.split()[3] for line in shown if line.startswith("accuracy at t=")] == [
+        f"{value:.3f}" for value in summary["accuracy"]["before"].values()
+    ]
+    assert f"judge         {run / 'judge'}" in shown
 
 
 def test_every_parameter_is_trained(recipe, tmp_path, clip_folder):
@@ -109,17 +129,15 @@ def test_every_parameter_is_trained(recipe, tmp_path, clip_folder):
     assert unmoved <= {"vision_model.embeddings.position_ids", "text_model.embeddings.position_ids"}
 
 
-def test_steps_on_a_fixed_batch_lower_its_loss(recipe, tmp_path):
-    config = load(*recipe(), cls=SpmConfig)
-    parts = build(config, ALONE, Stopwatch("cpu"))
-    batch = next(iter(DataLoader(parts.sets.train, batch_size=16)))
-    pixels, t = show(batch, 4, parts, ALONE, torch.Generator().manual_seed(0))
-    metrics = Metrics(tmp_path, "cpu", True, start=0, iterations=12)
+def test_steps_on_a_fixed_batch_lower_its_loss(recipe):
+    method, optimizer = built(recipe())
+    shown = method.show(next(iter(DataLoader(method.sets.train, batch_size=16))), clean=4)
     losses = []
-    for step in range(12):
-        update(batch, pixels, t, config, parts, ALONE, metrics)
-        losses.append(metrics.flush(step + 1)["loss"])
-    metrics.close()
+    for _ in range(12):
+        loss, stats = method.loss(shown)
+        optimizer.backward(loss)
+        optimizer.step()
+        losses.append(stats["loss"].item())
     assert losses[-1] < 0.6 * losses[0]
 
 
@@ -129,7 +147,7 @@ def test_a_judge_never_told_the_timestep_is_trained_and_known_as_such(recipe, tm
     judge = StepAwarePreferenceModel.load(JudgeConfig(path=path, kind="spm_no_step"), ALONE.device)
     image, text = torch.zeros(1, 1, 3, 16, 16), judge.encode(["ab"])
     assert judge.clip.vision_model.adaLN_modulation[1].weight.any()
-    assert torch.equal(judge.score(image, text, 951), judge.score(image, text, 1))
+    assert torch.equal(judge.score_images(image, text, 951), judge.score_images(image, text, 1))
     with pytest.raises(UserError, match=r"^judge\.kind: found spm, but .* is a judge of kind spm_no_step"):
         StepAwarePreferenceModel.load(JudgeConfig(path=path), ALONE.device)
 
@@ -160,18 +178,18 @@ def test_the_same_seed_gives_the_same_bits(recipe, tmp_path):
 
 
 def test_clean_share_shows_that_many_pairs_as_they_are(recipe, monkeypatch):
-    seen = []
+    seen, show = [], JudgeTraining.show
 
-    def watch(batch, clean, parts, ranks, rng):
-        pixels, t = show(batch, clean, parts, ranks, rng)
-        as_they_are = torch.stack([batch["image_0"], batch["image_1"]])[:, :clean]
-        own = parts.judge.pixels(as_they_are.flatten(0, 1)).view_as(pixels[:, :clean])
-        assert (pixels[:, :clean] - own).abs().max() < 1e-5 if clean else True
-        assert (t[:clean] == 0).all()
-        seen.append((clean, len(t), (t[clean:] > 0).float().mean().item()))
-        return pixels, t
+    def watch(self, pairs, clean):
+        shown = show(self, pairs, clean)
+        as_they_are = torch.stack([pairs["image_0"], pairs["image_1"]])[:, :clean]
+        own = self.judge.pixels(as_they_are.flatten(0, 1)).view_as(shown.pixels[:, :clean])
+        assert (shown.pixels[:, :clean] - own).abs().max() < 1e-5 if clean else True
+        assert (shown.t[:clean] == 0).all()
+        seen.append((clean, len(shown), (shown.t[clean:] > 0).float().mean().item()))
+        return shown
 
-    monkeypatch.setattr(train_judge, "show", watch)
+    monkeypatch.setattr(JudgeTraining, "show", watch)
     main(recipe("optim.clean_share=0.3", "optim.steps=10"))
     assert [clean for clean, *_ in seen] == [2, 2, 3, 2, 3, 2, 2, 3, 2, 3]
     assert sum(clean for clean, *_ in seen) == 0.3 * 80
@@ -179,13 +197,13 @@ def test_clean_share_shows_that_many_pairs_as_they_are(recipe, monkeypatch):
 
 
 def test_no_clean_share_noises_every_pair(recipe):
-    parts = build(load(*recipe(), cls=SpmConfig), ALONE, Stopwatch("cpu"))
-    pair = parts.sets.train[1]
+    method, _ = built(recipe())
+    pair = method.sets.train[1]
     batch = {name: torch.stack([pair[name]] * 4) for name in ("image_0", "image_1")} | {"caption": ["ab"] * 4}
-    pixels, t = show(batch, 0, parts, ALONE, torch.Generator().manual_seed(0))
-    assert pixels.shape == (2, 4, 3, parts.judge.size, parts.judge.size)
-    assert len(set(t.tolist())) == 4
-    assert not torch.equal(pixels[0, 0], pixels[0, 1])
+    shown = method.show(batch, clean=0)
+    assert shown.pixels.shape == (2, 4, 3, method.judge.size, method.judge.size)
+    assert len(set(shown.t.tolist())) == 4
+    assert not torch.equal(shown.pixels[0, 0], shown.pixels[0, 1])
 
 
 def test_bfloat16_models_keep_a_float32_judge(recipe, tmp_path):
@@ -266,9 +284,8 @@ def test_a_key_of_speed_changes_nothing_but_rounding(recipe, tmp_path, key):
     plain = losses(recipe, tmp_path, "plain", "model.fold_upsample=false")
     found = losses(recipe, tmp_path, "found", "model.fold_upsample=false", f"model.{key}=true")
     assert found == pytest.approx(plain, rel=1e-4)
-    config = load(*split(recipe("model.fold_upsample=false", f"model.{key}=true")), cls=SpmConfig)
-    parts = build(config, ALONE, Stopwatch("cpu"))
-    for network in (parts.denoiser.unet, parts.denoiser.diffusion.vae):
+    method, _ = built(recipe("model.fold_upsample=false", f"model.{key}=true"))
+    for network in (method.denoiser.unet, method.denoiser.diffusion.vae):
         folded = any(isinstance(module, FoldedUpsample) for module in network.modules())
         ordered = all(w.is_contiguous(memory_format=torch.channels_last) for w in network.parameters() if w.ndim == 4)
         assert (folded, ordered) == (key == "fold_upsample", key == "channels_last")
@@ -290,17 +307,13 @@ def test_clean_pairs_are_read_beside_the_cache(file_recipe, tmp_path):
 
 
 def test_the_encoders_leave_the_device_once_all_is_kept(file_recipe, tmp_path):
-    parts = build(load(*split(file_recipe("parquet")), cls=SpmConfig), ALONE, Stopwatch("cpu"))
-    assert parts.sets.kept
-    assert parts.denoiser.diffusion.text_encoders == []
-    assert {p.device.type for p in parts.denoiser.diffusion.vae.encoder.parameters()} == {"cpu"}
-    live = build(load(*split(file_recipe("parquet", "data.cache=null")), cls=SpmConfig), ALONE, Stopwatch("cpu"))
+    method, _ = built(file_recipe("parquet"))
+    assert method.sets.kept
+    assert method.denoiser.diffusion.text_encoders == []
+    assert {p.device.type for p in method.denoiser.diffusion.vae.encoder.parameters()} == {"cpu"}
+    live, _ = built(file_recipe("parquet", "data.cache=null"))
     assert not live.sets.kept
     assert len(live.denoiser.diffusion.text_encoders) == 1
-
-
-def split(arguments):
-    return arguments[0], arguments[1:]
 
 
 def test_broken_pairs_are_counted_named_and_left_out(file_recipe, tmp_path, capsys):
@@ -331,14 +344,14 @@ def test_a_step_may_be_made_of_several_batches(recipe, tmp_path):
 
 @pytest.mark.parametrize("form", ["factory", "parquet"])
 def test_a_resumed_run_goes_on_bit_for_bit(recipe, file_recipe, tmp_path, form):
-    common = ("run.save_every=1", "optim.accumulate=2", "run.log_every=1")
-    arguments = recipe("optim.steps=3", *common) if form == "factory" else file_recipe(form, *common)
+    common = ("optim.steps=4", "run.save_every=2", "optim.accumulate=2", "run.log_every=1")
+    arguments = recipe(*common) if form == "factory" else file_recipe(form, *common)
     main(arguments)
     run = tmp_path / "run"
     kept = sorted(path.name for path in (run / "checkpoints").iterdir())
-    assert kept == ["000001", "000002"]
+    assert kept == ["000002", "000004"]
     whole, lines = judge_of(run), records(run)
-    shutil.rmtree(run / "checkpoints" / "000002")
+    shutil.rmtree(run / "checkpoints" / "000004")
     shutil.rmtree(run / "judge")
     main([*arguments, "run.resume=true"])
     assert same(judge_of(run), whole)
@@ -399,7 +412,8 @@ def test_two_processes_share_a_cache_and_go_on_bit_for_bit(file_recipe, tmp_path
     run = tmp_path / "run"
     whole = judge_of(run)
     assert len(list((tmp_path / "cache" / "latents").rglob("*.entry"))) == 12
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["000001", "000002"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["000002", "000003"]
+    shutil.rmtree(run / "checkpoints" / "000003")
     shutil.rmtree(run / "judge")
     two_processes([*arguments, "run.resume=true"], tmp_path)
     assert same(judge_of(run), whole)

@@ -35,9 +35,10 @@ RECIPES = Path(__file__).parents[2] / "configs"  # beside engine/, in a checkout
 
 
 def load(path: str | Path, overrides: Sequence[str], cls: type[C]) -> C:
-    """Reads a YAML recipe, a file or the name of one that comes with strop, applies `section.key=value` overrides (values are YAML) and checks the whole.
+    """Reads a YAML recipe, applies `section.key=value` overrides (values are YAML) and checks the whole.
 
-    Raises UserError with one sentence that names the file and the key.
+    path: a file, or the name of a recipe that comes with strop. Raises UserError with one sentence that names the file
+    and the key.
     """
     tree = _read_yaml(_recipe_file(path))
     for override in overrides:

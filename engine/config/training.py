@@ -272,6 +272,11 @@ class RunConfig(Section):
     log_every: int = Field(1, ge=1, description="Iterations per line of metrics.jsonl and of the terminal.")
     save_every: int = Field(10, ge=1, description="Iterations per checkpoint; one more is written at the end.")
     resume: bool = Field(False, description="Go on from the newest checkpoint in run.dir.")
+    share_of_peak: bool = Field(
+        False,
+        description="On a GPU that plan knows, report the share of its peak that rollout and update reach. For it, "
+        "another process counts the operations of the recipe at the start, which takes about half a minute.",
+    )
 
 
 class Config(Section):

@@ -53,7 +53,7 @@ class FilePairs(Dataset):
     """Pairs of files: {caption, label_0, label_1, num_examples}, and what of the images was asked for.
 
     images: image_0, image_1 (3, H, W) in [-1, 1]. entries: mean, std (2, C, h, w) of the VAE's posteriors, text (L, D)
-    and for SDXL pooled (P), in float16, from the cache.
+    and pooled (P) where the UNet takes it, in float16, from the cache.
     """
 
     def __init__(

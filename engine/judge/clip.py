@@ -52,8 +52,8 @@ class TimeConditionedCLIP(nn.Module):
         self.text_projection = clip.text_projection
         self.logit_scale = clip.logit_scale
         self.modulated = modulated
-        self._kept: dict[int, Modulation] = {}
-        self._made_of: list[tuple[int, int]] = []
+        self._kept: dict[float, Modulation] | None = None  # by timestep; None: not frozen
+        self._made_of: list[tuple[nn.Parameter, int]] = []  # what `_kept` was made of, with PyTorch's count of writes
         self._tower = self.tower
         if not modulated:
             return
@@ -65,6 +65,7 @@ class TimeConditionedCLIP(nn.Module):
 
     def reset_modulation(self, rng: torch.Generator) -> None:
         """Identity modulation: weights 0, biases 0 except those of the gates, 1; t_embedder weights ~ N(0, 0.02)."""
+        self._forget()
         for module in (self.vision_model, *self.vision_model.encoder.layers):
             nn.init.zeros_(module.adaLN_modulation[1].weight)
             nn.init.zeros_(module.adaLN_modulation[1].bias)
@@ -80,11 +81,11 @@ class TimeConditionedCLIP(nn.Module):
         """Token ids (N, L) -> projected features (N, E), not normalised."""
         return self.text_projection(self.text_model(input_ids=input_ids).pooler_output)
 
-    def image_features(self, pixel_values: Tensor, t: Tensor | int) -> Tensor:
+    def image_features(self, pixel_values: Tensor, t: Tensor | float) -> Tensor:
         """Normalised pixels (B, 3, H, W) and timesteps t (B,), or one for all rows -> projected features (B, E)."""
         if not self.modulated:
             return self._tower(pixel_values, None)
-        return self._tower(pixel_values, self.modulation_at(t) if isinstance(t, int) else self.modulation(t))
+        return self._tower(pixel_values, self.modulation(t) if isinstance(t, Tensor) else self.modulation_at(t))
 
     def compile(self, **options: object) -> None:
         """As in nn.Module, of the image tower: from now on it runs through torch.compile."""
@@ -126,25 +127,67 @@ class TimeConditionedCLIP(nn.Module):
         chunks = [layer.adaLN_modulation(embedding).chunk(6, dim=-1) for layer in self.vision_model.encoder.layers]
         return [*chunks, self.vision_model.adaLN_modulation(embedding).chunk(2, dim=-1)]
 
-    def modulation_at(self, t: int) -> Modulation:
+    def modulation_at(self, t: float) -> Modulation:
         """`modulation` of one timestep, each (1, D); of a frozen network it is made once and kept (1 MB at full size).
 
-        It is kept for as long as the tensors that it was made of are in place and unwritten, and not at all in training
-        or under autocast.
+        Under autocast it is made anew. Raises RuntimeError where the weights were written to since it was made.
         """
         modules = (*self.vision_model.encoder.layers, self.vision_model)
         weights = [*self.t_embedder.parameters(), *(w for m in modules for w in m.adaLN_modulation.parameters())]
         device = weights[0].device
-        if self.training or torch.is_autocast_enabled(device.type) or any(w.requires_grad for w in weights):
+        if self._kept is None or torch.is_autocast_enabled(device.type) or any(w.requires_grad for w in weights):
             return self.modulation(torch.full((1,), t, device=device))
-        made_of = [(w.data_ptr(), w._version) for w in weights]
-        if made_of != self._made_of:
-            self._kept, self._made_of = {}, made_of
+        if not self._kept:
+            self._made_of = [(w, w._version) for w in weights]
+        if any(w is not own or w._version != writes for w, (own, writes) in zip(weights, self._made_of, strict=True)):
+            raise RuntimeError("a judge's weights were changed while it was frozen; call unfreeze() before")
         if t not in self._kept:
             self._kept[t] = self.modulation(torch.full((1,), t, device=device))
         return self._kept[t]
 
+    def freeze(self) -> TimeConditionedCLIP:
+        """Says that the weights stay as they are: evaluation, no gradients, and what a timestep makes of them is kept.
+
+        It lasts until `unfreeze`, which train() and requires_grad_(True) call. Loading other weights, and a move to
+        another device or type, leave the network frozen and what was kept is made anew. Whoever writes to the weights
+        in another way has to call `unfreeze` before.
+        """
+        self.eval().requires_grad_(False)
+        self._kept, self._made_of = {}, []
+        return self
+
+    def unfreeze(self) -> None:
+        """Keeps nothing any more; evaluation and gradients stay as they are."""
+        self._kept, self._made_of = None, []
+
     def train(self, mode: bool = True) -> TimeConditionedCLIP:
-        """As in nn.Module; forgets the modulation, as DeepSpeed writes weights without a change of their versions."""
-        self._kept = {}
+        """As in nn.Module; a network in training is not frozen, nor is it afterwards."""
+        if mode:
+            self.unfreeze()
         return super().train(mode)
+
+    def requires_grad_(self, requires_grad: bool = True) -> TimeConditionedCLIP:
+        """As in nn.Module; a network with gradients is not frozen, nor is it afterwards."""
+        if requires_grad:
+            self.unfreeze()
+        return super().requires_grad_(requires_grad)
+
+    def _apply(self, *args, **kwargs) -> TimeConditionedCLIP:
+        """nn.Module's way to another device or type, also as a part of a larger module."""
+        self._forget()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args) -> None:
+        """nn.Module's way to other weights, also as a part of a larger module."""
+        self._forget()
+        super()._load_from_state_dict(*args)
+
+    def __getstate__(self) -> dict:
+        """For copies and pickles: they are frozen as this one is, with nothing kept yet."""
+        return self.__dict__ | {"_kept": None if self._kept is None else {}, "_made_of": []}
+
+    def _forget(self) -> None:
+        """What was kept is made anew when it is asked for, where the network is frozen."""
+        self._made_of = []
+        if self._kept:
+            self._kept = {}

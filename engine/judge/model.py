@@ -54,7 +54,7 @@ class StepAwarePreferenceModel:
         Raises UserError naming what is missing or does not fit.
         """
         files = judge_files.load(judge, rng)
-        clip = files.clip.to(device).eval().requires_grad_(False)
+        clip = files.clip.to(device).freeze()
         return cls(clip, files.tokenizer, files.mean, files.std, judge.kind)
 
     def save(self, folder: Path) -> None:

@@ -13,36 +13,35 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ..config.training import ModelConfig
 from ..errors import UserError
 from . import single_file
-from .family import CHANNELS, TEXT_ENCODERS, family_of, read_config, read_index
+from .families.base import Family
+from .families.find import family_of_file, family_of_folder
+from .families.shared import CHANNELS
 from .hub import fetch
+from .model_files import read_config, read_index
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-KINDS = {
+KINDS = {  # text encoders are named by the family
     "unet": UNet2DConditionModel,
     "vae": AutoencoderKL,
-    "text_encoder": CLIPTextModel,
-    "text_encoder_2": CLIPTextModelWithProjection,
     "tiny_decoder": AutoencoderTiny,  # of no base model: rollout.decoder
-}
-ORIGINALS = {  # whose configuration a checkpoint file gets that comes without components
-    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
 CONFIGS = (
     "model_index.json",
     "scheduler/scheduler_config.json",
-    *(f"{part}/config.json" for part in KINDS if part != "tiny_decoder"),
-    "tokenizer/*",
-    "tokenizer_2/*",
+    "unet/config.json",
+    "vae/config.json",
+    "text_encoder*/config.json",
+    "tokenizer*/*",
 )
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 
@@ -56,27 +55,29 @@ class BaseModel:
     """
 
     settings: ModelConfig
-    family: str
+    family: Family
     folder: Path
     key: str
     file: Path | None = None
 
     @classmethod
     def find(cls, model: ModelConfig) -> BaseModel:
-        """Raises UserError, in one sentence that says what was found, for all but SD-1.5 and SDXL."""
+        """Raises UserError, in one sentence that says what was found, for models of no family."""
         path = fetch(model.path, model.revision, "model.path", CONFIGS)
         if path.is_dir():
             if model.components is not None:
                 raise UserError(
                     f"model.components: found {model.components}, but {path} has its own configurations; leave it out"
                 )
-            return cls(model, family_of(path, "model.path"), path, "model.path")
+            return cls(model, family_of_folder(path, "model.path"), path, "model.path")
         _refuse_pickled(path, "model.path")
-        family = single_file.family_of_file(path, "model.path", own_vae=model.vae is None)
+        family = family_of_file(path, "model.path", own_vae=model.vae is None)
         folder = _components(model, family)
-        found = family_of(folder, "model.components")
-        if found != family:
-            raise UserError(f"model.components: {folder} is of family {found}, expected {family} as {path} is")
+        found = family_of_folder(folder, "model.components")
+        if found.name != family.name:
+            raise UserError(
+                f"model.components: {folder} is of family {found.name}, expected {family.name} as {path} is"
+            )
         return cls(model, family, folder, "model.components", path)
 
     def config(self, part: str) -> dict:
@@ -84,18 +85,22 @@ class BaseModel:
         return read_config(self.folder, part, self.key)
 
     def part(self, name: str, dtype: torch.dtype) -> torch.nn.Module:
-        """The network `name` (a key of KINDS) in `dtype` on the CPU. Raises UserError where a tensor is lacking."""
+        """The network `name` (unet, vae or a text encoder) in `dtype` on the CPU.
+
+        Raises UserError where a tensor is lacking.
+        """
+        kind = network_kind(self.family, name)
         if self.file is not None:
-            prefix = single_file.PREFIXES[self.family][name]
-            return single_file.load_from_file(KINDS[name], self.file, prefix, self.folder, name, dtype, "model.path")
-        return load_network(self.settings.path, self.settings.revision, name, dtype, "model.path")
+            prefix = self.family.prefixes[name]
+            return single_file.load_from_file(kind, self.file, prefix, self.folder, name, dtype, "model.path")
+        return load_network(kind, self.settings.path, self.settings.revision, name, dtype, "model.path")
 
     def text_encoders(self, dtype: torch.dtype) -> list[torch.nn.Module]:
-        return [self.part(name, dtype) for name in TEXT_ENCODERS[self.family]]
+        return [self.part(name, dtype) for name in self.family.text_encoders]
 
     def tokenizers(self) -> list[CLIPTokenizer]:
         """One for each text encoder, cutting at what that one takes."""
-        return [self._tokenizer(name) for name in TEXT_ENCODERS[self.family]]
+        return [self._tokenizer(name) for name in self.family.text_encoders]
 
     def scheduler(self) -> DDIMScheduler:
         """DDIM with the betas and the prediction type that the model was trained with, whatever sampler it comes with.
@@ -107,7 +112,7 @@ class BaseModel:
         return DDIMScheduler.from_config(scheduler.config, **said) if said else scheduler
 
     def vae(self, dtype: torch.dtype) -> AutoencoderKL:
-        """The VAE, model.vae where it is given. SDXL's own overflows in float16 and is then loaded in float32."""
+        """The VAE, model.vae where it is given; in float32 where it overflows in float16 and that is `dtype`."""
         override = self.settings.vae
         path = fetch(override, None, "model.vae", ("config.json", "vae/config.json")) if override else None
         if path is not None and path.is_file():
@@ -116,16 +121,15 @@ class BaseModel:
         elif path is not None:
             part = "vae" if (path / "vae").is_dir() else ""
             config = read_config(path, part, "model.vae")
-            load = lambda t: load_network(override, None, part, t, "model.vae", kind="vae")
+            load = lambda t: load_network(AutoencoderKL, override, None, part, t, "model.vae")
         else:
             config, load = self.config("vae"), lambda t: self.part("vae", t)
         self._check_vae(config, "model.vae" if override else "model.path")
-        overflows = self.family == "sdxl" and config.get("force_upcast", True)
-        return load(torch.float32 if overflows and dtype == torch.float16 else dtype)
+        return load(self.family.vae_dtype(config, dtype))
 
     def zero_null(self) -> bool:
-        """Whether the empty prompt is all zeros instead of its encoding, as SDXL was trained."""
-        return self.family == "sdxl" and read_index(self.folder, self.key).get("force_zeros_for_empty_prompt", True)
+        """Whether the empty prompt is all zeros instead of its encoding."""
+        return self.family.zero_null(read_index(self.folder, self.key))
 
     def latent_shape(self, factor: int) -> tuple[int, int, int]:
         """(C, h, w) of model.height and width, or of the model's own size; factor: pixels of a latent's side.
@@ -198,20 +202,25 @@ def equip(unet: UNet2DConditionModel, model: ModelConfig) -> UNet2DConditionMode
     return unet
 
 
+def network_kind(family: Family, part: str) -> type[torch.nn.Module]:
+    """The class of a part of a base model: unet, vae or one of the family's text encoders."""
+    return KINDS[part] if part in KINDS else getattr(transformers, family.text_encoders[part])
+
+
 def load_network(
-    path: str, revision: str | None, part: str, dtype: torch.dtype, key: str, kind: str | None = None
+    kind: type[torch.nn.Module], path: str, revision: str | None, part: str, dtype: torch.dtype, key: str
 ) -> torch.nn.Module:
-    """The network in folder `part` of a local folder or hub id; kind: a key of KINDS, where it is not the part's name.
+    """The network of this class in folder `part` of a local folder or hub id.
 
     Of a hub id only one set of weights is downloaded. Raises UserError where a file or a tensor is lacking.
     """
-    kind = kind or part
-    folder, variant, safe = _weights(path, revision, part, key, text=kind.startswith("text_encoder"))
+    text = issubclass(kind, transformers.PreTrainedModel)
+    folder, variant, safe = _weights(path, revision, part, key, text)
     where = folder / part
     options = {"variant": variant, "use_safetensors": safe, "local_files_only": True, "output_loading_info": True}
-    options["dtype" if kind.startswith("text_encoder") else "torch_dtype"] = dtype  # two libraries, two names
+    options["dtype" if text else "torch_dtype"] = dtype  # two libraries, two names
     try:
-        model, found = KINDS[kind].from_pretrained(where, **options)
+        model, found = kind.from_pretrained(where, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         found = " ".join(str(error).split())
         if not safe:
@@ -258,15 +267,15 @@ def _weights(path: str, revision: str | None, part: str, key: str, text: bool) -
     raise refused or UserError(f"{key}: {folder / part} holds no weights; expected {stem}.safetensors")
 
 
-def _components(model: ModelConfig, family: str) -> Path:
+def _components(model: ModelConfig, family: Family) -> Path:
     """The folder with the configurations and tokenizers of a checkpoint file."""
     if model.components:
         return fetch(model.components, None, "model.components", CONFIGS)
     try:
-        return fetch(ORIGINALS[family], None, "model.components", CONFIGS)
+        return fetch(family.original, None, "model.components", CONFIGS)
     except UserError:
         raise UserError(
-            f"model.components: null, and the configuration of {ORIGINALS[family]} cannot be had from the hub; "
+            f"model.components: null, and the configuration of {family.original} cannot be had from the hub; "
             f"name a folder in diffusers format of the same architecture as {model.path}"
         ) from None
 

@@ -1,7 +1,7 @@
 """The frozen parts of a latent diffusion model around its UNet: text encoders, VAE, noise schedule.
 
-How the two families of base models differ in use stands here alone; how they are found and loaded, in base_model.py.
-The UNet belongs to policy.py.
+How a family of base models uses them stands in families/; how they are found and loaded, in base_model.py. The UNet
+belongs to policy.py.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from ..schedules.ddim import ddim_schedule
 from ..schedules.schedule import Schedule
 from .base_model import DTYPES, BaseModel
 from .conditioning import Conditioning
+from .families.base import Family
 
 BATCH = 64  # prompts per forward of the text encoders, which are asked for thousands at once
 
 
 class LatentDiffusion:
-    """Text encoders, VAE and noise schedule of an SD-1.5 or SDXL, frozen.
+    """Text encoders, VAE and noise schedule of a base model, frozen.
 
-    family: `sd15` or `sdxl`; latent_shape: (C, h, w) of one latent; factor: pixels of a latent's side.
+    latent_shape: (C, h, w) of one latent; factor: pixels of a latent's side.
     """
 
     def __init__(
         self,
-        family: str,
+        family: Family,
         tokenizers: Sequence[CLIPTokenizer],
         text_encoders: Sequence[torch.nn.Module],
         vae: AutoencoderKL,
@@ -72,9 +73,9 @@ class LatentDiffusion:
     def encode(self, prompts: Sequence[str], onto: torch.device | None = None) -> Conditioning:
         """Embeddings of the prompts and of the empty prompt (the negative one), on the device.
 
-        SD-1.5: the text encoder's last states after its final LayerNorm. SDXL: the last but one of both encoders side
-        by side, and the second's pooled projection. Over-long prompts are cut as the tokenizer does, with one warning.
-        onto: another device, to which embeddings go batch by batch, as those of thousands take gigabytes.
+        Which states of the text encoders they are, the family says. Over-long prompts are cut as the tokenizer does,
+        with one warning. onto: another device, to which embeddings go batch by batch, as those of thousands take
+        gigabytes.
         """
         if not self.text_encoders:
             raise RuntimeError("the text encoders have been released: encode all prompts before")
@@ -82,13 +83,12 @@ class LatentDiffusion:
         batches = [self._states(prompts[i : i + BATCH], onto) for i in range(0, len(prompts), BATCH)]
         text, pooled = (torch.cat(column) if column[0] is not None else None for column in zip(*batches, strict=True))
         if self.zero_null:
-            null, null_pooled = torch.zeros_like(text[:1]), torch.zeros_like(pooled[:1])
+            null, null_pooled = (None if value is None else torch.zeros_like(value[:1]) for value in (text, pooled))
         else:
             null, null_pooled = self._states([""], onto)
-        if self.family == "sd15":
-            return Conditioning(text, null)
-        height, width = (side * self.factor for side in self.latent_shape[1:])
-        time_ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=text.dtype, device=self.device)
+        time_ids = self.family.time_ids(*(side * self.factor for side in self.latent_shape[1:]))
+        if time_ids is not None:
+            time_ids = torch.tensor([time_ids], dtype=text.dtype, device=self.device)
         return Conditioning(text, null, pooled=pooled, null_pooled=null_pooled, time_ids=time_ids)
 
     def release_text_encoders(self) -> None:
@@ -101,7 +101,7 @@ class LatentDiffusion:
         return decode_in_parts(self.vae, latents.to(self.vae.dtype) / self.vae.config.scaling_factor, self.decode_rows)
 
     def _states(self, prompts: Sequence[str], onto: torch.device | None) -> tuple[Tensor, Tensor | None]:
-        """Hidden states (N, L, D) of some prompts and, of SDXL, the pooled projection (N, P)."""
+        """Hidden states (N, L, D) of some prompts and, where the UNet takes it, their pooled text (N, P)."""
         outputs = []
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
             ids = tokenizer(
@@ -112,10 +112,8 @@ class LatentDiffusion:
                 return_tensors="pt",
             ).input_ids
             outputs.append(encoder(ids.to(self.device), output_hidden_states=True))
-        if self.family == "sd15":
-            return outputs[0].last_hidden_state.to(onto), None
-        text = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
-        return text.to(onto), outputs[-1].text_embeds.to(onto)
+        text, pooled = self.family.states(outputs)
+        return text.to(onto), None if pooled is None else pooled.to(onto)
 
     def _warn_of_cuts(self, prompts: Sequence[str]) -> None:
         tokenizer = self.tokenizers[0]
@@ -138,5 +136,5 @@ def decode_in_parts(decoder: AutoencoderKL | AutoencoderTiny, latents: Tensor, r
 
 
 def pixels_per_latent(vae: AutoencoderKL) -> int:
-    """Pixels of one latent's side: 8 in SD-1.5 and SDXL."""
+    """Pixels of one latent's side: 8 in the full-size models."""
     return 2 ** (len(vae.config.block_out_channels) - 1)

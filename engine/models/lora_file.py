@@ -2,7 +2,7 @@
 
 diffusers: `unet.<layer>.lora.down.weight`, for `pipeline.load_lora_weights`; alpha stands in the header.
 kohya: `lora_unet_<layer with _ for .>.lora_down.weight` with an `.alpha` beside it, for ComfyUI, A1111 and diffusers.
-Both name the layers of SD-1.5 and SDXL as diffusers does; ComfyUI and A1111 know these names beside their own.
+Both name the layers of a UNet as diffusers does; ComfyUI and A1111 know these names beside their own.
 (One exception: add_embedding, which attention LoRAs do not touch, goes by kohya's name in ComfyUI alone.)
 What the layers are and how they train is policy.py's.
 """
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..config.training import Config
 from ..errors import UserError
+from .families.base import Family
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 ADAPTER = "lora_adapter_metadata"  # the header key from which diffusers takes rank and alpha
@@ -39,9 +40,6 @@ WORDS = re.compile(
     rf"({TOP}|transformer_blocks|to_q|to_k|to_v|to_out|proj_in|proj_out|conv_shortcut|time_emb_proj|linear_1|linear_2)|_"
 )
 DOWN, UP = ("lora.down", "lora_A", "lora_down.weight"), ("lora.up", "lora_B", "lora_up.weight")
-ARCHITECTURE = {"sd15": "stable-diffusion-v1/lora", "sdxl": "stable-diffusion-xl-v1-base/lora"}
-KOHYA_BASE = {"sd15": "sd_v1", "sdxl": "sdxl_base_v1-0"}
-SIZE = {"sd15": 512, "sdxl": 1024}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +78,8 @@ class Lora:
         return (self.alpha[layer] / len(down) * up @ down.flatten(1)).unflatten(1, down.shape[1:])
 
 
-def facts(config: Config, family: str, iteration: int) -> dict[str, str]:
-    """What a LoRA's header says of where it comes from; family is sd15 or sdxl.
+def facts(config: Config, family: Family, iteration: int) -> dict[str, str]:
+    """What a LoRA's header says of where it comes from; family: of the base model.
 
     Beside strop's own keys, those by which user interfaces sort LoRAs: kohya's `ss_` and Stability's `modelspec.`
     (github.com/Stability-AI/ModelSpec).
@@ -90,17 +88,16 @@ def facts(config: Config, family: str, iteration: int) -> dict[str, str]:
     return {
         "strop.version": version("strop"),
         "strop.base_model": model.path,
-        "strop.family": family,
+        "strop.family": family.name,
         "strop.iteration": str(iteration),
         "strop.config": config.model_dump_json(),
-        "ss_base_model_version": KOHYA_BASE[family],
+        **family.lora_header,
         "ss_sd_model_name": model.path,
         "ss_v2": "False",
         "ss_seed": str(config.run.seed),
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": ARCHITECTURE[family],
         "modelspec.implementation": "diffusers",
-        "modelspec.resolution": f"{model.width or SIZE[family]}x{model.height or SIZE[family]}",
+        "modelspec.resolution": f"{model.width or family.size}x{model.height or family.size}",
         "modelspec.date": datetime.now().isoformat(timespec="seconds"),
     }
 

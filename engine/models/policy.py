@@ -12,14 +12,16 @@ from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from ..config.training import Config, ModelConfig
 from ..errors import UserError
+from ..speed.merged_lora import merged_lora
 from ..speed.shared_halves import SharedHalves
 from ..speed.text_kv import kept_text
 from .conditioning import Conditioning
+from .families.base import Family
+from .families.find import family_of_unet
 from .lora_file import LORA_FILE, Lora, facts, read, write
 
 
@@ -112,8 +114,8 @@ class Policy:
     def sampling(self, cond: Conditioning, text_kv: bool) -> Iterator[Conditioning]:
         """Inside, latents of the prompts of `cond` are sampled: no gradient, at most unet_rows rows a forward.
 
-        Gives the Conditioning to sample with. text_kv: keys and values of its text are computed here, once; inside, the
-        policy must then stay as it is.
+        Gives the Conditioning to sample with. text_kv: keys and values of its text are computed here, once, where the
+        UNet is one that allows it; inside, the policy must then stay as it is.
         """
         merged = merged_lora(self.unet) if self.savings.merge_lora and not self.is_reference else nullcontext()
         self.is_sampling = True
@@ -123,8 +125,9 @@ class Policy:
                     yield cond
                     return
                 text = torch.cat([cond.null, cond.text])  # (1 + N, L, D)
-                with kept_text(self.unet, text):
-                    yield replace(cond, row=torch.arange(1, len(text), device=text.device))
+                with kept_text(self.unet, text) as kept:
+                    row = torch.arange(1, len(text), device=text.device)
+                    yield replace(cond, row=row) if kept else cond
         finally:
             self.is_sampling = False
 
@@ -141,9 +144,9 @@ class Policy:
             self.unet.enable_adapters()
 
     @property
-    def family(self) -> str:
-        """sd15, or sdxl, whose UNet is also told the image's size."""
-        return "sdxl" if self.unet.config.addition_embed_type == "text_time" else "sd15"
+    def family(self) -> Family:
+        """That of the base model, by its UNet."""
+        return family_of_unet(self.unet.config)
 
     def lora_state(self) -> dict[str, Tensor]:
         """The LoRA's tensors under PEFT names."""
@@ -223,26 +226,6 @@ class TrainedLora:
         self.policy.check_lora(folder)
 
 
-@contextmanager
-def merged_lora(unet: UNet2DConditionModel) -> Iterator[None]:
-    """Inside, W + BA stands in place of W and no adapter runs; afterwards W is what it was, bit for bit.
-
-    In float32 the outputs are the same but for rounding; a shorter type rounds the sum to itself.
-    """
-    layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
-    weights = [layer.get_base_layer().weight for layer in layers]
-    former = [weight.clone() for weight in weights]
-    try:
-        for layer, weight in zip(layers, weights, strict=True):
-            weight += layer.get_delta_weight(layer.active_adapters[0])
-        unet.disable_adapters()
-        yield
-    finally:
-        for weight, own in zip(weights, former, strict=True):
-            weight.copy_(own)
-        unet.enable_adapters()
-
-
 def unet_eps(unet: UNet2DConditionModel, x: Tensor, step_t: Tensor, cond: Conditioning, guided: bool) -> Tensor:
     """As Policy.eps, for any UNet: one forward for both guidance halves, (2 or 1, N, C, H, W) in float32."""
     halves = 2 if guided else 1
@@ -252,7 +235,7 @@ def unet_eps(unet: UNet2DConditionModel, x: Tensor, step_t: Tensor, cond: Condit
     else:  # which of the kept texts each row has
         text = both_halves(torch.zeros_like(cond.row[:1]), cond.row, guided)
     added = None
-    if cond.pooled is not None:  # SDXL
+    if cond.pooled is not None:
         time_ids = cond.time_ids.expand(len(text), -1)
         added = {"text_embeds": both_halves(cond.null_pooled, cond.pooled, guided), "time_ids": time_ids}
     rows = x.repeat(halves, 1, 1, 1).to(dtype)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..errors import UserError
 from .base_model import DTYPES, load_network
-from .family import CHANNELS, read_config
+from .families.shared import CHANNELS
 from .hub import fetch
 from .latent_diffusion import LatentDiffusion, decode_in_parts
+from .model_files import read_config
 
 
 class TinyDecoder:
@@ -42,7 +43,7 @@ class TinyDecoder:
                 f"rollout.decoder: found {path} of kind {kind} with {channels} latent channels and {factor} pixels "
                 f"to a latent's side, expected an AutoencoderTiny with {CHANNELS} and {diffusion.factor}"
             )
-        network = load_network(path, None, "", DTYPES[dtype], "rollout.decoder", kind="tiny_decoder")
+        network = load_network(AutoencoderTiny, path, None, "", DTYPES[dtype], "rollout.decoder")
         return cls(network.to(diffusion.device), diffusion.decode_rows)
 
     @torch.no_grad()

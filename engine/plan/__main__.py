@@ -10,6 +10,7 @@ from pathlib import Path
 from ..config.training import load
 from ..errors import UserError, exit_on_user_error
 from ..models.base_model import quiet_libraries
+from ..models.families.find import FAMILIES, family_named
 from .estimate import ASSUMED, make, record
 from .gpus import CARDS
 from .text import page
@@ -19,13 +20,15 @@ from .text import page
 def main(argv: Sequence[str]) -> None:
     """Prints what a recipe costs, before anything runs."""
     parser = argparse.ArgumentParser(prog="python -m strop.engine.plan", description=main.__doc__)
-    parser.add_argument("recipe", help="YAML file, such as configs/sdxl.yaml")
+    parser.add_argument("recipe", help="YAML file, such as those of configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as rollout.k=2 model.unet_rows=8")
     parser.add_argument("--gpu", default="a100", help=f"one of {', '.join(CARDS)}")
     parser.add_argument("--gpus", type=int, default=1, help="how many of them")
     parser.add_argument("--prompts", type=int, help="of the whole run, in place of run.iterations")
     parser.add_argument("--share", type=float, help=f"of the GPU's peak; where none was measured, {ASSUMED} is assumed")
-    parser.add_argument("--family", choices=("sd15", "sdxl"), help="of a model that is not on this machine")
+    parser.add_argument(
+        "--family", choices=[family.name for family in FAMILIES], help="of a model that is not on this machine"
+    )
     parser.add_argument("--json", metavar="FILE", help="write all of it there as well")
     args = parser.parse_intermixed_args(argv)
     quiet_libraries()
@@ -37,7 +40,8 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--share: found {args.share:g}, expected a share of the peak above 0 and at most 1")
     if args.json and not Path(args.json).parent.is_dir():
         raise UserError(f"--json: found {args.json}, expected a file in a folder that there is")
-    made = make(config, Path(args.recipe).stem, args.gpu, args.gpus, args.prompts, args.share, args.family)
+    family = family_named(args.family) if args.family else None
+    made = make(config, Path(args.recipe).stem, args.gpu, args.gpus, args.prompts, args.share, family)
     if args.json:
         Path(args.json).write_text(json.dumps(record(made), indent=2) + "\n", encoding="utf-8")
     print(page(made))

@@ -14,6 +14,7 @@ from pathlib import Path
 from ..config.settings import varied
 from ..config.training import Config
 from ..methods.spo.rollout import check_steps
+from ..models.families.base import Family
 from .fit import Mend, mends
 from .flops import Cost, cost, evaluation, published_cost, published_recipe
 from .gpus import Card, card, measured_share
@@ -82,7 +83,7 @@ def make(
     gpus: int,
     prompts: int | None = None,
     share: float | None = None,
-    family: str | None = None,
+    family: Family | None = None,
 ) -> Plan:
     """The plan of a recipe of this name on so many GPUs of a kind; prompts, share and family as on the command line.
 

@@ -17,11 +17,7 @@ from .unit_costs import Prices, UNetPrices
 
 STAGES = ("text", "trunk", "branches", "decode", "judge", "update: policy", "update: reference")
 RECOMPUTED = "recomputed"
-PUBLISHED = {  # what the authors' code does: rollouts of SD-1.5 and of SDXL
-    "sd15": {"k": 4, "inner_steps": 1, "merge_last": False},
-    "sdxl": {"k": 2, "inner_steps": 4, "merge_last": True},
-}
-ALIKE = {"num_steps": 20, "t_range": (0, 751), "guidance": 5.0}  # in both of them
+PUBLISHED = {"num_steps": 20, "t_range": (0, 751), "guidance": 5.0}  # in the authors' code, whatever the family
 EXACT = {"rollout.judge_every": 1, "rollout.look_ahead": "full", "rollout.decoder": None}
 EXACT |= {"optim.passes": 1, "optim.keep_pairs": 1.0}
 
@@ -122,7 +118,7 @@ def _cost(
 
 def published_recipe(blueprint: Blueprint) -> Blueprint:
     """The same models and resolution with the rollout of the authors' code."""
-    rollout = {f"rollout.{key}": value for key, value in (ALIKE | PUBLISHED[blueprint.family]).items()}
+    rollout = {f"rollout.{key}": value for key, value in (PUBLISHED | blueprint.family.published_rollout).items()}
     return replace(blueprint, config=varied(blueprint.config, EXACT | rollout | {"optim.guided": True}))
 
 

@@ -1,18 +1,19 @@
 """The networks of a recipe without its weights: on the meta device, for counting what they take, or of random ones.
 
 Nothing is downloaded. The architecture is that of the configuration files where model.path is a folder of this machine,
-else that of the family in architectures.py, and `source` says which. The classes are those that a run uses.
+else that of the family's original, and `source` says which. The classes are those that a run uses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from torch import nn
 from transformers import CLIPConfig, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -20,36 +21,36 @@ from ..config.training import Config, JudgeConfig, ModelConfig
 from ..errors import UserError
 from ..judge.clip import TimeConditionedCLIP
 from ..judge.model import StepAwarePreferenceModel
-from ..models import single_file
-from ..models.architectures import FAMILIES, PICKSCORE
-from ..models.base_model import DTYPES, KINDS, latent_shape
+from ..judge.pickscore import PICKSCORE
+from ..models.base_model import DTYPES, KINDS, latent_shape, network_kind
 from ..models.conditioning import Conditioning
-from ..models.family import TEXT_ENCODERS, family_of, read_config, read_index
+from ..models.families.base import Family
+from ..models.families.find import family_guessed, family_of_file, family_of_folder
 from ..models.latent_diffusion import LatentDiffusion
+from ..models.model_files import read_config, read_index
 from ..models.policy import Policy
 from ..models.tiny_decoder import TinyDecoder
 from ..schedules.ddim import ddim_schedule
 from ..schedules.schedule import Schedule
-from .meter import built_on
 
 
 @dataclass(frozen=True, slots=True)
 class Blueprint:
     """A recipe with the configurations of its networks.
 
-    parts: by the part's name, as in architectures.py; judge_config: of the judge's CLIP; source: whose they are, in
+    parts: by the part's name, as in Family.architecture; judge_config: of the judge's CLIP; source: whose they are, in
     words; device: where networks are made.
     """
 
     config: Config
-    family: str
+    family: Family
     parts: dict[str, dict]
     judge_config: CLIPConfig
     source: str
     device: torch.device | str = "meta"
 
     @classmethod
-    def of(cls, config: Config, family: str | None = None, device: torch.device | str = "meta") -> Blueprint:
+    def of(cls, config: Config, family: Family | None = None, device: torch.device | str = "meta") -> Blueprint:
         """family: of a model that is not on this machine; None goes by its name.
 
         Raises UserError where the files are of no model that strop trains.
@@ -61,12 +62,12 @@ class Blueprint:
     def policy(self) -> Policy:
         """The UNet with its LoRA; neither upsampling is folded nor gradient checkpointing on."""
         lora = self.config.lora
-        with built_on(self.device, self.dtype):
-            return Policy(self.unet(), lora.rank, lora.target_modules, 0, self.latent_shape)
+        unet = self.unet()
+        with torch.device(self.device):
+            return Policy(unet, lora.rank, lora.target_modules, 0, self.latent_shape)
 
     def unet(self) -> UNet2DConditionModel:
-        with built_on(self.device, self.dtype):
-            return KINDS["unet"].from_config(self.parts["unet"])
+        return self._built(lambda: KINDS["unet"].from_config(self.parts["unet"]), self.dtype)
 
     def decoder(self) -> TinyDecoder | None:
         """rollout.decoder where there is one; of a hub id, the architecture is TAESD's."""
@@ -75,27 +76,31 @@ class Blueprint:
             return None
         folder = Path(path).expanduser()
         config = read_config(folder, "", "rollout.decoder") if folder.is_dir() else {}
-        with built_on(self.device, self.dtype):
-            return TinyDecoder(KINDS["tiny_decoder"].from_config(config), self.config.model.decode_rows)
+        network = self._built(lambda: KINDS["tiny_decoder"].from_config(config), self.dtype)
+        return TinyDecoder(network, self.config.model.decode_rows)
 
     def diffusion(self) -> LatentDiffusion:
         """Text encoders, VAE and schedule."""
-        names = TEXT_ENCODERS[self.family]
-        with built_on(self.device, self.dtype):
-            encoders = [KINDS[name](KINDS[name].config_class(**self.parts[name])) for name in names]
-        with built_on(self.device, self.vae_dtype):
-            vae = KINDS["vae"].from_config(self.parts["vae"])
+        kinds = {name: network_kind(self.family, name) for name in self.family.text_encoders}
+        encoder = lambda name: kinds[name](kinds[name].config_class(**self.parts[name]))
+        encoders = [self._built(lambda name=name: encoder(name), self.dtype) for name in kinds]
+        vae = self._built(lambda: KINDS["vae"].from_config(self.parts["vae"]), self.vae_dtype)
         tokenizers = [BlankTokenizer(encoder.config.max_position_embeddings, self.device) for encoder in encoders]
         scheduler = DDIMScheduler.from_config(self.parts["scheduler"])
         shape, rows = self.latent_shape, self.config.model.decode_rows
         return LatentDiffusion(self.family, tokenizers, encoders, vae, scheduler, shape, self.zero_null, rows)
 
     def judge(self) -> StepAwarePreferenceModel:
-        with built_on(self.device, torch.float32):
-            clip = TimeConditionedCLIP(CLIPModel(self.judge_config), modulated=self.config.judge.kind != "pickscore")
+        modulated = self.config.judge.kind != "pickscore"
+        clip = self._built(lambda: TimeConditionedCLIP(CLIPModel(self.judge_config), modulated), torch.float32)
         tokenizer = BlankTokenizer(self.judge_config.text_config.max_position_embeddings, self.device)
-        clip.requires_grad_(False).eval()
+        clip.freeze()
         return StepAwarePreferenceModel(clip, tokenizer, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, self.config.judge.kind)
+
+    def _built(self, make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
+        """The network that `make()` gives, on this device and in `dtype`; PyTorch's own type stays what it is."""
+        with torch.device(self.device):
+            return nn.Module.to(make(), dtype)  # diffusers' own `to` warns of parts in float32, though there are none
 
     def schedule(self, device: str) -> Schedule:
         """The rollout's."""
@@ -107,11 +112,11 @@ class Blueprint:
         unet, made = self.parts["unet"], lambda *shape: torch.empty(shape, device=self.device, dtype=self.dtype)
         length, width = self.parts["text_encoder"].get("max_position_embeddings", 77), unet["cross_attention_dim"]
         judge = torch.empty(prompts, self.judge_config.projection_dim, device=self.device)
-        if self.family == "sd15":
-            return Conditioning(made(prompts, length, width), made(1, length, width), judge)
-        pooled = self.parts["text_encoder_2"].get("projection_dim", 512)
-        more = {"pooled": made(prompts, pooled), "null_pooled": made(1, pooled), "time_ids": made(1, 6)}
-        return Conditioning(made(prompts, length, width), made(1, length, width), judge, **more)
+        cond = Conditioning(made(prompts, length, width), made(1, length, width), judge)
+        pooled, time_ids = self.family.pooled_width(unet), self.family.time_ids(*self.size)
+        if pooled is not None:
+            cond = replace(cond, pooled=made(prompts, pooled), null_pooled=made(1, pooled))
+        return cond if time_ids is None else replace(cond, time_ids=made(1, len(time_ids)))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -119,9 +124,8 @@ class Blueprint:
 
     @property
     def vae_dtype(self) -> torch.dtype:
-        """As base_model.py loads it: a VAE of SDXL that overflows in float16 is float32."""
-        overflows = self.family == "sdxl" and self.parts["vae"].get("force_upcast", True)
-        return torch.float32 if overflows and self.dtype == torch.float16 else self.dtype
+        """As base_model.py loads it."""
+        return self.family.vae_dtype(self.parts["vae"], self.dtype)
 
     @property
     def factor(self) -> int:
@@ -141,7 +145,7 @@ class Blueprint:
     @property
     def zero_null(self) -> bool:
         """Whether the empty prompt is zeros and not its encoding."""
-        return self.family == "sdxl" and self.parts["model_index"].get("force_zeros_for_empty_prompt", True)
+        return self.family.zero_null(self.parts["model_index"])
 
 
 class BlankTokenizer:
@@ -157,31 +161,31 @@ class BlankTokenizer:
         return SimpleNamespace(input_ids=torch.zeros(shape, dtype=torch.int64, device=self.device))
 
 
-def _base_model(model: ModelConfig, family: str | None) -> tuple[str, dict[str, dict], str]:
+def _base_model(model: ModelConfig, family: Family | None) -> tuple[Family, dict[str, dict], str]:
     """(family, configurations by part, whose they are)."""
     path = Path(model.path).expanduser()
     folder = path if path.is_dir() else Path(model.components).expanduser() if model.components else None
     if folder is not None and folder.is_dir():
         key = "model.path" if path.is_dir() else "model.components"
-        found = family_of(folder, key)
-        names = ("unet", "vae", *TEXT_ENCODERS[found], "scheduler")
+        found = family_of_folder(folder, key)
+        names = ("unet", "vae", *found.text_encoders, "scheduler")
         parts = {name: read_config(folder, name, key) for name in names} | {"model_index": read_index(folder, key)}
         source = f"the configuration files in {folder}"
     else:
         found, why = _family(path, model, family)
-        parts, source = dict(FAMILIES[found]), f"that of {found} in engine/models/architectures.py, as {why}"
+        parts, source = dict(found.architecture), f"that of engine/models/families/{found.name}.py, as {why}"
     if model.vae:
         parts["vae"] = _vae(model.vae, parts["vae"])
     return found, parts, source
 
 
-def _family(path: Path, model: ModelConfig, asked: str | None) -> tuple[str, str]:
+def _family(path: Path, model: ModelConfig, asked: Family | None) -> tuple[Family, str]:
     """(family, why) of a checkpoint file or of a model that is not on this machine."""
     if path.is_file():
-        return single_file.family_of_file(path, "model.path", own_vae=model.vae is None), f"{path} is"
+        return family_of_file(path, "model.path", own_vae=model.vae is None), f"{path} is"
     if asked:
         return asked, "--family says"
-    return ("sdxl" if "xl" in model.path.lower() else "sd15"), f"the name of {model.path}, not on this machine, says"
+    return family_guessed(model.path), f"the name of {model.path}, not on this machine, says"
 
 
 def _vae(path: str, own: dict) -> dict:

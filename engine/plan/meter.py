@@ -2,21 +2,24 @@
 
 Nothing is computed and nothing allocated, so full-size networks are measured on any machine in seconds. Counted are the
 tensors that live at once, attention as the fused one of a GPU (no matrix of all by all is kept); not what libraries
-and the allocator take besides.
+and the allocator take besides. Nothing of the process is replaced or set: PyTorch's modes see the calls of this thread
+for as long as the work lasts.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
 LACKING = {  # in PyTorch's counter, formulas on shapes: addmm_ adds (N, K) @ (K, M) to what is there; a CPU's attention
@@ -33,8 +36,8 @@ FORMULAS = flop_registry | {function: shape_wrapper(formula) for function, formu
 class Flops:
     """Operations of matrix products and convolutions, a multiplication and an addition each.
 
-    By the unit of a GPU that does them: what is in half precision in half precision, what is in float32 as PyTorch
-    is set, which out of the box runs convolutions in TF32 and matrix products in float32 as such.
+    By the unit of a GPU that does them: what is in half precision in half precision, what is in float32 in TF32 where
+    that is allowed, else in float32 as such.
     """
 
     half: float = 0
@@ -63,37 +66,23 @@ class Reading:
     peak: float
 
 
-def gauge(work: Callable[[], object]) -> Reading:
-    """What `work()` takes, whose tensors are all on the meta device; its result counts as long as it lives."""
-    with _fused_attention(), _Meter() as meter:
+def gauge(work: Callable[[], object], tf32: bool = False) -> Reading:
+    """What `work()` takes, whose tensors are all on the meta device; its result counts as long as it lives.
+
+    tf32: whether TF32 is allowed, in matrix products and convolutions alike.
+    """
+    with _FusedAttention(), _Meter(tf32) as meter:
         work()
     return Reading(meter.flops, meter.peak)
 
 
-@contextmanager
-def built_on(device: torch.device | str, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, networks are built on this device, in `dtype`."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            yield
-    finally:
-        torch.set_default_dtype(before)
+def checkpointed(function: Callable[..., object], *args: object) -> object:
+    """Gradient checkpointing of what is measured, for diffusers' enable_gradient_checkpointing.
 
-
-@contextmanager
-def tf32_allowed(allowed: bool) -> Iterator[None]:
-    """Inside, PyTorch is set to TF32 for what is in float32, or to float32 as such."""
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [backend.allow_tf32 for backend in backends]
-    try:
-        for backend in backends:
-            backend.allow_tf32 = allowed
-        yield
-    finally:
-        for backend, own in zip(backends, before, strict=True):
-            backend.allow_tf32 = own
+    In the backward pass the modes of functions are off. Here that of attention is on again for what is recomputed; with
+    another checkpoint PyTorch finds that other tensors are kept than in the forward pass, and raises CheckpointError.
+    """
+    return checkpoint(function, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _FusedAttention()))
 
 
 class _Meter(TorchDispatchMode):
@@ -102,8 +91,9 @@ class _Meter(TorchDispatchMode):
     The formulas are FlopCounterMode's; that itself follows modules by hooks, which keep tensors alive too long.
     """
 
-    def __init__(self):
+    def __init__(self, tf32: bool):
         super().__init__()
+        self.full = "tf32" if tf32 else "float32"  # the unit of what is in float32
         self.flops = Flops()
         self.now = self.peak = 0
         self.alive: dict[int, weakref.ref] = {}
@@ -111,7 +101,7 @@ class _Meter(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if formula := FORMULAS.get(function._overloadpacket):
-            self.flops += Flops(**{self._unit(function, args): formula(*args, **(kwargs or {}), out_val=result)})
+            self.flops += Flops(**{self._unit(args): formula(*args, **(kwargs or {}), out_val=result)})
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         given = {t.untyped_storage()._cdata for t in tree_leaves(args) if isinstance(t, Tensor)} if made else ()
         for tensor in made:
@@ -119,13 +109,8 @@ class _Meter(TorchDispatchMode):
                 self._add(tensor.untyped_storage())
         return result
 
-    @staticmethod
-    def _unit(function, args) -> str:
-        if next(a for a in args if isinstance(a, Tensor)).dtype != torch.float32:
-            return "half"
-        convolution = "convolution" in str(function)
-        tf32 = torch.backends.cudnn.allow_tf32 if convolution else torch.backends.cuda.matmul.allow_tf32
-        return "tf32" if tf32 else "float32"
+    def _unit(self, args: tuple) -> str:
+        return self.full if next(a for a in args if isinstance(a, Tensor)).dtype == torch.float32 else "half"
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
@@ -141,29 +126,21 @@ class _Meter(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-@contextmanager
-def _fused_attention() -> Iterator[None]:
-    """Inside, attention without a mask is flash attention, as on a GPU: the meta device would keep the whole matrix.
+class _FusedAttention(TorchFunctionMode):
+    """Attention without a mask is flash attention, as on a GPU: the meta device would keep the whole matrix."""
 
-    The function is replaced, because a TorchFunctionMode is off in what a checkpoint recomputes in the backward pass.
-    """
-    plain = F.scaled_dot_product_attention
-
-    def fused(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **options):
-        if attn_mask is not None:
-            return plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options)
-        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, scale=scale)[0]
-
-    with attention_by(fused):
-        yield
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            given = dict(kwargs or {})
+            mask = {"mask": given.pop("attn_mask")} if "attn_mask" in given else {}
+            return _attention(*args, **mask, **given)
+        return function(*args, **(kwargs or {}))
 
 
-@contextmanager
-def attention_by(function: Callable[..., Tensor]) -> Iterator[None]:
-    """Inside, `function` is PyTorch's SDPA."""
-    plain = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = function
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = plain
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *more, **options) -> Tensor:
+    """PyTorch's SDPA, whose further arguments are dropout_p, is_causal and, by name, scale and enable_gqa."""
+    if mask is not None:
+        return F.scaled_dot_product_attention(query, key, value, mask, *more, **options)
+    causal = options.get("is_causal", more[1] if len(more) > 1 else False)
+    scale = options.get("scale")
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scale)[0]

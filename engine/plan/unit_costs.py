@@ -21,7 +21,7 @@ from ..models.policy import Policy, Savings
 from ..models.tiny_decoder import TinyDecoder
 from ..speed.apply import make_lean
 from .meta_models import Blueprint
-from .meter import Flops, Reading, gauge, tf32_allowed
+from .meter import Flops, Reading, checkpointed, gauge
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,36 +110,35 @@ class Networks:
 def prices(blueprint: Blueprint, networks: Networks) -> Prices:
     """Lets each of the networks do its work on one row, as they came and then as speed/apply.py leaves them."""
     config, shape = blueprint.config, blueprint.latent_shape
-    with tf32_allowed(config.model.uses_tf32):
-        published = unet_prices(blueprint, networks.policy, modes=(False,), as_published=True)
-        as_it_came = decoding(networks.diffusion, shape)
-        make_lean(networks.policy.unet, networks.diffusion.vae, config.model.fold_upsample)
-        image = torch.empty(1, 3, *blueprint.size, device="meta", dtype=blueprint.vae_dtype)
-        return Prices(
-            **of_sampling(blueprint, networks),
-            published=published,
-            decode_published=as_it_came.flops,
-            **of_judge(networks.judge, image),
-            **of_text(networks.diffusion, networks.judge),
-            weights=weigh(networks),
-        )
+    tf32 = config.model.uses_tf32
+    published = unet_prices(blueprint, networks.policy, modes=(False,), as_published=True)
+    as_it_came = decoding(networks.diffusion, shape, tf32)
+    make_lean(networks.policy.unet, networks.diffusion.vae, config.model.fold_upsample)
+    image = torch.empty(1, 3, *blueprint.size, device="meta", dtype=blueprint.vae_dtype)
+    return Prices(
+        **of_sampling(blueprint, networks),
+        published=published,
+        decode_published=as_it_came.flops,
+        **of_judge(networks.judge, image, tf32),
+        **of_text(networks.diffusion, networks.judge, tf32),
+        weights=weigh(networks),
+    )
 
 
 def resized(blueprint: Blueprint, networks: Networks, price: Prices) -> Prices:
     """Prices at the resolution of `blueprint`, made of those at another; published ones stay as they were."""
     networks.policy.latent_shape = blueprint.latent_shape
-    model = blueprint.config.model
-    with tf32_allowed(model.uses_tf32):
-        return replace(price, **of_sampling(blueprint, networks, modes=(model.gradient_checkpointing,)))
+    modes = (blueprint.config.model.gradient_checkpointing,)
+    return replace(price, **of_sampling(blueprint, networks, modes))
 
 
 def of_sampling(
     blueprint: Blueprint, networks: Networks, modes: Sequence[bool] = (False, True)
 ) -> dict[str, UNetPrices | Flops | float]:
     """The fields of Prices that depend on the resolution; modes: as for unet_prices."""
-    shape, tiny = blueprint.latent_shape, networks.tiny
-    evaluated = decoding(networks.diffusion, shape)
-    decode = decoding(tiny, shape) if tiny else evaluated
+    shape, tiny, tf32 = blueprint.latent_shape, networks.tiny, blueprint.config.model.uses_tf32
+    evaluated = decoding(networks.diffusion, shape, tf32)
+    decode = decoding(tiny, shape, tf32) if tiny else evaluated
     image = torch.empty(3, *blueprint.size, device="meta", dtype=blueprint.dtype if tiny else blueprint.vae_dtype)
     return {
         "unet": unet_prices(blueprint, networks.policy, modes),
@@ -164,9 +163,9 @@ def unet_prices(
     text_kv = config.rollout.text_kv and not as_published
     model = config.model
     policy.savings = Savings() if as_published else Savings(None, model.merges_lora, model.share_halves)
-    merge, keep, sample, alone = sampling(policy, x, cond, text_kv)
+    merge, keep, sample, alone = sampling(policy, x, cond, text_kv, model.uses_tf32)
     with policy.reference():
-        _, keep_base, base, alone_base = sampling(policy, x, cond, text_kv)
+        _, keep_base, base, alone_base = sampling(policy, x, cond, text_kv, config.model.uses_tf32)
     row = base.flops * 0.5 if config.guided_update else alone_base.flops
     reference = row + keep_base.flops * 0.5  # in the update, a row makes its own keys and values
     updates = [updating(blueprint, policy, x, cond, checkpointing) for checkpointing in modes]
@@ -190,16 +189,16 @@ def unet_prices(
     )
 
 
-def sampling(policy: Policy, x: Tensor, cond: Conditioning, text_kv: bool) -> tuple[Reading, ...]:
+def sampling(policy: Policy, x: Tensor, cond: Conditioning, text_kv: bool, tf32: bool = False) -> tuple[Reading, ...]:
     """Of merging the LoRA; of keeping the text of `cond`, which is two with the empty prompt; of a forward of
     x (1, C, h, w), two rows; of one without guidance, one row."""
     with ExitStack() as stack:
-        merge = gauge(lambda: stack.enter_context(policy.sampling(cond, text_kv=False)))
+        merge = gauge(lambda: stack.enter_context(policy.sampling(cond, text_kv=False)), tf32)
     with ExitStack() as stack:
         known = []
-        both = gauge(lambda: known.append(stack.enter_context(policy.sampling(cond, text_kv))))
-        forward = gauge(lambda: policy.eps(x, _t(), known[0]))
-        alone = gauge(lambda: policy.eps(x, _t(), known[0], guided=False))
+        both = gauge(lambda: known.append(stack.enter_context(policy.sampling(cond, text_kv))), tf32)
+        forward = gauge(lambda: policy.eps(x, _t(), known[0]), tf32)
+        alone = gauge(lambda: policy.eps(x, _t(), known[0], guided=False), tf32)
     return merge, Reading(both.flops - merge.flops, both.peak - merge.peak), forward, alone
 
 
@@ -207,37 +206,42 @@ def updating(
     blueprint: Blueprint, policy: Policy, x: Tensor, cond: Conditioning, checkpointing: bool
 ) -> tuple[Reading, int]:
     """(of an update by one pair that shares x (1, C, h, w); its rows in the UNet). Gradients are there already."""
-    (policy.unet.enable_gradient_checkpointing if checkpointing else policy.unet.disable_gradient_checkpointing)()
+    if checkpointing:
+        policy.unet.enable_gradient_checkpointing(checkpointed)
+    else:
+        policy.unet.disable_gradient_checkpointing()
     for parameter in policy.parameters:
         parameter.grad = torch.empty_like(parameter)
     schedule, config = blueprint.schedule("meta"), blueprint.config
     zero = torch.zeros(1, dtype=torch.int64, device="meta")
     pair = PreferencePairs(x.unsqueeze(0), x.expand(2, *x.shape).clone(), zero, zero, zero.bool())
     learner, batch = Learner(policy, schedule, config.optim), MicroBatch(pair, 1, cond)
-    reading = gauge(lambda: learner.loss(batch)[0].backward())
+    reading = gauge(lambda: learner.loss(batch)[0].backward(), config.model.uses_tf32)
     return reading, 2 if config.guided_update else 1
 
 
-def decoding(decoder: LatentDiffusion | TinyDecoder, latent_shape: tuple[int, int, int]) -> Reading:
+def decoding(decoder: LatentDiffusion | TinyDecoder, latent_shape: tuple[int, int, int], tf32: bool = False) -> Reading:
     """Of one latent."""
-    return gauge(lambda: decoder.decode(torch.empty(1, *latent_shape, device="meta")))
+    return gauge(lambda: decoder.decode(torch.empty(1, *latent_shape, device="meta")), tf32)
 
 
-def of_judge(judge: StepAwarePreferenceModel, image: Tensor) -> dict[str, Flops | float]:
+def of_judge(judge: StepAwarePreferenceModel, image: Tensor, tf32: bool = False) -> dict[str, Flops | float]:
     """Of one image (1, 3, H, W), for the fields of Prices."""
     made = []
-    modulation = gauge(lambda: made.append(judge.clip.modulation(_t()) if judge.clip.modulated else None))
+    modulation = gauge(lambda: made.append(judge.clip.modulation(_t()) if judge.clip.modulated else None), tf32)
     with torch.no_grad():
-        tower = gauge(lambda: judge.clip.tower(judge.pixels(image), made[0]))
+        tower = gauge(lambda: judge.clip.tower(judge.pixels(image), made[0]), tf32)
     return {"judge": tower.flops, "judge_peak": tower.peak, "modulation": modulation.flops}
 
 
-def of_text(diffusion: LatentDiffusion, judge: StepAwarePreferenceModel) -> dict[str, Flops | float]:
+def of_text(
+    diffusion: LatentDiffusion, judge: StepAwarePreferenceModel, tf32: bool = False
+) -> dict[str, Flops | float]:
     """Of one prompt, and the peaks of a batch of them, for the fields of Prices."""
     prompts = [""] * BATCH
-    text = gauge(lambda: diffusion.encode(prompts))
+    text = gauge(lambda: diffusion.encode(prompts), tf32)
     with torch.no_grad():
-        judge_text = gauge(lambda: judge.encode(prompts))
+        judge_text = gauge(lambda: judge.encode(prompts), tf32)
     encoded = BATCH + (not diffusion.zero_null)
     return {
         "text": text.flops * (1 / encoded),

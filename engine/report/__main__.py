@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="folder of a run")
     path = make_report(parser.parse_args(argv).run_dir)
     run = read_run(path.parent)
-    print(headline(verdict(run)))
+    print(headline(verdict(run), run.heldout))
     if run.summary:
         print(f"\n{closing_table(run.summary)}")
     print(f"\n{path} is new")

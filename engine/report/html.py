@@ -9,9 +9,10 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from ..models.families.find import FAMILIES
 from .run import Run
 from .tables import count_rows, ledger_rows, score_rows, stage_rows
-from .verdict import NOT_MEASURED, Finding, headline, verdict
+from .verdict import NOT_MEASURED, headline, verdict
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2125; --faint: #667080; --paper: #fbfbf9; --card: #ffffff; --rule: #e3e5e8;
@@ -55,11 +56,10 @@ summary { cursor: pointer; font-size: 1.1rem; font-weight: 700; margin-top: 2.6r
 def page(run: Run) -> str:
     """The HTML of a run's report. Pictures are those of the run folder; one that is missing is said to be."""
     run_dir, summary, config = run.dir, run.summary, run.config
-    findings = verdict(run)
     notes = " ".join(column.not_drawn for column in run.columns if column.not_drawn)
     sections = [
-        _head(run_dir, findings),
-        _scores(summary),
+        _head(run),
+        _scores(run),
         "" if run.trains_judge else _before_and_after(run_dir),
         _section("While it trained", _picture(run_dir / "curves.png", "Curves over the iterations", chart=True)
                  + (_note(notes) if notes else "")),
@@ -78,27 +78,28 @@ def page(run: Run) -> str:
     )
 
 
-def _head(run_dir: Path, findings: Sequence[Finding]) -> str:
+def _head(run: Run) -> str:
+    findings = verdict(run)
     items = "".join(f'<li class="{finding.kind}">{escape(finding.text)}</li>' for finding in findings)
-    name = escape(run_dir.resolve().name)
+    name = escape(run.dir.resolve().name)
     return (
-        f"<header><p>strop, report of {name}</p><h1>{escape(headline(findings))}</h1></header>"
+        f"<header><p>strop, report of {name}</p><h1>{escape(headline(findings, run.heldout))}</h1></header>"
         f'<ul class="findings">{items}</ul>'
     )
 
 
-def _scores(summary: dict) -> str:
-    rows = score_rows(summary)
+def _scores(run: Run) -> str:
+    rows = score_rows(run.summary)
     if not rows:
         return _section("Held-out scores", f"<p>{NOT_MEASURED}</p>")
-    count = summary.get("heldout_prompts")
+    count = run.summary.get(f"heldout_{run.heldout}")
+    unseen = f"{f'{count:,} ' if count else ''}{run.heldout} that were not trained on"
     note = (
-        f"Means over {f'{count:,} ' if count else ''}prompts that were not trained on, same noise for both models. "
-        "The interval is that of the paired change, mean \u00b1 1.96 standard errors."
+        f"Means over {unseen}, same noise for both models. The interval is that of the paired change, mean \u00b1 1.96 "
+        "standard errors."
     )
-    if "heldout_pairs" in summary:
-        pairs = f"{summary['heldout_pairs']:,} pairs that were not trained on"
-        note = f"Share of {pairs} which the judge orders as labelled; a wide interval, as if of independent answers."
+    if run.trains_judge:
+        note = f"Share of {unseen} which the judge orders as labelled; a wide interval, as if of independent answers."
     return _section("Held-out scores", _table(("", "base", "tuned", "change", "95% interval"), rows) + _note(note))
 
 
@@ -130,8 +131,8 @@ def _snippet(run: Run) -> str:
     lora = (summary.get("paths") or {}).get("lora", "LORA")
     kind, load = "AutoPipelineForText2Image", "from_pretrained"
     if str(base).endswith(".safetensors"):
-        kind = "StableDiffusionXLPipeline" if summary.get("family") == "sdxl" else "StableDiffusionPipeline"
-        load = "from_single_file"
+        pipelines = {family.name: family.pipeline for family in FAMILIES}
+        kind, load = pipelines.get(summary.get("family"), FAMILIES[0].pipeline), "from_single_file"
     return (
         f"from diffusers import {kind}\n\n"
         f"pipe = {kind}.{load}({str(base)!r})\n"

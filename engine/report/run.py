@@ -39,6 +39,11 @@ class Run:
         return "data" in self.recipe
 
     @property
+    def heldout(self) -> str:
+        """What was held out to measure on."""
+        return "pairs" if self.trains_judge else "prompts"
+
+    @property
     def columns(self) -> Sequence[Column]:
         """What the run's method reports."""
         return judge_training.COLUMNS if self.trains_judge else spo.COLUMNS

@@ -14,6 +14,23 @@ LEDGER = {  # label: name in the summary's ledger, and how its value is written
     "throttled": ("throttled", "{:.1%} of the time by {}"),
 }
 
+COUNTS = {  # name in the summary: label
+    "iterations": "iterations",
+    "prompts": "prompts",
+    "pairs": "preference pairs",
+    "optimizer_steps": "optimizer steps",
+    "heldout_prompts": "held-out prompts",
+    "world_size": "processes",
+}
+JUDGE_COUNTS = {  # of a run that trains a judge, where each prompt is that of a pair
+    "iterations": "iterations",
+    "pairs": "pairs shown",
+    "optimizer_steps": "optimizer steps",
+    "training_pairs": "training pairs",
+    "heldout_pairs": "held-out pairs",
+    "world_size": "processes",
+}
+
 
 def closing_table(summary: dict) -> str:
     """The end of a run for the terminal: scores, time by stage, counts, paths. 100 columns, but paths are not cut."""
@@ -64,19 +81,14 @@ def stage_rows(seconds: dict) -> list[tuple[str, str, float | None]]:
 
 def count_rows(summary: dict) -> list[tuple[str, str]]:
     """(label, value) of what was done and with what."""
-    counts = {
-        "iterations": "iterations",
-        "prompts": "prompts",
-        "pairs": "preference pairs",
-        "optimizer_steps": "optimizer steps",
-        "heldout_prompts": "held-out prompts",
-        "world_size": "processes",
-    }
+    judge = "training_pairs" in summary
+    counts = JUDGE_COUNTS if judge else COUNTS
     rows = [(label, summary.get(name)) for name, label in counts.items()]
     rows = [(label, NOT_MEASURED if value is None else f"{value:,}") for label, value in rows]
     pace = summary.get("prompts_per_second")
     if pace is not None:
-        rows.insert(2, ("prompts per second", f"{pace:.3g} in rollout and update"))
+        what, collecting = ("pairs", "show") if judge else ("prompts", "rollout")
+        rows.insert(2, (f"{what} per second", f"{pace:.3g} in {collecting} and update"))
     state = summary.get("optimizer_state_bytes_per_rank")
     if state is not None:
         rows.append(("optimizer state", f"{state / 2**20:,.1f} MiB per process"))

@@ -37,7 +37,7 @@ def number(value: float | None, sign: str = "") -> str:
 
 def verdict(run: Run) -> list[Finding]:
     """The findings of a run from its records and its summary ({} for an unfinished run)."""
-    findings = list(_closing(run.records, run.summary))
+    findings = list(_closing(run))
     if run.records:
         for column in run.columns:
             findings += _trend(run.records, column) if column.trend else ()
@@ -45,25 +45,26 @@ def verdict(run: Run) -> list[Finding]:
     return findings
 
 
-def headline(findings: Sequence[Finding]) -> str:
-    """The verdict in two sentences: what rose and fell on held-out prompts, and is there anything to look at."""
+def headline(findings: Sequence[Finding], heldout: str = "prompts") -> str:
+    """The verdict in two sentences: what rose and fell, and is there anything to look at. heldout: as in Run."""
     compared = [finding for finding in findings if finding.heldout]
     rose, fell = (_listed(finding.heldout for finding in compared if finding.kind == kind) for kind in ("good", "bad"))
     if rose or fell:
         changes = [f"{names} {verb}" for names, verb in ((rose, "rose"), (fell, "fell")) if names]
-        first = f"On held-out prompts {', but '.join(changes)}, beyond chance."
+        first = f"On held-out {heldout} {', but '.join(changes)}, beyond chance."
     elif compared:
-        first = "No change beyond chance was measured on held-out prompts."
+        first = f"No change beyond chance was measured on held-out {heldout}."
     else:
-        first = "Whether the tuned model is better on held-out prompts was not measured."
+        first = f"Whether the tuned model is better on held-out {heldout} was not measured."
     warned = any(finding.kind == "bad" for finding in findings)
     return f"{first} {'There are warning signs.' if warned else 'There are no warning signs.'}"
 
 
-def _closing(records: Sequence[dict], summary: dict) -> Iterator[Finding]:
+def _closing(run: Run) -> Iterator[Finding]:
+    records, summary = run.records, run.summary
     compared = examined(summary)
     for name, row in compared.items():
-        yield _comparison(name, row, summary)
+        yield _comparison(name, row, run)
     if not summary:
         reached = f"logged iteration {records[-1]['iteration']}" if records else "logged nothing"
         yield Finding("open", f"The run is not finished: it has {reached} so far. Held-out scores are {NOT_MEASURED}.")
@@ -76,10 +77,9 @@ def _closing(records: Sequence[dict], summary: dict) -> Iterator[Finding]:
         yield Finding("bad", f"{text}: the policy may have learned to please the judge and nothing else.")
 
 
-def _comparison(name: str, row: dict, summary: dict) -> Finding:
-    what = "pairs" if "heldout_pairs" in summary else "prompts"
-    count = summary.get(f"heldout_{what}")
-    where = f"on {f'{count:,} ' if count else ''}held-out {what}"
+def _comparison(name: str, row: dict, run: Run) -> Finding:
+    count = run.summary.get(f"heldout_{run.heldout}")
+    where = f"on {f'{count:,} ' if count else ''}held-out {run.heldout}"
     score = "the judge's score" if name == "judge" else name
     called = score[:1].upper() + score[1:]
     if row.get("delta") is None:

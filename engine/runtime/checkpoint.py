@@ -34,6 +34,7 @@ MAY_CHANGE = (  # on resume; everything else decides what the run computes
     "run.log_every",
     "run.save_every",
     "run.resume",
+    "run.share_of_peak",
     "evaluate.prompts",
     "evaluate.num_steps",
     "evaluate.guidance",

@@ -9,16 +9,19 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..config.training import OptimConfig
+from ..errors import UserError
 from .ranks import Ranks
 
 # Gradients of a mean over the 16,384 or 65,536 numbers of a latent are 1e-4 and less: the foot of float16's range.
 FLOAT16_SCALE = 4096.0
+NO_SCALARS = "self.dim() cannot be 0"  # PyTorch, of a scalar that is viewed as bytes, which is how DeepSpeed broadcasts
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,10 @@ class LocalAdamW:
 
 
 class ZeroAdamW:
-    """AdamW of several ranks through a DeepSpeedEngine, ZeRO stage 1 or 2; the same interface as LocalAdamW."""
+    """AdamW of several ranks through a DeepSpeedEngine, ZeRO stage 1 or 2; the same interface as LocalAdamW.
+
+    Raises UserError for a version of DeepSpeed that cannot train the module.
+    """
 
     def __init__(self, module: nn.Module, settings: AdamWSettings, ranks: Ranks):
         import deepspeed
@@ -154,15 +160,27 @@ def build_optimizer(module: nn.Module, settings: AdamWSettings, ranks: Ranks) ->
 
 @contextmanager
 def _scalars_not_broadcast(module: nn.Module) -> Iterator[None]:
-    """Inside, DeepSpeed passes over parameters without dimensions, such as CLIP's logit_scale, as it does over those of
-    its OptimizedLinear: version 0.19 cannot broadcast them ("self.dim() cannot be 0"), and all ranks load the same.
+    """Inside, DeepSpeed passes over parameters without dimensions, such as CLIP's logit_scale: it cannot broadcast them
+    ("self.dim() cannot be 0"), and all ranks load the same.
+
+    They are marked as the weights of its OptimizedLinear are, which is no public name. A version that does not know the
+    mark, and still cannot broadcast them, is a UserError.
     """
     scalars = [p for p in module.parameters() if p.dim() == 0]
     for p in scalars:
         p.ds_optim_param = True
-    yield
-    for p in scalars:
-        del p.ds_optim_param
+    try:
+        yield
+    except RuntimeError as error:
+        if not scalars or NO_SCALARS not in str(error):
+            raise
+        raise UserError(
+            f"DeepSpeed {version('deepspeed')} cannot broadcast parameters without dimensions, such as CLIP's "
+            "logit_scale, nor be told to leave them out; install deepspeed==0.19.*, or train with one process"
+        ) from error
+    finally:
+        for p in scalars:
+            del p.ds_optim_param
 
 
 def _unscale(parameters: list[nn.Parameter], scale: float) -> None:

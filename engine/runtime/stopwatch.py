@@ -23,15 +23,18 @@ class Stopwatch:
         self._seconds: dict[str, float] = {}
         self._at_last_lap: dict[str, float] = {}
         self._pending: list[tuple] = []  # (stage, begin, end) not yet added to _seconds
-        self._open: list[list] = []  # [stage, begin] of the stages that are open, the innermost last
+        self._open: list[list] = []  # [stage, begin] of the open stages, the innermost last; None while interrupted
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         """Add the time inside the `with` to `stage`, also when it is left by an exception."""
         self._seconds.setdefault(stage, 0.0)  # at entry, so that a stage stands before its parts
-        interrupted = [outer for outer in self._open if not stage.startswith(f"{outer[0]}/")]
+        running = [outer for outer in self._open if outer[1] is not None]
+        interrupted = [outer for outer in running if not stage.startswith(f"{outer[0]}/")]
         now = self._now()
-        self._pending += [(name, begin, now) for name, begin in interrupted]
+        for outer in interrupted:
+            self._pending.append((*outer, now))
+            outer[1] = None
         self._open.append([stage, now])
         try:
             yield

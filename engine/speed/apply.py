@@ -3,7 +3,8 @@
 Every one of them leaves the numbers as they are but for rounding; with tf32 that is to ten bits in the judge, as
 published. The compiler's cache is PyTorch's own, which it keeps between runs where TORCHINDUCTOR_CACHE_DIR says, or in
 the system's folder for temporary files. What saves work in the order of things (rows at once, keys and values of the
-text, shared guidance halves, a merged LoRA) stands where that order is: models/, text_kv.py, shared_halves.py.
+text, shared guidance halves, a merged LoRA) stands where that order is: models/, text_kv.py, shared_halves.py,
+merged_lora.py.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """diffusers' residual block without what changes no bit of it: a division by one, and new tensors where old ones do.
 
-The block adds its input to what it made of it and divides the sum by a scale, which is 1 in SD-1.5, SDXL and their
-VAEs: a pass over memory for nothing. Its SiLUs write new tensors, which only a backward pass needs. A block that does
-more than those of these models (resampling, another scale, another use of the timestep) stays as it is.
+The block adds its input to what it made of it and divides the sum by a scale, which is 1 in Stable Diffusion's UNets
+and VAEs: a pass over memory for nothing. Its SiLUs write new tensors, which only a backward pass needs. A block that
+does more than those of these models (resampling, another scale, another use of the timestep) stays as it is.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def make_residuals_lean(model: nn.Module) -> int:
 
 
 def can_be_lean(module: nn.Module) -> bool:
-    """Whether it is a plain ResnetBlock2D, as in SD-1.5, SDXL and their VAEs."""
+    """Whether it is a plain ResnetBlock2D, as in Stable Diffusion's UNets and VAEs."""
     if type(module) is not ResnetBlock2D or type(module.nonlinearity) is not nn.SiLU:
         return False
     resamples = module.upsample is not None or module.downsample is not None

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 
 class FoldedUpsample(nn.Module):
     """In place of an Upsample2D with a frozen 3x3 convolution: (N, C, H, W) -> (N, O, 2H, 2W)."""
 
-    def __init__(self, upsample: nn.Module):
+    def __init__(self, upsample: Upsample2D):
         """Keeps the parameters of `upsample` under their names; any size but the double is left to it."""
         super().__init__()
         self.conv = upsample.conv
@@ -48,8 +49,11 @@ def fold_upsamplers(model: nn.Module) -> int:
 
 
 def foldable(module: nn.Module) -> bool:
-    """Whether it is diffusers' Upsample2D with a plain 3x3 convolution, as in SD-1.5, SDXL and their VAEs."""
+    """Whether it is diffusers' Upsample2D with a plain, frozen 3x3 convolution, as Stable Diffusion's networks have."""
     conv = getattr(module, "conv", None)
-    if type(module).__name__ != "Upsample2D" or type(conv) is not nn.Conv2d or module.norm or not module.interpolate:
+    if type(module) is not Upsample2D or type(conv) is not nn.Conv2d or module.norm is not None:
         return False
-    return (conv.kernel_size, conv.padding, conv.stride, conv.groups) == ((3, 3), (1, 1), (1, 1), 1)
+    if not module.interpolate or conv.weight.requires_grad or conv.padding_mode != "zeros":
+        return False
+    taps = conv.kernel_size, conv.padding, conv.stride, conv.dilation, conv.groups
+    return taps == ((3, 3), (1, 1), (1, 1), (1, 1), 1)

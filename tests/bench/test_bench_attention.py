@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from strop.bench import bench_attention
-from strop.bench.bench_attention import ROOT, Call, calls, measure, noted, seconds_of, table
+from strop.bench.bench_attention import ROOT, Call, calls, measure, seconds_of, table
 from strop.engine.config.training import load
 
 CPU = torch.device("cpu")
@@ -51,14 +51,6 @@ def test_a_backend_without_a_kernel_has_no_time():
 def test_a_longer_call_takes_longer():
     short, long = (Call("branches", 4, 4, n, n, 32, "float32", False, 1) for n in (16, 512))
     assert seconds_of(long, "math", CPU) > 5 * seconds_of(short, "math", CPU)
-
-
-def test_the_function_is_as_it_was_afterwards():
-    before = torch.nn.functional.scaled_dot_product_attention
-    with pytest.raises(RuntimeError, match="in between"):
-        with noted():
-            raise RuntimeError("in between")
-    assert torch.nn.functional.scaled_dot_product_attention is before
 
 
 def test_the_table_has_the_fastest_in_bold():

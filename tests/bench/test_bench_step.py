@@ -1,6 +1,7 @@
 """strop.bench.bench_step on tiny networks: what it counts, what it divides, and where it takes random weights."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +12,7 @@ from strop.bench.bench_step import Side, measure, ratio, summary, table
 from strop.engine.config.settings import varied
 from strop.engine.config.training import Config
 from strop.engine.errors import UserError
-from strop.engine.models.architectures import FAMILIES
-from strop.engine.plan import meta_models as blueprint
+from strop.engine.models.families import find
 
 CPU = torch.device("cpu")
 STAGES = {"text", "rollout/trunk", "rollout/branches", "rollout/decode", "rollout/judge", "update", "update/optimizer"}
@@ -84,8 +84,8 @@ def test_the_ratio_is_of_prompts_and_within_rounds():
 def tiny_families(monkeypatch):
     """Tiny networks under the names of the families, of which no files are here."""
     made = json.loads((bench_step.ROOT / "tests" / "golden" / "tiny_configs.json").read_text())
-    tiny = {name: made[name]["ctor"] | {"scheduler": made[name]["scheduler"], "model_index": {}} for name in FAMILIES}
-    monkeypatch.setattr(blueprint, "FAMILIES", tiny)
+    tiny = {name: each["ctor"] | {"scheduler": each["scheduler"], "model_index": {}} for name, each in made.items()}
+    monkeypatch.setattr(find, "FAMILIES", [replace(each, architecture=tiny[each.name]) for each in find.FAMILIES])
 
 
 def test_networks_that_are_not_here_get_random_weights(recipe, tiny_families):
@@ -107,11 +107,12 @@ def test_random_networks_are_as_the_recipe_asks(recipe, tiny_families):
 
 def test_plan_reads_the_share_of_a_known_card(recipe, monkeypatch):
     """Half of the peak: 3 prompts and 12 pairs that would take 0.1 s each at the peak, in 3 s."""
-    monkeypatch.setattr(bench_step, "seconds_at_peak", lambda *_: (0.1, 0.1))
+    monkeypatch.setattr(bench_step, "seconds_on", lambda *_: (0.1, 0.1))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100-SXM4-80GB")
     models = SimpleNamespace(diffusion=SimpleNamespace(family="sd15"))
     side = Side(published, models, recipe(), pairs=12, rounds=[{"total": 3.0}])
-    assert bench_step.at_peak(side, CPU) == {"gpu": "a100", "share_of_peak": pytest.approx(0.5)}
+    assert bench_step.at_peak(side, CPU) == {}
+    assert bench_step.at_peak(side, torch.device("cuda")) == {"gpu": "a100", "share_of_peak": pytest.approx(0.5)}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

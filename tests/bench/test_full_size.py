@@ -7,7 +7,7 @@ import torch
 
 from strop.bench import full_size
 from strop.engine.config.training import load
-from strop.engine.models.architectures import FAMILIES
+from strop.engine.models.families.find import family_named
 
 ROOT = full_size.ROOT
 
@@ -23,7 +23,7 @@ def tiny(spm, monkeypatch):
         judge = spm.config.to_dict()
         config = load(ROOT / "configs" / f"{family}.yaml", [f"model.dtype={dtype}", "rollout.prompts=2", "lora.rank=4"])
         architecture = parts | {"scheduler": made["scheduler"], "judge": judge}
-        return full_size.measure(config, family, architecture, torch.device("cpu"))
+        return full_size.measure(config, family_named(family), architecture, torch.device("cpu"))
 
     return measure
 
@@ -59,7 +59,7 @@ def test_without_a_gpu_it_says_so(capsys):
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_full_size_on_a_gpu(family, dtype):
     config = load(ROOT / "configs" / f"{family}.yaml", [f"model.dtype={dtype}"])
-    architecture = FAMILIES[family] | {"judge": full_size.JUDGE}
-    record = full_size.measure(config, family, architecture, torch.device("cuda"))
+    architecture = family_named(family).architecture | {"judge": full_size.JUDGE}
+    record = full_size.measure(config, family_named(family), architecture, torch.device("cuda"))
     assert record["pairs"] > 0
     assert record["log_ratio"]["gradient_cosine"] > 0.99

@@ -13,6 +13,7 @@ from strop.bench import ours, published
 from strop.engine.config.training import Config
 from strop.engine.judge.clip import TimeConditionedCLIP
 from strop.engine.judge.model import StepAwarePreferenceModel
+from strop.engine.methods.spo.rollout import judged_segments
 from strop.engine.models.base_model import load_unet
 from strop.engine.models.latent_diffusion import LatentDiffusion
 
@@ -58,7 +59,7 @@ def run(kind, iteration, config, spm, tokenizer):
     """What an iteration returns, and besides: the models; the LoRA's gradients at each optimizer step; calls."""
     clip = TimeConditionedCLIP(CLIPModel(spm.config))
     clip.load_state_dict(spm.state)
-    judge = StepAwarePreferenceModel(clip.eval().requires_grad_(False), tokenizer, spm.mean, spm.std)
+    judge = StepAwarePreferenceModel(clip.freeze(), tokenizer, spm.mean, spm.std)
     models = kind(load_unet(config.model, CPU), LatentDiffusion.load(config.model, CPU), judge, config)
     rng = torch.Generator().manual_seed(1)
     for name, parameter in models.policy.unet.named_parameters():
@@ -67,22 +68,24 @@ def run(kind, iteration, config, spm, tokenizer):
     gradients, parameters = [], models.policy.parameters
     optimizer = getattr(models.optimizer, "optimizer", models.optimizer)  # of LocalAdamW, the one inside
     optimizer.register_step_pre_hook(lambda *_: gradients.append([p.grad.clone() for p in parameters]))
-    losses = record_losses(models) if kind is ours.Ours else None
+    stats = record_stats(models) if kind is ours.Ours else None
     networks = {"policy": models.policy.unet, "reference": getattr(models, "reference", None), "text": clip.text_model}
     calls = {name: count_rows(network) for name, network in networks.items() if network is not None}
     made = iteration(models, PROMPTS, torch.Generator().manual_seed(3), torch.Generator().manual_seed(4))
-    return SimpleNamespace(models=models, made=made, gradients=gradients, losses=losses, calls=calls)
+    return SimpleNamespace(models=models, made=made, gradients=gradients, stats=stats, calls=calls)
 
 
-def record_losses(models):
-    losses, add = [], models.metrics.add_mean
+def record_stats(models):
+    """A list that gets the stats of each micro-batch from now on."""
+    stats, learner = [], models.learner
 
-    def record(weight=1.0, **values):
-        losses.extend([values["loss"].item()] if "loss" in values else [])
-        add(weight, **values)
+    def loss(batch):
+        found = learner.loss(batch)
+        stats.append(found[1])
+        return found
 
-    models.metrics.add_mean = record
-    return losses
+    models.learner = SimpleNamespace(batches=learner.batches, loss=loss, schedule=learner.schedule)
+    return stats
 
 
 def count_rows(network):
@@ -95,10 +98,11 @@ def count_rows(network):
 
 def test_pairs_agree(sides):
     mine, theirs = sides.ours.made, sides.theirs.made[0]
-    judged = len(sides.ours.models.schedule.steps_within(*sides.config.rollout.t_range))
+    schedule = sides.ours.models.learner.schedule
+    judged = len(schedule.steps_within(*sides.config.rollout.t_range))
     assert sides.config.optim.micro_batch < len(mine) < len(PROMPTS) * judged  # some pairs were not sure enough
     assert len(mine.x_t) == theirs["x_t"].shape[1] == (1 if sides.config.rollout.inner_steps == 1 else 2)
-    assert torch.equal(torch.tensor(sides.ours.models.schedule.t)[mine.step], theirs["t"])
+    assert torch.equal(torch.tensor(schedule.t)[mine.step], theirs["t"])
     torch.testing.assert_close(theirs["x_t"], mine.x_t.transpose(0, 1), rtol=0, atol=LATENTS)
     torch.testing.assert_close(theirs["x_prev"], mine.x_prev.transpose(0, 1), rtol=0, atol=LATENTS)
     cond = sides.ours.models.diffusion.encode(PROMPTS)[mine.prompt]
@@ -108,15 +112,14 @@ def test_pairs_agree(sides):
 
 def test_losses_agree(sides):
     logged = torch.tensor(sides.theirs.made[1])
-    torch.testing.assert_close(logged[:, 0], torch.tensor(sides.ours.losses), rtol=0, atol=LOSSES)
-    assert len(set(sides.ours.losses)) > 1
-    clip = sides.config.optim.clip
-    clipped = sides.ours.models.metrics._slots["clipped"][1][0]
-    assert (clipped > 0) == (clip < 0.1)
+    losses, clipped = (torch.stack([stats[name] for stats in sides.ours.stats]) for name in ("loss", "clipped"))
+    torch.testing.assert_close(logged[:, 0], losses, rtol=0, atol=LOSSES)
+    assert len(set(losses.tolist())) > 1
+    assert (clipped.sum() > 0) == (sides.config.optim.clip < 0.1)
 
 
 def test_gradients_and_what_is_learned_agree(sides):
-    assert len(sides.ours.gradients) == len(sides.ours.losses) // sides.config.optim.accumulate > 0
+    assert len(sides.ours.gradients) == len(sides.ours.stats) // sides.config.optim.accumulate > 0
     assert any(a.abs().max() > 0 for gradients in sides.ours.gradients for a in gradients)
     for mine, theirs in zip(sides.ours.gradients, sides.theirs.gradients, strict=True):
         for a, b in zip(mine, theirs, strict=True):
@@ -129,14 +132,15 @@ def test_gradients_and_what_is_learned_agree(sides):
 def test_the_baseline_spends_what_strop_saves(sides):
     """Four UNet calls a minibatch instead of two, and the judge's text tower on every candidate at every event."""
     config, mine, theirs = sides.config.rollout, sides.ours, sides.theirs
-    batches = len(mine.losses)
+    batches = len(mine.stats)
     rollout = theirs.calls["policy"][: -2 * batches]
     assert rollout == mine.calls["policy"][: len(rollout)]
     assert len(theirs.calls["reference"]) == 2 * batches
     assert len(mine.calls["policy"]) == len(rollout) + 2 * batches
     rows = sum(theirs.calls["policy"][len(rollout) :]) + sum(theirs.calls["reference"])
     assert rows == 8 * len(mine.made)
-    forks = sum(step in mine.models.forks for step in mine.made.step.tolist())
-    assert sum(mine.calls["policy"][len(rollout) :]) == rows - 4 * forks
-    assert theirs.calls["text"] == [config.k * len(PROMPTS)] * len(mine.models.forks)
+    forks = {cut.start for cut in judged_segments(mine.models.learner.schedule, config)}
+    assert mine.made.shared.tolist() == [step in forks for step in mine.made.step.tolist()]
+    assert sum(mine.calls["policy"][len(rollout) :]) == rows - 4 * mine.made.shared.sum()
+    assert theirs.calls["text"] == [config.k * len(PROMPTS)] * len(forks)
     assert mine.calls["text"] == [len(PROMPTS)]

@@ -69,7 +69,7 @@ def test_a_recipe_for_the_judge(recipe):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_recipe_of_the_repository_is_valid(path):
-    load(path, cls=SpmConfig if path.name.startswith("spm_") else Config)
+    load(path, cls=SpmConfig if path.name.startswith("judge_") else Config)
 
 
 @pytest.mark.parametrize("name", ["tinyworld", "sd15", "sdxl"])

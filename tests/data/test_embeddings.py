@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from strop.engine.config.training import JudgeConfig, ModelConfig
-from strop.engine.data.embeddings import Embeddings
+from strop.engine.data.embeddings import Embeddings, TrainingPrompts
+from strop.engine.data.prompts import batch_of
 from strop.engine.judge.model import StepAwarePreferenceModel
 from strop.engine.models.latent_diffusion import LatentDiffusion
+from strop.engine.runtime.ranks import Ranks
 
 CPU = torch.device("cpu")
 TRAIN, HELDOUT = [f"{a} {b}" for a in "abcdefgh" for b in "ijklmnopq"], ["x", "y z"]  # 72 are more than one batch
@@ -28,7 +30,7 @@ def test_rows_are_those_of_their_prompts_in_the_order_asked_for(models):
     torch.testing.assert_close(found.text, expected.text, rtol=0, atol=1e-5)
     torch.testing.assert_close(found.judge, judge.encode(asked), rtol=0, atol=1e-6)
     assert torch.equal(found.null, expected.null)
-    if diffusion.family == "sdxl":
+    if expected.pooled is not None:
         torch.testing.assert_close(found.pooled, expected.pooled, rtol=0, atol=1e-5)
         assert torch.equal(found.time_ids, expected.time_ids)
 
@@ -57,3 +59,20 @@ def test_embeddings_leave_the_device_batch_by_batch(models):
     assert found.text.is_meta
     assert found.text.shape[0] == len(TRAIN)
     assert found.pooled is None or found.pooled.is_meta
+
+
+class Named:
+    """In place of embeddings: the prompts themselves."""
+
+    def __getitem__(self, prompts):
+        return list(prompts)
+
+
+def test_ranks_share_the_prompts_of_an_iteration():
+    prompts = [str(i) for i in range(12)]
+    two = [TrainingPrompts(prompts, Named(), 3, 7, Ranks(rank, 2, CPU)) for rank in range(2)]
+    mine = [each.mine(1) for each in two]
+    assert mine[0] + mine[1] == batch_of(prompts, 1, 6, 7), "in rank order, as pairs of all ranks name them"
+    assert two[0].everyone(1) == two[1].everyone(1) == mine[0] + mine[1]
+    alone = TrainingPrompts(prompts, Named(), 6, 7, Ranks(0, 1, CPU))
+    assert sorted(mine[0] + mine[1] + alone.mine(0), key=int) == prompts

@@ -10,7 +10,7 @@ from strop.engine.config.judge_training import SpmConfig
 from strop.engine.config.training import JudgeConfig
 from strop.engine.data.pair_cache import PairCache
 from strop.engine.data.pair_files import fitted, open_source
-from strop.engine.data.pair_sets import FilePairs, check_labeller, choose, split_by_caption
+from strop.engine.data.pair_sets import FilePairs, check_labeller, choose, load_pairs, shares, split_by_caption
 from strop.engine.data.pair_survey import Entries
 from strop.engine.errors import UserError
 from strop.engine.judge.model import StepAwarePreferenceModel
@@ -44,6 +44,16 @@ def test_a_split_keeps_every_caption_on_one_side():
     assert {captions[row] for row in lost} <= {captions[row] for row in heldout}
     assert split_by_caption(captions, 9, seed=3) == (rest, heldout)
     assert split_by_caption(captions, 9, seed=4) != (rest, heldout)
+
+
+def test_shares_deal_every_pair_once_per_epoch():
+    cpu = torch.device("cpu")
+    dealt = [list(shares(8, 2, 4, seed=3, ranks=Ranks(rank, 2, cpu))) for rank in (0, 1)]
+    for epoch in (slice(0, 2), slice(2, 4)):
+        seen = [i for rank in dealt for batch in rank[epoch] for i in batch]
+        assert sorted(seen) == list(range(8))
+    assert dealt[0] != [list(shares(8, 2, 4, seed=4, ranks=Ranks(0, 2, cpu)))]
+    assert [len(batch) for batch in shares(3, 5, 2, seed=0, ranks=ALONE)] == [5, 5]
 
 
 def test_heldout_pairs_are_split_off_the_source(tmp_path, pair_files):
@@ -145,3 +155,30 @@ def test_pairs_of_files_hold_what_was_asked_for(tmp_path, pair_files):
     assert kept[1]["text"].sum() == 30
     with pytest.raises(UserError, match=r"^data\.cache: .* was whole when the run began and is not now"):
         kept[0]
+
+
+def one_pair(**changes):
+    pair = {
+        "image_0": torch.zeros(3, 8, 8),
+        "image_1": torch.zeros(3, 8, 8),
+        "caption": "",
+        "label_0": 1.0,
+        "label_1": 0.0,
+    }
+    return lambda seed, size: [{name: value for name, value in (pair | changes).items() if value is not None}]
+
+
+@pytest.mark.parametrize(
+    "factory, complaint",
+    [
+        (lambda seed, size: [], "gives no pair, expected 5"),
+        (one_pair(caption=None, label_1=None), "lack caption, label_1; found image_0, image_1, label_0"),
+        (one_pair(image_1=torch.zeros(3, 9, 8)), r"shapes \(3, 8, 8\) and \(3, 9, 8\)"),
+        (one_pair(image_0=torch.zeros(8, 8), image_1=torch.zeros(8, 8)), r"expected \(3, H, W\)"),
+        (one_pair(label_1=1.0), "labels of mine:pairs are 1.0 and 1.0, expected sum 1"),
+    ],
+    ids=["empty", "keys", "unequal images", "no images", "labels"],
+)
+def test_bad_pairs_are_told_apart(factory, complaint):
+    with pytest.raises(UserError, match=f"data.source: .*{complaint}"):
+        load_pairs(factory, "mine:pairs", 0, 5)

@@ -13,8 +13,8 @@ from strop.engine.data.pair_cache import PairCache
 from strop.engine.data.pair_files import fitted, open_source
 from strop.engine.data.pair_survey import Entries, Pace, Surveyor, pickscore_labels
 from strop.engine.errors import UserError
+from strop.engine.judge.denoiser import Denoiser
 from strop.engine.judge.model import StepAwarePreferenceModel
-from strop.engine.judge.training import Denoiser
 from strop.engine.models.latent_diffusion import LatentDiffusion
 from strop.engine.runtime.ranks import Ranks
 

@@ -203,7 +203,7 @@ def test_without_modulation_it_is_a_plain_clip(spm, plain, case2):
 @pytest.fixture
 def counted(spm, case2):
     """A frozen preference model; features at t = 501; and the timesteps it has embedded so far."""
-    clip = TimeConditionedCLIP(CLIPModel(spm.config)).eval().requires_grad_(False)
+    clip = TimeConditionedCLIP(CLIPModel(spm.config)).freeze()
     clip.load_state_dict(spm.state)
     embedded = []
     clip.t_embedder.register_forward_pre_hook(lambda module, args: embedded.extend(args[0].tolist()))
@@ -212,13 +212,10 @@ def counted(spm, case2):
 
 def test_modulation_is_made_once_per_timestep_and_the_same_bit_for_bit(counted, case2):
     clip, features, embedded = counted
-    for t in (501, 951, 501, 0, 951, 0):
+    for t in (501, 951, 501, 0, 951, 0, 0.5, 501.0):  # t of a flow is no whole number
         assert torch.equal(features(t), clip.image_features(case2["in/pixel_values"], torch.tensor([t])))
-    assert embedded == [501, 501, 951, 951, 501, 0, 0, 951, 0]  # tensors of timesteps are embedded each time
-
-
-def write_in_place(clip, state):
-    clip.vision_model.encoder.layers[1].adaLN_modulation[1].bias.add_(0.5)
+    # tensors of timesteps are embedded each time
+    assert embedded == [501, 501, 951, 951, 501, 0, 0, 951, 0, 0.5, 0.5, 501]
 
 
 def load_other_weights(clip, state):
@@ -227,7 +224,11 @@ def load_other_weights(clip, state):
 
 def assign_other_weights(clip, state):
     clip.load_state_dict({name: value + 0.01 for name, value in state.items()}, assign=True)
-    clip.requires_grad_(False)
+
+
+def load_as_a_part(clip, state):
+    whole = torch.nn.ModuleDict({"judge": clip})
+    whole.load_state_dict({f"judge.{name}": value + 0.01 for name, value in state.items()})
 
 
 def reset(clip, state):
@@ -250,18 +251,24 @@ def write_behind_the_back_of_autograd(clip, state):
     clip.eval()
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        write_in_place,
-        load_other_weights,
-        assign_other_weights,
-        reset,
-        train_a_step,
-        write_behind_the_back_of_autograd,
-    ],
-    ids=lambda change: change.__name__,
-)
+def write_unfrozen(clip, state):
+    clip.unfreeze()
+    clip.vision_model.adaLN_modulation[1].bias.data.add_(0.5)
+    clip.freeze()
+
+
+CHANGES = [
+    load_other_weights,
+    assign_other_weights,
+    load_as_a_part,
+    reset,
+    train_a_step,
+    write_behind_the_back_of_autograd,
+    write_unfrozen,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @torch.no_grad()
 def test_modulation_is_never_stale(counted, spm, case2, change):
     clip, features, _ = counted
@@ -270,6 +277,40 @@ def test_modulation_is_never_stale(counted, spm, case2, change):
     after = features()
     assert not torch.equal(after, before)
     assert torch.equal(after, clip.image_features(case2["in/pixel_values"], torch.tensor([501])))
+
+
+def write_a_weight(clip):
+    clip.vision_model.encoder.layers[1].adaLN_modulation[1].bias.add_(0.5)
+
+
+def load_a_part(clip):
+    clip.t_embedder.load_state_dict(clip.t_embedder.state_dict())
+
+
+def replace_a_weight(clip):
+    clip.t_embedder.mlp[0].bias = torch.nn.Parameter(clip.t_embedder.mlp[0].bias + 1, requires_grad=False)
+
+
+@pytest.mark.parametrize("write", [write_a_weight, load_a_part, replace_a_weight], ids=lambda write: write.__name__)
+@torch.no_grad()
+def test_a_frozen_network_may_not_be_written_to(counted, write):
+    clip, features, _ = counted
+    features()
+    write(clip)
+    with pytest.raises(RuntimeError, match=r"call unfreeze\(\) before"):
+        features()
+
+
+@torch.no_grad()
+def test_a_copy_keeps_what_is_its_own(counted, case2):
+    clip, features, _ = counted
+    before = features()
+    other = copy.deepcopy(clip)
+    write_a_weight(other)
+    found = other.image_features(case2["in/pixel_values"], 501)
+    assert not torch.equal(found, before)
+    assert torch.equal(found, other.image_features(case2["in/pixel_values"], torch.tensor([501])))
+    assert torch.equal(features(), before)
 
 
 @torch.no_grad()
@@ -282,12 +323,15 @@ def test_modulation_follows_the_network_to_another_type(counted, case2):
     assert embedded == [501, 501]
 
 
-@pytest.mark.parametrize("state", ["training", "with gradients", "autocast"])
+@pytest.mark.parametrize("state", ["training", "with gradients", "a part with gradients", "autocast"])
 def test_modulation_is_not_kept_of_a_network_that_changes(counted, state):
     clip, features, embedded = counted
     if state == "training":
         clip.train()
-    clip.requires_grad_(state == "with gradients")
+    if state == "with gradients":
+        clip.requires_grad_()
+    if state == "a part with gradients":
+        clip.t_embedder.requires_grad_()
     for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16, enabled=state == "autocast"):
             features()

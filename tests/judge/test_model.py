@@ -9,8 +9,10 @@ from transformers import CLIPModel
 
 from strop.engine.config.training import JudgeConfig
 from strop.engine.judge import model as preference
+from strop.engine.judge.candidates import Candidates
 from strop.engine.judge.clip import TimeConditionedCLIP
 from strop.engine.judge.model import StepAwarePreferenceModel
+from strop.engine.models.conditioning import Conditioning
 
 CPU = torch.device("cpu")
 SCORES = 1e-5  # two float32 runs, each up to 5e-6 off the float64 one
@@ -31,7 +33,7 @@ def golden_judge(spm, tokenizer):
     """The golden preference model."""
     clip = TimeConditionedCLIP(CLIPModel(spm.config))
     clip.load_state_dict(spm.state)
-    return StepAwarePreferenceModel(clip.eval().requires_grad_(False), tokenizer, spm.mean, spm.std)
+    return StepAwarePreferenceModel(clip.freeze(), tokenizer, spm.mean, spm.std)
 
 
 @pytest.fixture(scope="module")
@@ -54,22 +56,31 @@ def test_scores_are_the_published_ones(judge, text, case2, size, precision):
 
 @pytest.mark.parametrize("t", [0, 1, 501, 951])
 def test_scores_at_one_timestep_are_the_published_ones(judge, text, case2, t):
-    found = judge.score(case2["in/image_64x64_f16"].float().unsqueeze(0), text, t)
+    found = judge.score_images(case2["in/image_64x64_f16"].float().unsqueeze(0), text, t)
     torch.testing.assert_close(found, case2[f"spm/64x64_allt{t}/scores"].unsqueeze(0), rtol=0, atol=SCORES)
 
 
 def test_scores_of_branches_are_the_published_ones(judge, text, case2):
     """Two branches of four prompts: the images and their mirror images."""
     image = case2["in/image_64x64_f16"].float()
-    found = judge.score(torch.stack([image, image.flip(-1)]), text, 501)
+    found = judge.score_images(torch.stack([image, image.flip(-1)]), text, 501)
     expected = case2["spm/k2b4_64x64_and_hflip_t501/scores"].view(2, 4)
     torch.testing.assert_close(found, expected, rtol=0, atol=SCORES)
+
+
+def test_candidates_are_scored_by_their_images_at_their_timestep(judge, text, case2):
+    image = case2["in/image_64x64_f16"].float()
+    branches = torch.stack([image, image.flip(-1)])
+    latents = torch.zeros(2, 4, 4, 8, 8)
+    candidates = Candidates(latents, 501, lambda: (None, latents), lambda x0_hat: branches)
+    cond = Conditioning(text=torch.zeros(4, 1, 1), null=torch.zeros(1, 1, 1), judge=text)
+    assert torch.equal(judge.score(candidates, cond), judge.score_images(branches, text, 501))
 
 
 def test_score_is_compare_branch_by_branch(judge, text, case2):
     image = case2["in/image_64x97_f16"].float()
     branches = torch.stack([image, image.flip(-1), 0.5 * image])
-    found = judge.score(branches, text, 451)
+    found = judge.score_images(branches, text, 451)
     assert found.shape == (3, 4)
     for k in range(3):
         expected = judge.compare(judge.pixels(branches[k]), text, torch.tensor([451]))
@@ -95,9 +106,9 @@ def test_images_of_other_types_are_resized_in_float32(judge, case2, dtype):
 def test_nothing_overflows_in_half_images_of_full_size(judge, text, size):
     """White, black and values past the ends, as a decoder gives them."""
     image = torch.empty(1, 1, 3, *size).uniform_(-1, 1, generator=torch.Generator().manual_seed(0)).sign() * 1.2
-    found = judge.score(image.half(), text[:1], 1)
+    found = judge.score_images(image.half(), text[:1], 1)
     assert found.isfinite().all()
-    torch.testing.assert_close(found, judge.score(image, text[:1], 1), rtol=0, atol=0.02)
+    torch.testing.assert_close(found, judge.score_images(image, text[:1], 1), rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("side, left", [(57, 0), (85, 14), (87, 16), (89, 16)])
@@ -147,7 +158,7 @@ def test_without_its_text_tower_a_judge_still_scores(judge, text, case2, tmp_pat
     text_tower = [judge.clip.text_model, judge.clip.text_projection]
     assert size - left == sum(p.numel() for module in text_tower for p in module.parameters())
     image = case2["in/image_64x64_f16"].unsqueeze(0)
-    assert torch.equal(freed.score(image, text, 501), judge.score(image, text, 501))
+    assert torch.equal(freed.score_images(image, text, 501), judge.score_images(image, text, 501))
     with pytest.raises(RuntimeError, match="asked for text features"):
         freed.encode(["a"])
     with pytest.raises(RuntimeError, match="saved"):
@@ -162,7 +173,7 @@ def test_scoring_embeds_each_timestep_once(judge, text, case2):
     embedded = []
     fresh.clip.t_embedder.register_forward_pre_hook(lambda module, args: embedded.append(args[0].tolist()))
     for t in (951, 501, 501, 951, 0, 501):
-        found = fresh.score(image, text, t)
+        found = fresh.score_images(image, text, t)
         assert torch.equal(found[0], judge.compare(judge.pixels(image[0]), text, torch.tensor([t])))
     assert embedded == [[951], [501], [0]]
 
@@ -173,9 +184,9 @@ def test_a_judge_never_told_the_timestep_scores_all_alike(judge, text, case2):
     stepless = copy.deepcopy(judge)
     stepless.kind = "spm_no_step"
     image = case2["in/image_64x96_f16"].unsqueeze(0)
-    expected = judge.score(image, text, 0)
+    expected = judge.score_images(image, text, 0)
     for t in (0, 501, 951):
-        assert torch.equal(stepless.score(image, text, t), expected)
+        assert torch.equal(stepless.score_images(image, text, t), expected)
     pixels = judge.pixels(image[0])
     assert torch.equal(stepless.compare(pixels, text, case2["in/timesteps"]), expected[0])
     assert not torch.equal(judge.compare(pixels, text, case2["in/timesteps"]), expected[0])
@@ -217,7 +228,7 @@ def test_saved_and_loaded_it_scores_the_same(judge, text, case2, spm, tmp_path, 
     again = StepAwarePreferenceModel.load(JudgeConfig(path=str(tmp_path / "runs" / "judge"), kind=kind), CPU)
     assert again.kind == kind
     image = case2["in/image_64x97_f16"].float().unsqueeze(0)
-    assert torch.equal(again.score(image, text, 251), trained.score(image, text, 251))
+    assert torch.equal(again.score_images(image, text, 251), trained.score_images(image, text, 251))
     assert torch.equal(again.encode(["a red dog"]), trained.encode(["a red dog"]))
     assert again.mean.flatten().tolist() == pytest.approx(spm.mean)
     assert again.std.flatten().tolist() == pytest.approx(spm.std)

@@ -10,27 +10,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from deepspeed.runtime.lr_schedules import WarmupDecayLR
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 from transformers import CLIPModel
 
-from strop.engine.config.factory import resolve
 from strop.engine.config.training import ModelConfig
-from strop.engine.errors import UserError
 from strop.engine.judge.clip import TimeConditionedCLIP
+from strop.engine.judge.denoiser import Denoiser, training_pixels
+from strop.engine.judge.loss import agreement, example_weights, preference_loss, preference_scores
 from strop.engine.judge.model import StepAwarePreferenceModel
-from strop.engine.judge.training import (
-    Denoiser,
-    agreement,
-    example_weights,
-    learning_rate,
-    load_pairs,
-    preference_loss,
-    preference_scores,
-    shares,
-    training_pixels,
-)
 from strop.engine.models.base_model import load_unet
 from strop.engine.models.conditioning import Conditioning
 from strop.engine.models.latent_diffusion import LatentDiffusion
@@ -213,85 +201,9 @@ def test_training_pixels_squash_to_a_square_and_clamp_first(spm):
     assert (bright * judge.std + judge.mean).allclose(torch.tensor(1.0))
 
 
-def test_learning_rate_warms_up_and_reaches_zero():
-    rates = [learning_rate(step, 10, 4, 2.0) for step in range(11)]
-    assert rates == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0, 5 / 3, 4 / 3, 1.0, 2 / 3, 1 / 3, 0.0])
-    assert learning_rate(0, 5, 0, 2.0) == 2.0
-
-
-def test_a_logarithmic_warm_up_is_that_of_deepspeed():
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    theirs = WarmupDecayLR(torch.optim.SGD([parameter], lr=1.0), 20, warmup_max_lr=2.0, warmup_num_steps=6)
-    for step in range(20):
-        theirs.step()
-        assert learning_rate(step, 20, 6, 2.0, "log") == pytest.approx(theirs.get_last_lr()[0])
-
-
 def test_weights_sum_to_the_ranks_and_count_a_prompt_once():
     weights = example_weights(torch.tensor([1, 2, 2]), ALONE)
     assert weights.tolist() == pytest.approx([0.5, 0.25, 0.25])
-
-
-def test_shares_deal_every_pair_once_per_epoch():
-    cpu = torch.device("cpu")
-    dealt = [list(shares(8, 2, 4, seed=3, ranks=Ranks(rank, 2, cpu))) for rank in (0, 1)]
-    for epoch in (slice(0, 2), slice(2, 4)):
-        seen = [i for rank in dealt for batch in rank[epoch] for i in batch]
-        assert sorted(seen) == list(range(8))
-    assert dealt[0] != [list(shares(8, 2, 4, seed=4, ranks=Ranks(0, 2, cpu)))]
-    assert [len(batch) for batch in shares(3, 5, 2, seed=0, ranks=ALONE)] == [5, 5]
-
-
-def one_pair(**changes):
-    pair = {
-        "image_0": torch.zeros(3, 8, 8),
-        "image_1": torch.zeros(3, 8, 8),
-        "caption": "",
-        "label_0": 1.0,
-        "label_1": 0.0,
-    }
-    return lambda seed, size: [{name: value for name, value in (pair | changes).items() if value is not None}]
-
-
-@pytest.mark.parametrize(
-    "factory, complaint",
-    [
-        (lambda seed, size: [], "gives no pair, expected 5"),
-        (one_pair(caption=None, label_1=None), "lack caption, label_1; found image_0, image_1, label_0"),
-        (one_pair(image_1=torch.zeros(3, 9, 8)), r"shapes \(3, 8, 8\) and \(3, 9, 8\)"),
-        (one_pair(image_0=torch.zeros(8, 8), image_1=torch.zeros(8, 8)), r"expected \(3, H, W\)"),
-        (one_pair(label_1=1.0), "labels of mine:pairs are 1.0 and 1.0, expected sum 1"),
-    ],
-    ids=["empty", "keys", "unequal images", "no images", "labels"],
-)
-def test_bad_pairs_are_told_apart(factory, complaint):
-    with pytest.raises(UserError, match=f"data.source: .*{complaint}"):
-        load_pairs(factory, "mine:pairs", 0, 5)
-
-
-@pytest.mark.parametrize(
-    "spec, complaint",
-    [
-        ("strop.bench", "found 'strop.bench', expected module:factory"),
-        ("strop.nowhere:load", "no module strop.nowhere"),
-        ("math:nothing", "math has no attribute nothing"),
-        ("math:pi", "math:pi is a float"),
-    ],
-)
-def test_entry_points_that_are_none(spec, complaint):
-    with pytest.raises(UserError, match=f"^evaluate.examiner: {complaint}"):
-        resolve(spec, "evaluate.examiner")
-
-
-def test_entry_points_find_what_they_name(tmp_path, monkeypatch):
-    assert resolve("math:hypot", "data.source")(3, 4) == 5
-    (tmp_path / "needs_more.py").write_text("import not_there_at_all")
-    (tmp_path / "broken_pairs.py").write_text("raise RuntimeError('no licence')")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UserError, match="module needs_more needs not_there_at_all, which is not installed"):
-        resolve("needs_more:load", "data.source")
-    with pytest.raises(UserError, match=r"module broken_pairs does not import \(RuntimeError: no licence\)"):
-        resolve("broken_pairs:load", "data.source")
 
 
 if __name__ == "__main__":

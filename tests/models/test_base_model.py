@@ -71,7 +71,7 @@ def offline(monkeypatch, tmp_path):
 def test_a_hub_id_is_read_from_the_cache(folder, offline):
     as_hub(folder, offline)
     found = BaseModel.find(settings("owner/tiny"))
-    assert found.family == "sdxl"
+    assert found.family.name == "sdxl"
     assert_same_networks(found, BaseModel.find(settings(folder)))
     assert len(found.tokenizers()) == 2
 
@@ -208,7 +208,7 @@ def test_a_tokenizer_without_a_limit_takes_that_of_its_encoder(folder):
 
 def test_a_checkpoint_file_with_the_configuration_of_a_folder(tiny_sdxl_file, tiny_sdxl_folder):
     found = BaseModel.find(settings(tiny_sdxl_file, components=tiny_sdxl_folder))
-    assert found.family == "sdxl"
+    assert found.family.name == "sdxl"
     assert_same_networks(found, BaseModel.find(settings(tiny_sdxl_folder)))
     assert len(found.tokenizers()) == 2
 

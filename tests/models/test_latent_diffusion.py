@@ -348,7 +348,7 @@ def test_weights_that_do_not_fit_are_refused(folder, part, name, change):
 
 
 def test_conditioning_is_indexed_and_repeated_row_by_row():
-    cond = Conditioning(draw(3, 2, 5), draw(1, 2, 5, seed=1)).with_judge(draw(3, 7, seed=2))
+    cond = Conditioning(draw(3, 2, 5), draw(1, 2, 5, seed=1), judge=draw(3, 7, seed=2))
     twice = cond.repeat(2)
     assert len(twice) == 6
     for j in range(2):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from strop.engine.config.training import Config
 from strop.engine.errors import UserError
+from strop.engine.models.families.find import family_named
 from strop.engine.models.lora_file import ADAPTER, LORA_FILE, Lora, facts, kohya_name, read, write
 from strop.engine.models.policy import Policy
 
@@ -91,7 +92,7 @@ def test_layers_and_parameters_at_full_size(full_size, family, layers, rank, par
     policy = Policy(full_size, rank, ATTENTION, seed=0)
     assert len(policy.lora().down) == layers
     assert sum(p.numel() for p in policy.parameters) == parameters
-    assert policy.family == family
+    assert policy.family.name == family
 
 
 @pytest.mark.parametrize("family, layers", [("sd15", 128), ("sdxl", 560)], ids=["sd15", "sdxl"])
@@ -250,7 +251,7 @@ def config(tmp_path):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_header_says_where_it_comes_from(policy, config, form, tmp_path):
-    file = write(policy.lora(facts(config, "sdxl", 7)), tmp_path / "mine.safetensors", form)
+    file = write(policy.lora(facts(config, family_named("sdxl"), 7)), tmp_path / "mine.safetensors", form)
     found = header(file)
     assert Config.model_validate_json(found["strop.config"]) == config
     expected = {
@@ -278,7 +279,7 @@ def test_the_header_says_where_it_comes_from(policy, config, form, tmp_path):
 
 
 def test_converting_keeps_the_header(policy, config, tmp_path):
-    first = write(policy.lora(facts(config, "sd15", 7)), tmp_path / "a.safetensors", "diffusers")
+    first = write(policy.lora(facts(config, family_named("sd15"), 7)), tmp_path / "a.safetensors", "diffusers")
     second = write(read(first), tmp_path / "b.safetensors", "kohya")
     third = write(read(second), tmp_path / "a2.safetensors", "diffusers")
     expected = header(first) | {"ss_output_name": "a2", "modelspec.title": "a2"}

@@ -14,7 +14,7 @@ from strop.engine.errors import UserError
 from strop.engine.models.base_model import load_unet
 from strop.engine.models.conditioning import Conditioning
 from strop.engine.models.lora_file import write
-from strop.engine.models.policy import Policy, unet_eps
+from strop.engine.models.policy import Policy, Savings, unet_eps
 
 CPU = torch.device("cpu")
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -130,7 +130,7 @@ def test_the_reference_is_the_base_model_bit_for_bit(policy, base, inputs):
 @pytest.mark.parametrize("rows, forwards", [(None, [6]), (6, [6]), (4, [4, 2]), (2, [2, 2, 2])], ids=str)
 def test_the_rows_of_a_forward_are_bounded_while_sampling(policy, inputs, rows, forwards):
     """Guidance halves stay in one forward; the update is not concerned."""
-    trained(policy).unet_rows = rows
+    trained(policy).savings = Savings(unet_rows=rows)
     x, t, cond = inputs
     expected, seen = policy.eps(x, t, cond), []
     policy.unet.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
@@ -145,7 +145,7 @@ def test_the_rows_of_a_forward_are_bounded_while_sampling(policy, inputs, rows, 
 
 def test_the_lora_is_part_of_the_weights_while_sampling(policy, base, inputs):
     """W + BA in place of W, also in the keys and values that are kept; afterwards every weight is what it was."""
-    trained(policy).merge_lora = True
+    trained(policy).savings = Savings(merge_lora=True)
     x, t, cond = inputs
     expected = policy.eps(x, t, cond)
     before = {name: value.clone() for name, value in policy.unet.state_dict().items()}
@@ -164,7 +164,7 @@ def test_the_lora_is_part_of_the_weights_while_sampling(policy, base, inputs):
 
 
 def test_merged_weights_are_put_back_after_an_exception(policy, inputs):
-    trained(policy).merge_lora = True
+    trained(policy).savings = Savings(merge_lora=True)
     expected = policy.eps(*inputs)
     with pytest.raises(KeyboardInterrupt), policy.sampling(inputs[2], text_kv=False):
         raise KeyboardInterrupt
@@ -191,7 +191,7 @@ def test_rows_that_fill_up_a_forward_leave_no_trace(policy, inputs):
     x, t, cond = (value[:2] for value in inputs)
 
     def gradients(multiple):
-        policy.multiple = multiple
+        policy.savings = Savings(multiple=multiple)
         eps = policy.eps(x, t, cond)
         return eps, torch.autograd.grad(eps.square().sum(), policy.parameters)
 

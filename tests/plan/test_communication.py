@@ -28,7 +28,7 @@ def test_the_balance_is_what_is_gathered(monkeypatch, sides):
     monkeypatch.setattr(ranks.dist, "all_gather", all_gather)
     shape = (4, 8, 8)
     rows = torch.arange(6)
-    pairs = PreferencePairs(torch.zeros(sides, 6, *shape), torch.zeros(2, 6, *shape), rows, rows)
+    pairs = PreferencePairs(torch.zeros(sides, 6, *shape), torch.zeros(2, 6, *shape), rows, rows, rows > 2)
     balance(pairs, 2, Ranks(1, 3, torch.device("cpu")), torch.Generator().manual_seed(0))
     assert sum(received) == balance_bytes(counted(made=6, sides=sides), 4 * 8 * 8, 3)
 

@@ -68,7 +68,7 @@ def counted(kind, iteration, config, spm, tokenizer):
     """Operations by stage of one iteration."""
     clip = TimeConditionedCLIP(CLIPModel(spm.config))
     clip.load_state_dict(spm.state)
-    judge = StepAwarePreferenceModel(clip.eval().requires_grad_(False), tokenizer, spm.mean, spm.std)
+    judge = StepAwarePreferenceModel(clip.freeze(), tokenizer, spm.mean, spm.std)
     models = kind(load_unet(config.model, CPU), LatentDiffusion.load(config.model, CPU), judge, config)
     stages = Stages()
     draws = lambda: (torch.Generator().manual_seed(3), torch.Generator().manual_seed(4))

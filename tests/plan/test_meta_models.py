@@ -8,6 +8,7 @@ import torch
 from strop.engine.config.training import Config
 from strop.engine.errors import UserError
 from strop.engine.models.base_model import BaseModel, load_unet
+from strop.engine.models.families.find import family_named
 from strop.engine.models.latent_diffusion import LatentDiffusion
 from strop.engine.models.policy import Policy
 from strop.engine.plan.meta_models import Blueprint
@@ -23,7 +24,7 @@ def blueprint(path, family=None, judge="none", decoder=None, **model):
         "rollout": {"decoder": decoder},
         "run": {"dir": "none", "iterations": 1},
     }
-    return Blueprint.of(Config.model_validate(config), family)
+    return Blueprint.of(Config.model_validate(config), family and family_named(family))
 
 
 def shapes(network):
@@ -67,14 +68,14 @@ def test_its_conditioning_has_the_shapes_of_a_real_one(tiny_sdxl_folder):
 )
 def test_what_is_not_here_goes_by_its_name_or_by_what_one_says(path, family, found):
     made = blueprint(path, family)
-    assert made.family == found
+    assert made.family.name == found
     assert made.size == ((1024, 1024) if found == "sdxl" else (512, 512))
-    assert "engine/models/architectures.py" in made.source
+    assert f"engine/models/families/{found}.py" in made.source
     assert ("--family says" if family else path) in made.source
 
 
 def test_a_checkpoint_file_goes_by_its_tensors(tiny_file, tiny_folder):
-    assert blueprint(tiny_file).family == "sd15"
+    assert blueprint(tiny_file).family.name == "sd15"
     assert str(tiny_file) in blueprint(tiny_file).source
     assert blueprint(tiny_file, components=str(tiny_folder)).latent_shape == (4, 8, 8)
 
@@ -85,6 +86,22 @@ def test_the_type_of_the_vae_is_that_of_a_run():
     assert blueprint("somebody/sdxl", vae="somebody/sdxl-vae-fp16-fix", **half).vae_dtype == torch.float16
     assert blueprint("somebody/sdxl", dtype="bfloat16").vae_dtype == torch.bfloat16
     assert blueprint("somebody/sd", **half).vae_dtype == torch.float16
+
+
+def test_networks_are_of_the_recipes_type_and_pytorchs_own_stays_what_it_is(monkeypatch):
+    monkeypatch.setattr(torch, "set_default_dtype", None)
+    made = blueprint("somebody/sdxl", dtype="float16")
+    diffusion = made.diffusion()
+    for network, dtype in (
+        (made.unet(), torch.float16),
+        (diffusion.text_encoders[1], torch.float16),
+        (diffusion.vae, torch.float32),
+        (made.judge().clip, torch.float32),
+    ):
+        assert {p.dtype for p in network.parameters()} == {dtype}
+        assert {p.device.type for p in network.parameters()} == {"meta"}
+    lora = {p.dtype for p in made.policy().parameters}
+    assert lora == {torch.float32}
 
 
 def test_the_judge_is_pickscores_or_that_of_its_folder(clip_folder, spm):

@@ -1,12 +1,14 @@
 """engine/plan/meter.py: operations and bytes of small computations, counted by hand."""
 
+from threading import Thread
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from strop.engine.plan.meter import Flops, built_on, gauge, tf32_allowed
+from strop.engine.plan.meter import Flops, checkpointed, gauge
 
 
 def made(*shape, dtype=torch.float32):
@@ -15,11 +17,9 @@ def made(*shape, dtype=torch.float32):
 
 def test_a_product_is_two_operations_for_each_pair_of_numbers():
     a, b = made(3, 5), made(5, 7)
-    with tf32_allowed(False):
-        reading = gauge(lambda: a @ b)
+    reading = gauge(lambda: a @ b)
     assert reading.flops == Flops(float32=2 * 3 * 5 * 7)
-    with tf32_allowed(True):
-        assert gauge(lambda: a @ b).flops == Flops(tf32=2 * 3 * 5 * 7)
+    assert gauge(lambda: a @ b, tf32=True).flops == Flops(tf32=2 * 3 * 5 * 7)
     assert reading.peak == 4 * 3 * 7
 
 
@@ -30,8 +30,7 @@ def test_a_product_is_two_operations_for_each_pair_of_numbers():
 )
 def test_a_convolution_counts_for_the_unit_that_does_it(dtype, flops):
     x, weight = made(1, 4, 8, 8, dtype=dtype), made(6, 4, 3, 3, dtype=dtype)
-    with tf32_allowed(True):
-        assert gauge(lambda: F.conv2d(x, weight, padding=1)).flops == flops
+    assert gauge(lambda: F.conv2d(x, weight, padding=1), tf32=True).flops == flops
 
 
 def test_the_peak_is_of_what_lives_at_once():
@@ -75,8 +74,57 @@ def test_checkpointing_trades_operations_for_memory():
     assert again.peak < 0.7 * plain.peak
 
 
+@pytest.mark.parametrize("again", [None, checkpointed], ids=["kept", "recomputed"])
+def test_attention_is_fused_in_the_backward_pass_too(again):
+    """Its formula: two products forward, five backward, and what is recomputed forward once more."""
+    q = made(1, 2, 1000, 8, dtype=torch.float16).requires_grad_()
+    q.grad = torch.empty_like(q)
+    attend = lambda q: F.scaled_dot_product_attention(q.sigmoid(), q, q)
+    reading = gauge(lambda: (again(attend, q) if again else attend(q)).sum().backward())
+    assert reading.flops.all == (2 + 5 + 2 * (again is not None)) * 2 * 2 * 1000 * 1000 * 8
+    assert reading.peak < 20 * q.nbytes < 2 * 2 * 1000 * 1000
+
+
+def test_a_checkpoint_that_would_be_counted_wrongly_is_refused():
+    q = made(1, 2, 100, 8).requires_grad_()
+    attend = lambda q: F.scaled_dot_product_attention(q.sigmoid(), q, q)
+    with pytest.raises(CheckpointError):
+        gauge(lambda: checkpoint(attend, q, use_reentrant=False).sum().backward())
+
+
+def test_a_mask_is_not_fused():
+    q, mask = made(1, 2, 100, 8), made(100, 100)
+    reading = gauge(lambda: F.scaled_dot_product_attention(q, q, q, attn_mask=mask))
+    assert reading.peak > 2 * 100 * 100 * 4
+
+
+def test_the_process_is_left_alone_while_it_measures():
+    """Another thread, and this one through the function itself, have PyTorch as it was."""
+    attention, states, shapes = F.scaled_dot_product_attention, [], []
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    state = lambda: (torch.get_default_dtype(), *(backend.allow_tf32 for backend in backends))
+    real = torch.ones(1, 1, 4, 2)
+
+    def elsewhere():
+        shapes.append(F.scaled_dot_product_attention(real, real, real).shape)
+        states.append(state())
+
+    def work():
+        assert F.scaled_dot_product_attention is attention
+        thread = Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        return made(3, 5) @ made(5, 7)
+
+    before = state()
+    assert gauge(work, tf32=not backends[0].allow_tf32).flops.all == 2 * 3 * 5 * 7
+    assert F.scaled_dot_product_attention is attention
+    assert states == [before] == [state()]
+    assert shapes == [real.shape]
+
+
 def test_operations_are_those_of_pytorchs_counter():
-    with built_on("meta", torch.float32):
+    with torch.device("meta"):
         model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8 * 36, 5))
     x = made(2, 3, 8, 8)
     work = lambda: model(x).sum().backward()

@@ -1,31 +1,33 @@
 """plan/peak: seconds at the peak, against plan/estimate.py's count of the same recipe, and which card it is."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
 from strop.engine.config.training import load
+from strop.engine.models.families.find import family_named
+from strop.engine.plan import peak
 from strop.engine.plan.estimate import make
 from strop.engine.plan.gpus import CARDS, card_called
-from strop.engine.plan.peak import seconds_at_peak
+from strop.engine.plan.peak import seconds_on
 
-GPU = torch.device("cuda", 0)
+GPU, SD15 = torch.device("cuda", 0), family_named("sd15")
 
 
 @pytest.fixture
 def recipe(tiny_folder, clip_folder):
     base = Path(__file__).parents[2] / "configs" / "sd15.yaml"
     models = (f"model.path={tiny_folder}", f"judge.path={clip_folder}", "judge.kind=pickscore")
-    return load(base, [*models, "run.dir=none", "rollout.num_steps=5", "rollout.prompts=2"])
+    return load(base, [*models, "run.dir=none", "run.share_of_peak=true", "rollout.num_steps=5", "rollout.prompts=2"])
 
 
 @pytest.mark.parametrize("changes", [{}, {"passes": 2}, {"keep_pairs": 0.5}], ids=str)
-def test_prompts_and_their_pairs_take_what_the_plan_says(recipe, monkeypatch, changes):
+def test_prompts_and_their_pairs_take_what_the_plan_says(recipe, changes):
     """All but the texts: with all pairs kept, a prompt's rollout and its pairs' updates."""
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     recipe = recipe.model_copy(update={"optim": recipe.optim.model_copy(update=changes)})
-    prompt, pair = seconds_at_peak(recipe, "sd15", GPU)
+    prompt, pair = seconds_on(CARDS["a100"], recipe, SD15).values()
     planned = make(recipe, "tiny", "a100", 1)
     stages, counted = planned.cost.stages, planned.counted
     expected = CARDS["a100"].seconds(planned.cost.done, 1.0) - CARDS["a100"].seconds(stages["text"], 1.0)
@@ -35,10 +37,21 @@ def test_prompts_and_their_pairs_take_what_the_plan_says(recipe, monkeypatch, ch
     assert prompt > 0
 
 
-def test_nothing_is_known_of_a_cpu_and_of_other_cards(recipe, monkeypatch):
-    assert seconds_at_peak(recipe, "sd15", torch.device("cpu")) is None
+def test_a_run_that_asks_has_it_counted_by_another_process(recipe, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    expected = seconds_on(CARDS["a100"], recipe, SD15)
+    monkeypatch.setattr(peak, "seconds_on", None)  # of this process
+    assert peak.seconds_at_peak(recipe, SD15, GPU) == pytest.approx(expected, rel=1e-12)
+
+
+def test_nothing_is_known_of_a_cpu_and_of_other_cards_nor_counted_unasked(recipe, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", None)
+    assert peak.seconds_at_peak(recipe, SD15, torch.device("cpu")) == {}
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Another 12GB")
-    assert seconds_at_peak(recipe, "sd15", GPU) is None
+    assert peak.seconds_at_peak(recipe, SD15, GPU) == {}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    unasked = recipe.model_copy(update={"run": recipe.run.model_copy(update={"share_of_peak": False})})
+    assert peak.seconds_at_peak(unasked, SD15, GPU) == {}
 
 
 @pytest.mark.parametrize(

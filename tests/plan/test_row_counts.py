@@ -5,7 +5,7 @@ import torch
 
 from strop.engine.config.training import Config
 from strop.engine.plan.row_counts import tally
-from strop.engine.schedules.ddim import DDIMSchedule
+from strop.engine.schedules.schedule import Schedule
 from strop.kernels import DDIMCoefficients
 
 TRUNK, BRANCHES = "rollout/trunk", "rollout/branches"
@@ -28,7 +28,7 @@ def counted(alphas):
         )
         given = config.rollout
         coefficients = DDIMCoefficients.build(alphas, given.num_steps, given.eta)
-        return tally(config, DDIMSchedule(coefficients, given.guidance))
+        return tally(config, Schedule(coefficients, given.guidance))
 
     return count
 

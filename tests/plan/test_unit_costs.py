@@ -6,20 +6,10 @@ from safetensors.torch import load_file
 
 from strop.engine.config.training import Config
 from strop.engine.methods.spo.pairs import PreferencePairs
-from strop.engine.methods.spo.update import update
+from strop.engine.methods.spo.update import Learner, MicroBatch
 from strop.engine.plan.meta_models import Blueprint
-from strop.engine.plan.meter import gauge, tf32_allowed
-from strop.engine.plan.unit_costs import (
-    Networks,
-    _NoMetrics,
-    _NoOptimizer,
-    decoding,
-    of_judge,
-    of_text,
-    sampling,
-    unet_prices,
-    weigh,
-)
+from strop.engine.plan.meter import checkpointed, gauge
+from strop.engine.plan.unit_costs import Networks, decoding, of_judge, of_text, sampling, unet_prices, weigh
 
 ROW = 2
 
@@ -54,12 +44,15 @@ def test_a_forward_grows_with_its_rows(tiny, rows):
 def test_an_update_grows_with_its_rows(tiny, checkpointing):
     policy, schedule, n = tiny.policy(), tiny.schedule("meta"), 6
     price = unet_prices(tiny, policy)
-    (policy.unet.enable_gradient_checkpointing if checkpointing else policy.unet.disable_gradient_checkpointing)()
+    policy.unet.disable_gradient_checkpointing()
+    if checkpointing:
+        policy.unet.enable_gradient_checkpointing(checkpointed)
     x = torch.empty(2, n, *policy.latent_shape, device="meta")
     index = torch.zeros(n, dtype=torch.int64, device="meta")
-    batch, optim = PreferencePairs(x, x.clone(), index, index), tiny.config.optim
-    run = lambda: update(batch, 2, tiny.conditioning(1), policy, schedule, _NoOptimizer(), optim, _NoMetrics())
-    found, rows = gauge(run), ROW * (2 * n - 2)  # two of the pairs share their latent
+    pairs = PreferencePairs(x, x.clone(), index, index, index.bool())
+    batch, learner = MicroBatch(pairs, 2, tiny.conditioning(1)), Learner(policy, schedule, tiny.config.optim)
+    found = gauge(lambda: learner.loss(batch)[0].backward())
+    rows = ROW * (2 * n - 2)  # two of the pairs share their latent
     each = price.train + price.reference + price.recompute * checkpointing
     assert found.flops.all == pytest.approx(rows * each.all, rel=1e-9)
     assert found.peak == pytest.approx(
@@ -98,8 +91,7 @@ def test_the_full_size_networks(family, forward, decode, text):
     found = of_text(diffusion, judge)
     assert found["text"].all / 1e12 == pytest.approx(text, rel=0.01)
     assert found["judge_text"].all / 1e12 == pytest.approx(0.047, rel=0.01)
-    with tf32_allowed(True):
-        found = of_judge(judge, torch.empty(1, 3, 512, 512, device="meta", dtype=torch.float16))
+    found = of_judge(judge, torch.empty(1, 3, 512, 512, device="meta", dtype=torch.float16), tf32=True)
     assert found["judge"].all / 1e12 == pytest.approx(0.335, rel=0.01)
     assert found["judge"].tf32 > 0.99 * found["judge"].all
 

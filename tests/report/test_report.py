@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +14,12 @@ import torch
 from PIL import Image
 
 from strop.engine.errors import UserError
+from strop.engine.methods.judge_training import columns as judge_training
+from strop.engine.methods.spo.columns import COLUMNS
 from strop.engine.report.__main__ import main
 from strop.engine.report.pictures import before_after, curves, running_mean
-from strop.engine.report.run_folder import make_report, paired_delta, read_run, write_summary
+from strop.engine.report.run import Run
+from strop.engine.report.run_folder import make_report, read_run, write_summary
 from strop.engine.report.tables import closing_table, ledger_rows, stage_rows
 from strop.engine.report.verdict import headline, number, verdict
 
@@ -35,6 +39,10 @@ def a_record(iteration, **values):
     healthy = {"judge": 0.4 + 0.01 * iteration, "kept": 0.4, "margin": 0.1, "accuracy": 0.6, "clipped": 0.2}
     counts = {"901": 0, "451": 3, "1": iteration}
     return {"iteration": iteration, "grad_norm": 0.3, "pairs_per_t": counts} | healthy | values
+
+
+def a_run(records, summary=None):
+    return Run(Path("run"), records, summary or {}, "")
 
 
 @pytest.fixture
@@ -67,31 +75,6 @@ def run_dir(tmp_path, records, summary):
     return run_dir
 
 
-def test_paired_interval_by_hand():
-    # differences 1, 2, 3, 6: mean 3, variance (4 + 1 + 0 + 9) / 3
-    found = paired_delta(torch.tensor([1.0, 1.0, 1.0, 1.0]), [2.0, 3.0, 4.0, 7.0])
-    half = 1.96 * math.sqrt(14 / 3) / 2
-    assert (found["base"], found["tuned"], found["delta"]) == (1.0, 4.0, 3.0)
-    assert found["ci95"] == pytest.approx([3 - half, 3 + half], rel=1e-12)
-
-
-def test_a_common_offset_does_not_widen_the_paired_interval():
-    base = torch.tensor([0.0, 100.0, -50.0], dtype=torch.float64)
-    assert paired_delta(base, base + 0.25)["ci95"] == pytest.approx([0.25, 0.25])
-
-
-def test_one_pair_has_no_interval():
-    assert paired_delta([0.5], [0.75]) == {"base": 0.5, "tuned": 0.75, "delta": 0.25, "ci95": None}
-
-
-@pytest.mark.parametrize(
-    "base, tuned", [([], []), ([1.0], [1.0, 2.0]), ([[1.0]], [[1.0]])], ids=["none", "unequal", "matrix"]
-)
-def test_scores_that_are_no_pairs(base, tuned):
-    with pytest.raises(ValueError, match="paired scores"):
-        paired_delta(base, tuned)
-
-
 def test_summary_is_valid_json_and_leaves_no_draft(tmp_path):
     path = write_summary(tmp_path, {"quality": {"delta": math.nan, "ci95": [math.inf, 1.0]}, "seed": 1})
     assert json.loads(path.read_text()) == {"quality": {"delta": None, "ci95": [None, 1.0]}, "seed": 1}
@@ -108,7 +91,7 @@ def test_number(value, sign, text):
 
 
 def test_verdict_of_a_good_run(records, summary):
-    findings = verdict(records, summary)
+    findings = verdict(a_run(records, summary))
     assert [finding.kind for finding in findings] == ["good", "open", "good", "good"]
     assert findings[0].text == (
         "Quality rose on 384 held-out prompts from 0.546 to 0.896, by +0.350 (95% interval +0.331 to +0.369)."
@@ -122,7 +105,7 @@ def test_verdict_of_a_good_run(records, summary):
 
 
 def test_headline_names_what_was_lost(records, summary):
-    findings = verdict(records, summary | {"alignment": row(-0.08, -0.03)})
+    findings = verdict(a_run(records, summary | {"alignment": row(-0.08, -0.03)}))
     assert headline(findings) == (
         "On held-out prompts quality and the judge's score rose, but alignment fell, beyond chance. "
         "There are warning signs."
@@ -130,15 +113,15 @@ def test_headline_names_what_was_lost(records, summary):
 
 
 def test_headline_of_no_change_and_of_nothing_measured(records):
-    assert headline(verdict(records, {"judge": row(-0.1, 0.1)})).startswith("No change beyond chance")
-    unfinished = verdict(records, {})
+    assert headline(verdict(a_run(records, {"judge": row(-0.1, 0.1)}))).startswith("No change beyond chance")
+    unfinished = verdict(a_run(records))
     assert "not finished: it has logged iteration 30" in unfinished[0].text
     assert headline(unfinished).startswith("Whether the tuned model is better on held-out prompts was not measured.")
 
 
 def test_pleasing_the_judge_alone_is_a_warning(records):
     summary = {"quality": row(-0.01, 0.02), "alignment": row(0.01, 0.02), "judge": row(0.1, 0.2)}
-    assert [f.text for f in verdict(records, summary) if f.kind == "bad"] == [
+    assert [f.text for f in verdict(a_run(records, summary)) if f.kind == "bad"] == [
         "The judge's score rose but quality did not: the policy may have learned to please the judge and nothing else."
     ]
 
@@ -155,20 +138,20 @@ def test_pleasing_the_judge_alone_is_a_warning(records):
 )
 def test_warning_signs_at_the_end(records, values, words):
     late = records[:24] + [record | values for record in records[24:]]
-    assert [words in finding.text for finding in verdict(late, {}) if finding.kind == "bad"] == [True]
+    assert [words in finding.text for finding in verdict(a_run(late)) if finding.kind == "bad"] == [True]
 
 
 def test_no_warning_about_what_has_passed_or_was_not_measured(records):
     early = [a_record(i, clipped=0.9, accuracy=0.1, kept=0.0) for i in range(1, 24)] + records[23:]
     nulls = [{"iteration": record["iteration"], "judge": None, "clipped": None} for record in records]
-    assert [finding for run in (early, nulls) for finding in verdict(run, {}) if finding.kind == "bad"] == []
+    assert [finding for each in (early, nulls) for finding in verdict(a_run(each)) if finding.kind == "bad"] == []
 
 
 def test_a_falling_judge_is_a_warning_and_a_flat_one_is_not():
     falling = [a_record(i, judge=1 - 0.01 * i) for i in range(1, 31)]
     flat = [a_record(i, judge=0.5 + 0.1 * (-1) ** i) for i in range(1, 31)]
-    assert [f.kind for f in verdict(falling, {}) if "While training" in f.text] == ["bad"]
-    assert [f.kind for f in verdict(flat, {}) if "While training" in f.text] == ["open"]
+    assert [f.kind for f in verdict(a_run(falling)) if "While training" in f.text] == ["bad"]
+    assert [f.kind for f in verdict(a_run(flat)) if "While training" in f.text] == ["open"]
 
 
 def test_stages_keep_their_parts_and_the_rest_is_other():
@@ -238,6 +221,48 @@ def test_page_of_a_killed_run(run_dir):
     text = make_report(run_dir).read_text()
     assert "The run is not finished: it has logged iteration 30 so far." in text
     assert "not measured: there is no before_after.png" in text
+
+
+@pytest.fixture
+def judge_dir(tmp_path):
+    """The folder of a run that trained a judge."""
+    run_dir = tmp_path / "judge-run"
+    run_dir.mkdir()
+    accuracy = {"0": 0.75, "251": 0.75, "501": 0.7, "701": 0.6, "951": None}
+    lines = [{"iteration": i, "loss": 0.7, "heldout_accuracy": None if i % 3 else accuracy} for i in range(9)]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run_dir / "config.yaml").write_text("model:\n  path: weights/base\ndata:\n  source: pairs.jsonl\n")
+    counts = {"prompts": 640, "pairs": 640, "training_pairs": 200, "heldout_pairs": 64, "prompts_per_second": 5.25}
+    compared = {"accuracy at t=0": row(0.01, 0.03, base=0.75), "accuracy at t=251": row(-0.1, 0.1, base=0.75)}
+    write_summary(run_dir, compared | counts | {"paths": {"judge": "runs/judge/judge"}})
+    return run_dir
+
+
+def test_page_of_a_judge_speaks_of_pairs_and_of_no_lora(judge_dir):
+    text = make_report(judge_dir).read_text()
+    assert "On held-out pairs accuracy at t=0 rose, beyond chance." in text
+    assert "Accuracy at t=0 rose on 64 held-out pairs from 0.750 to 0.770" in text
+    assert "Share of 64 pairs that were not trained on which the judge orders as labelled" in text
+    said = re.sub(r"base64,[^\"]+", "", text).lower()
+    assert [word for word in ("lora", "before and after", "before_after", "prompts", "rollout") if word in said] == []
+
+
+def test_closing_table_of_a_judge_counts_pairs(judge_dir):
+    lines = [re.split(r"  +", line) for line in closing_table(read_run(judge_dir).summary).splitlines()]
+    assert ["pairs shown", "640"] in lines
+    assert ["pairs per second", "5.25 in show and update"] in lines
+    assert ["training pairs", "200"] in lines
+    assert ["held-out pairs", "64"] in lines
+    assert not any("prompts" in cell for line in lines for cell in line)
+
+
+def test_a_judge_that_is_not_measured_yet(judge_dir):
+    (judge_dir / "summary.json").unlink()
+    run = read_run(judge_dir)
+    assert run.columns is judge_training.COLUMNS
+    findings = verdict(run)
+    assert "not finished: it has logged iteration 8" in findings[0].text
+    assert headline(findings, run.heldout).startswith("Whether the tuned model is better on held-out pairs was not")
 
 
 def test_page_before_the_first_record(tmp_path):
@@ -312,7 +337,7 @@ def test_running_mean_leaves_out_what_was_not_measured():
 def test_curves_of_any_length_and_with_gaps(tmp_path, count):
     gaps = [a_record(5 * i, margin=None, accuracy=None if i % 2 else 0.5) for i in range(1, count + 1)]
     gaps[1:2] = [record | {"pairs_per_t": None} for record in gaps[1:2]]
-    curves(gaps, tmp_path / "curves.png")
+    curves(gaps, COLUMNS, tmp_path / "curves.png")
     picture = Image.open(tmp_path / "curves.png")
     assert picture.width > 1400
     assert np.asarray(picture.convert("L")).std() > 5

@@ -12,8 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import distributed as dist
 
 from strop.engine.runtime import ledger
-from strop.engine.runtime.ledger import MEANS, REASONS, Ledger, figures, gpu, read
-from strop.engine.runtime.metrics import RECORD_FIELDS, Metrics
+from strop.engine.runtime.ledger import COLUMNS, MEANS, REASONS, Ledger, figures, gpu, read
+from strop.engine.runtime.metrics import FIELDS, Metrics
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -34,6 +34,10 @@ def watched(now, seconds):
         now[0] += passed
         made._read()
     return made
+
+
+def metrics_of(run_dir):
+    return Metrics(run_dir, "cpu", True, COLUMNS, start=0, iterations=3)
 
 
 def watching():
@@ -98,8 +102,8 @@ def test_reasons_are_told_apart_and_idling_is_none(nvml, now):
 def test_what_the_card_does_not_answer_stays_open_and_the_rest_goes_on(nvml, now, tmp_path, missing, open_value):
     nvml.missing |= missing
     made = watched(now, [1, 1])
-    made.at_peak = (1.0, 1.0)
-    metrics = Metrics(tmp_path, "cpu", True, start=0, iterations=1, labels={"throttled": REASONS})
+    made.at_peak = {"prompts": 1.0, "pairs": 1.0}
+    metrics = metrics_of(tmp_path)
     made.add_to(metrics, 2.0)
     record = metrics.flush(1)
     metrics.close()
@@ -126,7 +130,7 @@ def test_without_nvml_hours_are_counted_and_no_thread_runs(nvml, now, case):
 
 
 def test_on_a_cpu_nvml_is_not_asked(nvml, now, tmp_path):
-    metrics = Metrics(tmp_path, "cpu", True, start=0, iterations=1)
+    metrics = metrics_of(tmp_path)
     with Ledger(CPU) as made:
         assert not watching()
         now[0] += 36
@@ -141,7 +145,7 @@ def test_on_a_cpu_nvml_is_not_asked(nvml, now, tmp_path):
 def test_records_cover_their_iterations_and_sums_run_on(nvml, now, tmp_path):
     nvml.answers["CurrentClocksEventReasons"] = [0, 4]
     made = watched(now, [1, 1])
-    metrics = Metrics(tmp_path, "cpu", True, start=0, iterations=3, labels={"throttled": REASONS})
+    metrics = metrics_of(tmp_path)
     records = []
     for iteration in (1, 2, 3):
         made.add_to(metrics)
@@ -152,7 +156,7 @@ def test_records_cover_their_iterations_and_sums_run_on(nvml, now, tmp_path):
             made._read()
     metrics.close()
     first, second, third = records
-    assert set(first) == set(RECORD_FIELDS)
+    assert set(first) == {*FIELDS, *(column.name for column in COLUMNS)}
     assert first["gpu_hours"] == pytest.approx(2 / 3600)
     assert [record["energy_wh"] for record in records] == pytest.approx([700 / 3600, 1420 / 3600, 1420 / 3600])
     assert (first["sm_mhz"], second["sm_mhz"]) == (pytest.approx(1210), 900)
@@ -167,14 +171,14 @@ def test_records_cover_their_iterations_and_sums_run_on(nvml, now, tmp_path):
 
 def test_the_share_of_the_peak_is_of_the_seconds_at_work(nvml, now, tmp_path):
     made = Ledger(GPU)
-    made.at_peak = (0.5, 0.125)
-    metrics = Metrics(tmp_path, "cpu", True, start=0, iterations=2)
+    made.at_peak = {"prompts": 0.5, "pairs": 0.125}
+    metrics = metrics_of(tmp_path)
     now[0] += 500  # spent on something else
-    made.work(prompts=4, pairs=8)
-    made.work(prompts=4, pairs=0)
+    made.work({"prompts": 4, "pairs": 8, "judge": 0.5})
+    made.work({"prompts": 4})
     made.add_to(metrics, 10.0)
     first = metrics.flush(1)
-    made.work(prompts=4, pairs=16)
+    made.work({"prompts": 4, "pairs": 16})
     checkpoint = made.totals()  # between two records
     made.add_to(metrics, 8.0)
     second = metrics.flush(2)

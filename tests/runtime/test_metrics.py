@@ -1,6 +1,5 @@
-"""strop.engine.runtime.metrics: values, valid JSON, resumption, several ranks and the clock."""
+"""runtime/metrics: values, valid JSON, resumption, several ranks."""
 
-import contextlib
 import json
 import math
 import time
@@ -12,12 +11,27 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import distributed as dist
 
 from strop.engine.runtime import metrics
-from strop.engine.runtime.metrics import Metrics, Stopwatch
+from strop.engine.runtime.columns import GRAD_NORM, PROMPTS, Column
+from strop.engine.runtime.metrics import Metrics
+
+MEANS = ("judge", "loss", "margin", "accuracy")
+COLUMNS = (
+    PROMPTS,
+    Column("pairs", "total"),
+    *map(Column, MEANS),
+    Column("pairs_per_t", "sum", labels=(901, 451, 1)),
+    Column("per_t", labels=("a", "b", "c")),
+    GRAD_NORM,
+)
+
+
+def new(run_dir, start=0, iterations=10, device="cpu", enabled=True):
+    return Metrics(run_dir, device, enabled, COLUMNS, start, iterations)
 
 
 @pytest.fixture
 def fresh(tmp_path):
-    made = Metrics(tmp_path, "cpu", True, start=0, iterations=10, labels={"pairs_per_t": [901, 451, 1]})
+    made = new(tmp_path)
     yield made
     made.close()
 
@@ -31,19 +45,17 @@ def lines(run_dir):
 
 
 def test_means_are_weighted_sums_are_summed_totals_run_on(fresh, tmp_path):
-    fresh.add_mean(weight=3, loss=torch.tensor(0.5), accuracy=torch.tensor(1.0))
-    fresh.add_mean(weight=1, loss=torch.tensor(0.9), accuracy=0.0)
-    fresh.add_sum(pairs_per_t=torch.tensor([2, 0, 5]))
-    fresh.add_sum(pairs_per_t=torch.tensor([1, 0, 5]))
-    fresh.add_total(prompts=8, pairs=torch.tensor(13))
+    fresh.add({"loss": torch.tensor(0.5), "accuracy": torch.tensor(1.0), "prompts": 8}, weight=3)
+    fresh.add({"loss": torch.tensor(0.9), "accuracy": 0.0, "pairs": torch.tensor(13)})
+    fresh.add({"pairs_per_t": torch.tensor([2, 0, 5])}, weight=7)  # no mean, so of no account
+    fresh.add({"pairs_per_t": torch.tensor([1, 0, 5]), "margin": (0.25, 3), "judge": 2.0})
+    fresh.add({"margin": (0.5, torch.tensor(1))}, weight=100)  # it has a weight of its own
     first = fresh.flush(1, optimizer_steps=2, seconds={"rollout": 1.5})
-    fresh.add_mean(loss=0.7)
-    fresh.add_sum(pairs_per_t=torch.tensor([0, 0, 4]))
-    fresh.add_total(prompts=8, pairs=4)
+    fresh.add({"loss": 0.7, "pairs_per_t": torch.tensor([0, 0, 4]), "prompts": 8, "pairs": 4})
     second = fresh.flush(2, optimizer_steps=3)
 
     assert first["loss"] == pytest.approx((3 * 0.5 + 0.9) / 4, rel=1e-7)
-    assert first["accuracy"] == 0.75
+    assert (first["accuracy"], first["margin"], first["judge"]) == (0.75, 0.3125, 2.0)
     assert first["pairs_per_t"] == {"901": 3, "451": 0, "1": 10}
     assert (first["prompts"], first["pairs"], first["optimizer_steps"]) == (8, 13, 2)
     assert first["seconds"] == {"rollout": 1.5}
@@ -55,59 +67,54 @@ def test_means_are_weighted_sums_are_summed_totals_run_on(fresh, tmp_path):
 
 
 def test_vector_means_keep_each_entry_and_its_weight(fresh):
-    fresh.add_mean(weight=torch.tensor([1.0, 3.0, 0.0]), per_t=torch.tensor([4.0, 8.0, math.nan]))
-    fresh.add_mean(weight=torch.tensor([1.0, 1.0, 0.0]), per_t=torch.tensor([2.0, 4.0, math.nan]))
-    assert fresh.flush(1)["per_t"] == [3.0, 7.0, None]
+    fresh.add({"per_t": (torch.tensor([4.0, 8.0, math.nan]), torch.tensor([1.0, 3.0, 0.0]))})
+    fresh.add({"per_t": (torch.tensor([2.0, 4.0, math.nan]), torch.tensor([1.0, 1.0, 0.0]))})
+    assert fresh.flush(1)["per_t"] == {"a": 3.0, "b": 7.0, "c": None}
+    assert fresh.flush(2)["per_t"] is None
 
 
 def test_an_iteration_without_pairs_is_null_and_valid_json(fresh, tmp_path):
-    fresh.add_mean(weight=0, loss=torch.tensor(math.nan), margin=torch.empty(0).mean())
-    fresh.add_total(prompts=8, pairs=0)
+    fresh.add({"loss": torch.tensor(math.nan), "margin": torch.empty(0).mean(), "prompts": 8, "pairs": 0}, weight=0)
     record = fresh.flush(1)
     assert record["loss"] is record["margin"] is record["grad_norm"] is None
     assert record["pairs"] == 0
     assert "nonfinite" not in record
-    assert set(lines(tmp_path)[0]) == set(metrics.RECORD_FIELDS)
+    assert set(lines(tmp_path)[0]) == {*metrics.FIELDS, *(column.name for column in COLUMNS)}
 
 
 def test_a_loss_that_is_nan_is_null_but_named(fresh, tmp_path):
-    fresh.add_mean(loss=math.nan, margin=0.25)
+    fresh.add({"loss": math.nan, "margin": 0.25})
     record = fresh.flush(1, grad_norm=math.inf, seconds={"update": math.nan})
     assert (record["loss"], record["grad_norm"], record["seconds"]) == (None, None, {"update": None})
     assert sorted(record["nonfinite"]) == ["grad_norm", "loss", "seconds"]
     assert lines(tmp_path) == [record]
 
 
-@pytest.mark.parametrize(
-    "again",
-    [lambda m: m.add_sum(loss=1.0), lambda m: m.add_mean(loss=torch.ones(3))],
-    ids=["other kind", "other shape"],
-)
-def test_a_name_keeps_its_kind_and_shape(fresh, again):
-    fresh.add_mean(loss=1.0)
-    with pytest.raises(ValueError, match="metric 'loss' is a mean of shape"):
-        again(fresh)
+def test_a_name_needs_a_column_and_a_vector_its_labels(fresh):
+    with pytest.raises(ValueError, match=r"^'los' is in none of the columns prompts, pairs, judge, loss"):
+        fresh.add({"los": 1.0})
+    with pytest.raises(RuntimeError, match="shape"):
+        fresh.add({"loss": torch.ones(3)})
 
 
 def test_sums_do_not_hold_the_graph(fresh):
     weight = torch.ones((), requires_grad=True)
-    fresh.add_mean(loss=weight * 2)
-    fresh.add_mean(loss=weight * 4)
+    fresh.add({"loss": weight * 2})
+    fresh.add({"loss": weight * 4})
     assert fresh.flush(1)["loss"] == 3.0
 
 
 def test_resuming_cuts_later_lines_and_goes_on_counting(tmp_path):
-    before = Metrics(tmp_path, "cpu", True, start=0, iterations=5)
+    before = new(tmp_path)
     for iteration in (1, 2, 3):
-        before.add_total(prompts=10)
-        before.add_mean(loss=float(iteration))
+        before.add({"prompts": 10, "loss": float(iteration)})
         before.flush(iteration)
     before.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"iteration": 4, "prompts"')  # killed while writing
 
-    resumed = Metrics(tmp_path, "cpu", True, start=2, iterations=5)
-    resumed.add_total(prompts=10)
+    resumed = new(tmp_path, start=2)
+    resumed.add({"prompts": 10})
     resumed.flush(3)
     resumed.close()
     kept = [(record["iteration"], record["prompts"], record["loss"]) for record in lines(tmp_path)]
@@ -118,11 +125,11 @@ def test_resuming_cuts_later_lines_and_goes_on_counting(tmp_path):
 
 
 def test_rewind_drops_what_was_not_flushed(fresh, tmp_path):
-    fresh.add_total(prompts=4)
+    fresh.add({"prompts": 4})
     fresh.flush(1)
-    fresh.add_total(prompts=100)
+    fresh.add({"prompts": 100})
     fresh.rewind(1)
-    fresh.add_total(prompts=4)
+    fresh.add({"prompts": 4})
     assert fresh.flush(2)["prompts"] == 8
 
 
@@ -134,7 +141,7 @@ def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
 
 
 def test_tensorboard_gets_stages_and_timesteps(fresh, tmp_path):
-    fresh.add_sum(pairs_per_t=torch.tensor([2, 0, 5]))
+    fresh.add({"pairs_per_t": torch.tensor([2, 0, 5])})
     fresh.flush(1, seconds={"rollout": 1.5})
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert board.Scalars("pairs_per_t/1")[0].value == 5.0
@@ -145,9 +152,9 @@ def test_pace_counts_prompts_of_the_window(fresh, monkeypatch):
     clock = iter([100.0, 104.0, 106.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     fresh.rewind(0)
-    fresh.add_total(prompts=8)
+    fresh.add({"prompts": 8})
     first = fresh.flush(1)
-    fresh.add_total(prompts=8)
+    fresh.add({"prompts": 8})
     second = fresh.flush(2)
     assert (first["prompts_per_second"], first["eta_seconds"]) == (2.0, 4.0 * 9)
     assert (second["prompts_per_second"], second["eta_seconds"]) == (4.0, 3.0 * 8)
@@ -155,12 +162,10 @@ def test_pace_counts_prompts_of_the_window(fresh, monkeypatch):
 
 def two_ranks(rank, run_dir):
     dist.init_process_group("gloo", init_method=f"file://{run_dir}/rendezvous", rank=rank, world_size=2)
-    made = Metrics(run_dir, "cpu", rank == 0, start=0, iterations=1)
-    made.add_total(prompts=4)
-    made.add_mean(weight=1 + 2 * rank, judge=torch.tensor(float(rank)))
+    made = new(run_dir, enabled=rank == 0)
+    made.add({"prompts": 4, "judge": torch.tensor(float(rank))}, weight=1 + 2 * rank)
     if rank == 1:  # rank 0 kept no pair
-        made.add_mean(weight=5, loss=0.5)
-        made.add_sum(pairs_per_t=torch.tensor([1, 2]))
+        made.add({"loss": 0.5, "pairs_per_t": torch.tensor([1, 2, 0])}, weight=5)
     record = made.flush(1)
     Path(run_dir, f"rank{rank}.json").write_text(json.dumps(record))
     made.close()
@@ -173,48 +178,20 @@ def test_two_ranks_agree_and_one_writes(tmp_path):
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     for record in ranks:
         assert (record["prompts"], record["judge"], record["loss"]) == (8, 0.75, 0.5)
-        assert record["pairs_per_t"] == [1, 2]
+        assert record["pairs_per_t"] == {"901": 1, "451": 2, "1": 0}
     assert lines(tmp_path) == [ranks[0]]
-
-
-def test_stopwatch_adds_stages_parts_and_laps(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    clock = Stopwatch("cpu")
-    for _ in range(2):
-        with clock("rollout"):
-            now[0] += 1.0
-            with clock("rollout/decode"):
-                now[0] += 0.25
-    assert clock.lap() == {"rollout": 2.5, "rollout/decode": 0.5}
-    with contextlib.suppress(KeyError), clock("update"):
-        now[0] += 3.0
-        raise KeyError
-    assert clock.lap() == {"rollout": 0.0, "rollout/decode": 0.0, "update": 3.0}
-    assert clock.seconds() == {"rollout": 2.5, "rollout/decode": 0.5, "update": 3.0}
-    assert list(clock.seconds()) == ["rollout", "rollout/decode", "update"]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_stopwatch_times_the_device_not_the_launch():
-    clock = Stopwatch("cuda")
-    begin = time.perf_counter()
-    with clock("sleep"):
-        torch.cuda._sleep(2_000_000_000)
-    launched = time.perf_counter() - begin
-    assert clock.seconds()["sleep"] > max(0.2, 5 * launched)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_adding_never_waits_for_the_device(tmp_path):
-    made = Metrics(tmp_path, "cuda", True, start=0, iterations=1)
+    made = new(tmp_path, device="cuda")
     step = torch.tensor([0, 2, 2], device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        made.add_mean(weight=2, loss=torch.ones((), device="cuda"), grad_norm=0.5)
-        made.add_sum(pairs_per_t=torch.zeros(3, device="cuda").index_add_(0, step, torch.ones(3, device="cuda")))
+        made.add({"loss": torch.ones((), device="cuda"), "grad_norm": 0.5}, weight=2)
+        made.add({"pairs_per_t": torch.zeros(3, device="cuda").index_add_(0, step, torch.ones(3, device="cuda"))})
     finally:
         torch.cuda.set_sync_debug_mode("default")
     record = made.flush(1)
     made.close()
-    assert (record["loss"], record["grad_norm"], record["pairs_per_t"]) == (1.0, 0.5, [1, 0, 2])
+    assert (record["loss"], record["grad_norm"], record["pairs_per_t"]) == (1.0, 0.5, {"901": 1, "451": 0, "1": 2})

@@ -1,18 +1,24 @@
 """runtime/optimizer on one rank: gradients through half precision, clipped or not. Several ranks: test_ranks.py."""
 
+from importlib.metadata import version
+from types import SimpleNamespace
+
+import deepspeed
 import pytest
 import torch
 from torch import nn
 
 from strop.engine.config.training import OptimConfig
-from strop.engine.runtime.optimizer import FLOAT16_SCALE, AdamWSettings, build
+from strop.engine.errors import UserError
+from strop.engine.runtime.optimizer import FLOAT16_SCALE, AdamWSettings, build_optimizer
 from strop.engine.runtime.ranks import Ranks
 
-ALONE = Ranks(0, 1, torch.device("cpu"))
+ALONE, TWO = (Ranks(0, size, torch.device("cpu")) for size in (1, 2))
+SETTINGS = AdamWSettings.of(OptimConfig(), 1, "float32")
 
 
 def optimizer(module, dtype="float32", **optim):
-    return build(module, AdamWSettings.of(OptimConfig(**optim), 1, dtype), ALONE)
+    return build_optimizer(module, AdamWSettings.of(OptimConfig(**optim), 1, dtype), ALONE)
 
 
 class HalfPath(nn.Module):
@@ -83,3 +89,49 @@ def test_the_fused_step_is_the_plain_one():
         other.step()
     for a, b in zip(plain.parameters(), fused.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
+
+
+class Scaled(nn.Module):
+    """A module with a parameter without dimensions, as CLIP has."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.logit_scale = nn.Parameter(torch.tensor(1.0))
+
+
+def broadcasting(known):
+    """In place of deepspeed.initialize: what it does to parameters, but for those that it knows by their mark."""
+
+    def initialize(model, **_):
+        for p in model.parameters():
+            if not (known and hasattr(p, "ds_optim_param")):
+                p.data.view(torch.uint8)
+        return SimpleNamespace(), None, None, None
+
+    return initialize
+
+
+def test_deepspeed_passes_over_scalars_by_their_mark(monkeypatch):
+    monkeypatch.setattr(deepspeed, "initialize", broadcasting(known=True))
+    module = Scaled()
+    build_optimizer(module, SETTINGS, TWO)
+    assert not hasattr(module.logit_scale, "ds_optim_param")
+
+
+def test_a_deepspeed_that_does_not_know_the_mark_is_refused_by_its_version(monkeypatch):
+    monkeypatch.setattr(deepspeed, "initialize", broadcasting(known=False))
+    module = Scaled()
+    with pytest.raises(UserError, match=rf"^DeepSpeed {version('deepspeed')} cannot broadcast .*logit_scale.* install"):
+        build_optimizer(module, SETTINGS, TWO)
+    assert not hasattr(module.logit_scale, "ds_optim_param")
+    build_optimizer(nn.Linear(2, 2), SETTINGS, TWO)  # without scalars it is as good as any
+
+
+def test_what_else_deepspeed_cannot_do_is_said_as_it_says_it(monkeypatch):
+    def initialize(**_):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(deepspeed, "initialize", initialize)
+    with pytest.raises(RuntimeError, match="something else"):
+        build_optimizer(Scaled(), SETTINGS, TWO)

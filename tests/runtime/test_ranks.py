@@ -11,15 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from strop.engine.config.training import ModelConfig
+from strop.engine.config.training import ModelConfig, OptimConfig
 from strop.engine.errors import UserError
-from strop.engine.methods.spo.loss import spo_loss
 from strop.engine.methods.spo.pairs import PreferencePairs, balance
-from strop.engine.methods.spo.update import micro_batches, predict
+from strop.engine.methods.spo.update import Learner, micro_batches
 from strop.engine.models.base_model import load_unet
 from strop.engine.models.latent_diffusion import LatentDiffusion
 from strop.engine.models.policy import Policy
-from strop.engine.runtime import optimizer as zero
+from strop.engine.runtime.optimizer import AdamWSettings, build_optimizer
 from strop.engine.runtime.ranks import Ranks, share, start
 
 MICRO_BATCH = 6  # of all ranks together
@@ -27,20 +26,19 @@ PROMPTS = 2  # of each rank
 CPU = torch.device("cpu")
 
 
-FORKS = range(4, 14, 2)  # of two inner steps
-
-
 def all_pairs(inner_steps=1):
-    """Twelve pairs of two prompts, the same on every rank; of two inner steps, every second has an x_t of its own."""
+    """Twelve pairs of two prompts, the same on every rank; of two inner steps, every second has two x_t."""
     rng = torch.Generator().manual_seed(5)
     step = torch.arange(12) % 10 + 4
+    shared = (step % 2 == 0) | (inner_steps == 1)
     x_t = torch.randn(inner_steps, 12, 4, 8, 8, generator=rng)
-    x_t[-1, step % 2 == 0] = x_t[0, step % 2 == 0]
+    x_t[-1, shared] = x_t[0, shared]
     return PreferencePairs(
         x_t=x_t,
         x_prev=torch.randn(2, 12, 4, 8, 8, generator=rng),
         step=step,
         prompt=torch.arange(12) % 2,
+        shared=shared,
     )
 
 
@@ -58,22 +56,21 @@ def new_policy(model):
 
 
 def settings(stage, micro_batch):
-    return zero.AdamWSettings(1e-3, (0.9, 0.999), 1e-8, 1e-4, 1.0, 1, micro_batch, stage)
+    return AdamWSettings(
+        lr=1e-3, weight_decay=1e-4, max_grad_norm=1.0, accumulate=1, micro_batch=micro_batch, stage=stage
+    )
 
 
 def lora_after(model, policy, optimizer, ranks, inner_steps=1):
     """One pass over all pairs, each micro-batch cut into as many parts as there are ranks."""
     cond = conditioning(model)
     schedule = LatentDiffusion.load(ModelConfig(path=str(model)), CPU).schedule(20, 1.0, 5.0)
+    learner = Learner(policy, schedule, OptimConfig(beta=10.0, clip=0.1))
     for batch in all_pairs(inner_steps).split(MICRO_BATCH):
         share = MICRO_BATCH // ranks.size
         part = batch[slice(ranks.rank * share, (ranks.rank + 1) * share)]
-        [(mine, shared)] = micro_batches(part, len(part), FORKS)
-        eps = predict(policy, mine, shared, schedule, cond, guided=True)
-        with policy.reference():
-            eps_ref = predict(policy, mine, shared, schedule, cond, guided=True)
-        log_ratio = schedule.log_ratio(mine.x_prev, mine.x_t, eps, eps_ref, mine.step)
-        optimizer.backward(spo_loss(log_ratio, beta=10.0, clip=0.1)[0])
+        [mine] = micro_batches(part, len(part), cond)
+        optimizer.backward(learner.loss(mine)[0])
         optimizer.step()
 
 
@@ -102,6 +99,7 @@ def two_ranks(tiny_folder, tmp_path_factory):
 def test_gathered_rows_come_in_rank_order_also_from_a_rank_without_any(two_ranks):
     _, found = two_ranks
     assert found[0]["gathered"] == found[1]["gathered"] == [10.0, 11.0, 12.0]
+    assert found[0]["together"] == found[1]["together"] == [[10.0, 11.0, 12.0], [0.0], [-10.0, -11.0, -12.0]]
 
 
 @pytest.mark.parametrize("counts", [[7, 5], [12, 0], [1, 0], [0, 0]], ids=str)
@@ -120,7 +118,7 @@ def test_two_ranks_make_the_update_of_one(two_ranks, tiny_folder, stage):
     out, found = two_ranks
     policy = new_policy(tiny_folder)
     start_state = {name: value.clone() for name, value in policy.lora_state().items()}
-    alone = zero.build(policy.unet, settings(stage, MICRO_BATCH), Ranks(0, 1, CPU))
+    alone = build_optimizer(policy.unet, settings(stage, MICRO_BATCH), Ranks(0, 1, CPU))
     lora_after(tiny_folder, policy, alone, Ranks(0, 1, CPU))
     one = policy.lora_state()
     assert max((one[name] - start_state[name]).abs().max() for name in one) > 1e-3  # two Adam steps of lr 1e-3
@@ -136,7 +134,7 @@ def test_two_ranks_make_the_update_of_one(two_ranks, tiny_folder, stage):
 def test_two_ranks_make_the_update_of_one_with_several_inner_steps(two_ranks, tiny_folder):
     out, _ = two_ranks
     policy = new_policy(tiny_folder)
-    alone = zero.build(policy.unet, settings(1, MICRO_BATCH), Ranks(0, 1, CPU))
+    alone = build_optimizer(policy.unet, settings(1, MICRO_BATCH), Ranks(0, 1, CPU))
     lora_after(tiny_folder, policy, alone, Ranks(0, 1, CPU), inner_steps=2)
     one = {name: value.clone() for name, value in policy.lora_state().items()}
     policy.load_lora(out / "inner-steps")

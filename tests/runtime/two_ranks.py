@@ -10,20 +10,17 @@ from pathlib import Path
 import torch
 from test_ranks import MICRO_BATCH, PROMPTS, all_pairs, lora_after, new_policy, settings
 
-from strop.engine.methods.spo.pairs import PreferencePairs, balance
-from strop.engine.runtime import optimizer as zero
-from strop.engine.runtime.ranks import gather_rows, start
-
-
-def part(pairs: PreferencePairs, rows: slice) -> PreferencePairs:
-    return PreferencePairs(pairs.x_t[:, rows], pairs.x_prev[:, rows], pairs.step[rows], pairs.prompt[rows])
+from strop.engine.methods.spo.pairs import balance
+from strop.engine.models.conditioning import Conditioning
+from strop.engine.runtime.optimizer import build_optimizer
+from strop.engine.runtime.ranks import gather, gather_rows, start
 
 
 def balanced(ranks, counts, inner_steps=1):
     """Numbers of the pairs that this rank is given when rank r has counts[r] of them; checks that prompts follow."""
     begin = sum(counts[: ranks.rank])
     pairs = all_pairs(inner_steps)
-    mine = part(pairs, slice(begin, begin + counts[ranks.rank]))
+    mine = pairs[begin : begin + counts[ranks.rank]]
     given = balance(mine, PROMPTS, ranks, torch.Generator().manual_seed(3))
     number = {float(x[0, 0, 0]): i for i, x in enumerate(pairs.x_prev[0])}
     numbers = [number[float(x[0, 0, 0])] for x in given.x_prev[0]]
@@ -31,7 +28,7 @@ def balanced(ranks, counts, inner_steps=1):
         owner = 0 if i < counts[0] else 1
         assert given.prompt[row] == owner * PROMPTS + pairs.prompt[i]
         assert torch.equal(given.x_t[:, row], pairs.x_t[:, i])
-        assert given.step[row] == pairs.step[i]
+        assert (given.step[row], given.shared[row]) == (pairs.step[i], pairs.shared[i])
     return numbers
 
 
@@ -42,16 +39,18 @@ def main():
     parser.add_argument("--local_rank")
     args = parser.parse_args()
     ranks = start("cpu")
-    rows = torch.arange(3.0 * ranks.rank)[:, None] + 10 * ranks.rank
+    rows = torch.arange(3.0 * ranks.rank)[:, None] + 10 * ranks.rank  # (0 or 3, 1)
+    together = gather(Conditioning(text=rows[:, None], null=torch.zeros(1, 1, 1), judge=-rows), ranks)
     found = {
         "gathered": gather_rows(rows, ranks).flatten().tolist(),
+        "together": [getattr(together, name).flatten().tolist() for name in ("text", "null", "judge")],
         "balanced": {
             f"{c} {inner}": balanced(ranks, c, inner) for c in ([7, 5], [12, 0], [1, 0], [0, 0]) for inner in (1, 2)
         },
     }
     for stage in (1, 2):
         policy = new_policy(args.model)
-        optimizer = zero.build(policy.unet, settings(stage, MICRO_BATCH // 2), ranks)
+        optimizer = build_optimizer(policy.unet, settings(stage, MICRO_BATCH // 2), ranks)
         lora_after(args.model, policy, optimizer, ranks)
         found[f"bytes-{stage}"], found[f"steps-{stage}"] = optimizer.state_bytes(), optimizer.steps
         optimizer.save(args.out / f"stage-{stage}")
@@ -59,14 +58,14 @@ def main():
             policy.save_lora(args.out / f"stage-{stage}")
         again = new_policy(args.model)
         again.load_lora(args.out / f"stage-{stage}")
-        resumed = zero.build(again.unet, settings(stage, MICRO_BATCH // 2), ranks)
+        resumed = build_optimizer(again.unet, settings(stage, MICRO_BATCH // 2), ranks)
         resumed.load(args.out / f"stage-{stage}")
         lora_after(args.model, policy, optimizer, ranks)
         lora_after(args.model, again, resumed, ranks)
         pairs = zip(policy.parameters, again.parameters, strict=True)
         found[f"resumed-{stage}"] = all(torch.equal(a, b) for a, b in pairs)
     policy = new_policy(args.model)
-    optimizer = zero.build(policy.unet, settings(1, MICRO_BATCH // 2), ranks)
+    optimizer = build_optimizer(policy.unet, settings(1, MICRO_BATCH // 2), ranks)
     lora_after(args.model, policy, optimizer, ranks, inner_steps=2)
     if ranks.first:
         policy.save_lora(args.out / "inner-steps")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from strop.engine.schedules.ddim import DDIMSchedule
+from strop.engine.schedules.schedule import Schedule
 from strop.kernels import DDIMCoefficients, ddim_branch, ddim_log_prob, ddim_x0_hat
 
 
@@ -18,7 +18,7 @@ def coefficients(alphas):
 
 @pytest.fixture
 def schedule(coefficients):
-    return DDIMSchedule(coefficients, 5.0)
+    return Schedule(coefficients, 5.0)
 
 
 def test_steps_and_timesteps(schedule):

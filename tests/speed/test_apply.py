@@ -1,6 +1,7 @@
 """speed/apply: the keys of the machine's speed leave an iteration's numbers as they are but for rounding."""
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,24 +9,21 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from strop.engine.config.training import Config, JudgeConfig, ModelConfig
-from strop.engine.judge.model import StepAwarePreferenceModel
-from strop.engine.methods.spo.rollout import rollout
-from strop.engine.methods.spo.update import micro_batches, update
+from strop.engine.config.training import Config, ModelConfig
+from strop.engine.methods.online import OnlineModels
+from strop.engine.methods.spo.rollout import Rollout
+from strop.engine.methods.spo.update import Learner
 from strop.engine.models.base_model import load_unet
 from strop.engine.models.latent_diffusion import LatentDiffusion
-from strop.engine.models.policy import Policy
-from strop.engine.plan.meter import tf32_allowed
-from strop.engine.runtime import optimizer as zero
-from strop.engine.runtime.metrics import Metrics
+from strop.engine.runtime.optimizer import AdamWSettings, LocalAdamW
 from strop.engine.speed.apply import prepare
 
 CPU = torch.device("cpu")
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+ROLLOUT = {"k": 2, "num_steps": 5, "guidance": 3.0, "t_range": (0, 601), "threshold": 0.0}
 PLAIN = {"fold_upsample": False, "merge_lora": False, "share_halves": False, "channels_last": False, "compile": False}
 
 
-def run(folder, judge_folder, tmp_path, iterations, inner_steps=1, text_kv=True, device=CPU, watch=None, **keys):
+def run(folder, judge_folder, iterations, inner_steps=1, text_kv=True, device=CPU, watch=None, **keys):
     """Some iterations of two prompts: their pairs, the LoRA, and how many graphs were compiled by the end of each.
 
     watch: the iteration in which a wait for the GPU is warned of.
@@ -36,30 +34,26 @@ def run(folder, judge_folder, tmp_path, iterations, inner_steps=1, text_kv=True,
             "model": model.model_dump(),
             "judge": {"path": str(judge_folder), "kind": "pickscore"},
             "prompts": {"train": "none"},
-            "rollout": {"k": 2, "num_steps": 5, "t_range": (0, 601), "threshold": 0.0, "inner_steps": inner_steps},
+            "rollout": ROLLOUT | {"inner_steps": inner_steps},
             "optim": {"lr": 1e-3, "micro_batch": 3},
-            "run": {"dir": "none", "iterations": iterations},
+            "run": {"dir": "none", "iterations": iterations, "seed": 0},
         }
     )
-    diffusion = LatentDiffusion.load(model, device)
-    savings = model.unet_rows, model.merges_lora, model.share_halves
-    policy = Policy(load_unet(model, device), 4, LORA_TARGETS, 0, None, *savings)
-    judge = StepAwarePreferenceModel.load(JudgeConfig(path=str(judge_folder), kind="pickscore"), device)
-    prepare(model, policy.unet, diffusion.vae, judge.clip)
-    policy.multiple = config.optim.micro_batch if model.compile else 1
-    optimizer = zero.LocalAdamW(policy.unet, zero.AdamWSettings.of(config.optim, 1, "float32"))
-    schedule = diffusion.schedule(5, 1.0, 3.0)
-    cond = diffusion.encode(["a b", "c"]).with_judge(judge.encode(["a b", "c"]))
+    models = OnlineModels.load(config, device)
+    policy, judge, schedule = models.policy, models.judge, models.schedule
+    optimizer = LocalAdamW(policy.unet, AdamWSettings.of(config.optim, 1, "float32"))
+    cond = replace(models.diffusion.encode(["a b", "c"]), judge=judge.encode(["a b", "c"]))
     rng = torch.Generator(device).manual_seed(0)
-    metrics = Metrics(tmp_path, device, False, start=0, iterations=1)
-    graphs, pairs = [], []
+    rollout = Rollout(policy, models.decoder, judge, schedule, config.rollout)
+    learner, graphs, pairs = Learner(policy, schedule, config.optim), [], []
     for iteration in range(iterations):
         if iteration == watch:
             torch.cuda.set_sync_debug_mode("warn")
         with policy.sampling(cond, text_kv) as known:
-            pairs.append(rollout(policy, diffusion, judge, schedule, known, config.rollout, rng).pairs)
-        for batch, shared in micro_batches(pairs[-1], config.optim.micro_batch, range(0, 5, inner_steps)):
-            update(batch, shared, cond, policy, schedule, optimizer, config.optim, metrics)
+            pairs.append(rollout(known, rng).pairs)
+        for batch in learner.batches(pairs[-1], cond, rng):
+            optimizer.backward(learner.loss(batch)[0])
+            optimizer.step()
         graphs.append(counters["stats"]["unique_graphs"])
         if iteration == watch:
             torch.cuda.set_sync_debug_mode("default")
@@ -97,10 +91,18 @@ def assert_alike(found, expected):
     ],
     ids=lambda keys: "-".join(keys),
 )
-def test_a_key_of_speed_changes_no_number_but_for_rounding(tiny_folder, clip_folder, tmp_path, keys):
-    assert_alike(
-        run(tiny_folder, clip_folder, tmp_path, 2, **keys), run(tiny_folder, clip_folder, tmp_path, 2, text_kv=False)
-    )
+def test_a_key_of_speed_changes_no_number_but_for_rounding(tiny_folder, clip_folder, keys):
+    assert_alike(run(tiny_folder, clip_folder, 2, **keys), run(tiny_folder, clip_folder, 2, text_kv=False))
+
+
+@pytest.fixture
+def backends():
+    """Those of PyTorch that know TF32; afterwards they are set as before."""
+    known = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in known]
+    yield known
+    for backend, own in zip(known, before, strict=True):
+        backend.allow_tf32 = own
 
 
 @pytest.mark.parametrize(
@@ -113,24 +115,25 @@ def test_a_key_of_speed_changes_no_number_but_for_rounding(tiny_folder, clip_fol
     ],
     ids=str,
 )
-def test_float32_goes_through_tf32_unless_the_model_is_of_it(tiny_folder, keys, allowed):
+def test_float32_goes_through_tf32_unless_the_model_is_of_it(tiny_folder, backends, keys, allowed):
     model = ModelConfig(path=str(tiny_folder), **keys)
     diffusion = LatentDiffusion.load(model, CPU)
-    with tf32_allowed(not allowed):
-        prepare(model, load_unet(model, CPU), diffusion.vae, None)
-        assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is allowed
+    for backend in backends:
+        backend.allow_tf32 = not allowed
+    prepare(model, load_unet(model, CPU), diffusion.vae, None)
+    assert [backend.allow_tf32 for backend in backends] == [allowed, allowed]
 
 
-def test_sdxl_takes_them_all(tiny_sdxl_folder, clip_folder, tmp_path):
+def test_sdxl_takes_them_all(tiny_sdxl_folder, clip_folder):
     keys = {"fold_upsample": True, "channels_last": True, "text_kv": True, "unet_rows": 4, "decode_rows": 3}
-    plain = run(tiny_sdxl_folder, clip_folder, tmp_path, 2, inner_steps=2, text_kv=False)
-    assert_alike(run(tiny_sdxl_folder, clip_folder, tmp_path, 2, inner_steps=2, **keys), plain)
+    plain = run(tiny_sdxl_folder, clip_folder, 2, inner_steps=2, text_kv=False)
+    assert_alike(run(tiny_sdxl_folder, clip_folder, 2, inner_steps=2, **keys), plain)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("inner_steps, graphs", [(1, 6), (2, 8)], ids=["spo", "mspo"])
+@pytest.mark.parametrize("inner_steps, graphs", [(1, 6), (3, 8)], ids=["spo", "mspo"])
 def test_compiled_once_and_no_graph_after_the_first_iteration(
-    tiny_folder, clip_folder, tmp_path, monkeypatch, inner_steps, graphs
+    tiny_folder, clip_folder, monkeypatch, inner_steps, graphs
 ):
     """Judge and decoder have one graph each; the UNet one for the trunk, one for the branches, and in the update one
     with the LoRA and one without, twice of each where the losers' own x_t may double the rows."""
@@ -138,8 +141,8 @@ def test_compiled_once_and_no_graph_after_the_first_iteration(
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: whole(self, backend="eager", **given))
     torch._dynamo.reset()
     counters.clear()
-    plain = run(tiny_folder, clip_folder, tmp_path, 3, inner_steps)
-    compiled = run(tiny_folder, clip_folder, tmp_path, 3, inner_steps, compile=True)
+    plain = run(tiny_folder, clip_folder, 3, inner_steps)
+    compiled = run(tiny_folder, clip_folder, 3, inner_steps, compile=True)
     assert len(plain.pairs[0]) % 3, "the last micro-batch is a part of one"
     assert compiled.graphs == [graphs] * 3
     assert not counters["graph_break"]
@@ -148,18 +151,21 @@ def test_compiled_once_and_no_graph_after_the_first_iteration(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # minutes of compiling, unless an earlier run has left its cache
-def test_the_compilers_own_code_gives_the_same(tiny_folder, clip_folder, tmp_path):
+def test_the_compilers_own_code_gives_the_same(tiny_folder, clip_folder):
     torch._dynamo.reset()
-    compiled = run(tiny_folder, clip_folder, tmp_path, 2, compile=True, fold_upsample=True)
-    assert_alike(compiled, run(tiny_folder, clip_folder, tmp_path, 2))
+    compiled = run(tiny_folder, clip_folder, 2, compile=True, fold_upsample=True)
+    assert_alike(compiled, run(tiny_folder, clip_folder, 2))
 
 
-def test_an_iteration_waits_for_the_gpu_twice(tiny_folder, clip_folder, tmp_path):
-    """Once for how many pairs are kept, once for which of them share x_t: what comes after hangs on both."""
+@pytest.mark.parametrize(
+    "inner_steps, at", [(1, ["rollout.py"]), (2, ["rollout.py", "update.py"])], ids=["spo", "mspo"]
+)
+def test_an_iteration_waits_for_the_gpu_once_or_twice(tiny_folder, clip_folder, inner_steps, at):
+    """Once for how many pairs are kept, once for which of them share x_t if not all: what comes after hangs on both."""
     if not torch.cuda.is_available():
         pytest.skip("waits for a GPU are seen on a GPU only")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        run(tiny_folder, clip_folder, tmp_path, 2, device=torch.device("cuda", 0), watch=1)
+        run(tiny_folder, clip_folder, 2, inner_steps, device=torch.device("cuda", 0), watch=1)
     waits = [Path(w.filename).name for w in caught if "synchronizing" in str(w.message)]
-    assert waits == ["rollout.py", "update.py"]
+    assert waits == at

@@ -8,7 +8,6 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 
 from strop.engine.config.training import ModelConfig
-from strop.engine.models.architectures import FAMILIES
 from strop.engine.models.base_model import load_unet
 from strop.engine.models.latent_diffusion import LatentDiffusion
 from strop.engine.models.policy import Policy
@@ -64,10 +63,10 @@ def test_a_block_that_does_more_stays_as_it_is(keys):
 
 
 @pytest.mark.parametrize("name, in_unet", [("sd15", 8 + 2 + 12), ("sdxl", 6 + 2 + 9)])
-def test_every_block_of_the_full_size_models_is_lean(name, in_unet):
+def test_every_block_of_the_full_size_models_is_lean(architectures, name, in_unet):
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(FAMILIES[name]["unet"])
-        vae = AutoencoderKL.from_config(FAMILIES[name]["vae"])
+        unet = UNet2DConditionModel.from_config(architectures[name]["unet"])
+        vae = AutoencoderKL.from_config(architectures[name]["vae"])
     assert make_residuals_lean(unet) == in_unet
     assert make_residuals_lean(vae.decoder) == 12 + 2
     assert make_residuals_lean(unet) == 0  # they are already

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from strop.engine.config.training import Config
+from strop.engine.models.families.find import family_named
+from strop.engine.models.policy import Savings
 from strop.engine.plan.meta_models import Blueprint
 from strop.engine.plan.meter import gauge
 from strop.engine.speed.shared_halves import before_text
@@ -27,7 +30,7 @@ def gradients(policy, cond):
 def test_the_output_is_the_same(model, guided):
     policy, cond = model
     expected = policy.eps(*latents(), cond, guided)
-    policy.share_halves = True
+    policy.savings = Savings(share_halves=True)
     found = policy.eps(*latents(), cond, guided)
     torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING)
     with policy.sampling(cond, text_kv=True) as known:
@@ -38,7 +41,7 @@ def test_the_output_is_the_same(model, guided):
 def test_gradients_are_the_same(model, checkpointing):
     policy, cond = model
     expected = gradients(policy, cond)
-    policy.share_halves = True
+    policy.savings = Savings(share_halves=True)
     if checkpointing:
         policy.unet.enable_gradient_checkpointing()
     largest = max(e.abs().max() for e in expected)
@@ -51,7 +54,7 @@ def test_a_forward_is_shared_only_where_it_is_asked_for(model):
     policy, cond = model
     x, t = latents()
     expected = policy.eps(x, t, cond, guided=False)
-    policy.share_halves = True
+    policy.savings = Savings(share_halves=True)
     with pytest.raises(RuntimeError, match="size of tensor"):
         policy.eps(x, t, cond[:2])
     torch.testing.assert_close(policy.eps(x, t, cond, guided=False), expected, rtol=0, atol=0)
@@ -74,15 +77,39 @@ def test_what_it_saves_at_full_size(name, saved):
             "run": {"dir": "none", "iterations": 1},
         }
     )
-    blueprint = Blueprint.of(config, name)
+    blueprint = Blueprint.of(config, family_named(name))
     policy, cond = blueprint.policy(), blueprint.conditioning(1)
     x, t = torch.empty(1, *blueprint.latent_shape, device="meta"), torch.zeros(1, dtype=torch.int64, device="meta")
-    policy.merge_lora = True
+    policy.savings = Savings(merge_lora=True)
     with policy.sampling(cond, text_kv=False):
         apart = gauge(lambda: policy.eps(x, t, cond))
-        policy.share_halves = True
+        policy.savings = Savings(merge_lora=True, share_halves=True)
         shared = gauge(lambda: policy.eps(x, t, cond))
     assert apart.flops.all - shared.flops.all == saved
     assert saved == 0 or 0.02 < saved / apart.flops.all < 0.03
     assert shared.peak <= apart.peak
     assert (len(before_text(policy.unet)) > 0) == (name == "sd15")
+
+
+@pytest.mark.parametrize(
+    "first, only, shared",
+    [
+        ("CrossAttnDownBlock2D", False, 3),  # the first convolution, a residual block, a self-attention
+        ("CrossAttnDownBlock2D", True, 1),  # attn1 sees the text too
+        ("SimpleCrossAttnDownBlock2D", False, 1),
+        ("AttnDownBlock2D", False, 1),
+        ("DownBlock2D", False, 3),  # and the second block is not known
+    ],
+)
+def test_it_ends_where_a_block_is_not_known(first, only, shared):
+    unet = UNet2DConditionModel(
+        down_block_types=(first, "DownBlock2D", "SimpleCrossAttnDownBlock2D"),
+        up_block_types=("UpBlock2D",) * 3,
+        only_cross_attention=only,
+        block_out_channels=(8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        cross_attention_dim=6,
+    )
+    assert len(before_text(unet)) == shared

@@ -191,8 +191,8 @@ def check_steps(config: RolloutConfig, schedule: Schedule) -> None:
 def segments(steps: range, length: int, merge_last: bool) -> list[range]:
     """`steps` cut into runs of `length`, the last of which may be shorter.
 
-    merge_last: a last run of a single step is joined to the one before, as in the published SDXL sampler, which never
-    judges at the last step of a trajectory. A run of one step each is SPO, longer ones are MSPO.
+    merge_last: a last run of a single step is joined to the one before, as in the published sampler of longer
+    runs, which never judges at the last step of a trajectory. A run of one step each is SPO, longer ones are MSPO.
     """
     starts = list(steps[::length])
     if merge_last and len(starts) > 1 and starts[-1] == steps[-1]:

@@ -1,4 +1,4 @@
-"""methods/spo/loss: the golden loss, from noise predictions to gradients of the LoRA, and its own rules."""
+"""methods/spo/loss: the golden loss of a micro-batch, from latents to gradients of the LoRA, and its own rules."""
 
 import math
 
@@ -7,10 +7,12 @@ import torch
 from peft import set_peft_model_state_dict
 from torch.autograd import gradcheck
 
+from strop.engine.config.training import OptimConfig
 from strop.engine.methods.spo.loss import spo_loss
 from strop.engine.methods.spo.pairs import PreferencePairs
+from strop.engine.methods.spo.update import Learner, MicroBatch
 from strop.engine.models.conditioning import Conditioning
-from strop.engine.schedules.ddim import DDIMSchedule
+from strop.engine.schedules.schedule import Schedule
 from strop.kernels import DDIMCoefficients
 
 BETA, CLIP = 10.0, 0.1
@@ -43,7 +45,7 @@ def schedule(alphas, tag):
 
 
 def schedule_of(alphas, tag):
-    return DDIMSchedule(DDIMCoefficients.build(alphas, 20, 1.0), 1.0 if tag.endswith("nocfg") else 5.0)
+    return Schedule(DDIMCoefficients.build(alphas, 20, 1.0), 1.0 if tag.endswith("nocfg") else 5.0)
 
 
 @pytest.fixture
@@ -59,12 +61,13 @@ def recorded_pairs(case7, schedule):
         x_prev=case7["in/next_latents"].transpose(0, 1).contiguous(),
         step=step,
         prompt=torch.arange(6),
+        shared=torch.full((6,), True),
     )
 
 
 @pytest.fixture
-def trained(policy, case7):
-    return with_lora(policy, case7)
+def learner(policy, schedule, case7):
+    return learner_of(with_lora(policy, case7), schedule)
 
 
 def with_lora(policy, case7):
@@ -75,14 +78,24 @@ def with_lora(policy, case7):
     return policy
 
 
-def log_probs(policy, schedule, pairs, case7):
-    """(2, N) of the policy, of the reference, and the log-ratio as in training; one forward serves both of a pair."""
-    cond = Conditioning(case7["in/prompt_embeds"][:, 0], case7["in/neg_prompt_embed"])[pairs.prompt]
-    t, guided = schedule.timesteps(pairs.step, len(pairs)), schedule.guidance != 1
-    eps = policy.eps(pairs.x_t[0], t, cond, guided)
-    with policy.reference():
-        eps_ref = policy.eps(pairs.x_t[0], t, cond, guided)
-    eps, eps_ref = eps.unsqueeze(1), eps_ref.unsqueeze(1)  # (G, 1, N, C, H, W)
+def learner_of(policy, schedule):
+    return Learner(policy, schedule, OptimConfig(beta=BETA, clip=CLIP))
+
+
+@pytest.fixture
+def batch(pairs, case7):
+    return batch_of(pairs, case7)
+
+
+def batch_of(pairs, case7):
+    cond = Conditioning(case7["in/prompt_embeds"][:, 0], case7["in/neg_prompt_embed"])
+    return MicroBatch(pairs, len(pairs), cond)
+
+
+def log_probs(learner, batch):
+    """(2, N) of the policy, of the reference, and the log-ratio, of what the learner predicts."""
+    schedule, pairs = learner.schedule, batch.pairs
+    eps, eps_ref = learner.predict(batch), learner.predict_reference(batch)  # (G, 1, N, C, H, W)
     logp, logp_ref = (schedule.log_prob(pairs.x_prev, pairs.x_t, each, pairs.step) for each in (eps, eps_ref))
     return logp, logp_ref, schedule.log_ratio(pairs.x_prev, pairs.x_t, eps, eps_ref, pairs.step)
 
@@ -114,21 +127,20 @@ def test_the_golden_loss_from_the_noise_predictions(case7, schedule, pairs):
     check_published(case7, logp, logp_ref, log_ratio, loss)
 
 
-def test_the_golden_loss_through_the_policy(case7, schedule, pairs, trained):
+def test_the_golden_loss_of_a_micro_batch(case7, learner, batch):
     forwards = []
-    with trained.unet.register_forward_hook(lambda module, args, out: forwards.append(len(args[0]))):
-        logp, logp_ref, log_ratio = log_probs(trained, schedule, pairs, case7)
-    assert forwards == ([6, 6] if schedule.guidance == 1 else [12, 12])  # winner and loser share one forward
-    loss, stats = spo_loss(log_ratio, BETA, CLIP)
-    check_published(case7, logp, logp_ref, log_ratio, loss)
+    with learner.policy.unet.register_forward_hook(lambda module, args, out: forwards.append(len(args[0]))):
+        loss, stats = learner.loss(batch)
+    assert forwards == ([6, 6] if learner.schedule.guidance == 1 else [12, 12])  # winner and loser share one forward
+    check_published(case7, *log_probs(learner, batch), loss)
+    assert stats["loss"].item() == loss.item()
     outside = torch.stack([case7["f32/unclamped_ratio_0"], case7["f32/unclamped_ratio_1"]])
     assert stats["clipped"].item() == pytest.approx(((outside < 0.9) | (outside > 1.1)).float().mean().item())
 
 
-def test_the_golden_gradients_of_the_lora(case7, schedule, pairs, trained):
-    loss, _ = spo_loss(log_probs(trained, schedule, pairs, case7)[2], BETA, CLIP)
-    loss.backward()
-    found = {name: p.grad for name, p in trained.unet.named_parameters() if p.requires_grad}
+def test_the_golden_gradients_of_the_lora(case7, learner, batch):
+    learner.loss(batch)[0].backward()
+    found = {name: p.grad for name, p in learner.policy.unet.named_parameters() if p.requires_grad}
     recorded = {k.removeprefix("f32/grad/"): v for k, v in case7.items() if k.startswith("f32/grad/")}
     assert found.keys() == recorded.keys()
     assert len(found) == 64
@@ -139,13 +151,12 @@ def test_the_golden_gradients_of_the_lora(case7, schedule, pairs, trained):
 
 
 @pytest.mark.parametrize("tag", ["unclipped_cfg"], indirect=True)
-def test_the_golden_gradients_in_float64(case7, schedule, pairs, trained):
-    loss, _ = spo_loss(log_probs(trained, schedule, pairs, case7)[2], BETA, CLIP)
-    loss.backward()
+def test_the_golden_gradients_in_float64(case7, learner, batch):
+    learner.loss(batch)[0].backward()
     recorded = {k.removeprefix("f64/grad/"): v for k, v in case7.items() if k.startswith("f64/grad/")}
     assert len(recorded) == 64
     for name, expected in recorded.items():
-        error = (trained.unet.get_parameter(name).grad - expected).norm() / expected.norm()
+        error = (learner.policy.unet.get_parameter(name).grad - expected).norm() / expected.norm()
         assert error < 10 * GRADIENTS, name  # of one tensor; those with the smallest gradients lose most
 
 
@@ -161,9 +172,9 @@ def test_the_tags_differ_in_what_is_clipped(golden):
 
 
 @pytest.mark.parametrize("tag", ["unclipped_cfg"], indirect=True)
-def test_a_fresh_policy_has_loss_ln_2_and_still_a_gradient(case7, schedule, pairs, policy):
+def test_a_fresh_policy_has_loss_ln_2_and_still_a_gradient(schedule, batch, policy):
     """B = 0: policy and reference are equal, and only B is pulled, for the gradient of A passes through it."""
-    loss, stats = spo_loss(log_probs(policy, schedule, pairs, case7)[2], BETA, CLIP)
+    loss, stats = learner_of(policy, schedule).loss(batch)
     assert loss.item() == pytest.approx(math.log(2), abs=1e-7)
     assert {name: value.item() for name, value in stats.items() if name != "loss"} == {
         "margin": 0.0,

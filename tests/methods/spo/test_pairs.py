@@ -12,11 +12,12 @@ from strop.engine.methods.spo.rollout import choose
 
 
 def numbered(first, count, shared=True):
-    """Pairs that carry their number: in x_t, in x_prev (negative for the loser), in step and prompt."""
+    """Pairs that carry their number: in x_t, in x_prev (negative for the loser), in step, prompt and shared."""
     number = torch.arange(first, first + count)
     rows = number.float().view(1, count, 1, 1, 1)
     x_t = rows if shared else torch.cat([rows, -rows])
-    return PreferencePairs(x_t=x_t + 0.25, x_prev=torch.cat([rows, -rows]) + 0.5, step=number, prompt=10 * number)
+    x_prev = torch.cat([rows, -rows]) + 0.5
+    return PreferencePairs(x_t + 0.25, x_prev, step=number, prompt=10 * number, shared=number % 3 == 0)
 
 
 def check(pairs, numbers, shared=True):
@@ -25,6 +26,7 @@ def check(pairs, numbers, shared=True):
     assert len(pairs) == len(numbers)
     assert torch.equal(pairs.step, number)
     assert torch.equal(pairs.prompt, 10 * number)
+    assert torch.equal(pairs.shared, number % 3 == 0)
     assert torch.equal(pairs.x_prev, (signed + 0.5).view(2, -1, 1, 1, 1))
     assert torch.equal(pairs.x_t, (signed[:1] if shared else signed).add(0.25).view(1 if shared else 2, -1, 1, 1, 1))
 
@@ -104,7 +106,20 @@ def test_choices_are_the_published_ones(golden, k, threshold):
     assert torch.equal(pairs.x_t, x_t.unsqueeze(0))
     assert pairs.step.tolist() == [7] * 6
     assert pairs.prompt.tolist() == [0, 1, 2, 3, 4, 5]
+    assert pairs.shared.all()
     assert torch.equal(sure, case3[f"k{k}/thr{threshold}/valid"])
+
+
+def test_branches_that_have_left_the_fork_have_an_x_t_each():
+    chosen = torch.tensor([[2, 0], [1, 2]])
+    branches = torch.arange(6.0).view(3, 2, 1, 1, 1)  # branch j of prompt i holds 2 j + i
+    pairs = PreferencePairs.of_step(branches, branches + 10, chosen, 7)
+    assert torch.equal(pairs.x_t.flatten(1), torch.tensor([[4.0, 1], [2, 5]]))
+    assert torch.equal(pairs.x_prev, pairs.x_t + 10)
+    assert not pairs.shared.any()
+    fork = PreferencePairs.of_step(branches[:1], branches + 10, chosen, 6).apart()
+    assert torch.equal(fork.x_t.flatten(1), torch.tensor([[0.0, 1], [0, 1]]))
+    assert PreferencePairs.cat([fork, pairs]).shared.tolist() == [True, True, False, False]
 
 
 def test_golden_choices_are_of_both_kinds(golden):

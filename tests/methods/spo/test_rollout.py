@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from strop.engine.config.training import ModelConfig, RolloutConfig
-from strop.engine.methods.spo.rollout import choose, go_on, look_ahead, pick_random, rollout, segments
+from strop.engine.judge.candidates import Candidates
+from strop.engine.methods.spo.rollout import Rollout, choose, go_on, segments
 from strop.engine.models.base_model import load_unet
 from strop.engine.models.conditioning import Conditioning
 from strop.engine.models.latent_diffusion import LatentDiffusion
 from strop.engine.models.policy import Policy
-from strop.engine.schedules.ddim import DDIMSchedule
 from strop.engine.schedules.draws import Replay
+from strop.engine.schedules.schedule import Schedule
 from strop.kernels import DDIMCoefficients
 
 LATENTS = 4e-5  # absolute, at values up to 60
@@ -36,7 +37,10 @@ class GoldenJudge:
         self.weights = weights
         self.t, self.scores, self.images = [], [], []
 
-    def score(self, images, text, t):
+    def score(self, candidates, cond):
+        return self.score_images(candidates.images, cond.judge, candidates.t)
+
+    def score_images(self, images, text, t):
         sharpness = 1 + 20 * (1 - t / 1000) ** 6 + 60 * torch.tensor(-t / 20).exp()
         scores = (images.flatten(2) @ self.weights) * sharpness + text[:, 0]  # (K, B)
         self.t.append(t)
@@ -69,7 +73,7 @@ def replayed(golden, alphas, tiny_folder):
 def replay(case6, alphas, folder, **changes):
     """A golden rollout on the models of `folder`, with its recorded draws in place of torch's."""
     tape = Replay(case6[name] for name in sorted(case6) if name.startswith("rand/"))
-    schedule = DDIMSchedule(DDIMCoefficients.build(alphas, 20, 1.0), 5.0)
+    schedule = Schedule(DDIMCoefficients.build(alphas, 20, 1.0), 5.0)
     cond = Conditioning(
         text=case6["in/prompt_embeds"],
         null=case6["in/negative_prompt_embeds"][:1],
@@ -85,7 +89,7 @@ def replay(case6, alphas, folder, **changes):
     model = ModelConfig(path=str(folder))
     diffusion, judge = LatentDiffusion.load(model, CPU), GoldenJudge(case6["in/score_W"])
     policy = CountingPolicy(Policy(load_unet(model, CPU), 4, ("to_q", "to_v"), seed=0))
-    made = rollout(policy, diffusion, judge, schedule, cond, settings(schedule, **changes), tape)
+    made = Rollout(policy, diffusion, judge, schedule, settings(schedule, **changes))(cond, tape)
     return SimpleNamespace(
         rollout=made,
         judge=judge,
@@ -178,7 +182,7 @@ def naive_rollout(unet, vae, judge, alphas, cond, k, branch_from, num_steps, gui
             for branch in branches:
                 clean = branch if last else predicted_clean(branch, i + 1, b)
                 image = vae.decode(clean.unsqueeze(0) / 0.18215).sample
-                scores.append(judge.score(image[None], cond.judge[b : b + 1], 0 if last else t[i + 1]).item())
+                scores.append(judge.score_images(image[None], cond.judge[b : b + 1], 0 if last else t[i + 1]).item())
             best, worst = scores.index(max(scores)), scores.index(min(scores))
             p_best = 1 / (1 + math.exp(scores[worst] - scores[best]))
             if p_best - (1 - p_best) > threshold:
@@ -197,7 +201,7 @@ def small(golden, alphas):
     case6 = golden("case6_sd15_k4_b3")
     text, null = case6["in/prompt_embeds"][:2], case6["in/negative_prompt_embeds"][:1]
     cond = Conditioning(text, null, judge=torch.tensor([[0.0], [3.0]]))
-    schedule = DDIMSchedule(DDIMCoefficients.build(alphas, 6, 1.0), 3.0)
+    schedule = Schedule(DDIMCoefficients.build(alphas, 6, 1.0), 3.0)
     return SimpleNamespace(cond=cond, schedule=schedule, judge=lambda: GoldenJudge(case6["in/score_W"]))
 
 
@@ -207,7 +211,7 @@ def small(golden, alphas):
 def test_it_is_the_plain_sampler(small, policy, diffusion, alphas, k, branch_from):
     rng = torch.Generator().manual_seed(10 * k + branch_from)
     config = settings(small.schedule, k=k, branch_from=branch_from)
-    found = rollout(policy, diffusion, small.judge(), small.schedule, small.cond, config, rng)
+    found = Rollout(policy, diffusion, small.judge(), small.schedule, config)(small.cond, rng)
     with policy.reference():  # as fresh, policy and base model are equal; the plain sampler takes the base model
         rows, score = naive_rollout(
             policy.unet,
@@ -235,13 +239,13 @@ def test_it_is_the_plain_sampler(small, policy, diffusion, alphas, k, branch_fro
 def test_the_same_seed_gives_the_same_bits(small, policy, diffusion):
     def run(seed):
         rng, config = torch.Generator().manual_seed(seed), settings(small.schedule, threshold=0.0)
-        return rollout(policy, diffusion, small.judge(), small.schedule, small.cond, config, rng)
+        return Rollout(policy, diffusion, small.judge(), small.schedule, config)(small.cond, rng)
 
     torch.manual_seed(1)
     first = run(5)
     torch.manual_seed(2)  # the global generator has no part in it
     again, other = run(5), run(6)
-    for name in ("x_t", "x_prev", "step", "prompt"):
+    for name in ("x_t", "x_prev", "step", "prompt", "shared"):
         assert torch.equal(getattr(first.pairs, name), getattr(again.pairs, name))
     assert torch.equal(first.score, again.score)
     assert not torch.equal(first.pairs.x_prev, other.pairs.x_prev)
@@ -250,12 +254,29 @@ def test_the_same_seed_gives_the_same_bits(small, policy, diffusion):
 @pytest.mark.parametrize("guided, halves", [(True, 2), (False, 1)], ids=["guided", "unguided"])
 @pytest.mark.parametrize("branch_from", [0, 3, 5])
 def test_k_branches_cost_one_fused_forward_a_step(small, policy, diffusion, alphas, branch_from, guided, halves):
-    schedule = DDIMSchedule(DDIMCoefficients.build(alphas, 6, 1.0), 3.0 if guided else 1.0)
+    schedule = Schedule(DDIMCoefficients.build(alphas, 6, 1.0), 3.0 if guided else 1.0)
     counting = CountingPolicy(policy)
     config = settings(small.schedule, k=3, branch_from=branch_from)
-    rollout(counting, diffusion, small.judge(), schedule, small.cond, config, torch.Generator())
+    Rollout(counting, diffusion, small.judge(), schedule, config)(small.cond, torch.Generator())
     trunk, branching = branch_from + 1, 5 - branch_from
     assert counting.rows == [halves * 2] * trunk + [halves * 3 * 2] * branching
+
+
+def test_a_judge_of_noisy_latents_costs_neither_forward_nor_image(small, policy):
+    """Of each step, the fork's own forward alone; candidates are where the branches are."""
+    seen = []
+
+    def score(candidates, cond):
+        seen.append((candidates.t, candidates.x))
+        return candidates.x[:, :, 0, 0, 0]
+
+    counting, config = CountingPolicy(policy), settings(small.schedule, k=3, branch_from=3, threshold=0.0)
+    judge = SimpleNamespace(score=score)
+    found = Rollout(counting, None, judge, small.schedule, config)(small.cond, torch.Generator())
+    assert counting.rows == [2 * 2] * 6
+    assert [t for t, _ in seen] == list(small.schedule.t[4:])
+    best = torch.cat([x[:, :, 0, 0, 0].amax(0) for _, x in seen])
+    assert torch.equal(found.pairs.x_prev[0, :, 0, 0, 0], best)
 
 
 def test_nothing_is_computed_beyond_the_judged_steps(small, policy, diffusion):
@@ -263,7 +284,7 @@ def test_nothing_is_computed_beyond_the_judged_steps(small, policy, diffusion):
     counting, judge = CountingPolicy(policy), small.judge()
     t_range = (small.schedule.t[3], small.schedule.t[2])
     config = settings(small.schedule, k=3, t_range=t_range)
-    rollout(counting, diffusion, judge, small.schedule, small.cond, config, torch.Generator())
+    Rollout(counting, diffusion, judge, small.schedule, config)(small.cond, torch.Generator())
     assert counting.rows == [2 * 2] * 3 + [2 * 3 * 2] * 2
     assert judge.t == list(small.schedule.t[3:5])
     assert [len(images.flatten(0, 1)) for images in judge.images] == [3 * 2] * 2
@@ -274,7 +295,7 @@ def test_the_threshold_decides_what_is_kept(small, policy, diffusion, threshold,
     judge = small.judge()
     judge.weights = 0.01 * judge.weights  # scores nearly equal, so that only the extreme thresholds are clear
     config = settings(small.schedule, k=2, branch_from=3, threshold=threshold)
-    found = rollout(policy, diffusion, judge, small.schedule, small.cond, config, torch.Generator())
+    found = Rollout(policy, diffusion, judge, small.schedule, config)(small.cond, torch.Generator())
     assert found.kept.tolist() == [0, 0, 0, kept, kept, kept]
     number = int(3 * kept)
     assert found.pairs.x_t.shape == (1, number, 4, 8, 8)
@@ -291,8 +312,17 @@ def test_stages_are_clocked(small, policy, diffusion):
         return contextlib.nullcontext()
 
     config = settings(small.schedule, k=2, branch_from=4)
-    rollout(policy, diffusion, small.judge(), small.schedule, small.cond, config, torch.Generator(), clock)
-    assert seen == ["rollout/trunk", "rollout/branches", "rollout/decode", "rollout/judge"] * 2
+    Rollout(policy, diffusion, small.judge(), small.schedule, config, clock)(small.cond, torch.Generator())
+    parts = ["trunk", "branches", "judge", "branches", "decode"]  # the judge asks for what comes after it
+    assert seen == [f"rollout/{part}" for part in parts] * 2
+
+
+def seen(branches, eps):
+    """Candidates whose images a judge has asked for, so that eps is known."""
+    candidates = Candidates(branches, 1, lambda: (eps, branches), lambda x0_hat: x0_hat)
+    assert candidates.eps is None
+    assert candidates.images is branches
+    return candidates
 
 
 def test_the_next_state_is_a_branch_with_its_own_prediction():
@@ -300,7 +330,7 @@ def test_the_next_state_is_a_branch_with_its_own_prediction():
     k, rows = 4, 4000
     branches = torch.arange(k * rows).float().view(k, rows, 1, 1, 1)
     eps = torch.stack([branches, -branches])
-    x, chosen = pick_random(branches, eps, torch.Generator().manual_seed(0))
+    x, chosen = go_on(seen(branches, eps), torch.zeros(k, rows), "random", torch.Generator().manual_seed(0))
     assert torch.equal(x.flatten() % rows, torch.arange(rows).float())
     assert torch.equal(chosen, torch.stack([x, -x]))
     share = torch.bincount((x.flatten() // rows).long(), minlength=k) / rows
@@ -374,15 +404,9 @@ def test_segments_cut_all_steps_in_order(length, expected):
 
 def test_branches_walk_alone_between_the_forks(small, policy, diffusion, alphas):
     """k = 2, one prompt after the other, by hand: two segments of two steps, the second judged clean."""
-    found = rollout(
-        policy,
-        diffusion,
-        small.judge(),
-        small.schedule,
-        small.cond,
-        settings(small.schedule, branch_from=2, k=2, threshold=0.0, inner_steps=2),
-        torch.Generator().manual_seed(3),
-    )
+    config = settings(small.schedule, branch_from=2, k=2, threshold=0.0, inner_steps=2)
+    rollout = Rollout(policy, diffusion, small.judge(), small.schedule, config)
+    found = rollout(small.cond, torch.Generator().manual_seed(3))
     rng, schedule, cond = torch.Generator().manual_seed(3), small.schedule, small.cond
 
     def step(x, i):
@@ -403,7 +427,7 @@ def test_branches_walk_alone_between_the_forks(small, policy, diffusion, alphas)
                 clean = schedule.x0_hat(end, ahead, 4)
             else:
                 clean = end
-            scores = judge.score(diffusion.decode(clean).unflatten(0, (2, 2)), cond.judge, schedule.t[first + 2])
+            scores = judge.score_images(diffusion.decode(clean).unflatten(0, (2, 2)), cond.judge, schedule.t[first + 2])
             best, worst = scores.argmax(0), scores.argmin(0)
             for i, before, after in ((first, x.repeat(2, 1, 1, 1), fork), (first + 1, fork, end)):
                 rows += [(i, b, *(z[2 * j[b] + b] for z in (before, after) for j in (best, worst))) for b in range(2)]
@@ -411,6 +435,7 @@ def test_branches_walk_alone_between_the_forks(small, policy, diffusion, alphas)
             x = torch.stack([end[2 * choice[b] + b] for b in range(2)])
     assert found.pairs.step.tolist() == [row[0] for row in rows]
     assert found.pairs.prompt.tolist() == [row[1] for row in rows]
+    assert found.pairs.shared.tolist() == [row[0] in (2, 4) for row in rows]
     torch.testing.assert_close(found.pairs.x_t[0], torch.stack([row[2] for row in rows]), rtol=0, atol=LATENTS)
     torch.testing.assert_close(found.pairs.x_t[1], torch.stack([row[3] for row in rows]), rtol=0, atol=LATENTS)
     torch.testing.assert_close(found.pairs.x_prev[0], torch.stack([row[4] for row in rows]), rtol=0, atol=LATENTS)
@@ -420,7 +445,7 @@ def test_branches_walk_alone_between_the_forks(small, policy, diffusion, alphas)
 def test_only_the_timesteps_of_the_range_are_judged_and_the_rest_is_not_walked(small, policy, diffusion):
     counting, judge = CountingPolicy(policy), small.judge()
     config = settings(small.schedule, k=2, threshold=0.0, t_range=(300, 700))
-    found = rollout(counting, diffusion, judge, small.schedule, small.cond, config, torch.Generator())
+    found = Rollout(counting, diffusion, judge, small.schedule, config)(small.cond, torch.Generator())
     assert judge.t == [499, 333, 167]
     assert found.kept.tolist() == [0, 2, 2, 2, 0, 0]
     assert counting.rows == [4, 4, 8, 8, 8]  # one forward more than steps: the last branches are looked ahead once
@@ -437,7 +462,7 @@ def judged():
 @pytest.mark.parametrize("rule, expected", [("winner", [10, 21]), ("loser", [0, 31])])
 def test_the_trajectory_follows_winner_or_loser(judged, rule, expected):
     scores, branches, eps = judged
-    x, chosen = go_on(branches, eps, scores, rule, torch.Generator())
+    x, chosen = go_on(seen(branches, eps), scores, rule, torch.Generator())
     assert x.flatten()[:2].tolist() == chosen.flatten()[:2].tolist() == expected
 
 
@@ -454,7 +479,7 @@ def test_the_rules_of_a_recipe_reach_the_rollout(small, policy, diffusion):
     def run(**rules):
         config = settings(small.schedule, k=3, branch_from=3, threshold=0.0, **rules)
         rng = torch.Generator().manual_seed(1)
-        return rollout(policy, diffusion, small.judge(), small.schedule, small.cond, config, rng).pairs
+        return Rollout(policy, diffusion, small.judge(), small.schedule, config)(small.cond, rng).pairs
 
     plain = run()
     winner, loser, random_pair = run(next_state="winner"), run(next_state="loser"), run(pair="random")
@@ -491,7 +516,7 @@ def plain_approximation(policy, diffusion, judge, schedule, cond, k, cuts, text,
                 without, with_prompt = guided(states[-2], at - 1)
                 eps = (eps[1] + (schedule.guidance - 1) * (with_prompt - without)).unsqueeze(0)
             clean = schedule.x0_hat(states[-1], eps, at)
-        scores = judge.score(diffusion.decode(clean).unflatten(0, (k, batch)), cond.judge, schedule.t[at])
+        scores = judge.score_images(diffusion.decode(clean).unflatten(0, (k, batch)), cond.judge, schedule.t[at])
         sides = torch.stack([scores.argmax(0), scores.argmin(0)]) * batch + torch.arange(batch)  # (2, B)
         for i, before, after in zip(cut, states, states[1:], strict=False):
             rows += [(i, b, before[sides[:, b]], after[sides[:, b]]) for b in range(batch)]
@@ -515,10 +540,11 @@ def plain_approximation(policy, diffusion, judge, schedule, cond, k, cuts, text,
 def test_an_approximation_is_what_it_says(small, policy, diffusion, changes, cuts):
     config = settings(small.schedule, **{"k": 3, "branch_from": 2, "threshold": 0.0} | changes)
     judges = small.judge(), small.judge()
-    given = (small.schedule, small.cond)
-    found = rollout(policy, diffusion, judges[0], *given, config, torch.Generator().manual_seed(4))
+    rollout = Rollout(policy, diffusion, judges[0], small.schedule, config)
+    found = rollout(small.cond, torch.Generator().manual_seed(4))
     text, rng = config.look_ahead == "text", torch.Generator().manual_seed(4)
-    rows = plain_approximation(policy, diffusion, judges[1], *given, config.k, cuts, text, rng)
+    given = (small.schedule, small.cond, config.k, cuts, text, rng)
+    rows = plain_approximation(policy, diffusion, judges[1], *given)
     assert judges[0].t == judges[1].t
     for one, other in zip(judges[0].scores, judges[1].scores, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=SCORES)
@@ -543,7 +569,7 @@ def test_an_approximation_is_what_it_says(small, policy, diffusion, changes, cut
 def test_an_approximation_costs_fewer_rows(small, policy, diffusion, changes, rows):
     counting = CountingPolicy(policy)
     config = settings(small.schedule, k=3, branch_from=2, **changes)
-    rollout(counting, diffusion, small.judge(), small.schedule, small.cond, config, torch.Generator())
+    Rollout(counting, diffusion, small.judge(), small.schedule, config)(small.cond, torch.Generator())
     assert counting.rows == rows
 
 
@@ -553,16 +579,17 @@ def test_a_text_look_ahead_with_the_text_kept_is_the_same(small, policy, diffusi
     for text_kv in (False, True):
         with policy.sampling(small.cond, text_kv) as known:
             judge, rng = small.judge(), torch.Generator().manual_seed(4)
-            found.append(rollout(policy, diffusion, judge, small.schedule, known, config, rng).pairs)
+            found.append(Rollout(policy, diffusion, judge, small.schedule, config)(known, rng).pairs)
     torch.testing.assert_close(found[1].x_prev, found[0].x_prev, rtol=0, atol=LATENTS)
     assert torch.equal(found[1].prompt, found[0].prompt)
 
 
-def test_a_text_look_ahead_on_the_fork_itself_is_the_full_one(small, policy):
+def test_a_text_look_ahead_on_the_fork_itself_is_the_full_one(small, policy, diffusion):
     """Where the branch is the latent it came from, and the step the same, guidance adds the same."""
     x = small.schedule.prior((2, *policy.latent_shape), torch.Generator().manual_seed(0))
     eps = policy.eps(x, small.schedule.timesteps(3, 2), small.cond)
-    ahead = lambda before: look_ahead(policy, small.schedule, x.unsqueeze(0), 3, small.cond, True, before)
+    rollout = Rollout(policy, diffusion, small.judge(), small.schedule, settings(small.schedule))
+    ahead = lambda before: rollout.look_ahead(x.unsqueeze(0), 3, small.cond, before)
     (_, full), (text, approximate) = ahead(None), ahead(eps.unsqueeze(1))
     assert text.shape == (1, 1, 2, 4, 8, 8)
     torch.testing.assert_close(approximate, full, rtol=0, atol=LATENTS)
