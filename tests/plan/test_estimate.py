@@ -17,6 +17,7 @@ from strop.engine.plan.gpus import card
 from strop.engine.plan.memory import RESERVE, footprint
 from strop.engine.plan.meta_models import Blueprint
 from strop.engine.plan.row_counts import tally
+from strop.engine.plan.text import page
 from strop.engine.plan.unit_costs import Networks, prices
 
 ROOT = full_size.ROOT
@@ -82,7 +83,7 @@ def test_sharing_leaves_the_prompts_and_divides_the_steps(tinyworld):
 
 
 def test_what_a_user_reads(tinyworld, capsys):
-    text = plan.page(tinyworld)
+    text = page(tinyworld)
     assert "tinyworld on 4 x A100 80 GB: 560 prompts, 14 iterations" in text
     assert "the configuration files in bench/tinyworld/weights/sd" in text
     assert "40% of the GPU's peak (assumed: no measurement of this GPU in bench/results)" in text
@@ -112,7 +113,7 @@ def test_what_does_not_fit_says_which_keys(monkeypatch):
     overrides = ["model.unet_rows=4", "model.decode_rows=4", "evaluate.batch=2", "rollout.prompts=2"]
     monkeypatch.setattr(plan, "card", lambda key: tiny_card(0.12))
     made = plan.make(load(TINYWORLD, overrides), "tinyworld", "tiny", 1)
-    text = plan.page(made)
+    text = page(made)
     assert "will not fit: update takes 0.26 of 0.12 GB" in text
     assert "  model.gradient_checkpointing=true: update 0.26 -> 0.094 GB" in text
     assert re.search(r"^With these it fits: 0\.\d+ GB\.$", text, flags=re.M)
@@ -124,12 +125,12 @@ def test_what_does_not_fit_says_which_keys(monkeypatch):
 def test_room_for_what_is_computed_again_is_said():
     made = plan.make(load(TINYWORLD, ["model.gradient_checkpointing=true"]), "tinyworld", "a100", 1)
     assert made.unchecked.peak > made.memory.peak
-    assert "model.gradient_checkpointing=false: 0.32 GB fit too, and 0.0046 TFLOP are saved." in plan.page(made)
+    assert "model.gradient_checkpointing=false: 0.32 GB fit too, and 0.0046 TFLOP are saved." in page(made)
 
 
 def test_what_fits_nowhere_says_so(monkeypatch):
     monkeypatch.setattr(plan, "card", lambda key: tiny_card(0.01))
-    text = plan.page(plan.make(load(TINYWORLD), "tinyworld", "tiny", 1))
+    text = page(plan.make(load(TINYWORLD), "tinyworld", "tiny", 1))
     assert "Even so it will not fit" in text
     assert "model.dtype=float16" in text
 
