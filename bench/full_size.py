@@ -33,7 +33,7 @@ from strop.engine.models.base_model import DTYPES, equip
 from strop.engine.models.conditioning import Conditioning
 from strop.engine.models.families.base import Family
 from strop.engine.models.families.find import FAMILIES, family_named
-from strop.engine.models.latent_diffusion import LatentDiffusion
+from strop.engine.models.latent_diffusion import LatentDiffusion, TextEncoding
 from strop.engine.models.policy import Policy, Savings
 from strop.engine.runtime.optimizer import AdamWSettings, build_optimizer
 from strop.engine.runtime.ranks import Ranks
@@ -131,7 +131,7 @@ def surroundings(
     unet = architecture["unet"]
     latent_shape = (unet["in_channels"], unet["sample_size"], unet["sample_size"])
     scheduler = DDIMScheduler.from_config(architecture["scheduler"])
-    diffusion = LatentDiffusion(family, [], [], vae, scheduler, latent_shape, decode_rows=config.model.decode_rows)
+    diffusion = LatentDiffusion(family, TextEncoding(), vae, scheduler, latent_shape, config.model.decode_rows)
     clip.freeze()
     return diffusion, StepAwarePreferenceModel(clip, None, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 

@@ -43,7 +43,7 @@ FLOORS = {
     "doors": {"safetensors", "torch"},
 }
 ORDER = [*FLOORS, "bench", "tests"]
-TOP_NAMES = {path.stem for path in (ROOT / "engine").iterdir() if not path.stem.startswith("_")}
+TOP_NAMES = {path.stem for path in (ROOT / "engine").iterdir() if path.suffix in ("", ".py") and path.stem[:1] != "_"}
 DRAWS = r"(rand|randn|randint)(_like)?|randperm|multinomial|poisson|(normal|uniform|random|bernoulli|exponential)_?"
 SYNCS = {"item", "cpu", "tolist", "numpy", "empty_cache", "synchronize"}
 FORMER_WORDS = {"win_lose", "sample_0", "sample_1", "extra_info"}

@@ -92,7 +92,7 @@ class BaseModel:
         kind = network_kind(self.family, name)
         if self.file is not None:
             prefix = self.family.prefixes[name]
-            return single_file.load_from_file(kind, self.file, prefix, self.folder, name, dtype, "model.path")
+            return single_file.load_from_file(kind, self.file, prefix, self.folder / name, dtype, "model.path")
         return load_network(kind, self.settings.path, self.settings.revision, name, dtype, "model.path")
 
     def text_encoders(self, dtype: torch.dtype) -> list[torch.nn.Module]:

@@ -7,6 +7,7 @@ belongs to policy.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from textwrap import shorten
 
 import torch
@@ -25,6 +26,15 @@ from .families.base import Family
 BATCH = 64  # prompts per forward of the text encoders, which are asked for thousands at once
 
 
+@dataclass(frozen=True, slots=True)
+class TextEncoding:
+    """How prompts become embeddings: a tokenizer for each encoder; zero_null: the empty prompt is all zeros."""
+
+    tokenizers: Sequence[CLIPTokenizer] = ()
+    encoders: Sequence[torch.nn.Module] = ()
+    zero_null: bool = False
+
+
 class LatentDiffusion:
     """Text encoders, VAE and noise schedule of a base model, frozen.
 
@@ -34,23 +44,21 @@ class LatentDiffusion:
     def __init__(
         self,
         family: Family,
-        tokenizers: Sequence[CLIPTokenizer],
-        text_encoders: Sequence[torch.nn.Module],
+        text: TextEncoding,
         vae: AutoencoderKL,
         scheduler: DDIMScheduler,
         latent_shape: tuple[int, int, int],
-        zero_null: bool = False,
         decode_rows: int | None = None,
     ):
-        """zero_null: the empty prompt is all zeros, not its encoding; decode_rows: latents decoded at once."""
+        """decode_rows: latents decoded at once; None is all of them."""
         self.family = family
-        self.tokenizers = list(tokenizers)
-        self.text_encoders = [encoder.eval().requires_grad_(False) for encoder in text_encoders]
+        self.tokenizers = list(text.tokenizers)
+        self.text_encoders = [encoder.eval().requires_grad_(False) for encoder in text.encoders]
         self.vae = vae.eval().requires_grad_(False)
         self.scheduler = scheduler
         self.latent_shape = latent_shape
         self.factor = pixels_per_latent(vae)
-        self.zero_null = zero_null
+        self.zero_null = text.zero_null
         self.decode_rows = decode_rows
         self.device = next(vae.parameters()).device
 
@@ -58,12 +66,11 @@ class LatentDiffusion:
     def load(cls, model: ModelConfig, device: torch.device) -> LatentDiffusion:
         """Loads what section `model` of a recipe names. Raises UserError where a part is missing or of another kind."""
         base, dtype = BaseModel.find(model), DTYPES[model.dtype]
-        tokenizers, scheduler = base.tokenizers(), base.scheduler()
-        vae = base.vae(dtype)
+        tokenizers, scheduler, vae = base.tokenizers(), base.scheduler(), base.vae(dtype)
         latent_shape = base.latent_shape(pixels_per_latent(vae))
-        text_encoders = [encoder.to(device) for encoder in base.text_encoders(dtype)]
-        null, rows = base.zero_null(), model.decode_rows
-        return cls(base.family, tokenizers, text_encoders, vae.to(device), scheduler, latent_shape, null, rows)
+        encoders = [encoder.to(device) for encoder in base.text_encoders(dtype)]
+        text = TextEncoding(tokenizers, encoders, base.zero_null())
+        return cls(base.family, text, vae.to(device), scheduler, latent_shape, model.decode_rows)
 
     def schedule(self, num_steps: int, eta: float, guidance: float) -> Schedule:
         """The DDIM schedule of this base model, whatever sampler it comes with."""

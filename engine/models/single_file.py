@@ -30,12 +30,14 @@ def prediction_of(file: Path, key: str) -> dict:
 
 
 def load_from_file(
-    kind: type, file: Path, prefix: str, folder: Path, part: str, dtype: torch.dtype, key: str
+    kind: type, file: Path, prefix: str, configured: Path, dtype: torch.dtype, key: str
 ) -> torch.nn.Module:
-    """A network `kind` of the tensors under `prefix`, configured as folder/part. Raises UserError where one is lacking.
+    """A network `kind` of the tensors under `prefix`, configured as in the folder of a model's part.
 
-    An empty prefix takes all tensors, which may then be in diffusers' own key format too.
+    Raises UserError where a tensor is lacking. An empty prefix takes all tensors, which may then be
+    in diffusers' own key format too.
     """
+    folder, part = configured.parent, configured.name
     options = {"config": str(folder), "subfolder": part, "torch_dtype": dtype, "local_files_only": True}
     lacking = UserError(f"{key}: {file} lacks tensors of the {part} that is configured in {folder}")
     try:
@@ -57,7 +59,7 @@ def load_from_file(
 def vae_of_file(file: Path, folder: Path, dtype: torch.dtype, key: str) -> AutoencoderKL:
     """The VAE of a .safetensors file that holds a VAE alone or a whole checkpoint, configured as folder/vae."""
     whole = holds(read_shapes(file, key), VAE_PREFIX)
-    return load_from_file(AutoencoderKL, file, VAE_PREFIX if whole else "", folder, "vae", dtype, key)
+    return load_from_file(AutoencoderKL, file, VAE_PREFIX if whole else "", folder / "vae", dtype, key)
 
 
 def _tensors(file: Path, prefix: str) -> dict[str, Tensor]:

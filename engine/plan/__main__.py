@@ -9,11 +9,7 @@ from pathlib import Path
 
 from ..config.training import load
 from ..errors import UserError, exit_on_user_error
-from ..models.base_model import quiet_libraries
-from ..models.families.find import FAMILIES, family_named
-from .estimate import ASSUMED, make, record
-from .gpus import CARDS
-from .text import page
+from .gpus import ASSUMED, CARDS, card
 
 
 @exit_on_user_error
@@ -26,12 +22,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--gpus", type=int, default=1, help="how many of them")
     parser.add_argument("--prompts", type=int, help="of the whole run, in place of run.iterations")
     parser.add_argument("--share", type=float, help=f"of the GPU's peak; where none was measured, {ASSUMED} is assumed")
-    parser.add_argument(
-        "--family", choices=[family.name for family in FAMILIES], help="of a model that is not on this machine"
-    )
+    parser.add_argument("--family", help="of a model that is not on this machine, such as sd15")
     parser.add_argument("--json", metavar="FILE", help="write all of it there as well")
     args = parser.parse_intermixed_args(argv)
-    quiet_libraries()
     config = load(args.recipe, args.overrides)
     for name, value in (("--gpus", args.gpus), ("--prompts", args.prompts)):
         if value is not None and value < 1:
@@ -40,8 +33,17 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--share: found {args.share:g}, expected a share of the peak above 0 and at most 1")
     if args.json and not Path(args.json).parent.is_dir():
         raise UserError(f"--json: found {args.json}, expected a file in a folder that there is")
+    card(args.gpu)
+    # torch and diffusers take seconds: what is wrong with the command line has been said by now
+    from ..models.base_model import quiet_libraries
+    from ..models.families.find import family_named
+    from .estimate import Wanted, make, record
+    from .text import page
+
+    quiet_libraries()
     family = family_named(args.family) if args.family else None
-    made = make(config, Path(args.recipe).stem, args.gpu, args.gpus, args.prompts, args.share, family)
+    wanted = Wanted(args.prompts, args.share, family)
+    made = make(config, Path(args.recipe).stem, args.gpu, args.gpus, wanted)
     if args.json:
         Path(args.json).write_text(json.dumps(record(made), indent=2) + "\n", encoding="utf-8")
     print(page(made))

@@ -17,14 +17,13 @@ from ..methods.spo.rollout import check_steps
 from ..models.families.base import Family
 from .fit import Mend, mends
 from .flops import Cost, cost, evaluation, published_cost, published_recipe
-from .gpus import Card, card, measured_share
+from .gpus import ASSUMED, Card, Pace, card, measured_share
 from .memory import RESERVE, Footprint, footprint
 from .meta_models import Blueprint
 from .row_counts import Tally, tally
 from .scaling import Share, Step, along_gpus, along_inner_steps, along_k, along_resolution
 from .unit_costs import Networks, prices
 
-ASSUMED = 0.4  # of the peak: about what the published runs used of theirs
 CHECKPOINTING = "model.gradient_checkpointing"
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 
@@ -76,26 +75,31 @@ class Plan:
         return self.hours * self.gpus * self.card.watts / 1000
 
 
-def make(
-    config: Config,
-    recipe: str,
-    gpu: str,
-    gpus: int,
-    prompts: int | None = None,
-    share: float | None = None,
-    family: Family | None = None,
-) -> Plan:
-    """The plan of a recipe of this name on so many GPUs of a kind; prompts, share and family as on the command line.
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a plan may be asked beside its recipe and its GPUs, as on the command line; None leaves it to the plan.
+
+    prompts: of the whole run; share: of the GPU's peak; family: of a model that is not on this machine.
+    """
+
+    prompts: int | None = None
+    share: float | None = None
+    family: Family | None = None
+
+
+def make(config: Config, recipe: str, gpu: str, gpus: int, wanted: Wanted = Wanted()) -> Plan:
+    """The plan of a recipe of this name on so many GPUs of a kind.
 
     Raises UserError for an unknown GPU, and where the recipe's model or steps are none that strop trains.
     """
-    device, blueprint = card(gpu), Blueprint.of(config, family)
+    device, blueprint = card(gpu), Blueprint.of(config, wanted.family)
     schedule = blueprint.schedule("cpu")
     check_steps(config.rollout, schedule)
     networks = Networks.of(blueprint)
     counted, price = tally(config, schedule), prices(blueprint, networks)
-    share, share_from = _share(share, gpu, recipe)
-    total = prompts or config.run.iterations * config.rollout.prompts * gpus
+    share, share_from = _share(wanted.share, gpu, recipe)
+    pace = Pace(device, share)
+    total = wanted.prompts or config.run.iterations * config.rollout.prompts * gpus
     published, alike = (published_cost(each, price) for each in (published_recipe(blueprint), blueprint))
 
     def weigh(changed: Config) -> Footprint:
@@ -120,12 +124,12 @@ def make(
         fixes=fixes,
         fixed=fixed,
         unchecked=weigh(varied(config, {CHECKPOINTING: False})) if config.model.gradient_checkpointing else None,
-        run=along_gpus(blueprint, counted, price, device, share, total, [gpus])[0],
-        evaluation_hours=device.seconds(evaluation(config, price), share) / gpus / 3600,
+        run=along_gpus(blueprint, counted, price, pace, total, [gpus])[0],
+        evaluation_hours=pace.seconds(evaluation(config, price)) / gpus / 3600,
         k=along_k(blueprint, price, gpus),
         inner_steps=along_inner_steps(blueprint, price, gpus),
         resolution=along_resolution(blueprint, networks, price, gpus),
-        sharing=along_gpus(blueprint, counted, price, device, share, total),
+        sharing=along_gpus(blueprint, counted, price, pace, total),
     )
 
 

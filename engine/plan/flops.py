@@ -17,6 +17,7 @@ from .unit_costs import Prices, UNetPrices
 
 STAGES = ("text", "trunk", "branches", "decode", "judge", "update: policy", "update: reference")
 RECOMPUTED = "recomputed"
+NONE = Flops()
 PUBLISHED = {"num_steps": 20, "t_range": (0, 751), "guidance": 5.0}  # in the authors' code, whatever the family
 EXACT = {"rollout.judge_every": 1, "rollout.look_ahead": "full", "rollout.decoder": None}
 EXACT |= {"optim.passes": 1, "optim.keep_pairs": 1.0}
@@ -43,22 +44,40 @@ class Cost:
         return sum(self.stages.values(), Flops())
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What an iteration does beside sampling.
+
+    text: the text encoders', the judge's among them; kept, kept_base: keys and values of the text and the LoRA added to
+    the weights, with and without the LoRA; images: decodes; scores: the judge's. train, reference: rows of the UNet
+    that are trained and that the reference sees; recompute: of a row, by gradient checkpointing; None without it.
+    """
+
+    text: Flops
+    images: Flops
+    scores: Flops
+    train: int
+    reference: int
+    kept: Flops = NONE
+    kept_base: Flops = NONE
+    recompute: Flops | None = None
+
+
 def cost(blueprint: Blueprint, counted: Tally, price: Prices) -> Cost:
     """Of a recipe as strop runs it, all pairs kept."""
     unet, config = price.unet, blueprint.config
     kept = counted.prompts + 1 if config.rollout.text_kv else 0
-    return _cost(
-        counted,
-        unet,
+    work = Work(
         text=price.text * encoded(blueprint) + price.judge_text * counted.prompts,
-        text_kept=unet.keep * kept + unet.merge,
-        text_kept_base=unet.keep_base * kept,
         images=price.decode * counted.of("decode"),
         scores=price.judge * counted.of("judge"),
         train=counted.of("train"),
         reference=counted.of("reference"),
+        kept=unet.keep * kept + unet.merge,
+        kept_base=unet.keep_base * kept,
         recompute=unet.recompute if config.model.gradient_checkpointing else None,
     )
+    return _cost(counted, unet, work)
 
 
 def published_cost(blueprint: Blueprint, price: Prices) -> Cost:
@@ -71,18 +90,14 @@ def published_cost(blueprint: Blueprint, price: Prices) -> Cost:
     counted = tally(blueprint.config, blueprint.schedule("cpu"))
     candidates = counted.of("judge")
     rows = 2 * (2 if blueprint.config.optim.guided else 1) * counted.pairs
-    return _cost(
-        counted,
-        price.published,
+    work = Work(
         text=price.text * encoded(blueprint) + price.judge_text * candidates,
-        text_kept=Flops(),
-        text_kept_base=Flops(),
         images=price.decode_published * candidates,
         scores=(price.judge + price.modulation) * candidates,
         train=rows,
         reference=rows,
-        recompute=None,
     )
+    return _cost(counted, price.published, work)
 
 
 def encoded(blueprint: Blueprint) -> int:
@@ -90,28 +105,17 @@ def encoded(blueprint: Blueprint) -> int:
     return blueprint.config.rollout.prompts + (not blueprint.zero_null)
 
 
-def _cost(
-    counted: Tally,
-    unet: UNetPrices,
-    text: Flops,
-    text_kept: Flops,
-    text_kept_base: Flops,
-    images: Flops,
-    scores: Flops,
-    train: int,
-    reference: int,
-    recompute: Flops | None,
-) -> Cost:
-    """Of an iteration: rollouts as counted, so many rows of the UNet trained and seen by the reference."""
+def _cost(counted: Tally, unet: UNetPrices, work: Work) -> Cost:
+    """Of an iteration whose rollouts are as counted."""
     sampled = lambda stage: unet.sample * counted.of("unet", stage) + unet.alone * counted.of("alone", stage)
     rollout = sampled("rollout/trunk"), sampled("rollout/branches")
-    update = unet.train * train, unet.reference * reference
-    stages = dict(zip(STAGES, (text + text_kept, *rollout, images, scores, *update), strict=True))
-    if recompute is not None:
-        stages[RECOMPUTED] = recompute * train
+    update = unet.train * work.train, unet.reference * work.reference
+    stages = dict(zip(STAGES, (work.text + work.kept, *rollout, work.images, work.scores, *update), strict=True))
+    if work.recompute is not None:
+        stages[RECOMPUTED] = work.recompute * work.train
     base = unet.sample_base * counted.of("unet") + unet.alone_base * counted.of("alone")
-    base += unet.reference * (2 * train + reference)
-    plain = text + text_kept_base + images + scores + base
+    base += unet.reference * (2 * work.train + work.reference)
+    plain = work.text + work.kept_base + work.images + work.scores + base
     each = 1 / counted.prompts
     return Cost({name: flops * each for name, flops in stages.items()}, plain.all * each)
 

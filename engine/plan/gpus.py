@@ -12,9 +12,14 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from .meter import Flops
+
+if TYPE_CHECKING:
+    from .meter import Flops
+
+ASSUMED = 0.4  # of the peak: about what the published runs used of theirs
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +41,18 @@ class Card:
     def seconds(self, flops: Flops, share: float) -> float:
         """At this share of the peak of whichever unit does the work."""
         return (flops.half / self.half + flops.tf32 / self.tf32 + flops.float32 / self.float32) / 1e12 / share
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """A card at a share of its peak."""
+
+    card: Card
+    share: float
+
+    def seconds(self, flops: Flops) -> float:
+        """For so many operations."""
+        return self.card.seconds(flops, self.share)
 
 
 CARDS = {

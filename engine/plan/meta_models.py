@@ -26,7 +26,7 @@ from ..models.base_model import DTYPES, KINDS, latent_shape, network_kind
 from ..models.conditioning import Conditioning
 from ..models.families.base import Family
 from ..models.families.find import family_guessed, family_of_file, family_of_folder
-from ..models.latent_diffusion import LatentDiffusion
+from ..models.latent_diffusion import LatentDiffusion, TextEncoding
 from ..models.model_files import read_config, read_index
 from ..models.policy import Policy
 from ..models.tiny_decoder import TinyDecoder
@@ -88,7 +88,8 @@ class Blueprint:
         tokenizers = [BlankTokenizer(encoder.config.max_position_embeddings, self.device) for encoder in encoders]
         scheduler = DDIMScheduler.from_config(self.parts["scheduler"])
         shape, rows = self.latent_shape, self.config.model.decode_rows
-        return LatentDiffusion(self.family, tokenizers, encoders, vae, scheduler, shape, self.zero_null, rows)
+        text = TextEncoding(tokenizers, encoders, self.zero_null)
+        return LatentDiffusion(self.family, text, vae, scheduler, shape, rows)
 
     def judge(self) -> StepAwarePreferenceModel:
         modulated = self.config.judge.kind != "pickscore"

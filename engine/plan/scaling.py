@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from ..config.settings import varied
 from .communication import balance_bytes, zero_bytes
 from .flops import cost
-from .gpus import Card
+from .gpus import Pace
 from .memory import footprint
 from .meta_models import Blueprint
 from .row_counts import Tally, tally
@@ -72,25 +72,19 @@ def along_resolution(blueprint: Blueprint, networks: Networks, price: Prices, ra
 
 
 def along_gpus(
-    blueprint: Blueprint,
-    counted: Tally,
-    price: Prices,
-    card: Card,
-    share: float,
-    total: int,
-    gpus: Sequence[int] = GPUS,
+    blueprint: Blueprint, counted: Tally, price: Prices, pace: Pace, total: int, gpus: Sequence[int] = GPUS
 ) -> list[Share]:
     """The same prompts shared by so many GPUs, each of which has rollout.prompts of them in an iteration.
 
-    share: of the card's peak; total: prompts of the run, over all epochs.
+    total: prompts of the run, over all epochs.
     """
     config, made = blueprint.config, []
-    computing = card.seconds(cost(blueprint, counted, price).done * counted.prompts, share)
+    computing = pace.seconds(cost(blueprint, counted, price).done * counted.prompts)
     for count in gpus:
         iterations = math.ceil(total / (counted.prompts * count))
         zero = zero_bytes(config, counted, price.weights.lora, count)
         balance = balance_bytes(counted, math.prod(blueprint.latent_shape), count)
-        receiving = (zero + balance) / (card.link * 1e9)
+        receiving = (zero + balance) / (pace.card.link * 1e9)
         steps = iterations * counted.micro_batches / config.optim.accumulate
         hours = iterations * (computing + receiving) / 3600
         made.append(Share(count, zero, balance, computing, receiving, steps, hours))

@@ -101,7 +101,7 @@ def cross_attentions(unet: nn.Module, width: int) -> list[Attention]:
 
 
 def is_plain(attn: nn.Module, width: int) -> bool:
-    """Whether it is diffusers' Attention as in SD-1.5 and SDXL: projections of a text of this width, SDPA, no more."""
+    """Whether it is diffusers' Attention with projections of a text of this width and SDPA, and no more."""
     if type(attn) is not Attention or type(attn.processor) not in PLAIN:
         return False
     norms = attn.group_norm, attn.spatial_norm, attn.norm_cross, attn.norm_q, attn.norm_k

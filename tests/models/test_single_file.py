@@ -13,7 +13,7 @@ from strop.engine.models.single_file import load_from_file, prediction_of, vae_o
 
 def load(file, folder, part, family, dtype=torch.float32):
     kind, prefix = network_kind(family_named(family), part), family_named(family).prefixes[part]
-    return load_from_file(kind, file, prefix, folder, part, dtype, "model.path")
+    return load_from_file(kind, file, prefix, folder / part, dtype, "model.path")
 
 
 @pytest.mark.parametrize("family, part", [(family.name, part) for family in FAMILIES for part in family.prefixes])

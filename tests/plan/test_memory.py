@@ -65,7 +65,7 @@ def test_parts_and_phases(config, weigh):
     assert found.parts["optimizer state"] == 2 * GB
     stays = sum(found.parts.values())
     assert stays == (5 + 1 + 0.5 + 4 + 1 + 2) * GB
-    pairs = 32 * (3 * 4 * 4 * 64 + 16)
+    pairs = 32 * (3 * 4 * 4 * 64 + 2 * 8 + 1)  # numbers of three latents; step and prompt; shared
     assert found.phases == {
         "embedding the prompts": stays - 2 * GB + 3 * GB + 1 * GB + 1 * GB,
         "rollout: UNet": stays + pairs + 16 * GB,

@@ -30,8 +30,11 @@ SIGNS = {  # what else a file may be, by a piece of one of its keys
 
 
 def family_named(name: str) -> Family:
-    """The family whose `name` it is."""
-    return {family.name: family for family in FAMILIES}[name]
+    """The family whose `name` it is. Raises UserError that lists them all."""
+    known = {family.name: family for family in FAMILIES}
+    if name not in known:
+        raise UserError(f"family: found {name!r}, expected one of {', '.join(known)}")
+    return known[name]
 
 
 def family_guessed(path: str) -> Family:
