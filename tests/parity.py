@@ -21,6 +21,7 @@ from parity_table import (
     LATENTS,
     LOG_PROBS,
     LOSS,
+    ROLLED_OUT,
     ROLLOUT_SCORES,
     Row,
     Rows,
@@ -128,8 +129,8 @@ def rollouts(rows: Rows, world: SimpleNamespace) -> None:
         pairs, recorded = made.rollout.pairs, both(case, "out/")
         see("timesteps of the pairs", EXACT, torch.tensor(made.schedule.t)[pairs.step][:, None], *recorded("timesteps"))
         see("prompts of the pairs", EXACT, made.cond.text[pairs.prompt], recorded("prompt_embeds")[0][:, 0])
-        see("x_t of the pairs", LATENTS, pairs.x_t.transpose(0, 1), *recorded("current_latents"))
-        see("x_prev of the pairs", LATENTS, pairs.x_prev.transpose(0, 1), *recorded("next_latents"))
+        see("x_t of the pairs", ROLLED_OUT, pairs.x_t.transpose(0, 1), *recorded("current_latents"))
+        see("x_prev of the pairs", ROLLED_OUT, pairs.x_prev.transpose(0, 1), *recorded("next_latents"))
         see("scores", ROLLOUT_SCORES, torch.stack(made.judge.scores).flatten(), *recorded("preference_score_logs"))
         for event, (t, scores) in enumerate(zip(made.judge.t, made.judge.scores, strict=True)):
             recorded, chosen = both(case, f"event/{event:02d}/"), choose(scores, "best_worst", None)
@@ -140,7 +141,7 @@ def rollouts(rows: Rows, world: SimpleNamespace) -> None:
                 see("decoded x0_hat", LATENTS, made.judge.images[event].flatten(0, 1), *recorded("image"))
         for step, (x, eps) in enumerate(made.forwards):
             recorded = both(case, f"unet/{step:02d}/")
-            see("latents of every step", LATENTS, x, *recorded("latent_model_input_first_half"))
+            see("latents of every step", ROLLED_OUT, x, *recorded("latent_model_input_first_half"))
             see("UNet's output of every step", LATENTS, eps.flatten(0, 1), *recorded("noise_pred_uncond_text"))
 
 

@@ -39,9 +39,10 @@ class Tolerance:
 
 EXACT = Tolerance(differing, 0)
 LATENTS = Tolerance(absolute, 4e-5)  # at values up to 60
-ROLLOUT_SCORES = Tolerance(absolute, 4e-4)  # at values up to 152
+# After 20 steps, at values up to 60 and 152. Every kind of CPU rounds convolutions otherwise: seen to 6.5e-5 and 6.0e-4.
+ROLLED_OUT, ROLLOUT_SCORES = Tolerance(absolute, 1e-4), Tolerance(absolute, 1e-3)
 ENCODINGS = Tolerance(absolute, 2e-6)
-SCORES = Tolerance(absolute, 5e-6, f32=1e-5)
+SCORES = Tolerance(absolute, 1e-5)  # seen to 6.3e-6
 FEATURES = LOSS = LOG_PROBS = Tolerance(absolute, 5e-6)
 GRADIENTS = Tolerance(relative, 2e-5)
 STEP_GRADIENTS = Tolerance(relative, 4e-5)  # two float32 runs, each that far from float64

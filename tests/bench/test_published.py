@@ -17,7 +17,7 @@ from strop.engine.methods.spo.rollout import judged_segments
 from strop.engine.models.base_model import load_unet
 from strop.engine.models.latent_diffusion import LatentDiffusion
 
-LATENTS = 6e-5  # absolute, at values up to 60
+LATENTS = 1e-4  # absolute, at values up to 60, after 20 steps
 LOSSES = 5e-6  # absolute, at values about ln 2
 GRADIENTS = 1e-3  # of the largest entry of the matrix
 LORA = 1e-4  # absolute, where each optimizer step moves an entry by up to 1e-3, however small its gradient
