@@ -39,13 +39,13 @@ class Tolerance:
 
 EXACT = Tolerance(differing, 0)
 LATENTS = Tolerance(absolute, 4e-5)  # at values up to 60
-# After 20 steps, at values up to 60 and 152. Every kind of CPU rounds convolutions otherwise: seen to 6.5e-5 and 6.0e-4.
+# After 20 steps, at values up to 60 and 152. Every kind of CPU rounds convolutions in its way: to 6.5e-5 and 6.0e-4.
 ROLLED_OUT, ROLLOUT_SCORES = Tolerance(absolute, 1e-4), Tolerance(absolute, 1e-3)
 ENCODINGS = Tolerance(absolute, 2e-6)
 SCORES = Tolerance(absolute, 1e-5)  # seen to 6.3e-6
 FEATURES = LOSS = LOG_PROBS = Tolerance(absolute, 5e-6)
 GRADIENTS = Tolerance(relative, 2e-5)
-STEP_GRADIENTS = Tolerance(relative, 4e-5)  # two float32 runs, each that far from float64
+STEP_GRADIENTS = Tolerance(relative, 6e-5)  # two float32 runs, each 1e-5 to 3e-5 from float64
 SCALE_GRADIENT = Tolerance(relative, 2e-4)  # a sum of terms that nearly cancel
 HALF = Tolerance(relative, 1e-3)  # a float16 may round to its neighbour
 
