@@ -1,0 +1,75 @@
+"""A model card beside a run's LoRA: what it was trained on, what it changed, and how to load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .run import Run
+from .tables import score_rows
+from .verdict import headline, verdict
+
+LICENCE = "<!-- Fill in: the licence of this LoRA, which that of the base model may bind. -->"
+
+
+def write_model_card(run: Run, folder: Path) -> Path:
+    """Writes folder/README.md of a finished run, in the form that the Hugging Face hub reads; returns its path."""
+    path = folder / "README.md"
+    path.write_text(model_card(run), encoding="utf-8")
+    return path
+
+
+def model_card(run: Run) -> str:
+    """The card as Markdown. Figures are those of summary.json."""
+    recipe, summary = run.recipe, run.summary
+    base = Path(str(recipe["model"]["path"]).rstrip("/")).name if Path(recipe["model"]["path"]).exists() else None
+    base = base or recipe["model"]["path"]
+    lora = Path(summary["paths"]["lora"]).name
+    kohya = Path(summary["paths"]["lora_kohya"]).name
+    tags = ["stable-diffusion", "text-to-image", "diffusers", "lora", "spo"]
+    sections = (
+        "---\n" + f"base_model: {base}\nlibrary_name: diffusers\ntags: [{', '.join(tags)}]\n" + "---",
+        f"# {run.dir.resolve().name}",
+        "A LoRA that was trained with step-by-step preference optimization (SPO, arXiv 2406.04314), by "
+        f"strop {summary['version']}.",
+        f"**{headline(verdict(run))}**",
+        "![base model above, tuned model below](../before_after.png)",
+        "## Figures\n\n" + _figures(summary),
+        "## Training\n\n" + _training(recipe, summary, base),
+        "## Use\n\n" + _use(lora, kohya, base),
+        f"## Licence\n\n{LICENCE}",
+    )
+    return "\n\n".join(sections) + "\n"
+
+
+def _figures(summary: dict) -> str:
+    rows = "\n".join(f"| {' | '.join(row)} |" for row in score_rows(summary))
+    count = summary.get("heldout_prompts")
+    return (
+        f"Means over {count:,} prompts that were not trained on, the same noise for both models.\n\n"
+        f"| | base | tuned | change | 95% interval |\n|---|---|---|---|---|\n{rows}"
+    )
+
+
+def _training(recipe: dict, summary: dict, base: str) -> str:
+    rollout, optim, lora = recipe["rollout"], recipe["optim"], recipe["lora"]
+    facts = {
+        "base model": base,
+        "judge": Path(str(recipe["judge"]["path"]).rstrip("/")).name,
+        "prompts": f"{summary['prompts']:,} in {summary['iterations']:,} iterations",
+        "preference pairs": f"{summary['pairs']:,}",
+        "optimizer steps": f"{summary['optimizer_steps']:,}, learning rate {optim['lr']:g}, beta {optim['beta']:g}",
+        "LoRA": f"rank {lora['rank']} on {', '.join(lora['target_modules'])}",
+        "rollout": f"{rollout['num_steps']} steps, k = {rollout['k']}, guidance {rollout['guidance']:g}",
+        "seed": str(summary["seed"]),
+    }
+    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+
+
+def _use(lora: str, kohya: str, base: str) -> str:
+    return (
+        "In diffusers:\n\n```python\nfrom diffusers import AutoPipelineForText2Image\n\n"
+        f"pipe = AutoPipelineForText2Image.from_pretrained({base!r})\n"
+        f'pipe.load_lora_weights("path/to/this/folder", weight_name={lora!r})\n'
+        'image = pipe("your prompt").images[0]\n```\n\n'
+        f"In ComfyUI, copy `{kohya}` to `models/loras`; in A1111, to `models/Lora`. Its scale is 1."
+    )
