@@ -41,10 +41,10 @@ format: $(STAMP)  ## let ruff format the code and mend what it can
 	@$(BIN)/ruff format .
 
 test: lint  ## ruff and the fast tests
-	@$(BIN)/pytest -q -n auto --dist loadfile
+	@$(BIN)/pytest -q -n logical --dist loadfile
 
 test-slow: lint  ## ruff and all tests, the slow ones too
-	@$(BIN)/python -m pytest -q -n auto --dist loadfile -m "slow or not slow"
+	@$(BIN)/python -m pytest -q -n logical --dist loadfile -m "slow or not slow"
 
 bench: $(STAMP)  ## time what the design claims to save
 	@$(PIP) --constraint constraints.txt --editable ".[bench]"
