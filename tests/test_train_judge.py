@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import CLIPModel
 
 from strop.engine import train_judge
-from strop.engine.config.judge_training import SpmConfig
+from strop.engine.config.judge_training import JudgeTrainingConfig
 from strop.engine.config.training import JudgeConfig, load
 from strop.engine.data.pair_cache import PairCache
 from strop.engine.errors import UserError
@@ -70,7 +70,7 @@ def recipe(tmp_path, tiny_folder, clip_folder, monkeypatch):
 def built(arguments):
     """Method and optimizer of a run that is not begun."""
     path, *overrides = arguments
-    return build(Session(load(path, overrides, SpmConfig), ALONE))
+    return build(Session(load(path, overrides, JudgeTrainingConfig), ALONE))
 
 
 def records(folder):
@@ -80,7 +80,9 @@ def records(folder):
 def test_a_run_leaves_what_it_promises(recipe, tmp_path, capsys):
     main(["--local_rank=0", *recipe("run.save_every=2")])
     run = tmp_path / "run"
-    assert load(run / "config.yaml", cls=SpmConfig) == load(recipe()[0], ["run.save_every=2"], SpmConfig)
+    assert load(run / "config.yaml", cls=JudgeTrainingConfig) == load(
+        recipe()[0], ["run.save_every=2"], JudgeTrainingConfig
+    )
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["000004", "000006"]
     assert all((run / name).stat().st_size > 0 for name in ("curves.png", "report.html"))
     assert list((run / "tensorboard").iterdir())
@@ -463,6 +465,6 @@ def test_a_run_folder_that_cannot_be_made(recipe, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["tinyworld", "sd15", "sdxl"])
 def test_the_recipes_are_valid(name):
-    config = load(Path(__file__).parents[1] / "configs" / f"judge_{name}.yaml", cls=SpmConfig)
+    config = load(Path(__file__).parents[1] / "configs" / f"judge_{name}.yaml", cls=JudgeTrainingConfig)
     assert (config.optim.clean_share > 0) == (name == "tinyworld")
     assert config.data.labels == ("pickscore" if name == "sdxl" else "given")

@@ -10,7 +10,7 @@ from .settings import Section
 from .training import KERNELS, Device, JudgeConfig, Kernels, ModelConfig, ZeroConfig
 
 
-class SpmDataConfig(Section):
+class JudgeTrainingDataConfig(Section):
     source: str = Field(
         description="Preference pairs: Pick-a-Pic parquet files, all of a folder or folder/train-*.parquet; a .jsonl "
         'file of {image_0, image_1: path relative to the file, caption, label: 0, 1 or "tie" (which image is '
@@ -46,7 +46,7 @@ class SpmDataConfig(Section):
     workers: int = Field(0, ge=0, description="Processes that load pairs; 0 loads them in the training process.")
 
 
-class SpmOptimConfig(Section):
+class JudgeTrainingOptimConfig(Section):
     steps: int = Field(ge=1, description="Optimizer steps.")
     batch: int = Field(16, ge=1, description="Pairs per forward and backward pass and process.")
     accumulate: int = Field(1, ge=1, description="Such batches per optimizer step.")
@@ -63,13 +63,13 @@ class SpmOptimConfig(Section):
     guidance: float = Field(5.0, ge=1, description="Classifier-free guidance scale of the frozen base model.")
 
     @model_validator(mode="after")
-    def _warms_up_in_time(self) -> SpmOptimConfig:
+    def _warms_up_in_time(self) -> JudgeTrainingOptimConfig:
         if self.warmup >= self.steps:
             raise ValueError(f"warmup is {self.warmup}, but must be smaller than steps = {self.steps}")
         return self
 
 
-class SpmRunConfig(Section):
+class JudgeTrainingRunConfig(Section):
     dir: str = Field(
         description="Run folder; must be new or empty, unless run.resume is set. The judge is written to its subfolder "
         "`judge`."
@@ -82,15 +82,15 @@ class SpmRunConfig(Section):
     resume: bool = Field(False, description="Go on from the newest checkpoint in run.dir.")
 
 
-class SpmConfig(Section):
+class JudgeTrainingConfig(Section):
     """A recipe of engine/train_judge.py."""
 
     model: ModelConfig
     judge: JudgeConfig
-    data: SpmDataConfig
-    optim: SpmOptimConfig
+    data: JudgeTrainingDataConfig
+    optim: JudgeTrainingOptimConfig
     zero: ZeroConfig = ZeroConfig(stage=2)
-    run: SpmRunConfig
+    run: JudgeTrainingRunConfig
 
     @property
     def iterations(self) -> int:

@@ -18,14 +18,14 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from ..config.judge_training import SpmConfig
+from ..config.judge_training import JudgeTrainingConfig
 from ..config.settings import differences, dump
 from ..config.training import Config, load
 from ..errors import UserError
 from .optimizer import Optimizer
 from .ranks import Ranks
 
-Recipe = Config | SpmConfig
+Recipe = Config | JudgeTrainingConfig
 MAY_CHANGE = (  # on resume; everything else decides what the run computes
     "run.dir",
     "run.iterations",

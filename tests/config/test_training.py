@@ -6,7 +6,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from strop.engine.config.judge_training import SpmConfig
+from strop.engine.config.judge_training import JudgeTrainingConfig
 from strop.engine.config.settings import differences, dump, keys
 from strop.engine.config.training import Config, load
 from strop.engine.errors import UserError
@@ -18,7 +18,7 @@ SPO = {
     "prompts": {"train": "train.txt", "heldout": "heldout.txt"},
     "run": {"dir": "runs/one", "iterations": 3},
 }
-SPM = {
+JUDGE_TRAINING = {
     "model": {"path": "models/sd"},
     "judge": {"path": "models/pickscore"},
     "data": {"source": "pairs:load", "train": 100},
@@ -63,13 +63,13 @@ def test_a_recipe_gives_its_values_and_the_published_defaults(recipe):
 
 
 def test_a_recipe_for_the_judge(recipe):
-    config = load(recipe(SPM), cls=SpmConfig)
+    config = load(recipe(JUDGE_TRAINING), cls=JudgeTrainingConfig)
     assert (config.data.train, config.data.heldout, config.optim.steps, config.zero.stage) == (100, 512, 50, 2)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_recipe_of_the_repository_is_valid(path):
-    load(path, cls=SpmConfig if path.name.startswith("judge_") else Config)
+    load(path, cls=JudgeTrainingConfig if path.name.startswith("judge_") else Config)
 
 
 @pytest.mark.parametrize("name", ["tinyworld", "sd15", "sdxl"])
@@ -247,10 +247,10 @@ def test_every_refusal_starts_with_the_file(recipe):
     ],
 )
 def test_a_recipe_for_the_judge_is_checked_too(recipe, override, sentence):
-    assert complaint(recipe(SPM), override, cls=SpmConfig) == sentence
+    assert complaint(recipe(JUDGE_TRAINING), override, cls=JudgeTrainingConfig) == sentence
 
 
-@pytest.mark.parametrize("cls, tree", [(Config, SPO), (SpmConfig, SPM)], ids=["spo", "judge"])
+@pytest.mark.parametrize("cls, tree", [(Config, SPO), (JudgeTrainingConfig, JUDGE_TRAINING)], ids=["spo", "judge"])
 def test_what_is_dumped_is_loaded_equal_with_every_default_in_it(recipe, tmp_path, cls, tree):
     config = load(recipe(tree), ["optim.lr=1.2345678901234e-05", "run.dir='Läufe/#1: a'"], cls)
     dump(config, tmp_path / "resolved.yaml")
@@ -286,7 +286,7 @@ def test_a_configuration_is_frozen(recipe):
 
 
 def test_every_key_has_a_description():
-    for cls in (Config, SpmConfig):
+    for cls in (Config, JudgeTrainingConfig):
         for name, section in cls.model_fields.items():
             for key, field in section.annotation.model_fields.items():
                 assert field.description, f"{name}.{key}"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ...config.judge_training import SpmConfig
+from ...config.judge_training import JudgeTrainingConfig
 from ...data.pair_sets import PairSets, shares
 from ...judge.denoiser import Denoiser, training_pixels
 from ...judge.heldout import accuracy, heldout_views
@@ -49,7 +49,12 @@ class JudgeTraining:
     columns = COLUMNS
 
     def __init__(
-        self, config: SpmConfig, judge: StepAwarePreferenceModel, denoiser: Denoiser, sets: PairSets, session: Session
+        self,
+        config: JudgeTrainingConfig,
+        judge: StepAwarePreferenceModel,
+        denoiser: Denoiser,
+        sets: PairSets,
+        session: Session,
     ):
         """Makes what is made once: the held-out pairs as they are shown, the empty prompt. The judge may then learn.
 
@@ -151,7 +156,7 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float, shape: str = 
     return peak * min((step + 1) / max(1, warmup), (steps - step) / (steps - warmup))
 
 
-def clean_pairs(batch_number: int, config: SpmConfig) -> int:
+def clean_pairs(batch_number: int, config: JudgeTrainingConfig) -> int:
     """How many pairs of this batch are shown clean, so that the share is met over the batches."""
     each = config.optim.batch * config.optim.clean_share
     return int((batch_number + 1) * each) - int(batch_number * each)
