@@ -47,8 +47,8 @@ def _sections(
         yield name, plain, default
     for key, field in model.model_fields.items():
         if _is_section(field.annotation):
-            given = field.default if isinstance(field.default, BaseModel) else None
-            yield from _sections(field.annotation, f"{name}.{key}" if name else key, given)
+            defaults = field.default if isinstance(field.default, BaseModel) else None
+            yield from _sections(field.annotation, f"{name}.{key}" if name else key, defaults)
 
 
 def _is_section(annotation: Any) -> bool:
