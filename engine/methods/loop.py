@@ -35,7 +35,7 @@ def train(session: Session, method: Method, optimizer: Optimizer) -> None:
 def measure(session: Session, method: Method, done: int) -> None:
     """Measures what is due after `done` iterations, and logs the record that is due then."""
     with session.clock("evaluate"):
-        found = method.measure(done)
-    session.note(found)
-    if found or done > 0:
-        session.log(done, now=bool(found))
+        measured = method.measure(done)
+    session.note(measured)
+    if measured or done > 0:
+        session.log(done, now=bool(measured))

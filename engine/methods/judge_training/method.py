@@ -61,7 +61,7 @@ class JudgeTraining:
         decided: how many held-out pairs of all ranks are no ties.
         """
         self.config, self.judge, self.denoiser, self.sets = config, judge, denoiser, sets
-        self.ranks, self.clock = session.ranks, session.clock
+        self.ranks, self.clock, self.counted = session.ranks, session.clock, session.live.counted
         self.views = heldout_views(config, sets.heldout, denoiser, judge, self.ranks)
         self.nothing = denoiser.diffusion.encode([""])
         if sets.kept:
@@ -93,7 +93,8 @@ class JudgeTraining:
 
     def batches(self, rows: Iterator[tuple[int, dict]]) -> Iterator[Shown]:
         """The batches as the judge is shown them."""
-        for _ in range(self.config.optim.accumulate):
+        count = self.config.optim.accumulate
+        for _ in self.counted(range(count), count, "batch"):
             with self.clock("show"):
                 number, pairs = next(rows)
                 shown = self.show(pairs, clean_pairs(number, self.config))
@@ -137,9 +138,9 @@ class JudgeTraining:
             posterior = self.denoiser.posterior(images_of(pairs, rows, device))
             return *posterior, diffusion.encode(pairs["caption"][rows])
         dtype = self.nothing.text.dtype
-        given = {name: pairs[name][rows].to(device, dtype) for name in ("text", "pooled") if name in pairs}
+        encoded = {name: pairs[name][rows].to(device, dtype) for name in ("text", "pooled") if name in pairs}
         mean, std = (pairs[name][rows].transpose(0, 1).to(device, diffusion.vae.dtype) for name in ("mean", "std"))
-        return mean, std, replace(self.nothing, **given)
+        return mean, std, replace(self.nothing, **encoded)
 
     def autocast(self) -> torch.autocast:
         """Weights are float32; arithmetic is bfloat16 where model.dtype is a 16-bit type, as published."""

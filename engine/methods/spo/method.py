@@ -36,8 +36,9 @@ class SPO:
 
     def __init__(self, config: Config, models: OnlineModels, prompts: TrainingPrompts, session: Session):
         self.config, self.policy, self.prompts, self.ranks = config, models.policy, prompts, session.ranks
+        self.counted = session.live.counted
         self.rollout = Rollout(
-            models.policy, models.decoder, models.judge, models.schedule, config.rollout, session.clock
+            models.policy, models.decoder, models.judge, models.schedule, config.rollout, session.clock, self.counted
         )
         self.learner = Learner(models.policy, models.schedule, config.optim)
         self.trainable = models.trainable
@@ -58,21 +59,22 @@ class SPO:
         """The rollout of this rank's prompts."""
         cond = self.prompts.mine(iteration)
         with self.policy.sampling(cond, self.config.rollout.text_kv) as known:
-            found = self.rollout(known, self.rngs["rollout"])
+            outcome = self.rollout(known, self.rngs["rollout"])
         facts = {
             "prompts": len(cond),
-            "pairs": len(found.pairs),
-            "pairs_per_t": found.kept,
-            "judge": found.score,
-            "kept": found.kept.sum() / (len(cond) * self.judged_steps),
+            "pairs": len(outcome.pairs),
+            "pairs_per_t": outcome.kept,
+            "judge": outcome.score,
+            "kept": outcome.kept.sum() / (len(cond) * self.judged_steps),
         }
-        return Collected(iteration, found.pairs, cond), facts
+        return Collected(iteration, outcome.pairs, cond), facts
 
     def batches(self, rows: Collected) -> Iterator[MicroBatch]:
         """All passes over this rank's share of all ranks' pairs."""
         pairs = balance(rows.pairs, len(rows.cond), self.ranks, self.rngs["shuffle"])
         cond = rows.cond if self.ranks.size == 1 else self.prompts.everyone(rows.iteration)
-        return self.learner.batches(pairs, cond, self.rngs["shuffle"])
+        batches = self.learner.batches(pairs, cond, self.rngs["shuffle"])
+        return self.counted(batches, self.learner.batch_count(len(pairs)), "update")
 
     def loss(self, batch: MicroBatch) -> tuple[Tensor, Measured]:
         """The SPO loss."""

@@ -6,7 +6,7 @@ ahead and decoding happen where a judge asks for them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -56,7 +56,8 @@ class Rollout:
     prior, then per step the noise, and after each judgement the choice of the next state. Steps before a segment that
     none judges are walked on one branch; those after the last one are not walked.
 
-    config: the section `rollout`; clock: notes the parts of the stage `rollout`.
+    config: the section `rollout`; clock: notes the parts of the stage `rollout`; counted: is told which of how many
+    segments a rollout has come to, and passes them on.
     """
 
     policy: Predictor
@@ -65,6 +66,7 @@ class Rollout:
     schedule: Schedule
     config: RolloutConfig
     clock: Callable[[str], AbstractContextManager] = nullcontext
+    counted: Callable[[Iterable[range], int, str], Iterable[range]] = lambda items, total, stage: items
 
     @torch.no_grad()
     def __call__(self, cond: Conditioning, rng: Rng) -> Outcome:
@@ -74,7 +76,7 @@ class Rollout:
         kept = torch.zeros(self.schedule.num_steps, device=self.schedule.device)
         x = self.schedule.prior((len(cond), *self.policy.latent_shape), rng)  # (B, C, H, W)
         at, eps = 0, None
-        for cut in cuts:
+        for cut in self.counted(cuts, len(cuts), "rollout"):
             with self.clock("rollout/trunk"):
                 eps = self.complete(x, eps, at, cond)
                 x, eps = self.walk(x, eps, range(at, cut.start), cond, rng)
@@ -87,8 +89,8 @@ class Rollout:
                 scores.append(self.judge.score(candidates, cond))  # (K, B)
             chosen = choose(scores[-1], self.config.pair, rng)  # (2, B)
             for step, earlier, later in zip(cut, states, states[1:], strict=False):
-                made = PreferencePairs.of_step(earlier, later, chosen, step)
-                pairs.append(made.apart() if apart else made)
+                pair = PreferencePairs.of_step(earlier, later, chosen, step)
+                pairs.append(pair.apart() if apart else pair)
                 sure.append(is_sure(scores[-1], chosen, self.config.threshold))
                 kept[step] = sure[-1].sum()
             at = cut.stop

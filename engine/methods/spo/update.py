@@ -65,12 +65,20 @@ class Learner:
 
     def batches(self, pairs: PreferencePairs, cond: Conditioning, rng: torch.Generator) -> Iterator[MicroBatch]:
         """All passes over the shuffled pairs of a rollout; rng shuffles them anew for each after the first."""
-        pairs = pairs[: math.ceil(self.config.keep_pairs * len(pairs))]
+        pairs = pairs[: self.pair_count(len(pairs))]
         if self.config.passes > 1:
             pairs = self.with_reference(pairs, cond)
         for again in range(self.config.passes):
             pairs = pairs.shuffle(rng) if again else pairs
             yield from micro_batches(pairs, self.config.micro_batch, cond)
+
+    def pair_count(self, available: int) -> int:
+        """Returns how many of a rollout's pairs are trained on."""
+        return math.ceil(self.config.keep_pairs * available)
+
+    def batch_count(self, available: int) -> int:
+        """Returns how many micro-batches `batches` yields for so many pairs."""
+        return self.config.passes * math.ceil(self.pair_count(available) / self.config.micro_batch)
 
     def with_reference(self, pairs: PreferencePairs, cond: Conditioning) -> PreferencePairs:
         """The pairs with what the reference predicts for them, in the order of their micro-batches.
