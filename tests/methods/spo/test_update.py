@@ -138,3 +138,11 @@ def test_passes_go_over_the_same_kept_pairs_each_in_an_order_of_its_own(learner,
     assert sorted(rows) == list(range(5))
     assert rows != list(range(5))
     assert torch.equal(two.eps_ref, one.eps_ref[:, :, rows])
+
+
+@pytest.mark.parametrize("keys, count", [({}, 4), ({"passes": 3}, 12), ({"keep_pairs": 0.5}, 2),
+                                         ({"keep_pairs": 0.6}, 3), ({"passes": 2, "keep_pairs": 0.1}, 2)])  # fmt: skip
+def test_passes_and_the_share_of_the_pairs_set_the_number_of_micro_batches(learner, cond, keys, count):
+    """Of eight pairs, two in a micro-batch."""
+    learner = learner(micro_batch=2, **keys)
+    assert len(list(learner.batches(spo_pairs(), cond, torch.Generator()))) == learner.batch_count(8) == count
