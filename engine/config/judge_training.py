@@ -28,13 +28,18 @@ class JudgeTrainingDataConfig(Section):
     )
     heldout: int = Field(512, ge=1, description="Held-out pairs, at most.")
     labels: Literal["given", "pickscore"] = Field(
-        "given", description="given are those of the data; pickscore makes them by judge.path, a plain PickScore."
+        "given",
+        description="Where labels come from: given takes those of the data; pickscore has judge.path, a plain "
+        "PickScore, make them.",
     )
     tie: float = Field(
-        0.1, ge=0, lt=1, description="With labels: pickscore, pairs whose probabilities differ by no more are ties."
+        0.1,
+        ge=0,
+        lt=1,
+        description="Where labels is pickscore, pairs whose two probabilities differ by no more than this are ties.",
     )
     max_broken: float = Field(
-        0.01, ge=0, lt=1, description="Share of broken pairs, which are named and left out, past which the run stops."
+        0.01, ge=0, lt=1, description="Share of broken pairs above which the run stops; fewer are named and left out."
     )
     cache: str | None = Field(
         "auto",
@@ -49,16 +54,21 @@ class JudgeTrainingDataConfig(Section):
 class JudgeTrainingOptimConfig(Section):
     steps: int = Field(ge=1, description="Optimizer steps.")
     batch: int = Field(16, ge=1, description="Pairs per forward and backward pass and process.")
-    accumulate: int = Field(1, ge=1, description="Such batches per optimizer step.")
+    accumulate: int = Field(1, ge=1, description="Batches per optimizer step.")
     lr: float = Field(3e-6, gt=0, description="Peak AdamW learning rate.")
     weight_decay: float = Field(0.3, ge=0, description="AdamW weight decay.")
-    warmup: int = Field(0, ge=0, description="Steps of warm-up; a linear decay to zero follows.")
+    warmup: int = Field(
+        0, ge=0, description="Optimizer steps over which the learning rate rises; a linear decay to zero follows."
+    )
     warmup_shape: Literal["linear", "log"] = Field(
-        "linear", description="How the warm-up rises; log is DeepSpeed's WarmupDecayLR, as published."
+        "linear", description="How the learning rate rises; log is the rule of DeepSpeed's WarmupDecayLR, as published."
     )
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm above which gradients are scaled down.")
     clean_share: float = Field(
-        0.0, ge=0, lt=1, description="Share of pairs shown clean at t = 0 instead of noised (0 in the paper)."
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of pairs that the judge sees clean, at t = 0, instead of noised; 0 in the paper.",
     )
     guidance: float = Field(5.0, ge=1, description="Classifier-free guidance scale of the frozen base model.")
 
@@ -75,11 +85,11 @@ class JudgeTrainingRunConfig(Section):
         "`judge`."
     )
     seed: int = Field(42, ge=0, description="Seed of everything random in the run; process r uses seed + r.")
-    device: Device = Field("auto", description="auto takes a GPU where there is one.")
+    device: Device = Field("auto", description="Where the run computes; auto takes a GPU where there is one.")
     kernels: Kernels = Field("auto", description=KERNELS)
     log_every: int = Field(20, ge=1, description="Steps per line of metrics.jsonl and of the terminal.")
     save_every: int = Field(500, ge=1, description="Steps per checkpoint; the newest two are kept.")
-    resume: bool = Field(False, description="Go on from the newest checkpoint in run.dir.")
+    resume: bool = Field(False, description="Whether the run goes on from the newest checkpoint in run.dir.")
 
 
 class JudgeTrainingConfig(Section):
