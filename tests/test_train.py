@@ -231,7 +231,7 @@ def test_every_ablation_trains_both_families(recipe, tmp_path, tiny_sdxl_folder,
     path, *changes = recipe(*overrides)
     low, high = load(path, changes).rollout.t_range
     last = records(tmp_path / "run")[-1]
-    assert {int(t) for t, kept in last["pairs_per_t"].items() if kept} == {
+    assert {int(t) for t, count in last["pairs_per_t"].items() if count} == {
         t for t in map(int, last["pairs_per_t"]) if low <= t <= high
     }
     assert summary["pairs"] == sum(last["pairs_per_t"].values())

@@ -206,11 +206,11 @@ def test_pairs_in_files_are_trained_on_and_computed_once(
     file_recipe, tmp_path, request, monkeypatch, capsys, family, form, labels
 ):
     folder = request.getfixturevalue({"sd15": "tiny_folder", "sdxl": "tiny_sdxl_folder"}[family])
-    made, posterior = [], Denoiser.posterior
-    monkeypatch.setattr(Denoiser, "posterior", lambda self, x: made.append(x.shape[1]) or posterior(self, x))
+    encoded, posterior = [], Denoiser.posterior
+    monkeypatch.setattr(Denoiser, "posterior", lambda self, x: encoded.append(x.shape[1]) or posterior(self, x))
     arguments = file_recipe(form, f"model.path={folder}", f"data.labels={labels}")
     main(arguments)
-    assert sum(made) == 12 + 6  # three steps of four pairs, and the held-out ones
+    assert sum(encoded) == 12 + 6  # three steps of four pairs, and the held-out ones
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["training_pairs"], summary["heldout_pairs"], summary["pairs"]) == (12, 6, 12)
     assert summary["broken_pairs"] == {"count": 0, "such_as": []}
@@ -219,9 +219,9 @@ def test_pairs_in_files_are_trained_on_and_computed_once(
     texts = load_entry(next((tmp_path / "cache" / "text").rglob("*.entry")))
     assert texts.keys() == ({"text", "pooled"} if family == "sdxl" else {"text"})
 
-    made.clear()
+    encoded.clear()
     main([*arguments, f"run.dir={tmp_path / 'again'}", "data.workers=2"])
-    assert made == [4, 2]  # the held-out pairs alone
+    assert encoded == [4, 2]  # the held-out pairs alone
     assert same(judge_of(tmp_path / "again"), judge_of(tmp_path / "run"))
 
 
@@ -230,11 +230,11 @@ def load_entry(path):
 
 
 def test_the_cache_changes_nothing_but_rounding(file_recipe, tmp_path):
-    for name, cache in (("kept", tmp_path / "cache"), ("live", "null")):
+    for name, cache in (("cached", tmp_path / "cache"), ("live", "null")):
         main(file_recipe("jsonl", f"data.cache={cache}", f"run.dir={tmp_path / name}", "run.log_every=1"))
-    kept, live = (records(tmp_path / name) for name in ("kept", "live"))
-    assert [line["loss"] for line in kept[1:]] == pytest.approx([line["loss"] for line in live[1:]], rel=0.02)
-    assert kept[0]["heldout_accuracy"] == live[0]["heldout_accuracy"]
+    cached, live = (records(tmp_path / name) for name in ("cached", "live"))
+    assert [line["loss"] for line in cached[1:]] == pytest.approx([line["loss"] for line in live[1:]], rel=0.02)
+    assert cached[0]["heldout_accuracy"] == live[0]["heldout_accuracy"]
 
 
 def losses(recipe, tmp_path, name, *overrides):
