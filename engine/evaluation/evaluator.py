@@ -30,7 +30,7 @@ class Evaluation:
 
 
 class Evaluator:
-    """Made once per run; `__call__` samples with whatever the policy is at that moment."""
+    """An evaluator is made once per run; each call samples with whatever the policy is at that moment."""
 
     def __init__(
         self,
@@ -52,9 +52,9 @@ class Evaluator:
 
     @torch.no_grad()
     def __call__(self, name: str) -> Evaluation:
-        """Scores of one image per prompt. Noise belongs to the prompt's number, whatever the batch or the ranks.
+        """Returns the scores of one image per prompt. Noise belongs to a prompt's number, whatever the batch or ranks.
 
-        name: of what is evaluated, for the terminal.
+        name: what is evaluated, for the terminal.
         """
         rng = torch.Generator(self.diffusion.device).manual_seed(self.config.seed)
         noise = self.schedule.prior((len(self.all_prompts), *self.policy.latent_shape), rng)[self.rows]

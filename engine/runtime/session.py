@@ -67,7 +67,7 @@ class Session:
         self.ledger.before = checkpoint.spent_before(self._resumed, "ledger")
 
     def begin(self, training: Training, columns: Sequence[Column], stage: str) -> None:
-        """Puts everything back as the checkpoint has it, and begins to measure; just before the loop.
+        """Puts everything back as the checkpoint has it, and begins to measure. It is called just before the loop.
 
         columns: what the method reports. stage: what collecting its rows is called by the clock. An evaluation before
         the loop is taken as the measure of the one after it, which the remaining time of records then includes.
@@ -89,7 +89,7 @@ class Session:
             yield iteration
 
     def note(self, values: Mapping[str, Value | tuple[Value, Value]], weight: Value = 1.0) -> None:
-        """Adds to the columns of these names; weight: of means that have none of their own."""
+        """Adds values to the columns of these names; weight is that of means which bring none."""
         self.metrics.add(values, weight)
 
     def log(self, done: int, now: bool = False) -> None:
@@ -112,13 +112,13 @@ class Session:
                 checkpoint.save(self.training, self.config, done, self.ranks, spent)
 
     def seconds(self) -> dict[str, float]:
-        """Seconds by stage and in total since the run began, those before a resumption included."""
+        """Returns seconds by stage and in total since the run began, those before a resumption included."""
         before = checkpoint.spent_before(self._resumed, "seconds")
         now = self.clock.seconds() | {"total": time.perf_counter() - self._begun}
         return {stage: before.get(stage, 0.0) + now.get(stage, 0.0) for stage in {**before, **now}}
 
     def summary(self) -> dict[str, Any]:
-        """What summary.json says of every run, on the first rank. A collective call, after the loop."""
+        """Returns what summary.json says of every run, on the first rank. A collective call, after the loop."""
         totals = self.ledger.totals()
         if not self.ranks.first:
             return {}

@@ -39,7 +39,7 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """pairs: the kept ones, by step, then by prompt; kept (T,): how many per step; score: mean of all branches."""
+    """pairs: those kept, by step, then by prompt; kept (T,): how many per step; score: the mean of all branches."""
 
     pairs: PreferencePairs
     kept: Tensor
@@ -100,7 +100,10 @@ class Rollout:
         return Outcome(pairs, kept, torch.stack(scores).mean())
 
     def candidates(self, branches: Tensor, step: int, cond: Conditioning, before: Tensor) -> Candidates:
-        """Branches (K, B, C, H, W), now at `step`, for the judge. before (2 or 1, K or 1, B, ...): eps one step ago."""
+        """Returns the branches (K, B, C, H, W), now at `step`, as the judge takes them.
+
+        before (2 or 1, K or 1, B, ...): eps one step ago.
+        """
 
         def look_ahead() -> tuple[Tensor | None, Tensor]:
             with self.clock("rollout/branches"):
@@ -113,7 +116,7 @@ class Rollout:
         return Candidates(branches, self.schedule.t[step], look_ahead, decode)
 
     def complete(self, x: Tensor, eps: Tensor | None, step: int, cond: Conditioning) -> Tensor:
-        """eps (G, B, C, H, W) of x (B, C, H, W), of which is known: nothing, the half with the prompt, or all."""
+        """Returns eps (G, B, C, H, W) of x (B, C, H, W); of it is known nothing, the half with the prompt, or all."""
         t = self.schedule.timesteps(step, len(x))
         if eps is None:
             return self.policy.eps(x, t, cond, self.schedule.guided)
@@ -122,7 +125,7 @@ class Rollout:
         return eps
 
     def walk(self, x: Tensor, eps: Tensor, steps: range, cond: Conditioning, rng: Rng) -> tuple[Tensor, Tensor]:
-        """One branch through `steps`, plain stochastic DDIM: x (B, C, H, W) and its eps (G, B, C, H, W) after them."""
+        """Walks one branch through `steps` by stochastic DDIM; returns x (B, C, H, W) and eps (G, B, C, H, W) there."""
         for i in steps:
             x = self.schedule.branch(x, eps, i, k=1, rng=rng)[0]
             eps = self.policy.eps(x, self.schedule.timesteps(i + 1, len(x)), cond, self.schedule.guided)
@@ -131,7 +134,7 @@ class Rollout:
     def walk_on(
         self, branches: Tensor, eps: Tensor, steps: range, cond: Conditioning, rng: Rng
     ) -> tuple[list[Tensor], Tensor]:
-        """Each branch (K, B, C, H, W) alone through `steps`: its states after each of them, and eps before the last.
+        """Walks each branch (K, B, C, H, W) alone; returns its states after each of `steps`, and eps before the last.
 
         eps (G, 1, B, C, H, W) is that of the latent they forked from, and comes back where there are no steps.
         """
@@ -148,11 +151,11 @@ class Rollout:
     def look_ahead(
         self, branches: Tensor, step: int, cond: Conditioning, before: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor]:
-        """What each branch (K, B, C, H, W) at `step` will become: (eps (G, K, B, C, H, W), x0_hat (K, B, C, H, W)).
+        """Returns what each branch (K, B, C, H, W) at `step` will become.
 
-        before (2, K or 1, B, C, H, W): eps of the step before. Where it is given, only the half with the prompt is run,
-        G is 1, and x0_hat takes the difference of the two halves from there. After the last step the branches are clean
-        already: (None, branches).
+        That is (eps (G, K, B, C, H, W), x0_hat (K, B, C, H, W)). before (2, K or 1, B, C, H, W): eps of the
+        step before. Where it is given, only the half with the prompt is run, G is 1, and x0_hat takes the
+        difference of the two halves from there. After the last step the branches are clean already: (None, branches).
         """
         if step == self.schedule.num_steps:
             return None, branches
@@ -169,7 +172,7 @@ class Rollout:
 
 
 def judged_segments(schedule: Schedule, config: RolloutConfig) -> list[range]:
-    """The segments that branches fork in, judged and trained on."""
+    """Returns the segments in which branches fork, are judged and trained on."""
     steps = schedule.steps_within(*config.t_range)
     return segments(steps, config.inner_steps, config.merge_last)[:: config.judge_every]
 
@@ -191,7 +194,7 @@ def check_steps(config: RolloutConfig, schedule: Schedule) -> None:
 
 
 def segments(steps: range, length: int, merge_last: bool) -> list[range]:
-    """`steps` cut into runs of `length`, the last of which may be shorter.
+    """Returns `steps` cut into runs of `length`, the last of which may be shorter.
 
     merge_last: a last run of a single step is joined to the one before, as in the published sampler of longer
     runs, which never judges at the last step of a trajectory. A run of one step each is SPO, longer ones are MSPO.
@@ -203,7 +206,7 @@ def segments(steps: range, length: int, merge_last: bool) -> list[range]:
 
 
 def choose(scores: Tensor, pair: str, rng: Rng) -> Tensor:
-    """Which branches are winner and loser: (2, B). scores (K, B).
+    """Returns which branches are winner and loser: (2, B). scores (K, B).
 
     pair "best_worst"; or "random": two different ones, drawn, of which the better is the winner.
     """
@@ -218,7 +221,7 @@ def choose(scores: Tensor, pair: str, rng: Rng) -> Tensor:
 
 
 def go_on(candidates: Candidates, scores: Tensor, next_state: str, rng: Rng) -> tuple[Tensor, Tensor | None]:
-    """The branch of each prompt that the trajectory follows, and its eps if known: (B, C, H, W), (G, B, C, H, W).
+    """Returns the branch that each trajectory follows, (B, C, H, W), and its eps if known, (G, B, C, H, W).
 
     next_state: a random branch, which is the published rule (uniformly over all k, winner and loser among them), or the
     winner or the loser by scores (K, B).
