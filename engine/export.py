@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
         if getattr(args, name) not in choices:
             raise UserError(f"--{name}: found {getattr(args, name)!r}, expected one of {', '.join(choices)}")
     target = target_of(args.out, args.format)
-    source, lora = find(args.checkpoint)
+    source, lora = find_lora(args.checkpoint)
     dtype = DTYPES[args.dtype]
     if args.format == "merged":
         unet = merged(lora, source, base_of(lora, source, args.base, args.components), dtype)
@@ -68,7 +68,7 @@ def target_of(out: Path, form: str) -> Path:
     return target
 
 
-def find(path: Path) -> tuple[Path, Lora]:
+def find_lora(path: Path) -> tuple[Path, Lora]:
     """The LoRA file meant by a path, and what is in it; of a run the later one of its lora/ and its newest checkpoint.
 
     Raises UserError where there is none.
@@ -79,12 +79,12 @@ def find(path: Path) -> tuple[Path, Lora]:
         return path, read(path)
     checkpoint = newest(path)
     files = [path / LORA_FILE, path / "lora" / LORA_FILE, *([checkpoint / LORA_FILE] if checkpoint else [])]
-    found = [file for file in files if file.is_file()] or list(path.glob("*.safetensors"))
-    if not found:
+    candidates = [file for file in files if file.is_file()] or list(path.glob("*.safetensors"))
+    if not candidates:
         raise UserError(f"{path} holds no LoRA and no finished checkpoint; expected {files[0]} or {files[1]}")
-    if found[0] not in files and len(found) > 1:
-        raise UserError(f"{path} holds {len(found)} .safetensors files, expected one LoRA; name the file")
-    loras = [(file, read(file)) for file in found]
+    if candidates[0] not in files and len(candidates) > 1:
+        raise UserError(f"{path} holds {len(candidates)} .safetensors files, expected one LoRA; name the file")
+    loras = [(file, read(file)) for file in candidates]
     return max(loras, key=lambda pair: int(pair[1].facts.get("strop.iteration", 0)))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .config.judge_training import SpmConfig
+from .config.judge_training import JudgeTrainingConfig
 from .data.pair_sets import PairSets, check_labeller, choose, make_sets
 from .evaluation.compare import rate_delta
 from .judge.denoiser import Denoiser
@@ -25,7 +25,7 @@ from .speed.apply import prepare
 NAMED = 3  # broken pairs that the terminal and the summary name; broken.txt has all
 
 
-def run(config: SpmConfig) -> None:
+def run(config: JudgeTrainingConfig) -> None:
     """Trains a judge by a recipe; the last lines on the terminal say what came out and where it lies."""
     quiet_libraries()
     with Session.start(config) as session:

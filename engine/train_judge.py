@@ -8,14 +8,14 @@ if not __package__:  # run as a script (PEP 366)
 from collections.abc import Sequence
 
 from .config.command_line import recipe_of
-from .config.judge_training import SpmConfig
+from .config.judge_training import JudgeTrainingConfig
 from .errors import exit_on_user_error
 
 
 @exit_on_user_error
 def main(argv: Sequence[str]) -> None:
     """Trains a judge by a recipe; the last lines on the terminal say what came out and where it lies."""
-    config = recipe_of(argv, "train_judge.py", main.__doc__, "configs/judge_tinyworld.yaml", SpmConfig)
+    config = recipe_of(argv, "train_judge.py", main.__doc__, "configs/judge_tinyworld.yaml", JudgeTrainingConfig)
     from . import judge_training  # torch and diffusers take seconds: what is wrong with a recipe has been said by now
 
     judge_training.run(config)

@@ -1,5 +1,6 @@
 """What several test modules share: golden numbers and the tiny models behind them (tests/golden/README.md)."""
 
+import contextlib
 import functools
 import importlib.util
 import io
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pynvml
 import pytest
 import torch
+import yaml
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
@@ -25,6 +27,7 @@ from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from strop.engine import train, train_judge
 from strop.engine.config.training import ModelConfig
 from strop.engine.models.base_model import load_unet
 from strop.engine.models.families.find import FAMILIES
@@ -422,3 +425,90 @@ class FakeNvml:
 def nvml(monkeypatch):
     """A machine with NVML, in place of this one's: cuda:0 is its second card."""
     return FakeNvml(monkeypatch)
+
+
+TRAINING = {
+    "judge": {"kind": "pickscore"},
+    "rollout": {"prompts": 2, "k": 2, "num_steps": 5, "t_range": [0, 401], "threshold": 0.0},
+    "optim": {"lr": 1e-2, "micro_batch": 4},
+    "evaluate": {"prompts": 3, "num_steps": 2, "batch": 2, "pictures": 2, "examiner": "recipe_modules:examiner"},
+    "run": {"iterations": 2, "save_every": 1, "device": "cpu"},
+}
+JUDGE_TRAINING = {
+    "judge": {},
+    "data": {"source": "recipe_modules:pairs", "train": 40, "heldout": 20},
+    "optim": {"steps": 6, "batch": 8, "lr": 1e-3, "warmup": 2, "clean_share": 0.25},
+    "run": {"device": "cpu", "log_every": 2, "save_every": 2},
+}
+MODULES = '''
+import torch
+
+def examiner(device):
+    def examine(images, prompts):
+        words = images.new_tensor([len(prompt.split()) for prompt in prompts])
+        return {"brightness": images.mean((1, 2, 3)), "words": words}
+    return examine
+
+def pairs(seed, size):
+    """Bright against dark: the brighter image is preferred; every eighth pair is a tie."""
+    rng = torch.Generator().manual_seed(seed)
+    light = torch.rand(size, 2, 1, 1, 1, generator=rng) * 1.6 - 0.8
+    images = (light + 0.1 * torch.randn(size, 2, 3, 16, 16, generator=rng)).clamp(-1, 1)
+    label = (light[:, 0] > light[:, 1]).double().flatten()
+    label[::8] = 0.5
+    return [
+        {"image_0": a, "image_1": b, "caption": "ab", "label_0": p, "label_1": 1 - p}
+        for (a, b), p in zip(images, label.tolist())
+    ]
+'''
+
+
+@pytest.fixture(scope="session")
+def recipe_folder(tmp_path_factory, tiny_folder, clip_folder):
+    """training.yaml and judge.yaml, recipes of runs of a second, with prompts, and the pairs and examiner they name.
+
+    Shared by all tests: not to be written to.
+    """
+    folder = tmp_path_factory.mktemp("recipes")
+    (folder / "recipe_modules.py").write_text(MODULES)
+    (folder / "train.txt").write_text("a b c\nd e\n\nf\n")
+    (folder / "heldout.txt").write_text("g\nh i\nj k l\n")
+    prompts = {"prompts": {"train": str(folder / "train.txt"), "heldout": str(folder / "heldout.txt")}}
+    for name, sections in (("training", TRAINING | prompts), ("judge", JUDGE_TRAINING)):
+        models = {"model": {"path": str(tiny_folder)}, "judge": sections["judge"] | {"path": str(clip_folder)}}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(sections | models))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        yield folder
+
+
+@pytest.fixture
+def recipe(recipe_folder, tmp_path):
+    """recipe("run.iterations=1") -> the command line of a training in tmp_path/run; judge=True: of a judge's."""
+
+    def command_line(*overrides, judge=False):
+        file = recipe_folder / ("judge.yaml" if judge else "training.yaml")
+        return [str(file), f"run.dir={tmp_path / 'run'}", *overrides]
+
+    return command_line
+
+
+def run_once(main, arguments, folder):
+    """What a command printed, and the run folder it left."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        main([*arguments, f"run.dir={folder}"])
+    return SimpleNamespace(folder=folder, printed=printed.getvalue())
+
+
+@pytest.fixture(scope="session")
+def training_run(recipe_folder, tmp_path_factory):
+    """The recipe training.yaml, run once for all tests: .folder, not to be written to, and .printed."""
+    arguments = ["--local_rank=0", str(recipe_folder / "training.yaml")]
+    return run_once(train.main, arguments, tmp_path_factory.mktemp("training") / "run")
+
+
+@pytest.fixture(scope="session")
+def judge_run(recipe_folder, tmp_path_factory):
+    """The recipe judge.yaml, run once for all tests: .folder, not to be written to, and .printed."""
+    arguments = ["--local_rank=0", str(recipe_folder / "judge.yaml")]
+    return run_once(train_judge.main, arguments, tmp_path_factory.mktemp("judge") / "run")

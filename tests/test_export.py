@@ -1,4 +1,4 @@
-"""python -m strop.engine.export: from a run, a checkpoint or a file to each format; each refusal is one sentence."""
+"""python -m strop.engine.export: from a run, a checkpoint or a file to each format. Refusals: test_refusals.py."""
 
 import shutil
 
@@ -61,29 +61,20 @@ def run(tmp_path_factory, tiny_folder):
 
 @pytest.mark.parametrize("form", ["diffusers", "kohya"])
 @pytest.mark.parametrize(
-    "source",
-    [
-        ".",
-        "lora",
-        "checkpoints/000002",
-        "lora/pytorch_lora_weights.safetensors",
-        "lora/run_kohya.safetensors",
-    ],
-    ids=["run", "lora-folder", "checkpoint", "diffusers-file", "kohya-file"],
+    "source", [".", "lora", "checkpoints/000002", "lora/pytorch_lora_weights.safetensors", "lora/run_kohya.safetensors"]
 )
 def test_converts_whatever_a_run_leaves(run, tmp_path, source, form, capsys):
     target = tmp_path / "new" / "mine.safetensors"
     main([str(run / source), "--format", form, "--out", str(target)])
     expected = read(run / "lora" / "pytorch_lora_weights.safetensors")
-    found = read(target)
-    assert_same(found.state(), expected.state())
-    assert found.alpha == expected.alpha
-    assert found.facts["strop.base_model"] == expected.facts["strop.base_model"]
-    assert found.facts["modelspec.title"] == "mine"
+    written = read(target)
+    assert_same(written.state(), expected.state())
+    assert written.alpha == expected.alpha
+    assert written.facts["strop.base_model"] == expected.facts["strop.base_model"]
+    assert written.facts["modelspec.title"] == "mine"
     printed = capsys.readouterr().out
     assert str(target) in printed
-    assert "32 layers of rank 4, float32, 0.0 MiB" in printed
-    assert "iteration 2" in printed
+    assert all(words in printed for words in ("32 layers", "rank 4", "float32", "iteration 2"))
 
 
 def test_there_and_back_is_the_same_file_of_tensors(run, tmp_path):
@@ -122,9 +113,10 @@ def test_a_folder_with_one_lora_of_any_name(run, tmp_path):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_dtype(run, tmp_path, dtype):
     main([str(run), "--format", "kohya", "--out", str(tmp_path / "a.safetensors"), "--dtype", dtype])
-    found, wide = load_file(tmp_path / "a.safetensors"), load_file(run / "lora" / "run_kohya.safetensors")
-    kept = {name: value if name.endswith("alpha") else value.to(getattr(torch, dtype)) for name, value in wide.items()}
-    assert_same(found, kept)
+    narrow, wide = load_file(tmp_path / "a.safetensors"), load_file(run / "lora" / "run_kohya.safetensors")
+    assert_same(
+        narrow, {name: v if name.endswith("alpha") else v.to(getattr(torch, dtype)) for name, v in wide.items()}
+    )
 
 
 def image(pipeline):
@@ -147,8 +139,8 @@ def test_merged_weights_draw_the_image_of_the_lora(family, targets, tiny_folder,
     bare = image(pipeline)
     pipeline.load_lora_weights(tmp_path / "run" / "lora")
     expected = image(pipeline)
-    found = image(PIPELINES[family].from_pretrained(folder, unet=merged))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    drawn = image(PIPELINES[family].from_pretrained(folder, unet=merged))
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-5)
     assert (bare - expected).abs().max() > 0.01
 
 
@@ -183,69 +175,7 @@ def test_a_base_that_is_one_file(tiny_sdxl_file, tiny_sdxl_folder, tmp_path):
     assert_same(a, b)
 
 
-def refused(arguments, capsys):
-    """The one sentence with which a command line is refused."""
-    with pytest.raises(SystemExit) as stopped:
-        main([str(argument) for argument in arguments])
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("strop: ")
-    assert error.count("\n") == 1
-    return error
-
-
-@pytest.mark.parametrize(
-    "source, options, sentence",
-    [
-        ("nowhere", {}, "no file or folder nowhere; expected a run, a checkpoint or a LoRA"),
-        ("{run}/checkpoints", {}, "checkpoints holds no LoRA and no finished checkpoint"),
-        ("{model}/unet/diffusion_pytorch_model.safetensors", {}, "is no LoRA of a Stable Diffusion UNet alone"),
-        ("{model}/unet/config.json", {}, "config.json cannot be read as a LoRA"),
-        ("{run}", {"format": "onnx"}, "--format: found 'onnx', expected one of diffusers, kohya, merged"),
-        ("{run}", {"dtype": "float8"}, "--dtype: found 'float8', expected one of float32, bfloat16, float16"),
-        ("{run}", {"out": "{run}/lora"}, "pytorch_lora_weights.safetensors is there already; choose another place"),
-        ("{run}", {"out": "{run}/lora/run_kohya.safetensors"}, "run_kohya.safetensors is there already"),
-        ("{run}", {"format": "merged", "out": "{model}"}, "unet is there already; choose another place"),
-        (
-            "{run}",
-            {"format": "merged", "out": "a.safetensors"},
-            "--out: found the file a.safetensors, expected a folder",
-        ),
-        ("{run}", {"out": "{model}/model_index.json/a"}, "cannot be written"),
-        ("{run}", {"format": "merged", "base": "nowhere"}, "nowhere"),
-        ("{run}", {"format": "merged", "base": "{sdxl}"}, "(sd15) does not fit the UNet of"),
-    ],
-)
-def test_bad_input_gets_one_sentence(run, tiny_folder, tiny_sdxl_folder, tmp_path, source, options, sentence, capsys):
-    places = {"run": run, "model": tiny_folder, "sdxl": tiny_sdxl_folder}
-    options = {"format": "diffusers", "out": str(tmp_path / "new")} | options
-    before = sorted(run.rglob("*"))
-    arguments = [part for name, value in options.items() for part in (f"--{name}", value.format(**places))]
-    assert sentence in refused([source.format(**places), *arguments], capsys)
-    assert not (tmp_path / "new").exists()
-    assert sorted(run.rglob("*")) == before
-
-
-def test_an_sdxl_lora_on_sd15(tiny_folder, tiny_sdxl_folder, tmp_path, capsys):
-    leave_run(tmp_path / "xl", tiny_sdxl_folder, sizes=(0.2,), final=1)
-    out = ["--format", "merged", "--out", tmp_path / "new"]
-    error = refused([tmp_path / "xl", *out, "--base", tiny_folder], capsys)
-    assert "(sdxl) does not fit the UNet of" in error
-    assert "name a model of the LoRA's own family with --base" in error
-    assert not (tmp_path / "new").exists()
-
-
-def test_a_lora_that_does_not_say_its_base(tiny_folder, tmp_path, capsys):
+def test_a_lora_that_does_not_say_its_base_is_merged_into_the_one_named(tiny_folder, tmp_path):
     file = trained(tiny_folder, 0.1).save_lora(tmp_path)
-    arguments = [file, "--format", "merged", "--out", tmp_path / "new"]
-    assert "does not say which model it was trained on; name it with --base" in refused(arguments, capsys)
-    main([str(argument) for argument in [*arguments, "--base", tiny_folder]])
+    main([str(file), "--format", "merged", "--out", str(tmp_path / "new"), "--base", str(tiny_folder)])
     assert (tmp_path / "new" / "unet" / "config.json").is_file()
-
-
-def test_a_folder_of_several_loras_asks_for_one(run, tmp_path, capsys):
-    (tmp_path / "loras").mkdir()
-    for name in ("a", "b"):
-        shutil.copy(run / "lora" / "run_kohya.safetensors", tmp_path / "loras" / f"{name}.safetensors")
-    error = refused([tmp_path / "loras", "--format", "kohya", "--out", tmp_path / "new"], capsys)
-    assert "holds 2 .safetensors files, expected one LoRA; name the file" in error

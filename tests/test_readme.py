@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 
 from strop.engine import cli
-from strop.engine.config.judge_training import SpmConfig
+from strop.engine.config.judge_training import JudgeTrainingConfig
 from strop.engine.config.settings import RECIPES, differences, load
 from strop.engine.config.training import Config
 from strop.engine.errors import UserError
@@ -112,7 +112,7 @@ def recipe_of(monkeypatch):
             assert ended.value.code == 0, command.line  # --help
             return None
         names = ended.value.args[0]
-        kind = SpmConfig if module.endswith("train_judge") else Config
+        kind = JudgeTrainingConfig if module.endswith("train_judge") else Config
         return load(names.recipe, names.overrides, kind) if hasattr(names, "overrides") else None
 
     return answer

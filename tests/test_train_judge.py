@@ -1,5 +1,6 @@
 """Judge training from the recipe to the run folder, on the golden models and pairs that a tiny judge can learn."""
 
+import functools
 import json
 import os
 import shutil
@@ -10,14 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader
 from transformers import CLIPModel
 
 from strop.engine import train_judge
-from strop.engine.config.judge_training import SpmConfig
+from strop.engine.config.judge_training import JudgeTrainingConfig
 from strop.engine.config.training import JudgeConfig, load
 from strop.engine.data.pair_cache import PairCache
 from strop.engine.errors import UserError
@@ -33,54 +33,28 @@ from strop.engine.speed.upsample import FoldedUpsample
 from strop.engine.train_judge import main
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
-PAIRS = '''
-import torch
-
-def load(seed, size):
-    """Bright against dark: the brighter image is preferred; every eighth pair is a tie."""
-    rng = torch.Generator().manual_seed(seed)
-    light = torch.rand(size, 2, 1, 1, 1, generator=rng) * 1.6 - 0.8
-    images = (light + 0.1 * torch.randn(size, 2, 3, 16, 16, generator=rng)).clamp(-1, 1)
-    label = (light[:, 0] > light[:, 1]).double().flatten()
-    label[::8] = 0.5
-    return [
-        {"image_0": a, "image_1": b, "caption": "ab", "label_0": p, "label_1": 1 - p}
-        for (a, b), p in zip(images, label.tolist())
-    ]
-'''
 
 
 @pytest.fixture
-def recipe(tmp_path, tiny_folder, clip_folder, monkeypatch):
-    """recipe("optim.steps=3") -> the arguments of a short run into tmp_path/run."""
-    (tmp_path / "bright_pairs.py").write_text(PAIRS)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "bright_pairs", raising=False)
-    tree = {
-        "model": {"path": str(tiny_folder)},
-        "judge": {"path": str(clip_folder)},
-        "data": {"source": "bright_pairs:load", "train": 40, "heldout": 20},
-        "optim": {"steps": 6, "batch": 8, "lr": 1.0e-3, "warmup": 2, "clean_share": 0.25},
-        "run": {"dir": str(tmp_path / "run"), "device": "cpu", "log_every": 2},
-    }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
-    return lambda *overrides: [str(tmp_path / "recipe.yaml"), *overrides]
+def recipe(recipe):
+    """recipe("optim.steps=3") -> the command line of a judge's training in tmp_path/run."""
+    return functools.partial(recipe, judge=True)
 
 
 def built(arguments):
     """Method and optimizer of a run that is not begun."""
     path, *overrides = arguments
-    return build(Session(load(path, overrides, SpmConfig), ALONE))
+    return build(Session(load(path, overrides, JudgeTrainingConfig), ALONE))
 
 
 def records(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_leaves_what_it_promises(recipe, tmp_path, capsys):
-    main(["--local_rank=0", *recipe("run.save_every=2")])
-    run = tmp_path / "run"
-    assert load(run / "config.yaml", cls=SpmConfig) == load(recipe()[0], ["run.save_every=2"], SpmConfig)
+def test_a_run_leaves_what_it_promises(judge_run, recipe):
+    run = judge_run.folder
+    path, *overrides = recipe(f"run.dir={run}")
+    assert load(run / "config.yaml", cls=JudgeTrainingConfig) == load(path, overrides, JudgeTrainingConfig)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["000004", "000006"]
     assert all((run / name).stat().st_size > 0 for name in ("curves.png", "report.html"))
     assert list((run / "tensorboard").iterdir())
@@ -96,34 +70,26 @@ def test_a_run_leaves_what_it_promises(recipe, tmp_path, capsys):
         rates = (lines[at]["heldout_accuracy"][t] for at in (0, -1))
         assert summary[f"accuracy at t={t}"] == rate_delta(*rates, 17), "three of the held-out pairs are ties"
     assert {"total", "load", "prepare", "evaluate", "show", "update", "save"} == summary["seconds"].keys()
-
     judge = StepAwarePreferenceModel.load(JudgeConfig(path=str(run / "judge")), ALONE.device)
     assert judge.clip.vision_model.adaLN_modulation[1].weight.abs().max() > 0
-    shown = capsys.readouterr().out.splitlines()
-    assert shown[0] == "40 training pairs, 20 held-out pairs, 0 rows left out"
-    assert shown[1].split() == [
-        "iteration",
-        "prompts/s",
-        "ETA",
-        "loss",
-        "accuracy",
-        *(f"t={t}" for t in TIMESTEPS),
-        "grad",
-        "norm",
-    ]
+
+
+def test_the_terminal_says_what_the_records_say(judge_run):
+    summary = json.loads((judge_run.folder / "summary.json").read_text())
+    shown = judge_run.printed.splitlines()
+    assert all(number in shown[0].split() for number in ("40", "20", "0")), "pairs to train on, held out, left out"
+    timesteps = [f"t={t}" for t in TIMESTEPS]
+    assert shown[1].split() == ["iteration", "ETA", "loss", "accuracy", *timesteps, "grad", "norm"]
     assert [line.split()[0] for line in shown[2:8]] == ["0/6", "1/6", "2/6", "4/6", "5/6", "6/6"]
-    after = [f"{value:.3f}" for value in summary["accuracy"]["after"].values()]
-    assert shown[7].split()[5:-1] == after
-    assert [line.split()[3] for line in shown if line.startswith("accuracy at t=")] == [
-        f"{value:.3f}" for value in summary["accuracy"]["before"].values()
-    ]
-    assert f"judge         {run / 'judge'}" in shown
+    written = {name: [f"{value:.3f}" for value in values.values()] for name, values in summary["accuracy"].items()}
+    assert shown[7].split()[4:-1] == written["after"]
+    assert [line.split()[3] for line in shown if line.startswith("accuracy at t=")] == written["before"]
+    assert ["judge", str(judge_run.folder / "judge")] in map(str.split, shown)
 
 
-def test_every_parameter_is_trained(recipe, tmp_path, clip_folder):
-    main(recipe())
+def test_every_parameter_is_trained(judge_run, clip_folder):
     before = load_file(clip_folder / "model.safetensors")
-    after = load_file(tmp_path / "run" / "judge" / "model.safetensors")
+    after = load_file(judge_run.folder / "judge" / "model.safetensors")
     assert before.keys() < after.keys()
     unmoved = {name for name in before if torch.equal(before[name], after[name])}
     assert unmoved <= {"vision_model.embeddings.position_ids", "text_model.embeddings.position_ids"}
@@ -152,10 +118,9 @@ def test_a_judge_never_told_the_timestep_is_trained_and_known_as_such(recipe, tm
         StepAwarePreferenceModel.load(JudgeConfig(path=path), ALONE.device)
 
 
-def test_an_untrained_judge_is_as_right_as_its_pickscore(recipe, tmp_path, clip_folder, tokenizer):
-    main(recipe("optim.steps=1", "optim.warmup=0"))
+def test_an_untrained_judge_is_as_right_as_its_pickscore(judge_run, clip_folder, tokenizer):
     clip = CLIPModel.from_pretrained(clip_folder).eval()
-    pairs = sys.modules["bright_pairs"].load(43, 20)
+    pairs = sys.modules["recipe_modules"].pairs(43, 20)
     judge = StepAwarePreferenceModel.load(JudgeConfig(path=str(clip_folder), kind="pickscore"), ALONE.device)
     ids = tokenizer(["ab"], padding="max_length", max_length=16, return_tensors="pt").input_ids
     right = []
@@ -164,16 +129,14 @@ def test_an_untrained_judge_is_as_right_as_its_pickscore(recipe, tmp_path, clip_
         with torch.no_grad():
             scores = clip(input_ids=ids, pixel_values=pixels).logits_per_text[0]
         right.append((scores[0] > scores[1]).item() == (pair["label_0"] == 1))
-    assert records(tmp_path / "run")[0]["heldout_accuracy"]["0"] == pytest.approx(sum(right) / len(right))
+    assert records(judge_run.folder)[0]["heldout_accuracy"]["0"] == pytest.approx(sum(right) / len(right))
 
 
-def test_the_same_seed_gives_the_same_bits(recipe, tmp_path):
-    states = []
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        main(recipe(f"run.dir={tmp_path / name}", f"run.seed={seed}", "optim.steps=3"))
-        states.append(load_file(tmp_path / name / "judge" / "model.safetensors"))
-    first, again, other = states
-    assert all(torch.equal(first[name], again[name]) for name in first)
+def test_the_same_seed_gives_the_same_bits(judge_run, recipe, tmp_path):
+    for name, seed in (("again", 42), ("other", 2)):
+        main(recipe(f"run.dir={tmp_path / name}", f"run.seed={seed}"))
+    first, again, other = (judge_of(run) for run in (judge_run.folder, tmp_path / "again", tmp_path / "other"))
+    assert same(first, again)
     assert not torch.equal(first["visual_projection.weight"], other["visual_projection.weight"])
 
 
@@ -183,8 +146,8 @@ def test_clean_share_shows_that_many_pairs_as_they_are(recipe, monkeypatch):
     def watch(self, pairs, clean):
         shown = show(self, pairs, clean)
         as_they_are = torch.stack([pairs["image_0"], pairs["image_1"]])[:, :clean]
-        own = self.judge.pixels(as_they_are.flatten(0, 1)).view_as(shown.pixels[:, :clean])
-        assert (shown.pixels[:, :clean] - own).abs().max() < 1e-5 if clean else True
+        clean_pixels = self.judge.pixels(as_they_are.flatten(0, 1)).view_as(shown.pixels[:, :clean])
+        assert (shown.pixels[:, :clean] - clean_pixels).abs().max() < 1e-5 if clean else True
         assert (shown.t[:clean] == 0).all()
         seen.append((clean, len(shown), (shown.t[clean:] > 0).float().mean().item()))
         return shown
@@ -243,11 +206,11 @@ def test_pairs_in_files_are_trained_on_and_computed_once(
     file_recipe, tmp_path, request, monkeypatch, capsys, family, form, labels
 ):
     folder = request.getfixturevalue({"sd15": "tiny_folder", "sdxl": "tiny_sdxl_folder"}[family])
-    made, posterior = [], Denoiser.posterior
-    monkeypatch.setattr(Denoiser, "posterior", lambda self, x: made.append(x.shape[1]) or posterior(self, x))
+    encoded, posterior = [], Denoiser.posterior
+    monkeypatch.setattr(Denoiser, "posterior", lambda self, x: encoded.append(x.shape[1]) or posterior(self, x))
     arguments = file_recipe(form, f"model.path={folder}", f"data.labels={labels}")
     main(arguments)
-    assert sum(made) == 12 + 6  # three steps of four pairs, and the held-out ones
+    assert sum(encoded) == 12 + 6  # three steps of four pairs, and the held-out ones
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["training_pairs"], summary["heldout_pairs"], summary["pairs"]) == (12, 6, 12)
     assert summary["broken_pairs"] == {"count": 0, "such_as": []}
@@ -256,9 +219,9 @@ def test_pairs_in_files_are_trained_on_and_computed_once(
     texts = load_entry(next((tmp_path / "cache" / "text").rglob("*.entry")))
     assert texts.keys() == ({"text", "pooled"} if family == "sdxl" else {"text"})
 
-    made.clear()
+    encoded.clear()
     main([*arguments, f"run.dir={tmp_path / 'again'}", "data.workers=2"])
-    assert made == [4, 2]  # the held-out pairs alone
+    assert encoded == [4, 2]  # the held-out pairs alone
     assert same(judge_of(tmp_path / "again"), judge_of(tmp_path / "run"))
 
 
@@ -267,11 +230,11 @@ def load_entry(path):
 
 
 def test_the_cache_changes_nothing_but_rounding(file_recipe, tmp_path):
-    for name, cache in (("kept", tmp_path / "cache"), ("live", "null")):
+    for name, cache in (("cached", tmp_path / "cache"), ("live", "null")):
         main(file_recipe("jsonl", f"data.cache={cache}", f"run.dir={tmp_path / name}", "run.log_every=1"))
-    kept, live = (records(tmp_path / name) for name in ("kept", "live"))
-    assert [line["loss"] for line in kept[1:]] == pytest.approx([line["loss"] for line in live[1:]], rel=0.02)
-    assert kept[0]["heldout_accuracy"] == live[0]["heldout_accuracy"]
+    cached, live = (records(tmp_path / name) for name in ("cached", "live"))
+    assert [line["loss"] for line in cached[1:]] == pytest.approx([line["loss"] for line in live[1:]], rel=0.02)
+    assert cached[0]["heldout_accuracy"] == live[0]["heldout_accuracy"]
 
 
 def losses(recipe, tmp_path, name, *overrides):
@@ -282,8 +245,8 @@ def losses(recipe, tmp_path, name, *overrides):
 @pytest.mark.parametrize("key", ["fold_upsample", "channels_last"])
 def test_a_key_of_speed_changes_nothing_but_rounding(recipe, tmp_path, key):
     plain = losses(recipe, tmp_path, "plain", "model.fold_upsample=false")
-    found = losses(recipe, tmp_path, "found", "model.fold_upsample=false", f"model.{key}=true")
-    assert found == pytest.approx(plain, rel=1e-4)
+    faster = losses(recipe, tmp_path, "faster", "model.fold_upsample=false", f"model.{key}=true")
+    assert faster == pytest.approx(plain, rel=1e-4)
     method, _ = built(recipe("model.fold_upsample=false", f"model.{key}=true"))
     for network in (method.denoiser.unet, method.denoiser.diffusion.vae):
         folded = any(isinstance(module, FoldedUpsample) for module in network.modules())
@@ -294,7 +257,7 @@ def test_a_key_of_speed_changes_nothing_but_rounding(recipe, tmp_path, key):
 @pytest.mark.slow
 def test_a_judge_is_trained_compiled(recipe, tmp_path, monkeypatch):
     whole = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda *what, **given: whole(*what, **given | {"backend": "eager"}))
+    monkeypatch.setattr(torch, "compile", lambda *what, **options: whole(*what, **options | {"backend": "eager"}))
     torch._dynamo.reset()
     plain, counted = losses(recipe, tmp_path, "plain"), counters["stats"]["unique_graphs"]
     assert losses(recipe, tmp_path, "compiled", "model.compile=true") == pytest.approx(plain, rel=1e-4)
@@ -327,13 +290,6 @@ def test_broken_pairs_are_counted_named_and_left_out(file_recipe, tmp_path, caps
     assert summary["broken_pairs"] == {"count": 1, "such_as": [named.strip()]}
     assert summary["training_pairs"] + summary["heldout_pairs"] == 31
     assert f"1 broken pairs left out, named in {tmp_path / 'run' / 'broken.txt'}" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as exit:
-        main([*arguments, f"run.dir={tmp_path / 'third'}", "data.max_broken=0.01"])
-    assert exit.value.code == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert "at least 1 of 26 pairs are broken, which is more than data.max_broken = 0.01; the first is " in said
-    assert not (tmp_path / "third").exists()
 
 
 def test_a_step_may_be_made_of_several_batches(recipe, tmp_path):
@@ -343,39 +299,23 @@ def test_a_step_may_be_made_of_several_batches(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["factory", "parquet"])
-def test_a_resumed_run_goes_on_bit_for_bit(recipe, file_recipe, tmp_path, form):
-    common = ("optim.steps=4", "run.save_every=2", "optim.accumulate=2", "run.log_every=1")
-    arguments = recipe(*common) if form == "factory" else file_recipe(form, *common)
-    main(arguments)
-    run = tmp_path / "run"
-    kept = sorted(path.name for path in (run / "checkpoints").iterdir())
-    assert kept == ["000002", "000004"]
-    whole, lines = judge_of(run), records(run)
-    shutil.rmtree(run / "checkpoints" / "000004")
-    shutil.rmtree(run / "judge")
-    main([*arguments, "run.resume=true"])
-    assert same(judge_of(run), whole)
+def test_a_resumed_run_goes_on_bit_for_bit(judge_run, recipe, file_recipe, tmp_path, form):
+    straight, resumed = judge_run.folder, tmp_path / "resumed"
+    arguments = recipe()
+    if form == "parquet":
+        straight = tmp_path / "run"
+        arguments = file_recipe(form, "optim.steps=6", "optim.accumulate=2")
+        main(arguments)
+    shutil.copytree(straight, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "000006")
+    shutil.rmtree(resumed / "judge")
+    main([*arguments, f"run.dir={resumed}", "run.resume=true"])
+    assert same(judge_of(resumed), judge_of(straight))
     measured = ("iteration", "pairs", "optimizer_steps", "loss", "grad_norm", "accuracy", "heldout_accuracy")
-    assert [[line[k] for k in measured] for line in records(run)] == [[line[k] for k in measured] for line in lines]
-    summary = json.loads((run / "summary.json").read_text())
-    assert summary["accuracy"]["before"] == lines[0]["heldout_accuracy"]
-
-
-@pytest.mark.parametrize(
-    "override, sentence",
-    [
-        ("optim.lr=1e-4", "belongs to another configuration (optim.lr: 0.001 -> 0.0001)"),
-        ("data.labels=pickscore", "belongs to another configuration (data.labels: 'given' -> 'pickscore')"),
-    ],
-)
-def test_a_changed_recipe_is_not_gone_on_with(file_recipe, tmp_path, capsys, override, sentence):
-    main(file_recipe("jsonl", "run.save_every=2"))
-    before = (tmp_path / "run" / "config.yaml").read_bytes()
-    with pytest.raises(SystemExit) as exit:
-        main(file_recipe("jsonl", "run.save_every=2", "run.resume=true", override))
-    assert exit.value.code == 2
-    assert sentence in capsys.readouterr().err
-    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+    whole, parts = ([[line[name] for name in measured] for line in records(run)] for run in (straight, resumed))
+    assert parts == whole
+    summary = json.loads((resumed / "summary.json").read_text())
+    assert summary["accuracy"]["before"] == records(straight)[0]["heldout_accuracy"]
 
 
 def two_processes(arguments, pythonpath):
@@ -384,7 +324,8 @@ def two_processes(arguments, pythonpath):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     launcher = Path(sys.executable).with_name("deepspeed")
-    paths = {"PYTHONPATH": str(pythonpath), "PATH": f"{launcher.parent}{os.pathsep}{os.environ['PATH']}"}
+    pythonpath = os.pathsep.join([str(pythonpath), *filter(None, [os.environ.get("PYTHONPATH")])])
+    paths = {"PYTHONPATH": pythonpath, "PATH": f"{launcher.parent}{os.pathsep}{os.environ['PATH']}"}
     command = [launcher, "--num_accelerators", "2", "--master_port", port, train_judge.__file__, *arguments]
     environment = os.environ | paths | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
@@ -393,8 +334,8 @@ def two_processes(arguments, pythonpath):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="DeepSpeed builds its communication op for CPUs with g++")
-def test_two_processes_train_one_judge(recipe, tmp_path):
-    two_processes(recipe(), tmp_path)
+def test_two_processes_train_one_judge(recipe, recipe_folder, tmp_path):
+    two_processes(recipe(), recipe_folder)
     last = records(tmp_path / "run")[-1]
     assert (last["pairs"], last["optimizer_steps"]) == (96, 6)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -419,50 +360,8 @@ def test_two_processes_share_a_cache_and_go_on_bit_for_bit(file_recipe, tmp_path
     assert same(judge_of(run), whole)
 
 
-@pytest.mark.parametrize(
-    "override, sentence",
-    [
-        ("optim.step=3", "unknown key optim.step; did you mean optim.steps?"),
-        ("model.path=nowhere", "model.path: no such file or folder nowhere"),
-        ("judge.path=nowhere", "judge.path: no such file or folder nowhere"),
-        ("data.source=bright_pairs", "data.source: bright_pairs is no folder of Pick-a-Pic parquet files, no .jsonl"),
-        ("data.source=dark_pairs:load", "data.source: no module dark_pairs"),
-        ("optim.warmup=6", "optim: warmup is 6, but must be smaller than steps = 6"),
-        ("run.device=tpu", "run.device: found 'tpu'"),
-    ],
-    ids=["key", "model", "judge", "colon", "module", "warmup", "device"],
-)
-def test_mistakes_end_with_one_sentence(recipe, tmp_path, capsys, override, sentence):
-    with pytest.raises(SystemExit) as exit:
-        main(recipe(override))
-    said = capsys.readouterr()
-    assert exit.value.code == 2
-    assert said.err.count("\n") == 1
-    assert sentence in said.err
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_run_folder_in_use_is_left_alone(recipe, tmp_path, capsys):
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "thesis.txt").write_text("mine")
-    with pytest.raises(SystemExit) as exit:
-        main(recipe())
-    assert exit.value.code == 2
-    assert f"run.dir: {run} is not empty; choose a new folder, or run.resume=true" in capsys.readouterr().err
-    assert [path.name for path in run.iterdir()] == ["thesis.txt"]
-
-
-def test_a_run_folder_that_cannot_be_made(recipe, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit) as exit:
-        main(recipe(f"run.dir={tmp_path / 'file' / 'run'}"))
-    assert exit.value.code == 2
-    assert "cannot be written (Not a directory)" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("name", ["tinyworld", "sd15", "sdxl"])
 def test_the_recipes_are_valid(name):
-    config = load(Path(__file__).parents[1] / "configs" / f"judge_{name}.yaml", cls=SpmConfig)
+    config = load(Path(__file__).parents[1] / "configs" / f"judge_{name}.yaml", cls=JudgeTrainingConfig)
     assert (config.optim.clean_share > 0) == (name == "tinyworld")
     assert config.data.labels == ("pickscore" if name == "sdxl" else "given")

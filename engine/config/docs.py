@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from .judge_training import SpmConfig
+from .judge_training import JudgeTrainingConfig
 from .training import Config
 
 HEAD = """\
@@ -25,7 +25,7 @@ after it override single keys, such as `run.dir=runs/mine optim.lr=1e-4`; values
 or a value out of range stops the program before anything is loaded. The resolved configuration is written to the run
 folder.
 """
-RECIPES = {"engine/train.py": Config, "engine/train_judge.py": SpmConfig}
+RECIPES = {"engine/train.py": Config, "engine/train_judge.py": JudgeTrainingConfig}
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "min_length": "length ≥", "max_length": "length ≤"}
 
 
@@ -47,8 +47,8 @@ def _sections(
         yield name, plain, default
     for key, field in model.model_fields.items():
         if _is_section(field.annotation):
-            given = field.default if isinstance(field.default, BaseModel) else None
-            yield from _sections(field.annotation, f"{name}.{key}" if name else key, given)
+            defaults = field.default if isinstance(field.default, BaseModel) else None
+            yield from _sections(field.annotation, f"{name}.{key}" if name else key, defaults)
 
 
 def _is_section(annotation: Any) -> bool:

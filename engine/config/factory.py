@@ -21,19 +21,19 @@ def resolve(spec: str, key: str) -> Callable:
     if not colon or not module_name or not attribute or module_name.startswith("."):
         raise UserError(f"{key}: found {spec!r}, expected module:factory, such as strop.bench.tinyworld.pairs:load")
     try:
-        found = importlib.import_module(module_name)
+        value = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise UserError(_no_module(key, module_name, error)) from None
     except Exception as error:  # whatever a module of the user's raises while it is imported
         message = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{key}: module {module_name} does not import ({message})") from error
     for name in attribute.split("."):
-        if not hasattr(found, name):
+        if not hasattr(value, name):
             raise UserError(f"{key}: {module_name} has no attribute {attribute}")
-        found = getattr(found, name)
-    if not callable(found):
-        raise UserError(f"{key}: {spec} is a {type(found).__name__}, expected something callable")
-    return found
+        value = getattr(value, name)
+    if not callable(value):
+        raise UserError(f"{key}: {spec} is a {type(value).__name__}, expected something callable")
+    return value
 
 
 def _no_module(key: str, module_name: str, error: ModuleNotFoundError) -> str:

@@ -10,7 +10,7 @@ from .settings import Section
 from .training import KERNELS, Device, JudgeConfig, Kernels, ModelConfig, ZeroConfig
 
 
-class SpmDataConfig(Section):
+class JudgeTrainingDataConfig(Section):
     source: str = Field(
         description="Preference pairs: Pick-a-Pic parquet files, all of a folder or folder/train-*.parquet; a .jsonl "
         'file of {image_0, image_1: path relative to the file, caption, label: 0, 1 or "tie" (which image is '
@@ -28,13 +28,18 @@ class SpmDataConfig(Section):
     )
     heldout: int = Field(512, ge=1, description="Held-out pairs, at most.")
     labels: Literal["given", "pickscore"] = Field(
-        "given", description="given are those of the data; pickscore makes them by judge.path, a plain PickScore."
+        "given",
+        description="Where labels come from: given takes those of the data; pickscore has judge.path, a plain "
+        "PickScore, make them.",
     )
     tie: float = Field(
-        0.1, ge=0, lt=1, description="With labels: pickscore, pairs whose probabilities differ by no more are ties."
+        0.1,
+        ge=0,
+        lt=1,
+        description="Where labels is pickscore, pairs whose two probabilities differ by no more than this are ties.",
     )
     max_broken: float = Field(
-        0.01, ge=0, lt=1, description="Share of broken pairs, which are named and left out, past which the run stops."
+        0.01, ge=0, lt=1, description="Share of broken pairs above which the run stops; fewer are named and left out."
     )
     cache: str | None = Field(
         "auto",
@@ -46,51 +51,56 @@ class SpmDataConfig(Section):
     workers: int = Field(0, ge=0, description="Processes that load pairs; 0 loads them in the training process.")
 
 
-class SpmOptimConfig(Section):
+class JudgeTrainingOptimConfig(Section):
     steps: int = Field(ge=1, description="Optimizer steps.")
     batch: int = Field(16, ge=1, description="Pairs per forward and backward pass and process.")
-    accumulate: int = Field(1, ge=1, description="Such batches per optimizer step.")
+    accumulate: int = Field(1, ge=1, description="Batches per optimizer step.")
     lr: float = Field(3e-6, gt=0, description="Peak AdamW learning rate.")
     weight_decay: float = Field(0.3, ge=0, description="AdamW weight decay.")
-    warmup: int = Field(0, ge=0, description="Steps of warm-up; a linear decay to zero follows.")
+    warmup: int = Field(
+        0, ge=0, description="Optimizer steps over which the learning rate rises; a linear decay to zero follows."
+    )
     warmup_shape: Literal["linear", "log"] = Field(
-        "linear", description="How the warm-up rises; log is DeepSpeed's WarmupDecayLR, as published."
+        "linear", description="How the learning rate rises; log is the rule of DeepSpeed's WarmupDecayLR, as published."
     )
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm above which gradients are scaled down.")
     clean_share: float = Field(
-        0.0, ge=0, lt=1, description="Share of pairs shown clean at t = 0 instead of noised (0 in the paper)."
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of pairs that the judge sees clean, at t = 0, instead of noised; 0 in the paper.",
     )
     guidance: float = Field(5.0, ge=1, description="Classifier-free guidance scale of the frozen base model.")
 
     @model_validator(mode="after")
-    def _warms_up_in_time(self) -> SpmOptimConfig:
+    def _warms_up_in_time(self) -> JudgeTrainingOptimConfig:
         if self.warmup >= self.steps:
             raise ValueError(f"warmup is {self.warmup}, but must be smaller than steps = {self.steps}")
         return self
 
 
-class SpmRunConfig(Section):
+class JudgeTrainingRunConfig(Section):
     dir: str = Field(
         description="Run folder; must be new or empty, unless run.resume is set. The judge is written to its subfolder "
         "`judge`."
     )
     seed: int = Field(42, ge=0, description="Seed of everything random in the run; process r uses seed + r.")
-    device: Device = Field("auto", description="auto takes a GPU where there is one.")
+    device: Device = Field("auto", description="Where the run computes; auto takes a GPU where there is one.")
     kernels: Kernels = Field("auto", description=KERNELS)
     log_every: int = Field(20, ge=1, description="Steps per line of metrics.jsonl and of the terminal.")
     save_every: int = Field(500, ge=1, description="Steps per checkpoint; the newest two are kept.")
-    resume: bool = Field(False, description="Go on from the newest checkpoint in run.dir.")
+    resume: bool = Field(False, description="Whether the run goes on from the newest checkpoint in run.dir.")
 
 
-class SpmConfig(Section):
+class JudgeTrainingConfig(Section):
     """A recipe of engine/train_judge.py."""
 
     model: ModelConfig
     judge: JudgeConfig
-    data: SpmDataConfig
-    optim: SpmOptimConfig
+    data: JudgeTrainingDataConfig
+    optim: JudgeTrainingOptimConfig
     zero: ZeroConfig = ZeroConfig(stage=2)
-    run: SpmRunConfig
+    run: JudgeTrainingRunConfig
 
     @property
     def iterations(self) -> int:

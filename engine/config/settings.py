@@ -56,14 +56,14 @@ def dump(config: Section, path: Path) -> None:
 
 def keys(cls: type[BaseModel], prefix: str = "") -> list[str]:
     """All dotted keys of a configuration class."""
-    found = []
+    dotted = []
     for name, field in cls.model_fields.items():
         nested = field.annotation
         if isinstance(nested, type) and issubclass(nested, BaseModel):
-            found += keys(nested, f"{prefix}{name}.")
+            dotted += keys(nested, f"{prefix}{name}.")
         else:
-            found.append(prefix + name)
-    return found
+            dotted.append(prefix + name)
+    return dotted
 
 
 def differences(old: Section, new: Section, ignore: Sequence[str] = ()) -> list[str]:

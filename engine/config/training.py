@@ -18,7 +18,9 @@ from .settings import C, Section
 Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 Kernels = Literal["auto", "reference"]
-KERNELS = "auto runs strop.kernels in Triton on a GPU; reference in plain PyTorch everywhere, to compare or to debug."
+KERNELS = (
+    "auto runs the Triton kernels of strop.kernels on a GPU; reference runs plain PyTorch everywhere, for debugging."
+)
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Timestep = Annotated[int, Field(ge=0, le=999)]
@@ -37,7 +39,7 @@ class ModelConfig(Section):
         "configuration and tokenizers are used; null takes those of the original model from the hub.",
     )
     vae: str | None = Field(
-        None, description="VAE in place of the model's own: a folder, a .safetensors file, or a hub id."
+        None, description="VAE that replaces the model's own: a folder, a .safetensors file, or a hub id."
     )
     dtype: Dtype = Field(
         "float32",
@@ -46,55 +48,60 @@ class ModelConfig(Section):
         "a VAE that overflows in it (SDXL's own) stays in float32, and gradients pass through the UNet scaled up.",
     )
     attention: Literal["auto", "sdpa", "xformers"] = Field(
-        "auto", description="Attention of the UNet; auto is PyTorch's SDPA. xformers is the extra strop[cuda]."
+        "auto", description="Attention of the UNet. auto is PyTorch's SDPA; xformers needs the extra strop[cuda]."
     )
     gradient_checkpointing: bool = Field(
-        False, description="Recompute the UNet's activations in the backward pass: less memory, a third more time."
+        False,
+        description="Whether the backward pass recomputes the UNet's activations: less memory, a third more time.",
     )
     decode_rows: int | None = Field(
-        None, ge=1, description="Latents per forward of a decoder; null decodes all branches at once."
+        None, ge=1, description="Most latents in one forward pass of a decoder; null decodes all branches at once."
     )
     unet_rows: int | None = Field(
         None,
         ge=2,
-        description="Most rows per forward of the UNet in rollout and evaluation, where a guided latent is two rows; "
-        "null has all branches and both halves in one.",
+        description="Most rows in one forward pass of the UNet in rollout and evaluation. A latent under guidance "
+        "takes two rows, with the prompt and without. null computes all branches in one pass.",
     )
     merge_lora: bool | None = Field(
         None,
-        description="In rollout and evaluation, the LoRA added to the weights in place of a detour at every layer, for "
-        "which the weights it belongs to are kept twice. The same numbers but for rounding in float32; in float16 and "
-        "bfloat16 the sums are rounded to that type, an approximation. null does it in float32 alone.",
+        description="Whether rollout and evaluation add the LoRA to the UNet's weights instead of computing it "
+        "beside them; these weights are then kept twice. In float32 the numbers are the same but for rounding; in "
+        "float16 and bfloat16 the sums are rounded to that type, which is an approximation. null does it in float32 "
+        "alone.",
     )
     share_halves: bool = Field(
         True,
-        description="What both halves of a guided forward have in common, all before the first cross-attention, "
-        "computed once: a fortieth of SD-1.5's UNet, nothing of SDXL's. The same numbers but for rounding.",
+        description="Whether guidance computes once what the passes with and without the prompt have in common, which "
+        "is all before the first cross-attention: a fortieth of SD-1.5's UNet, nothing of SDXL's. The numbers are the "
+        "same but for rounding.",
     )
     channels_last: bool = Field(
         False,
-        description="UNet and VAE in the memory order NHWC, the same numbers but for rounding. On a CPU it was slower; "
-        "not yet measured on a GPU.",
+        description="Whether UNet and VAE use the memory order NHWC. The numbers are the same but for rounding. It was "
+        "slower on a CPU and is not yet measured on a GPU.",
     )
     fold_upsample: bool = Field(
         True,
-        description="In UNet and VAE, doubling the size and the 3x3 convolution after it as one transposed "
-        "convolution: 4/9 of their operations, the same numbers but for rounding, and a second copy of their weights "
-        "(SD-1.5 in float16: 0.1 GB). Faster on a CPU; not yet measured on a GPU.",
+        description="Whether UNet and VAE compute an upsampling and the 3x3 convolution after it as one transposed "
+        "convolution. It takes 4/9 of the operations and a second copy of these weights (0.1 GB of SD-1.5 in float16); "
+        "the numbers are the same but for rounding. It is faster on a CPU and not yet measured on a GPU.",
     )
     compile: bool = Field(
         False,
-        description="UNet, VAE decoder and the judge's image tower through torch.compile: minutes at the start of a "
-        "run, less where PyTorch finds its cache of an earlier one (TORCHINDUCTOR_CACHE_DIR). On two CPU "
-        "cores four minutes, and then 8 % less for an iteration of tinyworld; not yet measured on a GPU.",
+        description="Whether torch.compile compiles the UNet, the VAE decoder and the judge's image tower. It takes "
+        "minutes at the start of a run, less where PyTorch finds the cache of an earlier one "
+        "(TORCHINDUCTOR_CACHE_DIR). On two CPU cores it took four minutes and then saved 8 % of an iteration of "
+        "tinyworld; it is not yet measured "
+        "on a GPU.",
     )
     tf32: bool | None = Field(
         None,
-        description="On a GPU, what is computed in float32 goes through TF32, as published: the judge. "
-        "null does so unless dtype is float32, which is chosen for the digits.",
+        description="Whether a GPU multiplies float32 matrices, such as the judge's, in TF32, as published. null does "
+        "so unless dtype is float32, because that is chosen for its precision.",
     )
-    height: Pixels | None = Field(None, description="Height of the images in pixels; null is the model's own.")
-    width: Pixels | None = Field(None, description="Width of the images in pixels; null is the model's own.")
+    height: Pixels | None = Field(None, description="Height of the images in pixels; null takes the model's own.")
+    width: Pixels | None = Field(None, description="Width of the images in pixels; null takes the model's own.")
 
     @property
     def uses_tf32(self) -> bool:
@@ -120,14 +127,15 @@ class JudgeConfig(Section):
     )
     kind: Literal["spm", "spm_no_step", "pickscore"] = Field(
         "spm",
-        description="spm is the step-aware preference model; spm_no_step one never told the timestep; pickscore "
-        "a plain CLIP.",
+        description="What the judge is: spm is SPO's step-aware preference model, spm_no_step the same model trained "
+        "without the timestep, pickscore a plain CLIP.",
     )
 
 
 class PromptsConfig(Section):
     train: str = Field(
-        description="Training prompts: a JSON list of {caption: ...}, JSON lines of the same, or text, one a line."
+        description="File of training prompts: a JSON list of {caption: ...}, JSON lines of the same, or a text of one "
+        "prompt a line."
     )
     heldout: str | None = Field(
         None,
@@ -151,27 +159,27 @@ class RolloutConfig(Section):
     num_steps: int = Field(20, ge=2, le=1000, description="DDIM steps of a rollout.")
     t_range: tuple[Timestep, Timestep] = Field(
         (0, 751),
-        description="Lowest and highest training timestep whose steps are judged and trained; the steps above are the "
-        "trunk (the paper's kappa).",
+        description="Lowest and highest training timestep whose steps are judged and trained (the paper's kappa). "
+        "Steps above the highest are walked on one branch, the trunk.",
     )
     inner_steps: int = Field(
         1, ge=1, description="Steps that a branch walks before it is judged; more than 1 is MSPO, the paper's for SDXL."
     )
     merge_last: bool = Field(
         False,
-        description="Joins a last segment of one step with the one before, as the published SDXL code does.",
+        description="Whether a last segment of one step is joined to the one before, as in the published SDXL code.",
     )
     judge_every: int = Field(
         1,
         ge=1,
-        description="Of so many segments (steps, where inner_steps is 1) the first is forked, judged and trained; the "
-        "rest are walked on one branch. More than 1 is an approximation: fewer pairs of a trajectory.",
+        description="Number n of which every n-th segment of inner_steps steps is forked, judged and trained; the "
+        "others are walked on one branch. More than 1 is an approximation that gives fewer pairs per trajectory.",
     )
     look_ahead: Literal["full", "text"] = Field(
         "full",
-        description="What predicts the image of a branch that is judged: full is the guided prediction; text runs the "
-        "half with the prompt alone and takes what guidance adds from the step before, an approximation. The branch "
-        "that goes on gets its other half, so that what is trained is exact either way.",
+        description="How the image of a branch is predicted for the judge. full is the guided prediction. text is an "
+        "approximation: it predicts with the prompt alone and adds what guidance added at the step before. What is "
+        "trained is exact either way, because the branch that goes on gets its missing prediction.",
     )
     decoder: str | None = Field(
         None,
@@ -190,8 +198,8 @@ class RolloutConfig(Section):
     threshold: float = Field(0.3, ge=0, lt=1, description="A pair is kept when p(winner) - p(loser) exceeds this.")
     text_kv: bool = Field(
         True,
-        description="Cross-attention keys and values of each prompt computed once per rollout (and evaluated batch), "
-        "not once per step and branch; the same numbers but for rounding.",
+        description="Whether the cross-attention keys and values of a prompt are computed once per rollout (and "
+        "evaluated batch), not once per step and branch. The numbers are the same but for rounding.",
     )
 
     @model_validator(mode="after")
@@ -223,15 +231,16 @@ class OptimConfig(Section):
         0.1, gt=0, lt=1, description="Probability ratios are clamped to [1 - clip, 1 + clip]; null leaves them free."
     )
     guided: bool = Field(
-        True, description="Train the guided prediction of rollout.guidance; false trains the one with the prompt alone."
+        True,
+        description="Whether the guided prediction (rollout.guidance) is trained, or the one with the prompt alone.",
     )
     micro_batch: int = Field(10, ge=1, description="Preference pairs per forward and backward pass and process.")
     accumulate: int = Field(1, ge=1, description="Micro-batches per optimizer step.")
     passes: int = Field(
         1,
         ge=1,
-        description="Passes over the pairs of each rollout, shuffled anew; the reference predicts once for all of "
-        "them. More than 1 is an approximation: from the second on, pairs are of an older policy.",
+        description="Passes over the pairs of each rollout, shuffled anew for each; the reference predicts once for "
+        "all of them. More than 1 is an approximation, because later passes train on pairs of an older policy.",
     )
     keep_pairs: float = Field(
         1.0,
@@ -255,11 +264,11 @@ class EvaluateConfig(Section):
     guidance: float = Field(5.0, ge=1, description="Classifier-free guidance scale of the evaluation.")
     batch: int = Field(32, ge=1, description="Images per forward pass.")
     seed: int = Field(0, ge=0, description="Seed of the initial noise: base and tuned model get the same.")
-    pictures: int = Field(10, ge=1, description="Columns of before_after.png.")
+    pictures: int = Field(10, ge=1, description="Number of prompts whose images before_after.png shows.")
     examiner: str | None = Field(
         None,
-        description="Independent examiner as `module:factory`: factory(device) gives examine(images, prompts) -> "
-        "{name: (N,) scores}.",
+        description="Examiner that scores images independently of the judge, as `module:factory`: factory(device) "
+        "returns examine(images, prompts) -> {name: scores (N,)}.",
     )
 
 
@@ -267,11 +276,11 @@ class RunConfig(Section):
     dir: str = Field(description="Run folder; must be new or empty, unless run.resume is set.")
     iterations: int = Field(ge=1, description="Rollouts, each followed by optim.passes over its preference pairs.")
     seed: int = Field(42, ge=0, description="Seed of everything random in the run; process r uses seed + r.")
-    device: Device = Field("auto", description="auto takes a GPU where there is one.")
+    device: Device = Field("auto", description="Where the run computes; auto takes a GPU where there is one.")
     kernels: Kernels = Field("auto", description=KERNELS)
     log_every: int = Field(1, ge=1, description="Iterations per line of metrics.jsonl and of the terminal.")
     save_every: int = Field(10, ge=1, description="Iterations per checkpoint; one more is written at the end.")
-    resume: bool = Field(False, description="Go on from the newest checkpoint in run.dir.")
+    resume: bool = Field(False, description="Whether the run goes on from the newest checkpoint in run.dir.")
     share_of_peak: bool = Field(
         False,
         description="On a GPU that plan knows, report the share of its peak that rollout and update reach. For it, "

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..config.factory import resolve
-from ..config.judge_training import SpmConfig
+from ..config.judge_training import JudgeTrainingConfig
 from ..errors import UserError
 from ..judge.denoiser import Denoiser
 from ..judge.model import StepAwarePreferenceModel
@@ -87,7 +87,7 @@ class FilePairs(Dataset):
         return pair
 
 
-def choose(config: SpmConfig, ranks: Ranks) -> tuple[Chosen, Chosen] | None:
+def choose(config: JudgeTrainingConfig, ranks: Ranks) -> tuple[Chosen, Chosen] | None:
     """Which rows of which files are trained on and which are held out; None for data made by code.
 
     No caption is on both sides. Raises UserError where the data is not what the recipe says it is.
@@ -131,7 +131,7 @@ def split_by_caption(captions: Sequence[str], count: int, seed: int) -> tuple[li
     return sorted(row for at in order for row in groups[at]), sorted(heldout[:count])
 
 
-def check_labeller(config: SpmConfig, judge: StepAwarePreferenceModel) -> None:
+def check_labeller(config: JudgeTrainingConfig, judge: StepAwarePreferenceModel) -> None:
     """Raises UserError where judge.path is to make PickScore's labels, but has been trained for timesteps."""
     modulated = (value for name, value in judge.clip.named_parameters() if "adaLN_modulation.1.weight" in name)
     if config.data.labels == "pickscore" and any(value.any() for value in modulated):
@@ -142,7 +142,7 @@ def check_labeller(config: SpmConfig, judge: StepAwarePreferenceModel) -> None:
 
 
 def make_sets(
-    config: SpmConfig,
+    config: JudgeTrainingConfig,
     chosen: tuple[Chosen, Chosen] | None,
     denoiser: Denoiser,
     judge: StepAwarePreferenceModel,
@@ -222,7 +222,7 @@ def _opened(spec: str, key: str, labelled: bool, max_broken: float) -> PairSourc
     return source
 
 
-def _check_factory(config: SpmConfig, ranks: Ranks) -> None:
+def _check_factory(config: JudgeTrainingConfig, ranks: Ranks) -> None:
     data = config.data
     if data.heldout < ranks.size:
         raise UserError(f"data.heldout: found {data.heldout}, expected at least {ranks.size} (the processes)")
@@ -235,7 +235,9 @@ def _check_factory(config: SpmConfig, ranks: Ranks) -> None:
         raise UserError(f"data.labels: {data.source} gives its own labels; pickscore is for pairs in files")
 
 
-def _entries(config: SpmConfig, diffusion: LatentDiffusion, judge: StepAwarePreferenceModel | None) -> Entries | None:
+def _entries(
+    config: JudgeTrainingConfig, diffusion: LatentDiffusion, judge: StepAwarePreferenceModel | None
+) -> Entries | None:
     if config.data.cache is None:
         return None
     beside = Path(config.run.dir).parent / "pair-cache"

@@ -10,8 +10,9 @@ from torch import Tensor
 
 
 def paired_delta(base: Tensor | Sequence[float], tuned: Tensor | Sequence[float]) -> dict:
-    """Means of base (N,) and tuned (N,), their difference and its 95% interval; entry n of both is one prompt.
+    """Returns the means of base (N,) and tuned (N,), their difference and its 95% interval.
 
+    Entry n of both belongs to one prompt.
     With d = tuned - base: delta = mean(d), ci95 = delta -+ 1.96 * sd(d) / sqrt(N), sd with N - 1 in the denominator
     (normal approximation). One pair alone has no interval: ci95 is None. ValueError unless both are (N,) with N >= 1.
     """
@@ -28,7 +29,7 @@ def paired_delta(base: Tensor | Sequence[float], tuned: Tensor | Sequence[float]
 
 
 def rate_delta(before: float, after: float, count: int) -> dict:
-    """Two rates of right answers to the same `count` questions, their difference and a 95% interval of it.
+    """Returns two rates of right answers to the same `count` questions, their difference and its 95% interval.
 
     The interval takes the two for independent (normal approximation), which is wider than that of paired answers that
     agree more often than by chance. None where there is no question.

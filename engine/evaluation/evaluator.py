@@ -30,7 +30,7 @@ class Evaluation:
 
 
 class Evaluator:
-    """Made once per run; `__call__` samples with whatever the policy is at that moment."""
+    """An evaluator is made once per run; each call samples with whatever the policy is at that moment."""
 
     def __init__(
         self,
@@ -52,9 +52,9 @@ class Evaluator:
 
     @torch.no_grad()
     def __call__(self, name: str) -> Evaluation:
-        """Scores of one image per prompt. Noise belongs to the prompt's number, whatever the batch or the ranks.
+        """Returns the scores of one image per prompt. Noise belongs to a prompt's number, whatever the batch or ranks.
 
-        name: of what is evaluated, for the terminal.
+        name: what is evaluated, for the terminal.
         """
         rng = torch.Generator(self.diffusion.device).manual_seed(self.config.seed)
         noise = self.schedule.prior((len(self.all_prompts), *self.policy.latent_shape), rng)[self.rows]
@@ -63,22 +63,30 @@ class Evaluator:
         starts = range(0, len(self.prompts), self.config.batch)
         if self.ranks.first:
             print(f"evaluating the {name} on {len(self.all_prompts)} held-out prompts", flush=True)
-        for start in tqdm(starts, unit="batch", leave=False, disable=None if self.ranks.first else True):
+        bar = tqdm(
+            total=len(starts) * self.schedule.num_steps,
+            unit="step",
+            leave=False,
+            disable=None if self.ranks.first else True,  # None: where stderr is no terminal
+        )
+        for start in starts:
             prompts = self.prompts[start : start + self.config.batch]
             cond = self.embeddings[prompts]
             with self.policy.sampling(cond, self.text_kv) as known:
-                batch = self._sample(noise[start : start + len(prompts)], known)
+                batch = self._sample(noise[start : start + len(prompts)], known, bar)
             for name, values in self._score(batch, prompts, cond).items():
                 scores.setdefault(name, []).append(values)
             images.append(batch[: max(0, self.pictures - start)].cpu())
+        bar.close()
         gathered = {name: gather_rows(torch.cat(values).float(), self.ranks).cpu() for name, values in scores.items()}
         return Evaluation(gathered, torch.cat(images)[: self.pictures])
 
-    def _sample(self, x: Tensor, cond: Conditioning) -> Tensor:
-        """Images (N, 3, H, W) in [-1, 1] from noise (N, C, h, w)."""
+    def _sample(self, x: Tensor, cond: Conditioning, bar: tqdm) -> Tensor:
+        """Returns images (N, 3, H, W) in [-1, 1] from noise (N, C, h, w); the bar moves at each step."""
         for i in range(self.schedule.num_steps):
             eps = self.policy.eps(x, self.schedule.timesteps(i, len(x)), cond, self.schedule.guided)
             x = self.schedule.mean(x, eps, i)
+            bar.update()
         return self.diffusion.decode(x).float().clamp(-1, 1)
 
     def _score(self, images: Tensor, prompts: list[str], cond: Conditioning) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from ..config.judge_training import SpmConfig
+from ..config.judge_training import JudgeTrainingConfig
 from ..runtime.ranks import Ranks
 from .denoiser import Denoiser
 from .loss import agreement, labels_of, preference_scores
@@ -33,7 +33,7 @@ class View:
 
 @torch.no_grad()
 def heldout_views(
-    config: SpmConfig, pairs: Dataset, denoiser: Denoiser, judge: StepAwarePreferenceModel, ranks: Ranks
+    config: JudgeTrainingConfig, pairs: Dataset, denoiser: Denoiser, judge: StepAwarePreferenceModel, ranks: Ranks
 ) -> list[View]:
     """This rank's held-out pairs at TIMESTEPS. Base model and noise never change, so they are made once and kept."""
     rng = torch.Generator(ranks.device).manual_seed(config.run.seed + ranks.rank)

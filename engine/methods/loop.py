@@ -9,7 +9,7 @@ from .protocol import Method
 
 
 def train(session: Session, method: Method, optimizer: Optimizer) -> None:
-    """Runs what is still to be done of a session; every rank calls it. Leaves its last record and checkpoint."""
+    """Runs the iterations that a session has still to do, up to its last record and checkpoint; every rank calls it."""
     session.begin(Training(method.trainable, optimizer, method.rngs), method.columns, method.stage)
     if session.done == 0:
         measure(session, method, 0)
@@ -35,7 +35,7 @@ def train(session: Session, method: Method, optimizer: Optimizer) -> None:
 def measure(session: Session, method: Method, done: int) -> None:
     """Measures what is due after `done` iterations, and logs the record that is due then."""
     with session.clock("evaluate"):
-        found = method.measure(done)
-    session.note(found)
-    if found or done > 0:
-        session.log(done, now=bool(found))
+        measured = method.measure(done)
+    session.note(measured)
+    if measured or done > 0:
+        session.log(done, now=bool(measured))

@@ -19,7 +19,8 @@ from ..speed.apply import prepare
 
 @dataclass(frozen=True, slots=True)
 class OnlineModels:
-    """decoder: of the judge's images, the VAE or a smaller one; schedule: of rollouts and updates."""
+    """The models of a run. decoder makes the judge's images: the VAE or a smaller one. schedule is that of rollouts
+    and updates."""
 
     policy: Policy
     diffusion: LatentDiffusion
@@ -30,7 +31,7 @@ class OnlineModels:
 
     @classmethod
     def load(cls, config: Config, device: torch.device) -> OnlineModels:
-        """Those that a recipe names. Raises UserError for whatever the user has to mend."""
+        """Loads the models that a recipe names. Raises UserError for whatever the user has to mend."""
         diffusion = LatentDiffusion.load(config.model, device)
         unet = load_unet(config.model, device)
         judge = StepAwarePreferenceModel.load(config.judge, device)
@@ -45,7 +46,7 @@ class OnlineModels:
         judge: StepAwarePreferenceModel,
         decoder: TinyDecoder | None = None,
     ) -> OnlineModels:
-        """Of networks that are loaded: the UNet becomes the policy's, and all are made as fast as the recipe asks.
+        """Takes networks that are loaded; the UNet becomes the policy's, and all are made as fast as the recipe asks.
 
         decoder: in place of the one that rollout.decoder names.
         """

@@ -18,10 +18,10 @@ Measured = Mapping[str, Value | tuple[Value, Value]]  # by the names of columns;
 
 
 class Method(Protocol[Rows, Batch]):
-    """Collects rows and says what there is to learn from them.
+    """A method collects rows and says what there is to learn from them.
 
-    stage: what collecting is called by the clock. columns: all that it reports. rngs: the generators that it draws
-    from, which checkpoints keep. trainable: what it trains.
+    stage: the clock's name for collecting. columns: all that the method reports. rngs: the generators that it draws
+    from, whose states are in checkpoints. trainable: what it trains.
     """
 
     stage: str
@@ -30,16 +30,16 @@ class Method(Protocol[Rows, Batch]):
     trainable: Trainable
 
     def learning_rate(self, iteration: int) -> float:
-        """Of the optimizer steps of an iteration, counted from 0."""
+        """Returns the learning rate of an iteration's optimizer steps; iterations are counted from 0."""
 
     def collect(self, iteration: int) -> tuple[Rows, Measured]:
-        """This rank's rows of an iteration (a rollout, or rows of a data set), and what there is to say of them."""
+        """Returns this rank's rows of an iteration (a rollout, or rows of a data set) and what was measured of them."""
 
     def batches(self, rows: Rows) -> Iterator[Batch]:
-        """Micro-batches to learn from, as many on every rank; each is asked for after the step of the one before."""
+        """Yields micro-batches, as many on every rank; the loop asks for each after the step of the one before."""
 
     def loss(self, batch: Batch) -> tuple[Tensor, Measured]:
-        """The mean loss of a micro-batch, with gradients, and its stats, which are means over the batch."""
+        """Returns the mean loss of a micro-batch, with gradients, and its stats, which are means over the batch."""
 
     def measure(self, done: int) -> Measured:
-        """What is measured on held-out data after `done` iterations; empty where nothing is due."""
+        """Returns what is measured on held-out data after `done` iterations; empty where nothing is due."""

@@ -1,6 +1,7 @@
 """Remakes the report of a run: `python -m strop.engine.report RUN_DIR`."""
 
 import argparse
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="folder of a run")
     path = make_report(parser.parse_args(argv).run_dir)
     run = read_run(path.parent)
-    print(headline(verdict(run), run.heldout))
+    print(textwrap.fill(headline(verdict(run), run.heldout), 80))
     if run.summary:
         print(f"\n{closing_table(run.summary)}")
     print(f"\n{path} is new")

@@ -115,11 +115,11 @@ def _curve(axes: Axes, records: Sequence[dict], column: Column) -> None:
 
 def _lines(records: Sequence[dict], column: Column) -> dict[str, np.ndarray]:
     """What is drawn of a column: its values (N,), or those of each label; NaN where nothing was measured."""
-    found = [record.get(column.name) for record in records]
+    values = [record.get(column.name) for record in records]
     if not column.labels:
-        return {"": np.array(found, dtype=float)}  # None becomes NaN
-    by_label = {str(label): [(each or {}).get(str(label)) for each in found] for label in column.labels}
-    return {column.heading.format(label): np.array(values, dtype=float) for label, values in by_label.items()}
+        return {"": np.array(values, dtype=float)}  # None becomes NaN
+    by_label = {str(label): [(each or {}).get(str(label)) for each in values] for label in column.labels}
+    return {column.heading.format(label): np.array(line, dtype=float) for label, line in by_label.items()}
 
 
 def _line(axes: Axes, iterations: np.ndarray, values: np.ndarray, color: object, label: str) -> None:

@@ -38,21 +38,21 @@ def read_run(run_dir: Path | str) -> Run:
         raise UserError(f"{run_dir}: there is no such run folder")
     if not (run_dir / "metrics.jsonl").is_file():
         raise UserError(f"{run_dir}: there is no metrics.jsonl, so this is not the folder of a run that has begun")
-    summary, config = run_dir / "summary.json", run_dir / "config.yaml"
+    summary_file, config_file = run_dir / "summary.json", run_dir / "config.yaml"
     try:
         records = finite(read_records(run_dir / "metrics.jsonl"))
-        found = finite(json.loads(summary.read_text(encoding="utf-8"))) if summary.exists() else {}
-        text = config.read_text(encoding="utf-8") if config.exists() else ""
+        summary = finite(json.loads(summary_file.read_text(encoding="utf-8"))) if summary_file.exists() else {}
+        text = config_file.read_text(encoding="utf-8") if config_file.exists() else ""
         tree = yaml.safe_load(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{summary}: not valid JSON ({error}); delete it to see the report without it") from None
+        raise UserError(f"{summary_file}: not valid JSON ({error}); delete it to see the report without it") from None
     except (ValueError, OSError, yaml.YAMLError) as error:
         raise UserError(f"{run_dir}: cannot be read ({' '.join(str(error).split())})") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{summary}: found {type(found).__name__}, expected an object")
+    if not isinstance(summary, dict):
+        raise UserError(f"{summary_file}: found {type(summary).__name__}, expected an object")
     if text and not isinstance(tree, dict):
-        raise UserError(f"{config}: found {type(tree).__name__}, expected sections such as `model:` and `run:`")
-    return Run(run_dir, records, found, text)
+        raise UserError(f"{config_file}: found {type(tree).__name__}, expected sections such as `model:` and `run:`")
+    return Run(run_dir, records, summary, text)
 
 
 def write_summary(run_dir: Path | str, summary: dict) -> Path:

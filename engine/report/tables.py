@@ -1,4 +1,6 @@
-"""The figures of a finished run as rows of text, for the terminal and for the page."""
+"""The numbers of a finished run as rows of text, for the terminal and for the page."""
+
+import textwrap
 
 from ..runtime.ledger import NOT_AVAILABLE
 from ..runtime.progress import duration
@@ -33,7 +35,10 @@ JUDGE_COUNTS = {  # of a run that trains a judge, where each prompt is that of a
 
 
 def closing_table(summary: dict) -> str:
-    """The end of a run for the terminal: scores, time by stage, counts, paths. 100 columns, but paths are not cut."""
+    """Returns the end of a run for the terminal: scores, time by stage, counts, paths.
+
+    Lines have at most 80 columns; those of paths, which are not cut, may have more.
+    """
     lines = [_line("", "base", "tuned", "change", "95% interval"), *(_line(*row) for row in score_rows(summary))]
     if len(lines) == 1:
         lines = [f"held-out scores are {NOT_MEASURED}"]
@@ -43,7 +48,7 @@ def closing_table(summary: dict) -> str:
         label = "  " * name.count("/") + name.rsplit("/", 1)[-1]
         lines.append(f"{label:<24}{time:>14}{'' if share is None else f'{share:.1%}':>14}".rstrip())
     lines += ["", *(f"{label:<24}{value}" for label, value in count_rows(summary))]
-    lines += ["", *(f"{label:<16}{value}" for label, value in ledger_rows(summary))]
+    lines += ["", *(_wrapped(f"{label:<16}{value}") for label, value in ledger_rows(summary))]
     lines += ["", *(f"{name:<14}{path}" for name, path in (summary.get("paths") or {}).items())]
     return "\n".join(lines)
 
@@ -98,11 +103,11 @@ def count_rows(summary: dict) -> list[tuple[str, str]]:
 
 def ledger_rows(summary: dict) -> list[tuple[str, str]]:
     """(label, value) of what the run cost its GPUs; the last row names what was not available."""
-    found = summary.get("ledger")
-    found = found if isinstance(found, dict) else {}
+    ledger = summary.get("ledger")
+    ledger = ledger if isinstance(ledger, dict) else {}
     rows, missing = [], []
     for label, (name, form) in LEDGER.items():
-        value = found.get(name)
+        value = ledger.get(name)
         if value is None:
             missing.append(label)
         elif isinstance(value, dict):
@@ -114,4 +119,9 @@ def ledger_rows(summary: dict) -> list[tuple[str, str]]:
 
 
 def _line(name: str, base: str, tuned: str, change: str, interval: str) -> str:
-    return f"{name:<24}{base:>14}{tuned:>14}{change:>14}{interval:>26}"
+    return f"{name:<22}{base:>11}{tuned:>11}{change:>11}{interval:>25}"
+
+
+def _wrapped(row: str) -> str:
+    """Returns the row broken to 80 columns, what follows set under its value."""
+    return textwrap.fill(row, 80, subsequent_indent=16 * " ")

@@ -18,14 +18,14 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from ..config.judge_training import SpmConfig
+from ..config.judge_training import JudgeTrainingConfig
 from ..config.settings import differences, dump
 from ..config.training import Config, load
 from ..errors import UserError
 from .optimizer import Optimizer
 from .ranks import Ranks
 
-Recipe = Config | SpmConfig
+Recipe = Config | JudgeTrainingConfig
 MAY_CHANGE = (  # on resume; everything else decides what the run computes
     "run.dir",
     "run.iterations",
@@ -49,15 +49,15 @@ MAY_CHANGE = (  # on resume; everything else decides what the run computes
 
 
 class Trainable(Protocol):
-    """What is trained: a LoRA, a judge. keep: how many checkpoints may stay in a run folder; None is all of them."""
+    """What is trained: a LoRA, a judge. keep: how many checkpoints may stay in a run folder; None keeps them all."""
 
     keep: int | None
 
     def save(self, folder: Path, iteration: int) -> None:
-        """Puts it into a folder, as it is after so many iterations."""
+        """Writes it into a folder, as it is after `iteration` iterations."""
 
     def load(self, folder: Path) -> None:
-        """Takes it from a folder that `save` wrote. Raises as `check` does."""
+        """Reads it from a folder that `save` wrote. Raises as `check` does."""
 
     def check(self, folder: Path) -> None:
         """Raises UserError where what the folder holds does not fit; changes nothing."""
@@ -73,7 +73,7 @@ class Training:
 
 
 def check_run(config: Recipe, ranks: Ranks) -> None:
-    """All that `open_run` complains of itself, early and without writing anything."""
+    """Raises the UserErrors of `open_run` that need no trainable, early and without writing anything."""
     _on_first(ranks, lambda: _check(config, ranks))
 
 
@@ -125,12 +125,12 @@ def restore(training: Training, checkpoint: Path, ranks: Ranks) -> int:
 
 
 def spent_before(checkpoint: Path | None, name: str) -> dict[str, Any]:
-    """What `save` was told under this name of `spent`; empty for a new run."""
+    """Returns what `save` was told under this name of `spent`; empty for a new run."""
     return _state(checkpoint).get(name, {}) if checkpoint else {}
 
 
 def newest(run_dir: Path) -> Path | None:
-    """The checkpoint of the latest iteration; unfinished ones do not count."""
+    """Returns the checkpoint of the latest iteration, None where there is none; unfinished ones do not count."""
     return next(reversed(_finished(run_dir)), None)
 
 

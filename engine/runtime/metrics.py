@@ -22,14 +22,15 @@ from .columns import Column
 
 Value = Tensor | float
 # What every record has beside its columns: iterations done, optimizer steps of the whole run, and, since the record
-# before, seconds by stage, prompts per second and the seconds that the run has still to go at its pace.
+# before, seconds by stage and prompts per second. eta_seconds are those that the whole run has still to go at its pace.
 FIELDS = ("iteration", "optimizer_steps", "seconds", "prompts_per_second", "eta_seconds")
 
 
 class Metrics:
     """Sums on the device, over all ranks; each `flush` writes a line of metrics.jsonl and the scalars of TensorBoard.
 
-    Every rank adds and flushes; only the one with `enabled` writes.
+    Every rank adds and flushes; only the one with `enabled` writes. seconds_after_loop: what the run is expected to
+    take once its iterations are done; eta_seconds includes it.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Metrics:
             self._slots[column.name] = slice(size, size := size + max(1, len(column.labels)))
         self._sums = torch.zeros(2, size, dtype=torch.float64, device=self._device)  # of weight * value, of weights
         self._board = None
+        self.seconds_after_loop = 0.0
         self.rewind(start)
 
     def add(self, values: Mapping[str, Value | tuple[Value, Value]], weight: Value = 1.0) -> None:
@@ -70,11 +72,11 @@ class Metrics:
             if name not in self._columns:
                 raise ValueError(f"{name!r} is in none of the columns {', '.join(self._columns)}")
             mean = self._columns[name].kind == "mean"
-            value, own = value if isinstance(value, tuple) else (value, weight if mean else 1.0)
-            value, own = self._on_device(value), self._on_device(own)
+            value, value_weight = value if isinstance(value, tuple) else (value, weight if mean else 1.0)
+            value, value_weight = self._on_device(value), self._on_device(value_weight)
             slot = self._slots[name]
-            self._sums[0, slot] += torch.where(own > 0, value * own, 0.0)
-            self._sums[1, slot] += own
+            self._sums[0, slot] += torch.where(value_weight > 0, value * value_weight, 0.0)
+            self._sums[1, slot] += value_weight
 
     def flush(self, iteration: int, **extra) -> dict:
         """Write the record of the iterations since the last flush, begin new sums, and return the record.
@@ -102,14 +104,14 @@ class Metrics:
         Sums not yet flushed are dropped. Every rank may call it at once: the lines that stay read the same before and
         after the cut. ValueError when a line other than the last cannot be read.
         """
-        kept = [record for record in read_records(self.path) if record["iteration"] <= iteration]
+        records = [record for record in read_records(self.path) if record["iteration"] <= iteration]
         self._sums.zero_()
-        self._before = kept[-1] if kept else {}
+        self._before = records[-1] if records else {}
         self._marks = deque([(iteration, time.perf_counter(), self._before.get("prompts") or 0)], maxlen=20)
         if not self._enabled:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in records))
         self.close()
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed on the other ranks
 
@@ -160,7 +162,7 @@ class Metrics:
         pace = (now - begin) / (iteration - first) if iteration > first else None
         return {
             "prompts_per_second": None if prompts is None else (prompts - prompts_then) / (now - last),
-            "eta_seconds": None if pace is None else pace * (self._iterations - iteration),
+            "eta_seconds": None if pace is None else pace * (self._iterations - iteration) + self.seconds_after_loop,
         }
 
 

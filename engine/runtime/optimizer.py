@@ -41,9 +41,9 @@ class AdamWSettings:
     @classmethod
     def of(cls, optim: OptimConfig, stage: int, dtype: str) -> AdamWSettings:
         """Those of a recipe's section `optim`; dtype: of the base model that the gradients pass through."""
-        own = ("stage", "loss_scale")
-        given = {field.name: getattr(optim, field.name) for field in fields(cls) if field.name not in own}
-        return cls(**given, stage=stage, loss_scale=FLOAT16_SCALE if dtype == "float16" else 1.0)
+        names = [field.name for field in fields(cls) if field.name not in ("stage", "loss_scale")]
+        settings = {name: getattr(optim, name) for name in names}
+        return cls(**settings, stage=stage, loss_scale=FLOAT16_SCALE if dtype == "float16" else 1.0)
 
 
 class LocalAdamW:

@@ -22,7 +22,7 @@ from .checkpoint import Recipe, Training
 from .columns import Column
 from .ledger import Ledger
 from .metrics import Metrics, Value, read_records
-from .progress import Progress
+from .progress import LiveLine, Progress
 from .ranks import Ranks, start
 from .stopwatch import Stopwatch
 
@@ -30,7 +30,7 @@ from .stopwatch import Stopwatch
 class Session:
     """One process's part of a run: `with Session.start(config) as session:`, then `open`, `begin` and the loop.
 
-    metrics, training and progress are there from `begin` on.
+    metrics, training and progress are there from `begin` on. live: the line of the terminal that moves meanwhile.
     """
 
     metrics: Metrics
@@ -42,6 +42,7 @@ class Session:
         self.dir = Path(config.run.dir)
         self.clock = Stopwatch(ranks.device)
         self.ledger = Ledger(ranks.device)
+        self.live = LiveLine(ranks.first)
         self.done = 0  # iterations
         self._begun = time.perf_counter()
         self._resumed: Path | None = None
@@ -55,7 +56,10 @@ class Session:
         session = cls(config, start(config.run.device))
         checkpoint.check_run(config, session.ranks)
         with session.ledger:
-            yield session
+            try:
+                yield session
+            finally:
+                session.live.erase()
 
     def open(self, trainable: checkpoint.Trainable) -> None:
         """Makes the run folder, or finds the checkpoint to go on from. Raises UserError before anything is written."""
@@ -63,9 +67,10 @@ class Session:
         self.ledger.before = checkpoint.spent_before(self._resumed, "ledger")
 
     def begin(self, training: Training, columns: Sequence[Column], stage: str) -> None:
-        """Puts everything back as the checkpoint has it, and begins to measure; just before the loop.
+        """Puts everything back as the checkpoint has it, and begins to measure. It is called just before the loop.
 
-        columns: what the method reports. stage: what collecting its rows is called by the clock.
+        columns: what the method reports. stage: what collecting its rows is called by the clock. An evaluation before
+        the loop is taken as the measure of the one after it, which the remaining time of records then includes.
         """
         self.training, self._worked = training, stage
         if self._resumed:
@@ -73,15 +78,18 @@ class Session:
         columns = (*columns, *ledger.COLUMNS)
         iterations = self.config.iterations
         self.metrics = Metrics(self.dir, self.ranks.device, self.ranks.first, columns, self.done, iterations)
+        self.metrics.seconds_after_loop = self.clock.seconds().get("evaluate", 0.0)
         self.progress = Progress(iterations, columns)
         self.clock.lap()
 
-    def iterations(self) -> range:
-        """Those that are still to be done, counted from 0."""
-        return range(self.done, self.config.iterations)
+    def iterations(self) -> Iterator[int]:
+        """Yields the iterations that are still to be done, counted from 0."""
+        for iteration in range(self.done, self.config.iterations):
+            self.live.iteration = f"{iteration + 1}/{self.config.iterations}"
+            yield iteration
 
     def note(self, values: Mapping[str, Value | tuple[Value, Value]], weight: Value = 1.0) -> None:
-        """Adds to the columns of these names; weight: of means that have none of their own."""
+        """Adds values to the columns of these names; weight is that of means which bring none."""
         self.metrics.add(values, weight)
 
     def log(self, done: int, now: bool = False) -> None:
@@ -92,6 +100,7 @@ class Session:
         self.ledger.add_to(self.metrics, seconds.get(self._worked, 0.0) + seconds.get("update", 0.0))
         record = self.metrics.flush(done, optimizer_steps=self.training.optimizer.steps, seconds=seconds)
         if self.ranks.first:
+            self.live.erase()
             self.progress.show(record)
 
     def save(self, done: int) -> None:
@@ -103,13 +112,13 @@ class Session:
                 checkpoint.save(self.training, self.config, done, self.ranks, spent)
 
     def seconds(self) -> dict[str, float]:
-        """Seconds by stage and in total since the run began, those before a resumption included."""
+        """Returns seconds by stage and in total since the run began, those before a resumption included."""
         before = checkpoint.spent_before(self._resumed, "seconds")
         now = self.clock.seconds() | {"total": time.perf_counter() - self._begun}
         return {stage: before.get(stage, 0.0) + now.get(stage, 0.0) for stage in {**before, **now}}
 
     def summary(self) -> dict[str, Any]:
-        """What summary.json says of every run, on the first rank. A collective call, after the loop."""
+        """Returns what summary.json says of every run, on the first rank. A collective call, after the loop."""
         totals = self.ledger.totals()
         if not self.ranks.first:
             return {}

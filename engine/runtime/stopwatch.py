@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -70,15 +70,3 @@ class Stopwatch:
             return end - begin
         end.synchronize()
         return begin.elapsed_time(end) / 1000  # ms
-
-
-class RunTime:
-    """Seconds by stage and in total since the run began, those before a resumption included."""
-
-    def __init__(self, clock: Stopwatch, begun: float, before: Mapping[str, float]):
-        """begun: time.perf_counter() of this process then; before: what the checkpoint says with which it goes on."""
-        self._clock, self._begun, self._before = clock, begun, before
-
-    def __call__(self) -> dict[str, float]:
-        now = self._clock.seconds() | {"total": time.perf_counter() - self._begun}
-        return {stage: self._before.get(stage, 0.0) + now.get(stage, 0.0) for stage in {**self._before, **now}}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from strop.engine.config.docs import reference
-from strop.engine.config.judge_training import SpmConfig
+from strop.engine.config.judge_training import JudgeTrainingConfig
 from strop.engine.config.settings import keys
 from strop.engine.config.training import Config
 
@@ -16,7 +16,7 @@ def test_page_is_what_the_code_says():
     assert PAGE.read_text(encoding="utf-8") == reference(), "the page is stale: run `make docs`"
 
 
-@pytest.mark.parametrize("recipe", [Config, SpmConfig])
+@pytest.mark.parametrize("recipe", [Config, JudgeTrainingConfig])
 def test_every_key_has_a_row(recipe):
     rows = {line.split("`")[1] for line in reference().splitlines() if line.startswith("| `")}
     assert set(keys(recipe)) <= rows
@@ -37,7 +37,7 @@ def test_row(row):
 
 
 def test_default_of_a_whole_section_wins():
-    """SpmConfig has zero.stage 2 where the section's own default is 1."""
+    """JudgeTrainingConfig has zero.stage 2 where the section's own default is 1."""
     assert reference().count("| `zero.stage` | `1` or `2` | `1` |") == 1
     assert reference().count("| `zero.stage` | `1` or `2` | `2` |") == 1
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from strop.engine.config.judge_training import SpmConfig
+from strop.engine.config.judge_training import JudgeTrainingConfig
 from strop.engine.config.settings import differences, dump, keys
 from strop.engine.config.training import Config, load
 from strop.engine.errors import UserError
@@ -18,7 +18,7 @@ SPO = {
     "prompts": {"train": "train.txt", "heldout": "heldout.txt"},
     "run": {"dir": "runs/one", "iterations": 3},
 }
-SPM = {
+JUDGE_TRAINING = {
     "model": {"path": "models/sd"},
     "judge": {"path": "models/pickscore"},
     "data": {"source": "pairs:load", "train": 100},
@@ -29,11 +29,11 @@ SPM = {
 
 @pytest.fixture
 def recipe(tmp_path):
-    """Writes a recipe and gives its path: a tree as YAML, or text as it is."""
+    """Writes a recipe as YAML and gives its path."""
 
-    def write(content=SPO):
+    def write(tree=SPO):
         path = tmp_path / "recipe.yaml"
-        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content), encoding="utf-8")
+        path.write_text(yaml.safe_dump(tree), encoding="utf-8")
         return path
 
     return write
@@ -45,6 +45,7 @@ def complaint(path, *overrides, cls=Config):
         load(path, overrides, cls)
     sentence = str(refusal.value)
     assert "\n" not in sentence
+    assert sentence.startswith((f"{path}: ", "override "))
     return sentence.removeprefix(f"{path}: ")
 
 
@@ -63,13 +64,13 @@ def test_a_recipe_gives_its_values_and_the_published_defaults(recipe):
 
 
 def test_a_recipe_for_the_judge(recipe):
-    config = load(recipe(SPM), cls=SpmConfig)
+    config = load(recipe(JUDGE_TRAINING), cls=JudgeTrainingConfig)
     assert (config.data.train, config.data.heldout, config.optim.steps, config.zero.stage) == (100, 512, 50, 2)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_recipe_of_the_repository_is_valid(path):
-    load(path, cls=SpmConfig if path.name.startswith("judge_") else Config)
+    load(path, cls=JudgeTrainingConfig if path.name.startswith("judge_") else Config)
 
 
 @pytest.mark.parametrize("name", ["tinyworld", "sd15", "sdxl"])
@@ -109,88 +110,67 @@ def test_the_last_override_wins_and_is_checked_together_with_the_others(recipe):
     assert (config.rollout.t_range, config.rollout.num_steps, config.rollout.k) == ((300, 990), 40, 3)
 
 
-@pytest.mark.parametrize(
-    "override, sentence",
-    [
-        ("optim.lr=fast", "optim.lr: found 'fast', expected a valid number"),
-        ("optim.lr=true", "optim: lr is true, but must be a number"),
-        ("optim.lr=0", "optim.lr: found 0, expected greater than 0"),
-        ("optim.lr=.nan", "optim.lr: found nan, expected a finite number"),
-        ("optim.lr=.inf", "optim.lr: found inf, expected a finite number"),
-        ("optim.lr=", "optim.lr: found None, expected a valid number"),
-        ("optim.clip=1", "optim.clip: found 1, expected less than 1"),
-        ("optim.micro_batch=0", "optim.micro_batch: found 0, expected greater than or equal to 1"),
-        ("optim.betas=[0.9]", "optim.betas.1 is missing"),
-        ("optim.betas=[0.9, 0.9, 0.9]", "optim.betas: found [0.9, 0.9, 0.9], expected"),
-        ("lora.target_modules=[]", "lora.target_modules: found [], expected"),
-        ("lora.target_modules=to_q", "lora.target_modules: found 'to_q', expected a valid tuple"),
-        ("lora.target_modules=[1]", "lora.target_modules.0: found 1, expected a valid string"),
-        ("lora.rank=0", "lora.rank: found 0, expected greater than or equal to 1"),
-        ("model.dtype=fp16", "model.dtype: found 'fp16', expected 'float32', 'bfloat16' or 'float16'"),
-        ("model=3", "model: found 3, expected keys and values"),
-        ("rollout.k=1", "rollout.k: found 1, expected greater than or equal to 2"),
-        ("rollout.k=2.5", "rollout.k: found 2.5, expected a valid integer"),
-        ("rollout.eta=0", "rollout.eta: found 0, expected greater than 0"),
-        ("rollout.guidance=0.5", "rollout.guidance: found 0.5, expected greater than or equal to 1"),
-        ("rollout.threshold=1", "rollout.threshold: found 1, expected less than 1"),
-        ("rollout.num_steps=1001", "rollout.num_steps: found 1001, expected less than or equal to 1000"),
-        ("rollout.look_ahead=half", "rollout.look_ahead: found 'half', expected 'full' or 'text'"),
-        ("rollout.judge_every=0", "rollout.judge_every: found 0, expected greater than or equal to 1"),
-        ("optim.passes=0", "optim.passes: found 0, expected greater than or equal to 1"),
-        ("optim.keep_pairs=0", "optim.keep_pairs: found 0, expected greater than 0"),
-        ("optim.keep_pairs=2", "optim.keep_pairs: found 2, expected less than or equal to 1"),
-        (
-            "rollout={look_ahead: text, guidance: 1}",
-            "rollout: look_ahead is text, but with guidance 1 there is no other half to leave out; use full",
-        ),
-        ("rollout.t_range=[751, 0]", "rollout: t_range is [751, 0], expected the lower timestep first"),
-        ("rollout.t_range=[0, 1000]", "rollout.t_range.1: found 1000, expected less than or equal to 999"),
-        ("rollout.inner_steps=0", "rollout.inner_steps: found 0, expected greater than or equal to 1"),
-        ("rollout.next_state=best", "rollout.next_state: found 'best', expected 'random', 'winner' or 'loser'"),
-        ("model.height=1001", "model.height: found 1001, expected a multiple of 8"),
-        ("judge.kind=clip", "judge.kind: found 'clip', expected 'spm', 'spm_no_step' or 'pickscore'"),
-        ("run.dir=5", "run.dir: found 5, expected a valid string"),
-        ("run.iterations=0", "run.iterations: found 0, expected greater than or equal to 1"),
-        ("run.resume=maybe", "run.resume: found 'maybe', expected a valid boolean"),
-        ("run.device=tpu", "run.device: found 'tpu', expected 'auto', 'cpu' or 'cuda'"),
-        ("zero.stage=3", "zero.stage: found 3, expected 1 or 2"),
-        pytest.param("optim.betas=[0.9, 1.5]", "optim.betas"),
-    ],
-)
-def test_a_wrong_value_is_refused_with_its_key(recipe, override, sentence):
-    assert complaint(recipe(), override).startswith(sentence)
+REFUSED = [  # override, words that the sentence holds: the key, what was found, what is allowed
+    ("optim.lr=fast", "optim.lr", "'fast'", "number"),
+    ("optim.lr=true", "lr", "true", "number"),
+    ("optim.lr=0", "optim.lr", "found 0", "greater than 0"),
+    ("optim.lr=.nan", "optim.lr", "nan", "finite"),
+    ("optim.lr=.inf", "optim.lr", "inf", "finite"),
+    ("optim.lr=", "optim.lr", "None", "number"),
+    ("optim.clip=1", "optim.clip", "found 1", "less than 1"),
+    ("optim.micro_batch=0", "optim.micro_batch", "found 0"),
+    ("optim.betas=[0.9]", "optim.betas.1", "missing"),
+    ("optim.betas=[0.9, 0.9, 0.9]", "optim.betas", "[0.9, 0.9, 0.9]"),
+    ("optim.betas=[0.9, 1.5]", "optim.betas.1", "1.5"),
+    ("lora.target_modules=[]", "lora.target_modules", "[]"),
+    ("lora.target_modules=to_q", "lora.target_modules", "'to_q'"),
+    ("lora.target_modules=[1]", "lora.target_modules.0", "found 1", "string"),
+    ("lora.rank=0", "lora.rank", "found 0"),
+    ("model.dtype=fp16", "model.dtype", "'fp16'", "'float32', 'bfloat16' or 'float16'"),
+    ("model=3", "model", "found 3", "keys and values"),
+    ("model.height=1001", "model.height", "1001", "multiple of 8"),
+    ("judge.kind=clip", "judge.kind", "'clip'", "'spm', 'spm_no_step' or 'pickscore'"),
+    ("rollout.k=1", "rollout.k", "found 1"),
+    ("rollout.k=2.5", "rollout.k", "2.5", "integer"),
+    ("rollout.eta=0", "rollout.eta", "found 0"),
+    ("rollout.guidance=0.5", "rollout.guidance", "0.5"),
+    ("rollout.threshold=1", "rollout.threshold", "found 1"),
+    ("rollout.num_steps=1001", "rollout.num_steps", "1001", "1000"),
+    ("rollout.look_ahead=half", "rollout.look_ahead", "'half'", "'full' or 'text'"),
+    ("rollout.judge_every=0", "rollout.judge_every", "found 0"),
+    ("rollout={look_ahead: text, guidance: 1}", "look_ahead is text", "guidance 1", "full"),
+    ("rollout.t_range=[751, 0]", "t_range", "[751, 0]"),
+    ("rollout.t_range=[0, 1000]", "rollout.t_range.1", "1000", "999"),
+    ("rollout.inner_steps=0", "rollout.inner_steps", "found 0"),
+    ("rollout.next_state=best", "rollout.next_state", "'best'", "'random', 'winner' or 'loser'"),
+    ("optim.passes=0", "optim.passes", "found 0"),
+    ("optim.keep_pairs=0", "optim.keep_pairs", "found 0"),
+    ("optim.keep_pairs=2", "optim.keep_pairs", "found 2"),
+    ("run.dir=5", "run.dir", "found 5", "string"),
+    ("run.iterations=0", "run.iterations", "found 0"),
+    ("run.resume=maybe", "run.resume", "'maybe'", "boolean"),
+    ("run.device=tpu", "run.device", "'tpu'", "'auto', 'cpu' or 'cuda'"),
+    ("zero.stage=3", "zero.stage", "found 3", "1 or 2"),
+    ("rollout.K=3", "key rollout.K;", "rollout.k?"),
+    ("rolout.k=3", "key rolout;", "rollout?"),
+    ("optim.micro_bach=3", "key optim.micro_bach;", "optim.micro_batch?"),
+    ("optim.max_gradnorm=1", "key optim.max_gradnorm;", "optim.max_grad_norm?"),
+    ("inner_steps=3", "key inner_steps;", "rollout.inner_steps?"),
+    ("lr=3", "key lr;", "optim.lr?"),
+    ("run.k=3", "key run.k;", "rollout.k?"),
+    ("zzz=1", "key zzz;", "docs/configuration.md"),
+    ("optim.lr", "'optim.lr'", "section.key=value"),
+    ("=3", "'=3'", "section.key=value"),
+    ("", "''", "section.key=value"),
+    ("model.path.x=1", "'model.path.x=1'", "path"),
+    ("optim.lr=[", "'optim.lr=['", "YAML"),
+]
 
 
-@pytest.mark.parametrize(
-    "override, sentence",
-    [
-        ("rollout.K=3", "unknown key rollout.K; did you mean rollout.k?"),
-        ("rolout.k=3", "unknown key rolout; did you mean rollout?"),
-        ("optim.micro_bach=3", "unknown key optim.micro_bach; did you mean optim.micro_batch?"),
-        ("optim.max_gradnorm=1", "unknown key optim.max_gradnorm; did you mean optim.max_grad_norm?"),
-        ("inner_steps=3", "unknown key inner_steps; did you mean rollout.inner_steps?"),
-        ("zzz=1", "unknown key zzz; docs/configuration.md lists all keys"),
-        pytest.param("lr=3", "unknown key lr; did you mean optim.lr?"),
-        pytest.param("run.k=3", "unknown key run.k; did you mean rollout.k?"),
-    ],
-)
-def test_an_unknown_key_names_the_nearest(recipe, override, sentence):
-    assert complaint(recipe(), override) == sentence
-
-
-@pytest.mark.parametrize("override", ["optim.lr", "=3", ""])
-def test_an_override_needs_key_and_value(recipe, override):
-    assert complaint(recipe(), override) == (
-        f"override {override!r}: expected section.key=value, such as optim.lr=1e-4"
-    )
-
-
-def test_an_override_cannot_go_below_a_value(recipe):
-    assert complaint(recipe(), "model.path.x=1") == "override 'model.path.x=1': path is not a section"
-
-
-def test_an_override_needs_valid_yaml(recipe):
-    assert complaint(recipe(), "optim.lr=[") == "override 'optim.lr=[': the value is not valid YAML"
+@pytest.mark.parametrize("override, words", [(override, words) for override, *words in REFUSED])
+def test_a_wrong_override_is_refused_with_its_key(recipe, override, words):
+    sentence = complaint(recipe(), override)
+    assert [word for word in words if word not in sentence] == []
 
 
 def test_an_override_fills_an_empty_section(recipe):
@@ -208,49 +188,35 @@ def test_a_missing_key_is_named_and_the_others_counted(recipe):
 
 
 @pytest.mark.parametrize(
-    "text, sentence",
-    [
-        ("", "found NoneType, expected sections such as `model:` and `run:`"),
-        ("- model", "found list, expected sections such as `model:` and `run:`"),
-        ("model: [", "not valid YAML (while parsing"),
-    ],
-    ids=["empty", "list", "broken"],
+    "content, word",
+    [(b"", "NoneType"), (b"- model", "list"), (b"model: [", "YAML"), (b"\xff\xfe\x00", "utf-8")],
+    ids=["empty", "list", "broken", "no text"],
 )
-def test_a_file_that_is_no_recipe_is_refused(recipe, text, sentence):
-    assert complaint(recipe(text)).startswith(sentence)
-
-
-def test_a_file_that_is_no_text_is_refused(tmp_path):
-    (tmp_path / "recipe.yaml").write_bytes(b"\xff\xfe\x00")
-    assert complaint(tmp_path / "recipe.yaml").startswith("not valid YAML ('utf-8' codec")
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, content, word):
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    assert word in complaint(tmp_path / "recipe.yaml")
 
 
 @pytest.mark.parametrize("name, reason", [("nothing.yaml", "No such file or directory"), (".", "Is a directory")])
 def test_a_file_that_cannot_be_read_is_refused(tmp_path, name, reason):
-    assert complaint(tmp_path / name).startswith(f"cannot be read ({reason}); give the path of a recipe")
-
-
-def test_every_refusal_starts_with_the_file(recipe):
-    path = recipe()
-    with pytest.raises(UserError) as refusal:
-        load(path, ["rollout.k=1"])
-    assert str(refusal.value).startswith(f"{path}: rollout.k")
+    assert reason in complaint(tmp_path / name)
 
 
 @pytest.mark.parametrize(
-    "override, sentence",
+    "override, words",
     [
-        ("optim.warmup=50", "optim: warmup is 50, but must be smaller than steps = 50"),
-        ("optim.clean_share=1", "optim.clean_share: found 1, expected less than 1"),
-        ("data.sourse=x", "unknown key data.sourse; did you mean data.source?"),
-        ("rollout.k=4", "unknown key rollout; docs/configuration.md lists all keys"),
+        ("optim.warmup=50", ("warmup", "steps", "50")),
+        ("optim.clean_share=1", ("optim.clean_share", "found 1", "less than 1")),
+        ("data.sourse=x", ("key data.sourse;", "data.source?")),
+        ("rollout.k=4", ("key rollout;", "docs/configuration.md")),
     ],
 )
-def test_a_recipe_for_the_judge_is_checked_too(recipe, override, sentence):
-    assert complaint(recipe(SPM), override, cls=SpmConfig) == sentence
+def test_a_recipe_for_the_judge_is_checked_too(recipe, override, words):
+    sentence = complaint(recipe(JUDGE_TRAINING), override, cls=JudgeTrainingConfig)
+    assert [word for word in words if word not in sentence] == []
 
 
-@pytest.mark.parametrize("cls, tree", [(Config, SPO), (SpmConfig, SPM)], ids=["spo", "judge"])
+@pytest.mark.parametrize("cls, tree", [(Config, SPO), (JudgeTrainingConfig, JUDGE_TRAINING)], ids=["spo", "judge"])
 def test_what_is_dumped_is_loaded_equal_with_every_default_in_it(recipe, tmp_path, cls, tree):
     config = load(recipe(tree), ["optim.lr=1.2345678901234e-05", "run.dir='Läufe/#1: a'"], cls)
     dump(config, tmp_path / "resolved.yaml")
@@ -260,9 +226,9 @@ def test_what_is_dumped_is_loaded_equal_with_every_default_in_it(recipe, tmp_pat
 
 
 def test_keys_are_dotted_and_complete():
-    found = keys(Config)
-    assert found[:2] == ["model.path", "model.revision"]
-    assert len(found) == len(set(found)) == sum(len(f.annotation.model_fields) for f in Config.model_fields.values())
+    dotted = keys(Config)
+    assert dotted[:2] == ["model.path", "model.revision"]
+    assert len(dotted) == len(set(dotted)) == sum(len(f.annotation.model_fields) for f in Config.model_fields.values())
 
 
 def test_differences_name_key_and_both_values(recipe):
@@ -283,10 +249,3 @@ def test_a_configuration_is_frozen(recipe):
         with pytest.raises(ValidationError, match="frozen"):
             setattr(section, name, 1)
     assert config.run.seed == 42
-
-
-def test_every_key_has_a_description():
-    for cls in (Config, SpmConfig):
-        for name, section in cls.model_fields.items():
-            for key, field in section.annotation.model_fields.items():
-                assert field.description, f"{name}.{key}"

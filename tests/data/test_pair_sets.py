@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from strop.engine.config.judge_training import SpmConfig
+from strop.engine.config.judge_training import JudgeTrainingConfig
 from strop.engine.config.training import JudgeConfig
 from strop.engine.data.pair_cache import PairCache
 from strop.engine.data.pair_files import fitted, open_source
@@ -27,7 +27,7 @@ def recipe(source, judge="judge", steps=100, **data):
         "optim": {"steps": steps, "batch": 2},
         "run": {"dir": "run"},
     }
-    return SpmConfig.model_validate(tree)
+    return JudgeTrainingConfig.model_validate(tree)
 
 
 def captions_of(chosen):

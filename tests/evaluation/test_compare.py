@@ -10,10 +10,10 @@ from strop.engine.evaluation.compare import paired_delta, rate_delta
 
 def test_paired_interval_by_hand():
     # differences 1, 2, 3, 6: mean 3, variance (4 + 1 + 0 + 9) / 3
-    found = paired_delta(torch.tensor([1.0, 1.0, 1.0, 1.0]), [2.0, 3.0, 4.0, 7.0])
+    compared = paired_delta(torch.tensor([1.0, 1.0, 1.0, 1.0]), [2.0, 3.0, 4.0, 7.0])
     half = 1.96 * math.sqrt(14 / 3) / 2
-    assert (found["base"], found["tuned"], found["delta"]) == (1.0, 4.0, 3.0)
-    assert found["ci95"] == pytest.approx([3 - half, 3 + half], rel=1e-12)
+    assert (compared["base"], compared["tuned"], compared["delta"]) == (1.0, 4.0, 3.0)
+    assert compared["ci95"] == pytest.approx([3 - half, 3 + half], rel=1e-12)
 
 
 def test_a_common_offset_does_not_widen_the_paired_interval():
@@ -34,10 +34,10 @@ def test_scores_that_are_no_pairs(base, tuned):
 
 
 def test_two_rates_of_right_answers_by_hand():
-    found = rate_delta(0.5, 0.8, 100)
+    compared = rate_delta(0.5, 0.8, 100)
     half = 1.96 * math.sqrt((0.25 + 0.16) / 100)
-    assert (found["base"], found["tuned"], found["delta"]) == (0.5, 0.8, pytest.approx(0.3))
-    assert found["ci95"] == pytest.approx([0.3 - half, 0.3 + half])
+    assert (compared["base"], compared["tuned"], compared["delta"]) == (0.5, 0.8, pytest.approx(0.3))
+    assert compared["ci95"] == pytest.approx([0.3 - half, 0.3 + half])
     assert rate_delta(0.5, 0.8, 400)["ci95"] == pytest.approx([0.3 - half / 2, 0.3 + half / 2])
 
 

@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass, replace
 
-import pytest
 import torch
 from torch import Tensor
 
-from strop.engine.config.training import Config
+from strop.engine.config.training import load
 from strop.engine.data.embeddings import Embeddings, TrainingPrompts
 from strop.engine.methods.loop import train
 from strop.engine.methods.online import OnlineModels
@@ -42,7 +41,7 @@ class Reinforce:
         return self.config.optim.lr
 
     def collect(self, iteration):
-        models, schedule, made = self.models, self.models.schedule, []
+        models, schedule, parts = self.models, self.models.schedule, []
         self.cond = self.prompts.mine(iteration)
         x = schedule.prior((len(self.cond), *models.policy.latent_shape), self.rngs["rollout"])
         with models.policy.sampling(self.cond, text_kv=True) as known:
@@ -50,11 +49,11 @@ class Reinforce:
                 eps = models.policy.eps(x, schedule.timesteps(step, len(x)), known, schedule.guided)
                 x_prev = schedule.branch(x, eps, step, 1, self.rngs["rollout"])[0]
                 each = torch.arange(len(x))
-                made.append(Steps(x, x_prev, torch.full_like(each, step), each, torch.zeros(len(x))))
+                parts.append(Steps(x, x_prev, torch.full_like(each, step), each, torch.zeros(len(x))))
                 x = x_prev
             reward = models.judge.score_images(models.diffusion.decode(x)[None], self.cond.judge, 0)[0]
         advantage = (reward - reward.mean()) / (reward.std() + 1e-6)
-        steps = Steps.cat([replace(part, advantage=advantage) for part in made])
+        steps = Steps.cat([replace(part, advantage=advantage) for part in parts])
         return steps, {"prompts": len(self.cond), "reward": reward.mean()}
 
     def batches(self, steps):
@@ -72,26 +71,8 @@ class Reinforce:
         return {}
 
 
-@pytest.fixture
-def recipe(tiny_folder, clip_folder, tmp_path):
-    """The recipe of a run named so, of so many iterations."""
-
-    def made(name, iterations, **run):
-        return Config.model_validate(
-            {
-                "model": {"path": str(tiny_folder)},
-                "judge": {"path": str(clip_folder), "kind": "pickscore"},
-                "prompts": {"train": "none"},
-                "rollout": {"prompts": 2, "num_steps": 4},
-                "optim": {"lr": 1e-3, "micro_batch": 3},
-                "run": {"dir": str(tmp_path / name), "iterations": iterations, "device": "cpu", "save_every": 1, **run},
-            }
-        )
-
-    return made
-
-
-def run(config):
+def run(arguments):
+    config = load(arguments[0], arguments[1:])
     with Session.start(config) as session:
         models = OnlineModels.load(config, session.ranks.device)
         embeddings = Embeddings(models.diffusion, models.judge, [TEXTS])
@@ -103,13 +84,15 @@ def run(config):
         return models.policy.lora_state(), read_records(session.metrics.path), session.summary()
 
 
-def test_a_second_method_trains_logs_and_resumes_bit_for_bit(recipe, capsys):
-    whole, records, summary = run(recipe("whole", 3))
+def test_a_second_method_trains_logs_and_resumes_bit_for_bit(recipe, tmp_path, capsys):
+    keys = ("rollout.num_steps=4", "optim.lr=1e-3", "optim.micro_batch=3")
+    whole, records, summary = run(recipe("run.iterations=3", *keys))
     assert "reward" in capsys.readouterr().out
     assert [record["iteration"] for record in records] == [1, 2, 3]
     assert all(record[name] is not None for record in records for name in ("reward", "loss", "grad_norm"))
     assert (summary["prompts"], summary["optimizer_steps"]) == (6, 9)  # 2 prompts, 4 steps in micro-batches of 3
     assert any(value.abs().max() > 0 for name, value in whole.items() if "lora_B" in name)
-    run(recipe("parts", 2))
-    resumed, *_ = run(recipe("parts", 3, resume=True))
+    parts = (f"run.dir={tmp_path / 'parts'}", *keys)
+    run(recipe("run.iterations=2", *parts))
+    resumed, *_ = run(recipe("run.iterations=3", "run.resume=true", *parts))
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())

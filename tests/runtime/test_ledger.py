@@ -28,12 +28,12 @@ def now(monkeypatch):
 
 def watched(now, seconds):
     """A ledger that has read its GPU at the beginning and after each of these seconds, without its thread."""
-    made = Ledger(GPU)
-    made._read()
+    ledger = Ledger(GPU)
+    ledger._read()
     for passed in seconds:
         now[0] += passed
-        made._read()
-    return made
+        ledger._read()
+    return ledger
 
 
 def metrics_of(run_dir):
@@ -55,8 +55,8 @@ def test_a_reading_has_the_units_it_says(nvml, now):
 
 
 def test_energy_is_the_difference_of_the_counter_means_are_over_readings(nvml, now):
-    found = figures(watched(now, [1, 2]).totals())
-    assert found == {
+    cost = figures(watched(now, [1, 2]).totals())
+    assert cost == {
         "gpu_hours": pytest.approx(3 / 3600),
         "energy_kwh": pytest.approx(700 / 3.6e6),
         "share_of_peak": None,
@@ -101,14 +101,14 @@ def test_reasons_are_told_apart_and_idling_is_none(nvml, now):
 )
 def test_what_the_card_does_not_answer_stays_open_and_the_rest_goes_on(nvml, now, tmp_path, missing, open_value):
     nvml.missing |= missing
-    made = watched(now, [1, 1])
-    made.at_peak = {"prompts": 1.0, "pairs": 1.0}
+    gpu_ledger = watched(now, [1, 1])
+    gpu_ledger.at_peak = {"prompts": 1.0, "pairs": 1.0}
     metrics = metrics_of(tmp_path)
-    made.add_to(metrics, 2.0)
+    gpu_ledger.add_to(metrics, 2.0)
     record = metrics.flush(1)
     metrics.close()
-    found = figures(made.totals())
-    assert [name for name, value in found.items() if value is None] == [open_value] * (open_value is not None)
+    cost = figures(gpu_ledger.totals())
+    assert [name for name, value in cost.items() if value is None] == [open_value] * (open_value is not None)
     named = {"energy_kwh": "energy_wh"}.get(open_value, open_value)
     fields = ("gpu_hours", "energy_wh", *MEANS, "throttled")
     assert [name for name in fields if record[name] is None] == [named] * (open_value is not None)
@@ -121,39 +121,39 @@ def test_without_nvml_hours_are_counted_and_no_thread_runs(nvml, now, case):
         torch.cuda.get_device_properties(GPU).uuid = "0000-another"
     if case == "part of a card":
         nvml.answers["MigMode"] = [[1, 1]]
-    with Ledger(GPU) as made:
+    with Ledger(GPU) as gpu_ledger:
         assert not watching()
         now[0] += 36
-    found = figures(made.totals())
-    assert found.pop("gpu_hours") == pytest.approx(0.01)
-    assert set(found.values()) == {None}
+    cost = figures(gpu_ledger.totals())
+    assert cost.pop("gpu_hours") == pytest.approx(0.01)
+    assert set(cost.values()) == {None}
 
 
 def test_on_a_cpu_nvml_is_not_asked(nvml, now, tmp_path):
     metrics = metrics_of(tmp_path)
-    with Ledger(CPU) as made:
+    with Ledger(CPU) as gpu_ledger:
         assert not watching()
         now[0] += 36
-    made.add_to(metrics)
+    gpu_ledger.add_to(metrics)
     record = metrics.flush(1)
     metrics.close()
-    assert figures(made.totals()) == "not available"
+    assert figures(gpu_ledger.totals()) == "not available"
     assert nvml.asked == {}
     assert {value for name, value in record.items() if name not in ("iteration", "eta_seconds")} == {None}
 
 
 def test_records_cover_their_iterations_and_sums_run_on(nvml, now, tmp_path):
     nvml.answers["CurrentClocksEventReasons"] = [0, 4]
-    made = watched(now, [1, 1])
+    gpu_ledger = watched(now, [1, 1])
     metrics = metrics_of(tmp_path)
     records = []
     for iteration in (1, 2, 3):
-        made.add_to(metrics)
+        gpu_ledger.add_to(metrics)
         records.append(metrics.flush(iteration))
         now[0] += 2
         if iteration == 1:
             nvml.answers |= {"TotalEnergyConsumption": [8_420_000], "ClockInfo 1": [900]}
-            made._read()
+            gpu_ledger._read()
     metrics.close()
     first, second, third = records
     assert set(first) == {*FIELDS, *(column.name for column in COLUMNS)}
@@ -170,22 +170,22 @@ def test_records_cover_their_iterations_and_sums_run_on(nvml, now, tmp_path):
 
 
 def test_the_share_of_the_peak_is_of_the_seconds_at_work(nvml, now, tmp_path):
-    made = Ledger(GPU)
-    made.at_peak = {"prompts": 0.5, "pairs": 0.125}
+    gpu_ledger = Ledger(GPU)
+    gpu_ledger.at_peak = {"prompts": 0.5, "pairs": 0.125}
     metrics = metrics_of(tmp_path)
     now[0] += 500  # spent on something else
-    made.work({"prompts": 4, "pairs": 8, "judge": 0.5})
-    made.work({"prompts": 4})
-    made.add_to(metrics, 10.0)
+    gpu_ledger.work({"prompts": 4, "pairs": 8, "judge": 0.5})
+    gpu_ledger.work({"prompts": 4})
+    gpu_ledger.add_to(metrics, 10.0)
     first = metrics.flush(1)
-    made.work({"prompts": 4, "pairs": 16})
-    checkpoint = made.totals()  # between two records
-    made.add_to(metrics, 8.0)
+    gpu_ledger.work({"prompts": 4, "pairs": 16})
+    checkpoint = gpu_ledger.totals()  # between two records
+    gpu_ledger.add_to(metrics, 8.0)
     second = metrics.flush(2)
     metrics.close()
     assert (first["share_of_peak"], second["share_of_peak"]) == ((2 + 1 + 2) / 10, (2 + 2) / 8)
     assert figures(checkpoint)["share_of_peak"] == 5 / 10
-    assert figures(made.totals())["share_of_peak"] == (5 + 4) / (10 + 8)
+    assert figures(gpu_ledger.totals())["share_of_peak"] == (5 + 4) / (10 + 8)
 
 
 def test_a_resumed_run_goes_on_counting(nvml, now):
@@ -203,8 +203,8 @@ def test_a_resumed_run_goes_on_counting(nvml, now):
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, None])
 def test_the_thread_reads_meanwhile_and_stops_whatever_happens(nvml, monkeypatch, error):
     monkeypatch.setattr(ledger, "EVERY", 0.001)
-    made = Ledger(GPU)
-    with pytest.raises(error) if error else contextlib.nullcontext(), made:
+    gpu_ledger = Ledger(GPU)
+    with pytest.raises(error) if error else contextlib.nullcontext(), gpu_ledger:
         assert [thread.daemon for thread in watching()] == [True]
         deadline = time.monotonic() + 20
         while nvml.asked.get("PowerUsage", 0) < 5 and time.monotonic() < deadline:
@@ -212,15 +212,15 @@ def test_the_thread_reads_meanwhile_and_stops_whatever_happens(nvml, monkeypatch
         if error:
             raise error
     assert not watching()
-    totals = made.totals()
+    totals = gpu_ledger.totals()
     assert totals["joules"] == [nvml.asked["PowerUsage"], 700]
     assert totals["sm_mhz"][0] == nvml.asked["PowerUsage"] + 1 >= 6
 
 
 def test_a_short_run_is_read_at_its_beginning_and_its_end(nvml):
-    with Ledger(GPU) as made:
+    with Ledger(GPU) as gpu_ledger:
         pass
-    assert made.totals()["joules"] == [1, 300]
+    assert gpu_ledger.totals()["joules"] == [1, 300]
 
 
 def test_a_driver_that_hangs_does_not_hold_up_the_end(nvml, monkeypatch):
@@ -228,41 +228,41 @@ def test_a_driver_that_hangs_does_not_hold_up_the_end(nvml, monkeypatch):
     answered = threading.Event()
     monkeypatch.setattr(pynvml, "nvmlDeviceGetPowerUsage", lambda handle: answered.wait(20))
     begin = time.monotonic()
-    with Ledger(GPU) as made:
+    with Ledger(GPU) as gpu_ledger:
         (thread,) = watching()
     assert time.monotonic() - begin < 10
-    assert figures(made.totals())["energy_kwh"] is None
+    assert figures(gpu_ledger.totals())["energy_kwh"] is None
     answered.set()
     thread.join()
 
 
 def test_the_totals_are_of_all_ranks_and_count_what_was_before_once(nvml, now, monkeypatch):
-    made = watched(now, [1, 2])
-    made.before = {"joules": [1.0, 1000.0]}
-    other = made._so_far() * 2
+    gpu_ledger = watched(now, [1, 2])
+    gpu_ledger.before = {"joules": [1.0, 1000.0]}
+    other = gpu_ledger._so_far() * 2
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "all_reduce", lambda sums: sums.add_(other))
-    monkeypatch.setattr(made, "_device", CPU)  # where this test may add
-    totals = made.totals()
+    monkeypatch.setattr(gpu_ledger, "_device", CPU)  # where this test may add
+    totals = gpu_ledger.totals()
     assert totals["joules"] == [2 + 4 + 1, 700 + 1400 + 1000]
     assert totals["utilisation"] == [9, pytest.approx(3 * 1.8)]
-    assert made.totals() == totals
+    assert gpu_ledger.totals() == totals
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_real_card_is_read():
     matrix = torch.randn(8192, 8192, device=GPU)
-    with Ledger(GPU) as made:
+    with Ledger(GPU) as gpu_ledger:
         end = time.monotonic() + 4
         while time.monotonic() < end:
             for _ in range(10):
                 matrix @ matrix
             torch.cuda.synchronize()
-    found = figures(made.totals())
-    assert 3 / 3600 < found["gpu_hours"] < 60 / 3600
+    cost = figures(gpu_ledger.totals())
+    assert 3 / 3600 < cost["gpu_hours"] < 60 / 3600
     if gpu(GPU) is None:
         pytest.skip("NVML is not available, or the card is divided")
-    watts = found["energy_kwh"] * 1000 / found["gpu_hours"]
+    watts = cost["energy_kwh"] * 1000 / cost["gpu_hours"]
     assert 20 < watts < 2000
-    assert found["utilisation"] > 0.3
-    assert 100 < found["sm_mhz"] < 5000
+    assert cost["utilisation"] > 0.3
+    assert 100 < cost["sm_mhz"] < 5000

@@ -31,9 +31,9 @@ def new(run_dir, start=0, iterations=10, device="cpu", enabled=True):
 
 @pytest.fixture
 def fresh(tmp_path):
-    made = new(tmp_path)
-    yield made
-    made.close()
+    measured = new(tmp_path)
+    yield measured
+    measured.close()
 
 
 def lines(run_dir):
@@ -117,8 +117,8 @@ def test_resuming_cuts_later_lines_and_goes_on_counting(tmp_path):
     resumed.add({"prompts": 10})
     resumed.flush(3)
     resumed.close()
-    kept = [(record["iteration"], record["prompts"], record["loss"]) for record in lines(tmp_path)]
-    assert kept == [(1, 10, 1.0), (2, 20, 2.0), (3, 30, None)]
+    rows = [(record["iteration"], record["prompts"], record["loss"]) for record in lines(tmp_path)]
+    assert rows == [(1, 10, 1.0), (2, 20, 2.0), (3, 30, None)]
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in board.Scalars("train/prompts")] == [(1, 10.0), (2, 20.0), (3, 30.0)]
     assert [e.step for e in board.Scalars("train/loss")] == [1, 2]
@@ -155,20 +155,21 @@ def test_pace_counts_prompts_of_the_window(fresh, monkeypatch):
     fresh.add({"prompts": 8})
     first = fresh.flush(1)
     fresh.add({"prompts": 8})
+    fresh.seconds_after_loop = 50.0
     second = fresh.flush(2)
     assert (first["prompts_per_second"], first["eta_seconds"]) == (2.0, 4.0 * 9)
-    assert (second["prompts_per_second"], second["eta_seconds"]) == (4.0, 3.0 * 8)
+    assert (second["prompts_per_second"], second["eta_seconds"]) == (4.0, 3.0 * 8 + 50)
 
 
 def two_ranks(rank, run_dir):
     dist.init_process_group("gloo", init_method=f"file://{run_dir}/rendezvous", rank=rank, world_size=2)
-    made = new(run_dir, enabled=rank == 0)
-    made.add({"prompts": 4, "judge": torch.tensor(float(rank))}, weight=1 + 2 * rank)
+    measured = new(run_dir, enabled=rank == 0)
+    measured.add({"prompts": 4, "judge": torch.tensor(float(rank))}, weight=1 + 2 * rank)
     if rank == 1:  # rank 0 kept no pair
-        made.add({"loss": 0.5, "pairs_per_t": torch.tensor([1, 2, 0])}, weight=5)
-    record = made.flush(1)
+        measured.add({"loss": 0.5, "pairs_per_t": torch.tensor([1, 2, 0])}, weight=5)
+    record = measured.flush(1)
     Path(run_dir, f"rank{rank}.json").write_text(json.dumps(record))
-    made.close()
+    measured.close()
     dist.destroy_process_group()
 
 
@@ -184,14 +185,14 @@ def test_two_ranks_agree_and_one_writes(tmp_path):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_adding_never_waits_for_the_device(tmp_path):
-    made = new(tmp_path, device="cuda")
+    measured = new(tmp_path, device="cuda")
     step = torch.tensor([0, 2, 2], device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        made.add({"loss": torch.ones((), device="cuda"), "grad_norm": 0.5}, weight=2)
-        made.add({"pairs_per_t": torch.zeros(3, device="cuda").index_add_(0, step, torch.ones(3, device="cuda"))})
+        measured.add({"loss": torch.ones((), device="cuda"), "grad_norm": 0.5}, weight=2)
+        measured.add({"pairs_per_t": torch.zeros(3, device="cuda").index_add_(0, step, torch.ones(3, device="cuda"))})
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    record = made.flush(1)
-    made.close()
+    record = measured.flush(1)
+    measured.close()
     assert (record["loss"], record["grad_norm"], record["pairs_per_t"]) == (1.0, 0.5, {"901": 1, "451": 0, "1": 2})

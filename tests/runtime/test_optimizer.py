@@ -46,12 +46,12 @@ def test_gradients_too_small_for_float16_arrive():
 
 def test_an_overflow_counts_as_zero_and_the_next_gradient_as_itself():
     module = HalfPath()
-    made = optimizer(module, "float16", accumulate=2, weight_decay=0.0, lr=1e-2)
-    made.backward(module(torch.tensor([6e4, 1.0])) * 10)
+    adamw = optimizer(module, "float16", accumulate=2, weight_decay=0.0, lr=1e-2)
+    adamw.backward(module(torch.tensor([6e4, 1.0])) * 10)
     assert module.weight.grad.tolist() == [0, 0]
-    made.step()
-    made.backward(module(torch.tensor([1.0, 1.0])))
-    made.step()
+    adamw.step()
+    adamw.backward(module(torch.tensor([1.0, 1.0])))
+    adamw.step()
     assert module.weight.tolist() == pytest.approx([0.99, 1.99], abs=1e-5)  # Adam's first step is lr, downhill
 
 
@@ -65,27 +65,27 @@ def test_the_scale_belongs_to_float16_alone():
 @pytest.mark.parametrize("limit, left", [(1.0, 1.0), (None, 5.0)], ids=["clipped", "free"])
 def test_the_norm_is_that_before_clipping_and_null_never_clips(limit, left):
     module = nn.Linear(2, 1, bias=False)
-    made = optimizer(module, max_grad_norm=limit)
-    kept = []
-    made.optimizer.register_step_pre_hook(lambda *_: kept.append(module.weight.grad.norm().item()))
-    made.backward((module.weight * torch.tensor([[3.0, 4.0]])).sum())
-    assert made.step().item() == pytest.approx(5.0)
-    assert kept == [pytest.approx(left, rel=1e-4)]
+    adamw = optimizer(module, max_grad_norm=limit)
+    norms = []
+    adamw.optimizer.register_step_pre_hook(lambda *_: norms.append(module.weight.grad.norm().item()))
+    adamw.backward((module.weight * torch.tensor([[3.0, 4.0]])).sum())
+    assert adamw.step().item() == pytest.approx(5.0)
+    assert norms == [pytest.approx(left, rel=1e-4)]
 
 
 def test_the_fused_step_is_the_plain_one():
     """On a GPU the step is fused; PyTorch has that for CPUs too, where the two can be compared."""
     plain, fused = nn.Linear(8, 4), nn.Linear(8, 4)
     fused.load_state_dict(plain.state_dict())
-    made = optimizer(plain, lr=1e-2).optimizer
-    assert made.param_groups[0]["fused"] is None, "the CPU keeps its own"
+    adamw = optimizer(plain, lr=1e-2).optimizer
+    assert adamw.param_groups[0]["fused"] is None, "the CPU keeps its own"
     other = torch.optim.AdamW(fused.parameters(), lr=1e-2, eps=1e-8, weight_decay=1e-4, fused=True)
     rng = torch.Generator().manual_seed(0)
     for _ in range(3):
         for a, b in zip(plain.parameters(), fused.parameters(), strict=True):
             a.grad = torch.randn(a.shape, generator=rng)
             b.grad = a.grad.clone()
-        made.step()
+        adamw.step()
         other.step()
     for a, b in zip(plain.parameters(), fused.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-7)

@@ -97,25 +97,25 @@ def two_ranks(tiny_folder, tmp_path_factory):
 
 
 def test_gathered_rows_come_in_rank_order_also_from_a_rank_without_any(two_ranks):
-    _, found = two_ranks
-    assert found[0]["gathered"] == found[1]["gathered"] == [10.0, 11.0, 12.0]
-    assert found[0]["together"] == found[1]["together"] == [[10.0, 11.0, 12.0], [0.0], [-10.0, -11.0, -12.0]]
+    _, ranks = two_ranks
+    assert ranks[0]["gathered"] == ranks[1]["gathered"] == [10.0, 11.0, 12.0]
+    assert ranks[0]["together"] == ranks[1]["together"] == [[10.0, 11.0, 12.0], [0.0], [-10.0, -11.0, -12.0]]
 
 
 @pytest.mark.parametrize("counts", [[7, 5], [12, 0], [1, 0], [0, 0]], ids=str)
 @pytest.mark.parametrize("inner_steps", [1, 2])
 def test_every_rank_gets_as_many_pairs_and_each_pair_goes_once(two_ranks, counts, inner_steps):
-    _, found = two_ranks
-    given = [rank["balanced"][f"{counts} {inner_steps}"] for rank in found]
-    assert [len(g) for g in given] == [sum(counts) // 2] * 2
-    assert len(set(given[0] + given[1])) == sum(counts) // 2 * 2
+    _, ranks = two_ranks
+    numbers = [rank["balanced"][f"{counts} {inner_steps}"] for rank in ranks]
+    assert [len(g) for g in numbers] == [sum(counts) // 2] * 2
+    assert len(set(numbers[0] + numbers[1])) == sum(counts) // 2 * 2
     if counts == [7, 5]:
-        assert given[0] != sorted(given[0]), "the pairs are shuffled"
+        assert numbers[0] != sorted(numbers[0]), "the pairs are shuffled"
 
 
 @pytest.mark.parametrize("stage", [1, 2], ids=["zero-1", "zero-2"])
 def test_two_ranks_make_the_update_of_one(two_ranks, tiny_folder, stage):
-    out, found = two_ranks
+    out, ranks = two_ranks
     policy = new_policy(tiny_folder)
     start_state = {name: value.clone() for name, value in policy.lora_state().items()}
     alone = build_optimizer(policy.unet, settings(stage, MICRO_BATCH), Ranks(0, 1, CPU))
@@ -125,9 +125,9 @@ def test_two_ranks_make_the_update_of_one(two_ranks, tiny_folder, stage):
     policy.load_lora(out / f"stage-{stage}")
     for name, value in policy.lora_state().items():
         torch.testing.assert_close(value, one[name], rtol=0, atol=2e-5, msg=name)
-    assert found[0][f"steps-{stage}"] == alone.steps == 2
+    assert ranks[0][f"steps-{stage}"] == alone.steps == 2
     whole = alone.state_bytes()
-    for rank in found:  # two moments sharded; step counters and padding are all that is left over
+    for rank in ranks:  # two moments sharded; step counters and padding are all that is left over
         assert rank[f"bytes-{stage}"] == pytest.approx(whole / 2, rel=0.02)
 
 
@@ -144,18 +144,18 @@ def test_two_ranks_make_the_update_of_one_with_several_inner_steps(two_ranks, ti
 
 @pytest.mark.parametrize("stage", [1, 2], ids=["zero-1", "zero-2"])
 def test_a_sharded_checkpoint_goes_on_bit_for_bit(two_ranks, tiny_folder, stage):
-    out, found = two_ranks
-    assert [rank[f"resumed-{stage}"] for rank in found] == [True, True]
+    out, ranks = two_ranks
+    assert [rank[f"resumed-{stage}"] for rank in ranks] == [True, True]
     saved = sum(file.stat().st_size for file in (out / f"stage-{stage}").rglob("*") if file.is_file())
     assert saved < (tiny_folder / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size, "no frozen base in it"
 
 
 def test_one_rank_only_shuffles():
     pairs = all_pairs()
-    given = balance(pairs, PROMPTS, Ranks(0, 1, CPU), torch.Generator().manual_seed(0))
+    shuffled = balance(pairs, PROMPTS, Ranks(0, 1, CPU), torch.Generator().manual_seed(0))
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(given.x_prev, pairs.x_prev[:, order])
-    assert torch.equal(given.prompt, pairs.prompt[order])
+    assert torch.equal(shuffled.x_prev, pairs.x_prev[:, order])
+    assert torch.equal(shuffled.prompt, pairs.prompt[order])
 
 
 @pytest.mark.parametrize("count, size", [(5, 4), (4, 4), (384, 3), (7, 1)])

@@ -21,14 +21,14 @@ def balanced(ranks, counts, inner_steps=1):
     begin = sum(counts[: ranks.rank])
     pairs = all_pairs(inner_steps)
     mine = pairs[begin : begin + counts[ranks.rank]]
-    given = balance(mine, PROMPTS, ranks, torch.Generator().manual_seed(3))
+    share = balance(mine, PROMPTS, ranks, torch.Generator().manual_seed(3))
     number = {float(x[0, 0, 0]): i for i, x in enumerate(pairs.x_prev[0])}
-    numbers = [number[float(x[0, 0, 0])] for x in given.x_prev[0]]
+    numbers = [number[float(x[0, 0, 0])] for x in share.x_prev[0]]
     for row, i in enumerate(numbers):
         owner = 0 if i < counts[0] else 1
-        assert given.prompt[row] == owner * PROMPTS + pairs.prompt[i]
-        assert torch.equal(given.x_t[:, row], pairs.x_t[:, i])
-        assert (given.step[row], given.shared[row]) == (pairs.step[i], pairs.shared[i])
+        assert share.prompt[row] == owner * PROMPTS + pairs.prompt[i]
+        assert torch.equal(share.x_t[:, row], pairs.x_t[:, i])
+        assert (share.step[row], share.shared[row]) == (pairs.step[i], pairs.shared[i])
     return numbers
 
 
@@ -41,7 +41,7 @@ def main():
     ranks = start("cpu")
     rows = torch.arange(3.0 * ranks.rank)[:, None] + 10 * ranks.rank  # (0 or 3, 1)
     together = gather(Conditioning(text=rows[:, None], null=torch.zeros(1, 1, 1), judge=-rows), ranks)
-    found = {
+    results = {
         "gathered": gather_rows(rows, ranks).flatten().tolist(),
         "together": [getattr(together, name).flatten().tolist() for name in ("text", "null", "judge")],
         "balanced": {
@@ -52,7 +52,7 @@ def main():
         policy = new_policy(args.model)
         optimizer = build_optimizer(policy.unet, settings(stage, MICRO_BATCH // 2), ranks)
         lora_after(args.model, policy, optimizer, ranks)
-        found[f"bytes-{stage}"], found[f"steps-{stage}"] = optimizer.state_bytes(), optimizer.steps
+        results[f"bytes-{stage}"], results[f"steps-{stage}"] = optimizer.state_bytes(), optimizer.steps
         optimizer.save(args.out / f"stage-{stage}")
         if ranks.first:
             policy.save_lora(args.out / f"stage-{stage}")
@@ -63,13 +63,13 @@ def main():
         lora_after(args.model, policy, optimizer, ranks)
         lora_after(args.model, again, resumed, ranks)
         pairs = zip(policy.parameters, again.parameters, strict=True)
-        found[f"resumed-{stage}"] = all(torch.equal(a, b) for a, b in pairs)
+        results[f"resumed-{stage}"] = all(torch.equal(a, b) for a, b in pairs)
     policy = new_policy(args.model)
     optimizer = build_optimizer(policy.unet, settings(1, MICRO_BATCH // 2), ranks)
     lora_after(args.model, policy, optimizer, ranks, inner_steps=2)
     if ranks.first:
         policy.save_lora(args.out / "inner-steps")
-    (args.out / f"rank-{ranks.rank}.json").write_text(json.dumps(found))
+    (args.out / f"rank-{ranks.rank}.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ...config.judge_training import SpmConfig
+from ...config.judge_training import JudgeTrainingConfig
 from ...data.pair_sets import PairSets, shares
 from ...judge.denoiser import Denoiser, training_pixels
 from ...judge.heldout import accuracy, heldout_views
@@ -43,20 +43,25 @@ class Shown:
 
 
 class JudgeTraining:
-    """Shows pairs to the judge and trains it to order them as labelled."""
+    """This method shows pairs to the judge and trains it to order them as labelled."""
 
     stage = "show"
     columns = COLUMNS
 
     def __init__(
-        self, config: SpmConfig, judge: StepAwarePreferenceModel, denoiser: Denoiser, sets: PairSets, session: Session
+        self,
+        config: JudgeTrainingConfig,
+        judge: StepAwarePreferenceModel,
+        denoiser: Denoiser,
+        sets: PairSets,
+        session: Session,
     ):
         """Makes what is made once: the held-out pairs as they are shown, the empty prompt. The judge may then learn.
 
         decided: how many held-out pairs of all ranks are no ties.
         """
         self.config, self.judge, self.denoiser, self.sets = config, judge, denoiser, sets
-        self.ranks, self.clock = session.ranks, session.clock
+        self.ranks, self.clock, self.counted = session.ranks, session.clock, session.live.counted
         self.views = heldout_views(config, sets.heldout, denoiser, judge, self.ranks)
         self.nothing = denoiser.diffusion.encode([""])
         if sets.kept:
@@ -71,12 +76,12 @@ class JudgeTraining:
         self._loader: Iterator[dict] | None = None
 
     def learning_rate(self, iteration: int) -> float:
-        """Warm-up, then linear decay."""
+        """Returns the learning rate of an optimizer step: a warm-up, then a linear decay."""
         optim = self.config.optim
         return learning_rate(iteration, optim.steps, optim.warmup, optim.lr, optim.warmup_shape)
 
     def collect(self, iteration: int) -> tuple[Iterator[tuple[int, dict]], Measured]:
-        """(number, pairs) of the iteration's batches, which are loaded when they are asked for."""
+        """Returns an iterator of (number, pairs) over the iteration's batches, loaded when asked for, and counts."""
         optim, begin = self.config.optim, iteration * self.config.optim.accumulate
         if self._loader is None:
             all_of_them = optim.steps * optim.accumulate
@@ -87,15 +92,16 @@ class JudgeTraining:
         return zip(range(begin, begin + optim.accumulate), self._loader, strict=False), {"prompts": seen, "pairs": seen}
 
     def batches(self, rows: Iterator[tuple[int, dict]]) -> Iterator[Shown]:
-        """The batches as the judge is shown them."""
-        for _ in range(self.config.optim.accumulate):
+        """Yields the batches as the judge is shown them."""
+        count = self.config.optim.accumulate
+        for _ in self.counted(range(count), count, "batch"):
             with self.clock("show"):
                 number, pairs = next(rows)
                 shown = self.show(pairs, clean_pairs(number, self.config))
             yield shown
 
     def loss(self, batch: Shown) -> tuple[Tensor, Measured]:
-        """The published criterion, ties included."""
+        """Returns the loss by the published criterion, ties included, and its stats."""
         labels = labels_of(batch.pairs, self.ranks.device)
         counts = batch.pairs.get("num_examples", torch.ones(len(batch))).to(self.ranks.device)
         with self.autocast():
@@ -105,13 +111,13 @@ class JudgeTraining:
         return loss, {"loss": stats["loss"], "accuracy": (stats["accuracy"], stats["decided"])}
 
     def measure(self, done: int) -> Measured:
-        """Held-out accuracy by timestep, before the first step and EVALUATIONS times in the course of the run."""
+        """Returns held-out accuracy by timestep, before the first step and EVALUATIONS times during the run."""
         if done not in self.due:
             return {}
         return {"heldout_accuracy": accuracy(self.judge, self.views, self.autocast, self.ranks.device)}
 
     def show(self, pairs: dict, clean: int) -> Shown:
-        """What the judge sees of a batch.
+        """Returns what the judge sees of a batch.
 
         The first `clean` pairs of the (shuffled) batch are shown as they are, at t = 0; each other one as the base
         model sees it at t ~ U{0..999}, the same for both its images.
@@ -126,37 +132,38 @@ class JudgeTraining:
         return Shown(pairs, torch.cat(seen, dim=1), t)
 
     def known(self, pairs: dict, rows: slice) -> tuple[Tensor, Tensor, Conditioning]:
-        """The VAE's mean and std (2, N, C, h, w) and the conditioning of rows of a batch, from the cache or made."""
+        """Returns the VAE's mean and std (2, N, C, h, w) and the conditioning of a batch's rows, cached or computed."""
         diffusion, device = self.denoiser.diffusion, self.ranks.device
         if not self.sets.kept:
             posterior = self.denoiser.posterior(images_of(pairs, rows, device))
             return *posterior, diffusion.encode(pairs["caption"][rows])
         dtype = self.nothing.text.dtype
-        given = {name: pairs[name][rows].to(device, dtype) for name in ("text", "pooled") if name in pairs}
+        encoded = {name: pairs[name][rows].to(device, dtype) for name in ("text", "pooled") if name in pairs}
         mean, std = (pairs[name][rows].transpose(0, 1).to(device, diffusion.vae.dtype) for name in ("mean", "std"))
-        return mean, std, replace(self.nothing, **given)
+        return mean, std, replace(self.nothing, **encoded)
 
     def autocast(self) -> torch.autocast:
-        """Weights are float32; arithmetic is bfloat16 where model.dtype is a 16-bit type, as published."""
+        """Returns a context in which arithmetic is bfloat16 where model.dtype is a 16-bit type, as published."""
         return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.model.dtype != "float32")
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float, shape: str = "linear") -> float:
-    """Warm-up over `warmup` steps to the peak, then linear decay that would reach 0 at `steps`. step from 0.
+    """Returns the learning rate of a step, counted from 0: it rises over `warmup` steps to `peak`, then falls linearly.
 
-    shape: of the warm-up, "linear" or "log": log(1 + step) / log(warmup), as DeepSpeed's WarmupDecayLR has it.
+    The fall would reach 0 at `steps`. shape is that of the rise: "linear", or "log", which is log(1 + step) /
+    log(warmup) as in DeepSpeed's WarmupDecayLR.
     """
     if shape == "log" and step < warmup:
         return peak * math.log(1 + step) / math.log(max(2, warmup))
     return peak * min((step + 1) / max(1, warmup), (steps - step) / (steps - warmup))
 
 
-def clean_pairs(batch_number: int, config: SpmConfig) -> int:
-    """How many pairs of this batch are shown clean, so that the share is met over the batches."""
+def clean_pairs(batch_number: int, config: JudgeTrainingConfig) -> int:
+    """Returns how many pairs of this batch are shown clean, so that optim.clean_share is met over the batches."""
     each = config.optim.batch * config.optim.clean_share
     return int((batch_number + 1) * each) - int(batch_number * each)
 
 
 def images_of(pairs: dict, rows: slice, device: torch.device) -> Tensor:
-    """(2, N, 3, H, W) in [-1, 1] on the device."""
+    """Returns the images (2, N, 3, H, W) of rows of a batch, in [-1, 1], on the device."""
     return torch.stack([pairs["image_0"][rows], pairs["image_1"][rows]]).to(device)

@@ -22,7 +22,7 @@ from .update import Learner, MicroBatch
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """The pairs of one rank's rollout, and the conditioning of its prompts."""
+    """What one rank's rollout has collected: preference pairs, and the conditioning of its prompts."""
 
     iteration: int
     pairs: PreferencePairs
@@ -30,14 +30,15 @@ class Collected:
 
 
 class SPO:
-    """Rolls out, has the judge tell winners from losers, and trains the policy to prefer the winners."""
+    """SPO rolls out, has the judge tell winners from losers, and trains the policy to prefer the winners."""
 
     stage = "rollout"
 
     def __init__(self, config: Config, models: OnlineModels, prompts: TrainingPrompts, session: Session):
         self.config, self.policy, self.prompts, self.ranks = config, models.policy, prompts, session.ranks
+        self.counted = session.live.counted
         self.rollout = Rollout(
-            models.policy, models.decoder, models.judge, models.schedule, config.rollout, session.clock
+            models.policy, models.decoder, models.judge, models.schedule, config.rollout, session.clock, self.counted
         )
         self.learner = Learner(models.policy, models.schedule, config.optim)
         self.trainable = models.trainable
@@ -51,33 +52,34 @@ class SPO:
         self.judged_steps = sum(map(len, judged_segments(models.schedule, config.rollout)))
 
     def learning_rate(self, iteration: int) -> float:
-        """Constant, as published."""
+        """Returns the learning rate, which is constant, as published."""
         return self.config.optim.lr
 
     def collect(self, iteration: int) -> tuple[Collected, Measured]:
-        """The rollout of this rank's prompts."""
+        """Returns the rollout of this rank's prompts, and its facts by the names of columns."""
         cond = self.prompts.mine(iteration)
         with self.policy.sampling(cond, self.config.rollout.text_kv) as known:
-            found = self.rollout(known, self.rngs["rollout"])
+            outcome = self.rollout(known, self.rngs["rollout"])
         facts = {
             "prompts": len(cond),
-            "pairs": len(found.pairs),
-            "pairs_per_t": found.kept,
-            "judge": found.score,
-            "kept": found.kept.sum() / (len(cond) * self.judged_steps),
+            "pairs": len(outcome.pairs),
+            "pairs_per_t": outcome.kept,
+            "judge": outcome.score,
+            "kept": outcome.kept.sum() / (len(cond) * self.judged_steps),
         }
-        return Collected(iteration, found.pairs, cond), facts
+        return Collected(iteration, outcome.pairs, cond), facts
 
     def batches(self, rows: Collected) -> Iterator[MicroBatch]:
-        """All passes over this rank's share of all ranks' pairs."""
+        """Yields the micro-batches of all passes over this rank's part of all ranks' pairs."""
         pairs = balance(rows.pairs, len(rows.cond), self.ranks, self.rngs["shuffle"])
         cond = rows.cond if self.ranks.size == 1 else self.prompts.everyone(rows.iteration)
-        return self.learner.batches(pairs, cond, self.rngs["shuffle"])
+        batches = self.learner.batches(pairs, cond, self.rngs["shuffle"])
+        return self.counted(batches, self.learner.batch_count(len(pairs)), "update")
 
     def loss(self, batch: MicroBatch) -> tuple[Tensor, Measured]:
-        """The SPO loss."""
+        """Returns the SPO loss of a micro-batch and its stats, as `Learner.loss` does."""
         return self.learner.loss(batch)
 
     def measure(self, done: int) -> Measured:
-        """Nothing: base and tuned model are evaluated before and after the loop."""
+        """Measures nothing, because base and tuned model are evaluated before and after the loop."""
         return {}

@@ -37,9 +37,9 @@ class PreferencePairs(Rows):
         """
         each = torch.arange(chosen.shape[1], device=chosen.device)
         shared = len(x_t) == 1
-        own = x_t if shared else x_t[chosen, each]  # (R, B, C, H, W)
+        x_t = x_t if shared else x_t[chosen, each]  # (R, B, C, H, W)
         return cls(
-            own, x_prev[chosen, each], torch.full_like(each, step), each, torch.full_like(each, shared, dtype=bool)
+            x_t, x_prev[chosen, each], torch.full_like(each, step), each, torch.full_like(each, shared, dtype=bool)
         )
 
     def apart(self) -> PreferencePairs:

@@ -6,7 +6,7 @@ ahead and decoding happen where a judge asks for them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -39,7 +39,7 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """pairs: the kept ones, by step, then by prompt; kept (T,): how many per step; score: mean of all branches."""
+    """pairs: those kept, by step, then by prompt; kept (T,): how many per step; score: the mean of all branches."""
 
     pairs: PreferencePairs
     kept: Tensor
@@ -56,7 +56,8 @@ class Rollout:
     prior, then per step the noise, and after each judgement the choice of the next state. Steps before a segment that
     none judges are walked on one branch; those after the last one are not walked.
 
-    config: the section `rollout`; clock: notes the parts of the stage `rollout`.
+    config: the section `rollout`; clock: notes the parts of the stage `rollout`; counted: is told which of how many
+    segments a rollout has come to, and passes them on.
     """
 
     policy: Predictor
@@ -65,6 +66,7 @@ class Rollout:
     schedule: Schedule
     config: RolloutConfig
     clock: Callable[[str], AbstractContextManager] = nullcontext
+    counted: Callable[[Iterable[range], int, str], Iterable[range]] = lambda items, total, stage: items
 
     @torch.no_grad()
     def __call__(self, cond: Conditioning, rng: Rng) -> Outcome:
@@ -74,7 +76,7 @@ class Rollout:
         kept = torch.zeros(self.schedule.num_steps, device=self.schedule.device)
         x = self.schedule.prior((len(cond), *self.policy.latent_shape), rng)  # (B, C, H, W)
         at, eps = 0, None
-        for cut in cuts:
+        for cut in self.counted(cuts, len(cuts), "rollout"):
             with self.clock("rollout/trunk"):
                 eps = self.complete(x, eps, at, cond)
                 x, eps = self.walk(x, eps, range(at, cut.start), cond, rng)
@@ -87,8 +89,8 @@ class Rollout:
                 scores.append(self.judge.score(candidates, cond))  # (K, B)
             chosen = choose(scores[-1], self.config.pair, rng)  # (2, B)
             for step, earlier, later in zip(cut, states, states[1:], strict=False):
-                made = PreferencePairs.of_step(earlier, later, chosen, step)
-                pairs.append(made.apart() if apart else made)
+                pair = PreferencePairs.of_step(earlier, later, chosen, step)
+                pairs.append(pair.apart() if apart else pair)
                 sure.append(is_sure(scores[-1], chosen, self.config.threshold))
                 kept[step] = sure[-1].sum()
             at = cut.stop
@@ -98,7 +100,10 @@ class Rollout:
         return Outcome(pairs, kept, torch.stack(scores).mean())
 
     def candidates(self, branches: Tensor, step: int, cond: Conditioning, before: Tensor) -> Candidates:
-        """Branches (K, B, C, H, W), now at `step`, for the judge. before (2 or 1, K or 1, B, ...): eps one step ago."""
+        """Returns the branches (K, B, C, H, W), now at `step`, as the judge takes them.
+
+        before (2 or 1, K or 1, B, ...): eps one step ago.
+        """
 
         def look_ahead() -> tuple[Tensor | None, Tensor]:
             with self.clock("rollout/branches"):
@@ -111,7 +116,7 @@ class Rollout:
         return Candidates(branches, self.schedule.t[step], look_ahead, decode)
 
     def complete(self, x: Tensor, eps: Tensor | None, step: int, cond: Conditioning) -> Tensor:
-        """eps (G, B, C, H, W) of x (B, C, H, W), of which is known: nothing, the half with the prompt, or all."""
+        """Returns eps (G, B, C, H, W) of x (B, C, H, W); of it is known nothing, the half with the prompt, or all."""
         t = self.schedule.timesteps(step, len(x))
         if eps is None:
             return self.policy.eps(x, t, cond, self.schedule.guided)
@@ -120,7 +125,7 @@ class Rollout:
         return eps
 
     def walk(self, x: Tensor, eps: Tensor, steps: range, cond: Conditioning, rng: Rng) -> tuple[Tensor, Tensor]:
-        """One branch through `steps`, plain stochastic DDIM: x (B, C, H, W) and its eps (G, B, C, H, W) after them."""
+        """Walks one branch through `steps` by stochastic DDIM; returns x (B, C, H, W) and eps (G, B, C, H, W) there."""
         for i in steps:
             x = self.schedule.branch(x, eps, i, k=1, rng=rng)[0]
             eps = self.policy.eps(x, self.schedule.timesteps(i + 1, len(x)), cond, self.schedule.guided)
@@ -129,7 +134,7 @@ class Rollout:
     def walk_on(
         self, branches: Tensor, eps: Tensor, steps: range, cond: Conditioning, rng: Rng
     ) -> tuple[list[Tensor], Tensor]:
-        """Each branch (K, B, C, H, W) alone through `steps`: its states after each of them, and eps before the last.
+        """Walks each branch (K, B, C, H, W) alone; returns its states after each of `steps`, and eps before the last.
 
         eps (G, 1, B, C, H, W) is that of the latent they forked from, and comes back where there are no steps.
         """
@@ -146,11 +151,11 @@ class Rollout:
     def look_ahead(
         self, branches: Tensor, step: int, cond: Conditioning, before: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor]:
-        """What each branch (K, B, C, H, W) at `step` will become: (eps (G, K, B, C, H, W), x0_hat (K, B, C, H, W)).
+        """Returns what each branch (K, B, C, H, W) at `step` will become.
 
-        before (2, K or 1, B, C, H, W): eps of the step before. Where it is given, only the half with the prompt is run,
-        G is 1, and x0_hat takes the difference of the two halves from there. After the last step the branches are clean
-        already: (None, branches).
+        That is (eps (G, K, B, C, H, W), x0_hat (K, B, C, H, W)). before (2, K or 1, B, C, H, W): eps of the
+        step before. Where it is given, only the half with the prompt is run, G is 1, and x0_hat takes the
+        difference of the two halves from there. After the last step the branches are clean already: (None, branches).
         """
         if step == self.schedule.num_steps:
             return None, branches
@@ -167,7 +172,7 @@ class Rollout:
 
 
 def judged_segments(schedule: Schedule, config: RolloutConfig) -> list[range]:
-    """The segments that branches fork in, judged and trained on."""
+    """Returns the segments in which branches fork, are judged and trained on."""
     steps = schedule.steps_within(*config.t_range)
     return segments(steps, config.inner_steps, config.merge_last)[:: config.judge_every]
 
@@ -189,7 +194,7 @@ def check_steps(config: RolloutConfig, schedule: Schedule) -> None:
 
 
 def segments(steps: range, length: int, merge_last: bool) -> list[range]:
-    """`steps` cut into runs of `length`, the last of which may be shorter.
+    """Returns `steps` cut into runs of `length`, the last of which may be shorter.
 
     merge_last: a last run of a single step is joined to the one before, as in the published sampler of longer
     runs, which never judges at the last step of a trajectory. A run of one step each is SPO, longer ones are MSPO.
@@ -201,7 +206,7 @@ def segments(steps: range, length: int, merge_last: bool) -> list[range]:
 
 
 def choose(scores: Tensor, pair: str, rng: Rng) -> Tensor:
-    """Which branches are winner and loser: (2, B). scores (K, B).
+    """Returns which branches are winner and loser: (2, B). scores (K, B).
 
     pair "best_worst"; or "random": two different ones, drawn, of which the better is the winner.
     """
@@ -216,7 +221,7 @@ def choose(scores: Tensor, pair: str, rng: Rng) -> Tensor:
 
 
 def go_on(candidates: Candidates, scores: Tensor, next_state: str, rng: Rng) -> tuple[Tensor, Tensor | None]:
-    """The branch of each prompt that the trajectory follows, and its eps if known: (B, C, H, W), (G, B, C, H, W).
+    """Returns the branch that each trajectory follows, (B, C, H, W), and its eps if known, (G, B, C, H, W).
 
     next_state: a random branch, which is the published rule (uniformly over all k, winner and loser among them), or the
     winner or the loser by scores (K, B).

@@ -64,13 +64,21 @@ class Learner:
         return spo_loss(log_ratio, self.config.beta, self.config.clip)
 
     def batches(self, pairs: PreferencePairs, cond: Conditioning, rng: torch.Generator) -> Iterator[MicroBatch]:
-        """All passes over the shuffled pairs of a rollout; rng shuffles them anew for each after the first."""
-        pairs = pairs[: math.ceil(self.config.keep_pairs * len(pairs))]
+        """Yields the micro-batches of all passes over a rollout's shuffled pairs; rng shuffles all but the first."""
+        pairs = pairs[: self.pair_count(len(pairs))]
         if self.config.passes > 1:
             pairs = self.with_reference(pairs, cond)
         for again in range(self.config.passes):
             pairs = pairs.shuffle(rng) if again else pairs
             yield from micro_batches(pairs, self.config.micro_batch, cond)
+
+    def pair_count(self, available: int) -> int:
+        """Returns how many of a rollout's pairs are trained on."""
+        return math.ceil(self.config.keep_pairs * available)
+
+    def batch_count(self, available: int) -> int:
+        """Returns how many micro-batches `batches` yields for so many pairs."""
+        return self.config.passes * math.ceil(self.pair_count(available) / self.config.micro_batch)
 
     def with_reference(self, pairs: PreferencePairs, cond: Conditioning) -> PreferencePairs:
         """The pairs with what the reference predicts for them, in the order of their micro-batches.
@@ -83,12 +91,12 @@ class Learner:
         return PreferencePairs.cat(known or [pairs])
 
     def predict_reference(self, batch: MicroBatch) -> Tensor:
-        """As `predict`, of the reference, without gradients."""
+        """Returns what `predict` does, of the reference and without gradients."""
         with self.policy.reference():
             return self.predict(batch)
 
     def predict(self, batch: MicroBatch) -> Tensor:
-        """Model output (G, R, N, C, H, W) at the x_t of a micro-batch.
+        """Returns the model output (G, R, N, C, H, W) at the x_t of a micro-batch.
 
         One forward of N rows for the winners' x_t and N - shared more for those of losers that have their own.
         """

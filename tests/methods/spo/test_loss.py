@@ -35,8 +35,8 @@ def case7(golden, tag):
 def case7_of(tensors, tag):
     """The tensors of one tag, its name taken off; lora_A is recorded once, for it is the same in all."""
     first = {k.removeprefix("unclipped_cfg/"): v for k, v in tensors.items() if k.startswith("unclipped_cfg/lora/")}
-    own = {k.removeprefix(f"{tag}/"): v for k, v in tensors.items() if k.startswith(f"{tag}/")}
-    return first | own
+    of_tag = {k.removeprefix(f"{tag}/"): v for k, v in tensors.items() if k.startswith(f"{tag}/")}
+    return first | of_tag
 
 
 @pytest.fixture
@@ -108,13 +108,13 @@ def precisions(case7):
 def check_published(case7, logp, logp_ref, log_ratio, loss):
     for precision in precisions(case7):
         for row in range(2):
-            for found, name in ((logp, "total_prob"), (logp_ref, "total_ref_prob")):
+            for values, name in ((logp, "total_prob"), (logp_ref, "total_ref_prob")):
                 expected = case7[f"{precision}/{name}_{row}"].double()
-                torch.testing.assert_close(found[row].detach().double(), expected, rtol=0, atol=LOSS)
+                torch.testing.assert_close(values[row].detach().double(), expected, rtol=0, atol=LOSS)
             ratio = log_ratio[row].detach().exp()
-            for found, name in ((ratio, "unclamped_ratio"), (ratio.clamp(0.9, 1.1), "ratio")):
+            for values, name in ((ratio, "unclamped_ratio"), (ratio.clamp(0.9, 1.1), "ratio")):
                 expected = case7[f"{precision}/{name}_{row}"].double()
-                torch.testing.assert_close(found.double(), expected, rtol=0, atol=2 * LOSS)
+                torch.testing.assert_close(values.double(), expected, rtol=0, atol=2 * LOSS)
         assert loss.item() == pytest.approx(case7[f"{precision}/loss"].item(), abs=LOSS)
 
 
@@ -140,12 +140,12 @@ def test_the_golden_loss_of_a_micro_batch(case7, learner, batch):
 
 def test_the_golden_gradients_of_the_lora(case7, learner, batch):
     learner.loss(batch)[0].backward()
-    found = {name: p.grad for name, p in learner.policy.unet.named_parameters() if p.requires_grad}
+    gradients = {name: p.grad for name, p in learner.policy.unet.named_parameters() if p.requires_grad}
     recorded = {k.removeprefix("f32/grad/"): v for k, v in case7.items() if k.startswith("f32/grad/")}
-    assert found.keys() == recorded.keys()
-    assert len(found) == 64
-    norm = torch.stack([grad.norm() for grad in found.values()]).norm().item()
-    assert torch.stack([(found[name] - recorded[name]).norm() for name in found]).norm() < GRADIENTS * norm
+    assert gradients.keys() == recorded.keys()
+    assert len(gradients) == 64
+    norm = torch.stack([grad.norm() for grad in gradients.values()]).norm().item()
+    assert torch.stack([(gradients[name] - recorded[name]).norm() for name in gradients]).norm() < GRADIENTS * norm
     for precision in precisions(case7):
         assert norm == pytest.approx(case7[f"{precision}/grad_norm"].item(), rel=GRADIENTS)
 
@@ -239,11 +239,11 @@ def test_the_clamp_is_inclusive_at_its_edges():
 def test_a_clamped_side_has_no_gradient_and_the_other_has_all_of_it(side, far):
     ratios = [0.02, 0.02]
     ratios[side] = far
-    found = gradient(ratios)[:, 0].tolist()
+    slopes = gradient(ratios)[:, 0].tolist()
     winner, loser = (min(max(value, LOW), HIGH) for value in ratios)
     slope = BETA / (1 + math.exp(BETA * (winner - loser)))  # beta * sigmoid(-margin)
-    assert found[side] == 0.0
-    assert found[1 - side] == pytest.approx((-slope, slope)[1 - side], rel=1e-12)
+    assert slopes[side] == 0.0
+    assert slopes[1 - side] == pytest.approx((-slope, slope)[1 - side], rel=1e-12)
 
 
 def test_two_clamped_sides_have_loss_ln_2_and_no_gradient():

@@ -27,8 +27,8 @@ CPU = torch.device("cpu")
 
 def settings(schedule, branch_from=4, **changes):
     """The section `rollout` of a recipe that judges from step `branch_from` on."""
-    given = {"k": 4, "threshold": 0.3, "t_range": (0, schedule.t[branch_from])} | changes
-    return RolloutConfig(num_steps=schedule.num_steps, guidance=schedule.guidance, **given)
+    keys = {"k": 4, "threshold": 0.3, "t_range": (0, schedule.t[branch_from])} | changes
+    return RolloutConfig(num_steps=schedule.num_steps, guidance=schedule.guidance, **keys)
 
 
 class GoldenJudge:
@@ -90,9 +90,9 @@ def replay(case6, alphas, folder, **changes):
     model = ModelConfig(path=str(folder))
     diffusion, judge = LatentDiffusion.load(model, CPU), GoldenJudge(case6["in/score_W"])
     policy = CountingPolicy(Policy(load_unet(model, CPU), 4, ("to_q", "to_v"), seed=0))
-    made = Rollout(policy, diffusion, judge, schedule, settings(schedule, **changes))(cond, tape)
+    outcome = Rollout(policy, diffusion, judge, schedule, settings(schedule, **changes))(cond, tape)
     return SimpleNamespace(
-        rollout=made,
+        rollout=outcome,
         judge=judge,
         schedule=schedule,
         cond=cond,
@@ -212,7 +212,7 @@ def small(golden, alphas):
 def test_it_is_the_plain_sampler(small, policy, diffusion, alphas, k, branch_from):
     rng = torch.Generator().manual_seed(10 * k + branch_from)
     config = settings(small.schedule, k=k, branch_from=branch_from)
-    found = Rollout(policy, diffusion, small.judge(), small.schedule, config)(small.cond, rng)
+    outcome = Rollout(policy, diffusion, small.judge(), small.schedule, config)(small.cond, rng)
     with policy.reference():  # as fresh, policy and base model are equal; the plain sampler takes the base model
         rows, score = naive_rollout(
             policy.unet,
@@ -228,13 +228,13 @@ def test_it_is_the_plain_sampler(small, policy, diffusion, alphas, k, branch_fro
             seed=10 * k + branch_from,
         )
     steps, prompts, x_t, winners, losers = zip(*rows, strict=True)
-    assert found.pairs.step.tolist() == list(steps)
-    assert found.pairs.prompt.tolist() == list(prompts)
-    torch.testing.assert_close(found.pairs.x_t[0], torch.stack(x_t), rtol=0, atol=LATENTS)
-    torch.testing.assert_close(found.pairs.x_prev[0], torch.stack(winners), rtol=0, atol=LATENTS)
-    torch.testing.assert_close(found.pairs.x_prev[1], torch.stack(losers), rtol=0, atol=LATENTS)
-    assert found.kept.tolist() == [steps.count(i) for i in range(6)]
-    assert found.score.item() == pytest.approx(score, abs=SCORES)
+    assert outcome.pairs.step.tolist() == list(steps)
+    assert outcome.pairs.prompt.tolist() == list(prompts)
+    torch.testing.assert_close(outcome.pairs.x_t[0], torch.stack(x_t), rtol=0, atol=LATENTS)
+    torch.testing.assert_close(outcome.pairs.x_prev[0], torch.stack(winners), rtol=0, atol=LATENTS)
+    torch.testing.assert_close(outcome.pairs.x_prev[1], torch.stack(losers), rtol=0, atol=LATENTS)
+    assert outcome.kept.tolist() == [steps.count(i) for i in range(6)]
+    assert outcome.score.item() == pytest.approx(score, abs=SCORES)
 
 
 def test_the_same_seed_gives_the_same_bits(small, policy, diffusion):
@@ -273,11 +273,11 @@ def test_a_judge_of_noisy_latents_costs_neither_forward_nor_image(small, policy)
 
     counting, config = CountingPolicy(policy), settings(small.schedule, k=3, branch_from=3, threshold=0.0)
     judge = SimpleNamespace(score=score)
-    found = Rollout(counting, None, judge, small.schedule, config)(small.cond, torch.Generator())
+    outcome = Rollout(counting, None, judge, small.schedule, config)(small.cond, torch.Generator())
     assert counting.rows == [2 * 2] * 6
     assert [t for t, _ in seen] == list(small.schedule.t[4:])
     best = torch.cat([x[:, :, 0, 0, 0].amax(0) for _, x in seen])
-    assert torch.equal(found.pairs.x_prev[0, :, 0, 0, 0], best)
+    assert torch.equal(outcome.pairs.x_prev[0, :, 0, 0, 0], best)
 
 
 def test_nothing_is_computed_beyond_the_judged_steps(small, policy, diffusion):
@@ -296,13 +296,13 @@ def test_the_threshold_decides_what_is_kept(small, policy, diffusion, threshold,
     judge = small.judge()
     judge.weights = 0.01 * judge.weights  # scores nearly equal, so that only the extreme thresholds are clear
     config = settings(small.schedule, k=2, branch_from=3, threshold=threshold)
-    found = Rollout(policy, diffusion, judge, small.schedule, config)(small.cond, torch.Generator())
-    assert found.kept.tolist() == [0, 0, 0, kept, kept, kept]
+    outcome = Rollout(policy, diffusion, judge, small.schedule, config)(small.cond, torch.Generator())
+    assert outcome.kept.tolist() == [0, 0, 0, kept, kept, kept]
     number = int(3 * kept)
-    assert found.pairs.x_t.shape == (1, number, 4, 8, 8)
-    assert found.pairs.x_prev.shape == (2, number, 4, 8, 8)
-    assert found.pairs.step.tolist() == [3, 3, 4, 4, 5, 5][:number]
-    assert found.pairs.prompt.tolist() == [0, 1, 0, 1, 0, 1][:number]
+    assert outcome.pairs.x_t.shape == (1, number, 4, 8, 8)
+    assert outcome.pairs.x_prev.shape == (2, number, 4, 8, 8)
+    assert outcome.pairs.step.tolist() == [3, 3, 4, 4, 5, 5][:number]
+    assert outcome.pairs.prompt.tolist() == [0, 1, 0, 1, 0, 1][:number]
 
 
 def test_stages_are_clocked(small, policy, diffusion):
@@ -407,7 +407,7 @@ def test_branches_walk_alone_between_the_forks(small, policy, diffusion, alphas)
     """k = 2, one prompt after the other, by hand: two segments of two steps, the second judged clean."""
     config = settings(small.schedule, branch_from=2, k=2, threshold=0.0, inner_steps=2)
     rollout = Rollout(policy, diffusion, small.judge(), small.schedule, config)
-    found = rollout(small.cond, torch.Generator().manual_seed(3))
+    outcome = rollout(small.cond, torch.Generator().manual_seed(3))
     rng, schedule, cond = torch.Generator().manual_seed(3), small.schedule, small.cond
 
     def step(x, i):
@@ -434,21 +434,21 @@ def test_branches_walk_alone_between_the_forks(small, policy, diffusion, alphas)
                 rows += [(i, b, *(z[2 * j[b] + b] for z in (before, after) for j in (best, worst))) for b in range(2)]
             choice = torch.randint(0, 2, (2,), generator=rng)
             x = torch.stack([end[2 * choice[b] + b] for b in range(2)])
-    assert found.pairs.step.tolist() == [row[0] for row in rows]
-    assert found.pairs.prompt.tolist() == [row[1] for row in rows]
-    assert found.pairs.shared.tolist() == [row[0] in (2, 4) for row in rows]
-    torch.testing.assert_close(found.pairs.x_t[0], torch.stack([row[2] for row in rows]), rtol=0, atol=LATENTS)
-    torch.testing.assert_close(found.pairs.x_t[1], torch.stack([row[3] for row in rows]), rtol=0, atol=LATENTS)
-    torch.testing.assert_close(found.pairs.x_prev[0], torch.stack([row[4] for row in rows]), rtol=0, atol=LATENTS)
-    torch.testing.assert_close(found.pairs.x_prev[1], torch.stack([row[5] for row in rows]), rtol=0, atol=LATENTS)
+    assert outcome.pairs.step.tolist() == [row[0] for row in rows]
+    assert outcome.pairs.prompt.tolist() == [row[1] for row in rows]
+    assert outcome.pairs.shared.tolist() == [row[0] in (2, 4) for row in rows]
+    torch.testing.assert_close(outcome.pairs.x_t[0], torch.stack([row[2] for row in rows]), rtol=0, atol=LATENTS)
+    torch.testing.assert_close(outcome.pairs.x_t[1], torch.stack([row[3] for row in rows]), rtol=0, atol=LATENTS)
+    torch.testing.assert_close(outcome.pairs.x_prev[0], torch.stack([row[4] for row in rows]), rtol=0, atol=LATENTS)
+    torch.testing.assert_close(outcome.pairs.x_prev[1], torch.stack([row[5] for row in rows]), rtol=0, atol=LATENTS)
 
 
 def test_only_the_timesteps_of_the_range_are_judged_and_the_rest_is_not_walked(small, policy, diffusion):
     counting, judge = CountingPolicy(policy), small.judge()
     config = settings(small.schedule, k=2, threshold=0.0, t_range=(300, 700))
-    found = Rollout(counting, diffusion, judge, small.schedule, config)(small.cond, torch.Generator())
+    outcome = Rollout(counting, diffusion, judge, small.schedule, config)(small.cond, torch.Generator())
     assert judge.t == [499, 333, 167]
-    assert found.kept.tolist() == [0, 2, 2, 2, 0, 0]
+    assert outcome.kept.tolist() == [0, 2, 2, 2, 0, 0]
     assert counting.rows == [4, 4, 8, 8, 8]  # one forward more than steps: the last branches are looked ahead once
 
 
@@ -542,20 +542,20 @@ def test_an_approximation_is_what_it_says(small, policy, diffusion, changes, cut
     config = settings(small.schedule, **{"k": 3, "branch_from": 2, "threshold": 0.0} | changes)
     judges = small.judge(), small.judge()
     rollout = Rollout(policy, diffusion, judges[0], small.schedule, config)
-    found = rollout(small.cond, torch.Generator().manual_seed(4))
+    outcome = rollout(small.cond, torch.Generator().manual_seed(4))
     text, rng = config.look_ahead == "text", torch.Generator().manual_seed(4)
-    given = (small.schedule, small.cond, config.k, cuts, text, rng)
-    rows = plain_approximation(policy, diffusion, judges[1], *given)
+    arguments = (small.schedule, small.cond, config.k, cuts, text, rng)
+    rows = plain_approximation(policy, diffusion, judges[1], *arguments)
     assert judges[0].t == judges[1].t
     for one, other in zip(judges[0].scores, judges[1].scores, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=SCORES)
     steps, prompts, x_t, x_prev = zip(*rows, strict=True)
-    assert found.pairs.step.tolist() == list(steps)
-    assert found.pairs.prompt.tolist() == list(prompts)
-    assert found.kept.tolist() == [steps.count(i) for i in range(6)]
+    assert outcome.pairs.step.tolist() == list(steps)
+    assert outcome.pairs.prompt.tolist() == list(prompts)
+    assert outcome.kept.tolist() == [steps.count(i) for i in range(6)]
     x_t = torch.stack(x_t, dim=1)
-    torch.testing.assert_close(found.pairs.x_t.expand_as(x_t), x_t, rtol=0, atol=LATENTS)
-    torch.testing.assert_close(found.pairs.x_prev, torch.stack(x_prev, dim=1), rtol=0, atol=LATENTS)
+    torch.testing.assert_close(outcome.pairs.x_t.expand_as(x_t), x_t, rtol=0, atol=LATENTS)
+    torch.testing.assert_close(outcome.pairs.x_prev, torch.stack(x_prev, dim=1), rtol=0, atol=LATENTS)
 
 
 @pytest.mark.parametrize(
@@ -576,13 +576,13 @@ def test_an_approximation_costs_fewer_rows(small, policy, diffusion, changes, ro
 
 def test_a_text_look_ahead_with_the_text_kept_is_the_same(small, policy, diffusion):
     config = settings(small.schedule, k=3, branch_from=2, look_ahead="text", threshold=0.0)
-    found = []
+    pairs = []
     for text_kv in (False, True):
         with policy.sampling(small.cond, text_kv) as known:
             judge, rng = small.judge(), torch.Generator().manual_seed(4)
-            found.append(Rollout(policy, diffusion, judge, small.schedule, config)(known, rng).pairs)
-    torch.testing.assert_close(found[1].x_prev, found[0].x_prev, rtol=0, atol=LATENTS)
-    assert torch.equal(found[1].prompt, found[0].prompt)
+            pairs.append(Rollout(policy, diffusion, judge, small.schedule, config)(known, rng).pairs)
+    torch.testing.assert_close(pairs[1].x_prev, pairs[0].x_prev, rtol=0, atol=LATENTS)
+    assert torch.equal(pairs[1].prompt, pairs[0].prompt)
 
 
 def test_a_text_look_ahead_on_the_fork_itself_is_the_full_one(small, policy, diffusion):

@@ -79,13 +79,13 @@ def test_each_latent_is_seen_once_and_every_pair_gets_its_own_prediction(learner
     policy.eps = counted
     for batch in micro_batches(mspo_pairs(), count, cond):
         pairs = batch.pairs
-        found = learner.predict(batch)
+        eps = learner.predict(batch)
         assert seen.pop() == 2 * len(pairs) - batch.shared
-        assert found.shape == (halves, 2, len(pairs), 4, 8, 8)
+        assert eps.shape == (halves, 2, len(pairs), 4, 8, 8)
         for side in range(2):
             t = schedule.timesteps(pairs.step, len(pairs))
             expected = type(policy).eps(policy, pairs.x_t[side], t, cond[pairs.prompt], guided)
-            torch.testing.assert_close(found[:, side], expected, rtol=0, atol=2e-6)
+            torch.testing.assert_close(eps[:, side], expected, rtol=0, atol=2e-6)
 
 
 def test_an_unguided_update_of_a_guided_rollout_takes_the_prompts_prediction_alone(learner, diffusion, cond):
@@ -94,8 +94,8 @@ def test_an_unguided_update_of_a_guided_rollout_takes_the_prompts_prediction_alo
     with torch.no_grad():
         eps = learner.predict(MicroBatch(pairs, 0, cond))
     moved = eps + 0.1 * torch.randn(eps.shape, generator=torch.Generator().manual_seed(1))
-    found = guided.log_ratio(pairs.x_prev, pairs.x_t, moved, eps, pairs.step)
-    assert torch.equal(found, unguided.log_ratio(pairs.x_prev, pairs.x_t, moved, eps, pairs.step))
+    log_ratio = guided.log_ratio(pairs.x_prev, pairs.x_t, moved, eps, pairs.step)
+    assert torch.equal(log_ratio, unguided.log_ratio(pairs.x_prev, pairs.x_t, moved, eps, pairs.step))
 
 
 @pytest.mark.parametrize("pairs", [spo_pairs(), mspo_pairs()], ids=["spo", "mspo"])
@@ -112,13 +112,13 @@ def test_pairs_with_their_reference_train_the_same_bits(learner, cond, pairs, gu
         assert len(losses) == 3
         return [grad for loss in losses for grad in torch.autograd.grad(loss, parameters)]
 
-    kept = learner.with_reference(pairs, cond)
-    assert kept.eps_ref.shape == (2 if guided else 1, len(pairs.x_t), 8, 4, 8, 8)
-    for one, other in zip(gradients(pairs), gradients(kept), strict=True):
+    referenced = learner.with_reference(pairs, cond)
+    assert referenced.eps_ref.shape == (2 if guided else 1, len(pairs.x_t), 8, 4, 8, 8)
+    for one, other in zip(gradients(pairs), gradients(referenced), strict=True):
         assert one.any()
         assert torch.equal(one, other)
-    again = kept.shuffle(rng)
-    assert not torch.equal(again.step, kept.step)
+    again = referenced.shuffle(rng)
+    assert not torch.equal(again.step, referenced.step)
     (batch,) = micro_batches(again, 8, cond)
     torch.testing.assert_close(batch.pairs.eps_ref, learner.predict_reference(batch), rtol=0, atol=2e-6)
 
@@ -138,3 +138,11 @@ def test_passes_go_over_the_same_kept_pairs_each_in_an_order_of_its_own(learner,
     assert sorted(rows) == list(range(5))
     assert rows != list(range(5))
     assert torch.equal(two.eps_ref, one.eps_ref[:, :, rows])
+
+
+@pytest.mark.parametrize("keys, count", [({}, 4), ({"passes": 3}, 12), ({"keep_pairs": 0.5}, 2),
+                                         ({"keep_pairs": 0.6}, 3), ({"passes": 2, "keep_pairs": 0.1}, 2)])  # fmt: skip
+def test_passes_and_the_share_of_the_pairs_set_the_number_of_micro_batches(learner, cond, keys, count):
+    """Of eight pairs, two in a micro-batch."""
+    learner = learner(micro_batch=2, **keys)
+    assert len(list(learner.batches(spo_pairs(), cond, torch.Generator()))) == learner.batch_count(8) == count
