@@ -9,9 +9,9 @@ import torch
 from strop.engine.config.judge_training import SpmConfig
 from strop.engine.config.training import JudgeConfig
 from strop.engine.data.pair_cache import PairCache
-from strop.engine.data.pair_files import fitted, open_source
+from strop.engine.data.pair_files import open_source, resized
+from strop.engine.data.pair_scan import Entries
 from strop.engine.data.pair_sets import FilePairs, check_labeller, choose, load_pairs, shares, split_by_caption
-from strop.engine.data.pair_survey import Entries
 from strop.engine.errors import UserError
 from strop.engine.judge.model import StepAwarePreferenceModel
 from strop.engine.runtime.ranks import Ranks
@@ -145,7 +145,7 @@ def test_pairs_of_files_hold_what_was_asked_for(tmp_path, pair_files):
     assert len(live) == 2
     assert live[0].keys() == {"caption", "num_examples", "label_0", "label_1", "image_0", "image_1"}
     assert (live[0]["caption"], live[0]["label_0"], live[0]["label_1"]) == (source.captions[6], 0.25, 0.75)
-    assert torch.equal(live[1]["image_1"], fitted(source.images(2)[1], 8, 12))
+    assert torch.equal(live[1]["image_1"], resized(source.images(2)[1], 8, 12))
 
     entries = Entries(PairCache(tmp_path / "cache"), "vae", "encoders", "judge")
     kept = FilePairs(source, labels, (8, 12), images=False, entries=entries)

@@ -142,7 +142,7 @@ def test_many_prompts_are_encoded_in_parts(judge, monkeypatch):
     prompts = ["a red dog", "b", "a c", "dog", "red"]
     whole = judge.encode(prompts)
     parts = []
-    monkeypatch.setattr(preference, "ENCODED_AT_ONCE", 2)
+    monkeypatch.setattr(preference, "ENCODE_BATCH", 2)
     with judge.clip.text_model.register_forward_pre_hook(
         lambda module, args, given: parts.append(len(given["input_ids"])), with_kwargs=True
     ):
