@@ -86,11 +86,15 @@ def header(file):
 
 
 @pytest.mark.parametrize(
-    "family, layers, rank, parameters", [("sd15", 128, 4, 797_184), ("sdxl", 560, 64, 92_897_280)], ids=["sd15", "sdxl"]
+    "family, base, layers, rank, parameters",
+    [("sd15", 859_520_964, 128, 4, 797_184), ("sdxl", 2_567_463_684, 560, 64, 92_897_280)],
+    ids=["sd15", "sdxl"],
 )
-def test_layers_and_parameters_at_full_size(full_size, family, layers, rank, parameters):
+def test_layers_and_parameters_at_full_size(full_size, family, base, layers, rank, parameters):
+    assert sum(p.numel() for p in full_size.parameters()) == base
     policy = Policy(full_size, rank, ATTENTION, seed=0)
     assert len(policy.lora().down) == layers
+    assert all(".transformer_blocks." in name for name in policy.lora().down)
     assert sum(p.numel() for p in policy.parameters) == parameters
     assert policy.family.name == family
 
