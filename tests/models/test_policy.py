@@ -161,22 +161,6 @@ def test_by_default_the_lora_is_merged_where_that_changes_nothing(dtype, key, me
     assert ModelConfig(path="any", dtype=dtype, merge_lora=key).merges_lora is merges
 
 
-def test_rows_that_fill_up_a_forward_leave_no_trace(policy, inputs):
-    """Neither in what comes out nor in the gradient."""
-    trained(policy)
-    x, t, cond = (value[:2] for value in inputs)
-
-    def gradients(multiple):
-        policy.savings = Savings(multiple=multiple)
-        eps = policy.eps(x, t, cond)
-        return eps, torch.autograd.grad(eps.square().sum(), policy.parameters)
-
-    (plain, expected), (filled, found) = gradients(1), gradients(3)
-    torch.testing.assert_close(filled, plain, rtol=0, atol=1e-5)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-
-
 def test_after_an_exception_the_policy_is_itself_again(policy, inputs):
     trained(policy)
     before = policy.eps(*inputs)

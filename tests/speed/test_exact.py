@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from strop.engine.config.training import ModelConfig
-from strop.engine.models.base_model import load_unet
+from strop.engine.models.base_model import equip, load_unet
 from strop.engine.models.latent_diffusion import LatentDiffusion
 from strop.engine.models.policy import Policy, Savings
 from strop.engine.speed.lora_linear import make_loras_lean
@@ -33,6 +33,11 @@ def channels_last(policy, vae):
         network.to(memory_format=torch.channels_last)
 
 
+def checkpointing(policy, vae):
+    equip(policy.unet, ModelConfig(path="any", gradient_checkpointing=True))
+    return [policy.unet.is_gradient_checkpointing, True, 0]
+
+
 def checkpointed_halves(policy, vae):
     policy.savings = Savings(share_halves=True)
     policy.unet.enable_gradient_checkpointing()
@@ -46,6 +51,7 @@ SAVINGS = {  # what is done to policy and VAE, the tolerance
     "merged_lora": (savings(merge_lora=True), ROUNDING),
     "text_kv": (savings(), ROUNDING),
     "shared_halves": (savings(share_halves=True), ROUNDING),
+    "gradient_checkpointing": (checkpointing, BITS),
     "checkpointed_halves": (checkpointed_halves, ROUNDING),
     "unet_rows": (savings(unet_rows=4), ROUNDING),
     "multiple": (savings(multiple=4), ROUNDING),
@@ -81,10 +87,11 @@ def numbers(models, text_kv):
     for p in policy.parameters:
         p.grad = None
     found["update"] = policy.eps(x, t, cond)
+    with policy.reference():  # between forward and backward, as in training
+        found["reference"] = policy.eps(x, t, cond)
     found["update"].square().mean().backward()
     gradients = [p.grad.clone() for p in policy.parameters]
     with policy.reference():
-        found["reference"] = policy.eps(x, t, cond)
         with policy.sampling(cond, text_kv) as known:
             found["sampled reference"] = policy.eps(x, t, known)
     with policy.sampling(cond, text_kv) as known:
