@@ -14,6 +14,11 @@ def warn(sentence: str) -> None:
     print(f"strop: {sentence}", file=sys.stderr)
 
 
+def one_line(error: BaseException) -> str:
+    """The message of a library's error with its lines joined to one, for a UserError that quotes it."""
+    return " ".join(str(error).split())
+
+
 def exit_on_user_error(main: Callable[[Sequence[str]], None]) -> Callable[..., None]:
     """Wraps an entry point `main(argv)`; argv defaults to the command line."""
 

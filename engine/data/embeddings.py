@@ -1,4 +1,4 @@
-"""Embeddings of all prompts of a run: made once and kept on the host, so that text encoders can leave the device."""
+"""Embeddings of all prompts of a run, computed once and stored on the host, so text encoders can leave the device."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .prompts import batch_of
 
 
 class Embeddings:
-    """What base model and judge know of each prompt: `embeddings[prompts]` is their Conditioning, on the device."""
+    """Embeddings of each prompt by base model and judge: `embeddings[prompts]` is a Conditioning on the device."""
 
     def __init__(self, diffusion: LatentDiffusion, judge: StepAwarePreferenceModel, groups: Sequence[Sequence[str]]):
-        """Encodes the prompts of all groups, which have none in common; the batches of one do not depend on the others.
+        """Encodes the prompts of all groups, which are disjoint; the batches of one group do not depend on the others.
 
-        The text encoders are no longer needed then, here or elsewhere.
+        The text encoders are not needed afterwards.
         """
         self.device = diffusion.device
         self.row = {prompt: row for row, prompt in enumerate(prompt for group in groups for prompt in group)}
@@ -31,8 +31,8 @@ class Embeddings:
         return len(self.row)
 
     def __getitem__(self, prompts: Sequence[str]) -> Conditioning:
-        found = self.all[torch.tensor([self.row[prompt] for prompt in prompts])]
-        return found.to(self.device, non_blocking=True)  # nothing writes what is on its way
+        rows = self.all[torch.tensor([self.row[prompt] for prompt in prompts])]
+        return rows.to(self.device, non_blocking=True)  # safe: nothing writes to the copied tensors
 
     @staticmethod
     def _encode(diffusion: LatentDiffusion, judge: StepAwarePreferenceModel, prompts: Sequence[str]) -> Conditioning:
@@ -44,7 +44,7 @@ class Embeddings:
 
 @dataclass(frozen=True, slots=True)
 class TrainingPrompts:
-    """Which prompts belong to which iteration, `each` on every rank, and what the models know of them."""
+    """The training prompts of each iteration, `each` per rank, with their embeddings."""
 
     prompts: list[str]
     embeddings: Embeddings
@@ -53,12 +53,12 @@ class TrainingPrompts:
     ranks: Ranks
 
     def mine(self, iteration: int) -> Conditioning:
-        """This rank's prompts of an iteration."""
+        """The Conditioning of this rank's prompts of an iteration."""
         begin = self.ranks.rank * self.each
         return self.embeddings[self._of_all(iteration)[begin : begin + self.each]]
 
     def everyone(self, iteration: int) -> Conditioning:
-        """All ranks' prompts of an iteration, in rank order."""
+        """The Conditioning of all ranks' prompts of an iteration, in rank order."""
         return self.embeddings[self._of_all(iteration)]
 
     def _of_all(self, iteration: int) -> list[str]:

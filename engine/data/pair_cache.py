@@ -1,8 +1,8 @@
-"""What is computed once from preference pairs and frozen models, and kept on disk from run to run.
+"""A cache on disk of what frozen models compute from preference pairs, shared by runs.
 
-An entry is a small file, safetensors behind a checksum, whose name is a hash of everything that it depends on, so that
-nothing is ever out of date: a changed model, resolution, image or caption looks for another name. What becomes of an
-entry that is missing or damaged is decided by pair_survey.py, which makes it anew. Nothing is ever deleted here.
+An entry is a small file, a checksum followed by safetensors. Its name is a hash of everything that it depends on, so no
+entry is out of date: a changed model, resolution, image or caption has another name. pair_scan.py recomputes entries
+that are missing or damaged. Nothing is ever deleted.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 
-FORMAT = 1  # of the entries; another number finds none of the old ones
-CHECKSUM = 16  # bytes in front of an entry
+FORMAT = 1  # of the entries; a part of their names
+CHECKSUM = 16  # bytes, at the start of an entry
 
 
 class PairCache:
-    """A folder of entries, which several processes and runs may share."""
+    """A folder of entries that several processes and runs may share."""
 
     def __init__(self, folder: Path):
-        """Makes the folder. Raises UserError where it cannot be written."""
+        """Creates the folder. Raises UserError if it cannot be written."""
         self.folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -41,13 +41,13 @@ class PairCache:
             ) from None
 
     def path(self, kind: str, *depends: object) -> Path:
-        """Where the entry of this kind lies that depends on all of `depends`, which JSON can express."""
-        said = json.dumps([FORMAT, kind, *depends], ensure_ascii=False)
-        name = hashlib.blake2b(said.encode(), digest_size=20).hexdigest()
+        """The path of the entry of this kind that depends on all of `depends`, which must be JSON values."""
+        key = json.dumps([FORMAT, kind, *depends], ensure_ascii=False)
+        name = hashlib.blake2b(key.encode(), digest_size=20).hexdigest()
         return self.folder / kind / name[:2] / f"{name[2:]}.entry"
 
     def write(self, path: Path, entry: dict[str, Tensor]) -> None:
-        """Keeps an entry; it gets its name when it is whole. Raises UserError where the disk does not take it."""
+        """Writes an entry; the file gets its name once it is complete. Raises UserError if writing fails."""
         content = save({name: value.contiguous().cpu() for name, value in entry.items()})
         draft = path.with_name(f".{path.name}.{os.getpid()}")
         try:
@@ -60,7 +60,7 @@ class PairCache:
             ) from None
 
     def read(self, path: Path) -> dict[str, Tensor] | None:
-        """The entry, or None where there is none or where it is not what was written."""
+        """Reads an entry; None if it is missing or damaged."""
         try:
             content = path.read_bytes()
             if content[:CHECKSUM] != _checksum(content[CHECKSUM:]):
@@ -75,16 +75,15 @@ def _checksum(content: bytes) -> bytes:
 
 
 def fingerprint(modules: Iterable[nn.Module], more: object = None, leave_out: tuple[str, ...] = ()) -> str:
-    """A hash of the weights of some modules as they are loaded: names, types and values.
+    """Hashes the loaded weights of modules: names, types and values, whatever the place and format of their files.
 
-    It does not depend on where the files lie, nor on their form. more: what else decides, as JSON can
-    express it; leave_out: parts of names of tensors that do not.
+    more: further JSON values to hash; leave_out: tensors whose names contain one of these are not hashed.
     """
-    found = hashlib.blake2b(json.dumps(more).encode(), digest_size=20)
+    digest = hashlib.blake2b(json.dumps(more).encode(), digest_size=20)
     for module in modules:
         for name, value in module.state_dict().items():
             if not any(part in name for part in leave_out):
                 value = value.detach().contiguous().cpu()
-                found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-                found.update(value.reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
+                digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+                digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,8 +1,8 @@
-"""Preference pairs in files: what a folder of Pick-a-Pic parquet files or a .jsonl file holds, without its images.
+"""Reads preference pairs from a folder of Pick-a-Pic parquet files or from a .jsonl file.
 
-A source knows captions, labels and where each row lies; an image is read when it is asked for, one row group of a
-parquet file at a time, for Pick-a-Pic is far larger than memory. A row that cannot be used is named, never dropped in
-silence; how many of them a run bears is decided by pair_survey.py. A `module:factory` of pairs is pair_sets.py's.
+A source holds captions, labels and the place of each row; images are read when they are asked for, one row group of a
+parquet file at a time, because Pick-a-Pic is far larger than memory. Rows that cannot be used are listed with a reason;
+pair_scan.py decides how many of them a run accepts. pair_sets.py handles a `module:factory` of pairs.
 """
 
 from __future__ import annotations
@@ -22,25 +22,26 @@ from PIL import Image
 from pyarrow import ArrowException
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 
 IMAGES = ("jpg_0", "jpg_1")
 LABELS = ("label_0", "label_1")
-OPTIONAL = ("num_example_per_prompt", "has_label", "are_different")  # of Pick-a-Pic
-JSONL_GROUP = 16  # rows that one process reads in a row
+OPTIONAL_COLUMNS = ("num_example_per_prompt", "has_label", "are_different")  # of Pick-a-Pic
+JSONL_GROUP = 16  # consecutive rows that one process reads
 
 
 class BrokenPair(UserError):
-    """A row that is no pair, or whose images cannot be read: where it lies, and why. It ends a run only where it was
-    whole when the run began."""
+    """Says which row is no pair or has unreadable images, and why. The scan before training catches it and lists the
+    row; later it ends the run, because the row was whole when the run began."""
 
 
 @dataclass(slots=True)
 class PairSource(ABC):
-    """n pairs: caption, labels and number of examples of each; `left_out` rows of the data teach nothing.
+    """A source of n pairs.
 
-    labels: n tuples that sum to 1, a tie is (0.5, 0.5); None where they are not asked for. num_examples: how many pairs
-    have the caption of this one. broken: "file row: why" of the rows that are no pairs.
+    captions: n texts. labels: n tuples that sum to 1, a tie is (0.5, 0.5); None if they are not asked for.
+    num_examples: how many pairs share each caption. broken: "file row: why" of rows that are no pairs. left_out: how
+    many rows have no label or equal images.
     """
 
     captions: list[str] = field(default_factory=list)
@@ -54,22 +55,22 @@ class PairSource(ABC):
 
     @abstractmethod
     def name(self, row: int) -> str:
-        """Where the row lies, as a person would look it up."""
+        """The row's file and place in it, for messages."""
 
     @abstractmethod
     def group(self, row: int) -> tuple[int, int]:
-        """Rows of one group, which are neighbours, are read best by one process and one after the other."""
+        """The group of neighbouring rows to which this row belongs; one process should read a group in order."""
 
     def images(self, row: int) -> list[Image.Image]:
-        """Both images, in RGB. Raises BrokenPair."""
-        return self._or_broken(self._images, row)
+        """Reads both images in RGB. Raises BrokenPair."""
+        return self._or_raise_broken(self._images, row)
 
     def identity(self, row: int) -> list:
-        """What tells the images of this row from all others, and from those that the same files held before.
+        """JSON values that identify this row's images; they change if the files change.
 
-        Raises BrokenPair where a file is missing.
+        Raises BrokenPair if a file is missing.
         """
-        return self._or_broken(self._identity, row)
+        return self._or_raise_broken(self._identity, row)
 
     @abstractmethod
     def _images(self, row: int) -> list[Image.Image]: ...
@@ -77,14 +78,14 @@ class PairSource(ABC):
     @abstractmethod
     def _identity(self, row: int) -> list: ...
 
-    def _or_broken(self, action: Callable[[int], list], row: int) -> list:
+    def _or_raise_broken(self, action: Callable[[int], list], row: int) -> list:
         try:
             return action(row)
         except (OSError, ValueError, ArrowException) as error:
-            raise BrokenPair(f"{self.name(row)}: {_line(error)}") from None
+            raise BrokenPair(f"{self.name(row)}: {_reason(error)}") from None
 
     def _append(self, caption: object, label: tuple | None) -> str:
-        """Adds what every row has, or says what is wrong with it."""
+        """Adds a row's caption and label; returns what is wrong with them, or an empty text."""
         if not isinstance(caption, str):
             return "no caption"
         if label is not None:
@@ -99,26 +100,26 @@ class PairSource(ABC):
         return ""
 
     def count_examples(self) -> None:
-        """Fills num_examples for data that does not tell them."""
+        """Fills num_examples by counting equal captions."""
         counts = Counter(self.captions)
         self.num_examples = [counts[caption] for caption in self.captions]
 
 
 @dataclass(slots=True)
 class ParquetPairs(PairSource):
-    """Parquet files in the form of Pick-a-Pic, in the order of their names.
+    """Pairs in parquet files in the format of Pick-a-Pic, in the order of the files' names.
 
-    As PickScore's training offers, rows without a label are left out, unless labels are not asked for, and so are pairs
+    As in PickScore's training, rows without a label are left out (unless labels are not asked for), and so are pairs
     whose images do not differ.
     """
 
     files: list[Path] = field(default_factory=list)
     places: list[tuple[int, int, int]] = field(default_factory=list)  # file, row group, row in the group
-    _read: tuple | None = None  # process, file, row group, its table
+    _read_group: tuple | None = None  # process, file, row group, its table
 
     @classmethod
     def open(cls, files: list[Path], key: str, labelled: bool) -> ParquetPairs:
-        """Reads all columns but the images. Raises UserError naming the file or column at fault."""
+        """Reads all columns except the images. Raises UserError that names the file or column at fault."""
         source = cls(files=sorted(files))
         for number in range(len(source.files)):
             source._index(number, key, labelled)
@@ -131,17 +132,17 @@ class ParquetPairs(PairSource):
             with parquet.ParquetFile(self.files[number]) as file:
                 self._index_file(number, file, key, labelled)
         except (ArrowException, OSError) as error:
-            raise UserError(f"{key}: {self.files[number]} cannot be read as parquet ({_line(error)})") from None
+            raise UserError(f"{key}: {self.files[number]} cannot be read as parquet ({_reason(error)})") from None
 
     def _index_file(self, number: int, file: parquet.ParquetFile, key: str, labelled: bool) -> None:
-        there = file.schema_arrow.names
+        present = file.schema_arrow.names
         needed = ["caption", *(LABELS if labelled else ())]
-        missing = [name for name in (*IMAGES, *needed) if name not in there]
+        missing = [name for name in (*IMAGES, *needed) if name not in present]
         if missing:
             raise UserError(
-                f"{key}: {self.files[number]} has no column {', '.join(missing)}; it has {', '.join(there)}"
+                f"{key}: {self.files[number]} has no column {', '.join(missing)}; it has {', '.join(present)}"
             )
-        columns = needed + [name for name in OPTIONAL if name in there]
+        columns = needed + [name for name in OPTIONAL_COLUMNS if name in present]
         for group in range(file.num_row_groups):
             for place, row in enumerate(file.read_row_group(group, columns=columns, use_threads=False).to_pylist()):
                 if row.get("are_different") == 0 or (labelled and row.get("has_label") == 0):
@@ -169,18 +170,18 @@ class ParquetPairs(PairSource):
     def _images(self, row: int) -> list[Image.Image]:
         number, group, place = self.places[row]
         here = (os.getpid(), number, group)
-        if self._read is None or self._read[:3] != here:
+        if self._read_group is None or self._read_group[:3] != here:
             with parquet.ParquetFile(self.files[number]) as file:
-                self._read = (*here, file.read_row_group(group, columns=list(IMAGES), use_threads=False))
-        return [_opened(self._read[3].column(name)[place].as_py(), name) for name in IMAGES]
+                self._read_group = (*here, file.read_row_group(group, columns=list(IMAGES), use_threads=False))
+        return [_decoded(self._read_group[3].column(name)[place].as_py(), name) for name in IMAGES]
 
 
 @dataclass(slots=True)
 class JsonlPairs(PairSource):
-    """A file of one pair a line: {"image_0": path, "image_1": path, "caption": text, "label": 0, 1 or "tie"}.
+    """A file with one pair a line: {"image_0": path, "image_1": path, "caption": text, "label": 0, 1 or "tie"}.
 
     Paths are relative to the file. `label` names the preferred image; label_0 and label_1, which sum to 1, may stand in
-    its place. num_examples may be given; otherwise the lines with the same caption are counted.
+    its place. num_examples may be stated; otherwise the lines with the same caption are counted.
     """
 
     folder: Path = Path()
@@ -190,7 +191,7 @@ class JsonlPairs(PairSource):
 
     @classmethod
     def open(cls, path: Path, key: str, labelled: bool) -> JsonlPairs:
-        """Reads the lines, not the images. Raises UserError where the file itself cannot be read."""
+        """Reads the lines, not the images. Raises UserError if the file cannot be read."""
         source = cls(folder=path.parent, file=path.name)
         try:
             with path.open(encoding="utf-8") as lines:
@@ -198,24 +199,24 @@ class JsonlPairs(PairSource):
                     if line.strip():
                         source._index(number, line, labelled)
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{key}: {path} cannot be read ({_line(error)}); expected JSON lines in UTF-8") from None
-        given = source.num_examples
+            raise UserError(f"{key}: {path} cannot be read ({_reason(error)}); expected JSON lines in UTF-8") from None
+        stated = source.num_examples
         source.count_examples()
-        source.num_examples = [a or b for a, b in zip(given, source.num_examples, strict=True)]
+        source.num_examples = [a or b for a, b in zip(stated, source.num_examples, strict=True)]
         return source
 
     def _index(self, number: int, line: str, labelled: bool) -> None:
         row, why = _parsed(line)
-        given = row.get("num_examples")
-        if given is not None and (not isinstance(given, int) or given < 1):
-            why = f"its num_examples is {given!r}, expected a whole number from 1"
+        num_examples = row.get("num_examples")
+        if num_examples is not None and (not isinstance(num_examples, int) or num_examples < 1):
+            why = f"its num_examples is {num_examples!r}, expected a whole number from 1"
         why = why or self._append(row["caption"], _label(row) if labelled else None)
         if why:
             self.broken.append(f"{self.file} line {number}: {why}")
             return
         self.lines.append(number)
         self.paths.append((row["image_0"], row["image_1"]))
-        self.num_examples.append(given or 0)
+        self.num_examples.append(num_examples or 0)
 
     def name(self, row: int) -> str:
         return f"{self.file} line {self.lines[row]}"
@@ -227,14 +228,14 @@ class JsonlPairs(PairSource):
         return (0, row // JSONL_GROUP)
 
     def _images(self, row: int) -> list[Image.Image]:
-        return [_opened((self.folder / path).read_bytes(), path) for path in self.paths[row]]
+        return [_decoded((self.folder / path).read_bytes(), path) for path in self.paths[row]]
 
 
 def open_source(spec: str, key: str, labelled: bool) -> PairSource:
-    """The pairs of parquet files (a folder, or a pattern such as folder/train-*.parquet) or of a .jsonl file.
+    """Opens parquet files (a folder, or a pattern such as folder/train-*.parquet) or a .jsonl file of pairs.
 
-    key: where in the configuration it stands, for the message; labelled: whether rows must have labels. Raises
-    UserError where there is nothing of the kind.
+    key: the configuration key of `spec`, for messages; labelled: whether rows must have labels. Raises UserError if
+    `spec` names neither.
     """
     path = Path(spec).expanduser()
     if path.suffix == ".jsonl" and path.is_file():
@@ -254,10 +255,10 @@ def is_factory(spec: str) -> bool:
     return ":" in spec and not Path(spec).expanduser().exists()
 
 
-def fitted(image: Image.Image, height: int, width: int) -> Tensor:
-    """The image (3, height, width) in [-1, 1]: resized by PIL (bicubic) until it covers that size, centre cropped.
+def resized(image: Image.Image, height: int, width: int) -> Tensor:
+    """Converts an image to (3, height, width) in [-1, 1] by PIL's bicubic resizing and a centre crop.
 
-    For a square it is what CLIP's image processor does: short side to the size, then a centre crop.
+    For a square this is what CLIP's image processor does.
     """
     if image.width * height >= image.height * width:
         size = (image.width * height // image.height, height)
@@ -271,7 +272,7 @@ def fitted(image: Image.Image, height: int, width: int) -> Tensor:
 
 
 def _parsed(line: str) -> tuple[dict, str]:
-    """A line of JSON, and what is wrong with it."""
+    """Parses a line of JSON; returns the object and what is wrong with it, or an empty text."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -283,32 +284,33 @@ def _parsed(line: str) -> tuple[dict, str]:
 
 
 def _label(row: dict) -> tuple:
-    """What `label` says, or label_0 and label_1 where there is none."""
+    """Returns the labels that `label` means, or label_0 and label_1 if there is no `label`."""
     if "label" not in row:
         return row.get("label_0"), row.get("label_1")
-    known = {"0": (1, 0), "1": (0, 1), "tie": (0.5, 0.5)}
-    return known.get(str(row["label"]), (row["label"],))
+    meanings = {"0": (1, 0), "1": (0, 1), "tie": (0.5, 0.5)}
+    return meanings.get(str(row["label"]), (row["label"],))
 
 
-def _opened(content: bytes | dict | None, name: str) -> Image.Image:
-    """The decoded image of a file's bytes, or of the {bytes, path} that the library `datasets` writes."""
+def _decoded(content: bytes | dict | None, name: str) -> Image.Image:
+    """Decodes the image of a file's bytes, or of the {bytes, path} that the library `datasets` writes."""
     content = content.get("bytes") if isinstance(content, dict) else content
     if not content:
         raise ValueError(f"{name} is empty")
     try:
         return Image.open(BytesIO(content)).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        why = "is no image" if isinstance(error, Image.UnidentifiedImageError) else f"is damaged ({_line(error)})"
+        why = "is no image" if isinstance(error, Image.UnidentifiedImageError) else f"is damaged ({_reason(error)})"
         raise ValueError(f"{name} {why}") from None
 
 
 def _stamp(path: Path) -> list:
-    """Size and time of the last change of a file: another content under the same name has another stamp."""
+    """A file's size and time of last change, which differ if its content was replaced."""
     state = path.stat()
     return [state.st_size, state.st_mtime_ns]
 
 
-def _line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    """The message of an error in one line; of an OSError, the file and what went wrong without the error number."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split())
+    return one_line(error)

@@ -1,7 +1,7 @@
-"""From the recipe's `data` section to the pairs that are trained on and those that are held out.
+"""Builds the training pairs and held-out pairs that section `data` of a recipe names.
 
-Three forms of data: a folder of Pick-a-Pic parquet files, a .jsonl file, and code (module:factory), whose pairs are
-taken as they come and never cached. Reading is data/pair_files.py, the pass before training pair_survey.py.
+Pairs come from a folder of Pick-a-Pic parquet files, a .jsonl file, or code (module:factory), whose pairs are used as
+they are and never cached. pair_files.py reads files; pair_scan.py checks and caches pairs before training.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from ..judge.model import StepAwarePreferenceModel
 from ..models.latent_diffusion import LatentDiffusion
 from ..runtime.ranks import Ranks
 from .pair_cache import PairCache
-from .pair_files import PairSource, fitted, is_factory, open_source
-from .pair_survey import Entries, Surveyor, pickscore_labels, refuse_too_many
+from .pair_files import PairSource, is_factory, open_source, resized
+from .pair_scan import Entries, PairScan, pickscore_labels, refuse_too_many
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
-    """Rows of a source, and the configuration key where it stands."""
+class ChosenRows:
+    """Some rows of a source, and the configuration key that names the source."""
 
     source: PairSource
     rows: list[int]
@@ -36,10 +36,10 @@ class Chosen:
 
 @dataclass(frozen=True, slots=True)
 class PairSets:
-    """Pairs to train on and held-out pairs.
+    """The training pairs and the held-out pairs of a run.
 
-    broken: "file row: why" of those that could not be used; left_out: rows that teach nothing, or whose caption stands
-    in data.heldout_source. kept: the training pairs come from the cache, not as images.
+    broken: "file row: why" of pairs that could not be used. left_out: how many rows have no label, equal images or a
+    caption of data.heldout_source. kept: the training pairs come from the cache, not as images.
     """
 
     train: Dataset
@@ -50,10 +50,10 @@ class PairSets:
 
 
 class FilePairs(Dataset):
-    """Pairs of files: {caption, label_0, label_1, num_examples}, and what of the images was asked for.
+    """A Dataset of pairs from files; an item is {caption, label_0, label_1, num_examples} and more.
 
-    images: image_0, image_1 (3, H, W) in [-1, 1]. entries: mean, std (2, C, h, w) of the VAE's posteriors, text (L, D)
-    and pooled (P) where the UNet takes it, in float16, from the cache.
+    With images=True it has image_0, image_1 (3, H, W) in [-1, 1]. With entries it has, in float16 from the cache, mean
+    and std (2, C, h, w) of the VAE's posteriors, text (L, D) and, if the UNet takes it, pooled (P).
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class FilePairs(Dataset):
         images: bool,
         entries: Entries | None = None,
     ):
-        """labels: of each row of the source that is used; size: (height, width) of the images."""
+        """labels: the labels of each row to use, by row; size: (height, width) of the images."""
         self.source, self.rows, self.labels = source, list(labels), list(labels.values())
         self.size, self.images, self.entries = size, images, entries
 
@@ -76,7 +76,7 @@ class FilePairs(Dataset):
         pair = {"caption": self.source.captions[row], "num_examples": self.source.num_examples[row]}
         pair |= {"label_0": float(labels[0]), "label_1": float(labels[1])}
         if self.images:
-            images = (fitted(image, *self.size) for image in self.source.images(row))
+            images = (resized(image, *self.size) for image in self.source.images(row))
             pair |= zip(("image_0", "image_1"), images, strict=True)
         if self.entries:
             for path in (self.entries.latents(self.source, row, self.size), self.entries.text(pair["caption"])):
@@ -87,39 +87,39 @@ class FilePairs(Dataset):
         return pair
 
 
-def choose(config: JudgeTrainingConfig, ranks: Ranks) -> tuple[Chosen, Chosen] | None:
-    """Which rows of which files are trained on and which are held out; None for data made by code.
+def choose(config: JudgeTrainingConfig, ranks: Ranks) -> tuple[ChosenRows, ChosenRows] | None:
+    """Chooses the rows to train on and the held-out rows; None for pairs made by code.
 
-    No caption is on both sides. Raises UserError where the data is not what the recipe says it is.
+    No caption is on both sides. Raises UserError if the data is not what the recipe says.
     """
     data = config.data
     if is_factory(data.source):
         _check_factory(config, ranks)
         return None
     labelled = data.labels == "given"
-    train = _opened(data.source, "data.source", labelled, data.max_broken)
+    train = _open(data.source, "data.source", labelled, data.max_broken)
     if data.heldout_source is None:
         rows, heldout_rows = split_by_caption(train.captions, data.heldout, config.run.seed)
-        heldout = Chosen(train, heldout_rows, "data.source")
+        heldout = ChosenRows(train, heldout_rows, "data.source")
     else:
-        source = _opened(data.heldout_source, "data.heldout_source", labelled, data.max_broken)
-        heldout = Chosen(source, list(range(min(len(source), data.heldout))), "data.heldout_source")
-        theirs = {source.captions[row] for row in heldout.rows}
-        rows = [row for row, caption in enumerate(train.captions) if caption not in theirs]
+        source = _open(data.heldout_source, "data.heldout_source", labelled, data.max_broken)
+        heldout = ChosenRows(source, list(range(min(len(source), data.heldout))), "data.heldout_source")
+        heldout_captions = {source.captions[row] for row in heldout.rows}
+        rows = [row for row, caption in enumerate(train.captions) if caption not in heldout_captions]
         train.left_out += len(train) - len(rows)
     if not rows or len(heldout.rows) < ranks.size:
         raise UserError(
             f"{heldout.key}: found {len(rows)} pairs to train on and {len(heldout.rows)} held-out ones with other "
             f"captions, expected at least 1 and {ranks.size} (the processes); data.heldout says how many are held out"
         )
-    seen = config.optim.steps * config.optim.accumulate * config.optim.batch * ranks.size
-    most = min(len(rows), seen, data.train or seen)
+    used = config.optim.steps * config.optim.accumulate * config.optim.batch * ranks.size
+    count = min(len(rows), used, data.train or used)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.run.seed))
-    return Chosen(train, [rows[at] for at in sorted(order[:most].tolist())], "data.source"), heldout
+    return ChosenRows(train, [rows[i] for i in sorted(order[:count].tolist())], "data.source"), heldout
 
 
 def split_by_caption(captions: Sequence[str], count: int, seed: int) -> tuple[list[int], list[int]]:
-    """Rows to train on and `count` held-out rows, all rows of a caption on one side; captions are drawn by seed."""
+    """Splits rows into those to train on and `count` held-out ones, with no caption on both sides, drawn by seed."""
     rows_of: dict[str, list[int]] = {}
     for row, caption in enumerate(captions):
         rows_of.setdefault(caption, []).append(row)
@@ -128,13 +128,13 @@ def split_by_caption(captions: Sequence[str], count: int, seed: int) -> tuple[li
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
     while order and len(heldout) < count:
         heldout += groups[order.pop(0)]
-    return sorted(row for at in order for row in groups[at]), sorted(heldout[:count])
+    return sorted(row for group in order for row in groups[group]), sorted(heldout[:count])
 
 
 def check_labeller(config: JudgeTrainingConfig, judge: StepAwarePreferenceModel) -> None:
-    """Raises UserError where judge.path is to make PickScore's labels, but has been trained for timesteps."""
-    modulated = (value for name, value in judge.clip.named_parameters() if "adaLN_modulation.1.weight" in name)
-    if config.data.labels == "pickscore" and any(value.any() for value in modulated):
+    """Raises UserError if PickScore's labels are asked for and judge.path is not a plain PickScore."""
+    modulation = (value for name, value in judge.clip.named_parameters() if "adaLN_modulation.1.weight" in name)
+    if config.data.labels == "pickscore" and any(value.any() for value in modulation):
         raise UserError(
             f"data.labels: pickscore needs a plain PickScore as judge.path, and {config.judge.path} is a judge already "
             "trained; begin from PickScore or use the given labels"
@@ -143,12 +143,12 @@ def check_labeller(config: JudgeTrainingConfig, judge: StepAwarePreferenceModel)
 
 def make_sets(
     config: JudgeTrainingConfig,
-    chosen: tuple[Chosen, Chosen] | None,
+    chosen: tuple[ChosenRows, ChosenRows] | None,
     denoiser: Denoiser,
     judge: StepAwarePreferenceModel,
     ranks: Ranks,
 ) -> PairSets:
-    """The pass over the pairs, and what comes out of it. Every rank calls it."""
+    """Scans the chosen pairs and builds the data sets. Every rank must call it."""
     data, seed = config.data, config.run.seed
     if chosen is None:
         spec = data.heldout_source or data.source
@@ -157,30 +157,30 @@ def make_sets(
     diffusion = denoiser.diffusion
     size = tuple(side * diffusion.factor for side in diffusion.latent_shape[1:])  # height, width
     scored = data.labels == "pickscore"
-    entries = _entries(config, diffusion, judge if scored else None)
-    surveyor = Surveyor(denoiser, judge, size, entries, scored, config.optim.batch, data.workers, ranks)
+    entries = _cache_entries(config, diffusion, judge if scored else None)
+    pair_scan = PairScan(denoiser, judge, size, entries, scored, config.optim.batch, data.workers, ranks)
     sets, broken = [], []
     for part, encode in zip(chosen, (entries is not None, False), strict=True):
-        found = surveyor.survey(part.source, part.rows, part.key, data.max_broken, encode)
-        broken += found.broken
-        labels = {row: part.source.labels[row] for row in found.scores}
+        result = pair_scan.scan(part.source, part.rows, part.key, data.max_broken, encode)
+        broken += result.broken
+        labels = {row: part.source.labels[row] for row in result.scores}
         if scored:
-            rows, scores = list(found.scores), torch.tensor(list(found.scores.values())).T  # (2, N)
+            rows, scores = list(result.scores), torch.tensor(list(result.scores.values())).T  # (2, N)
             labels = dict(zip(rows, pickscore_labels(scores, data.tie).T.tolist(), strict=True))
         clean = config.optim.clean_share > 0
         sets.append(FilePairs(part.source, labels, size, not encode or clean, entries if encode else None))
     train, heldout = chosen
     if entries:
-        surveyor.encode_captions([train.source.captions[row] for row in sets[0].rows])
+        pair_scan.encode_captions([train.source.captions[row] for row in sets[0].rows])
     sources = [train.source] if heldout.source is train.source else [train.source, heldout.source]
     broken += [line for source in sources for line in source.broken]
     return PairSets(*sets, broken, sum(source.left_out for source in sources), entries is not None)
 
 
 def load_pairs(factory: Callable[[int, int], Dataset], spec: str, seed: int, size: int) -> Dataset:
-    """factory(seed, size), its first pair checked. spec: the entry point data.source, where factory comes from.
+    """Calls factory(seed, size) and checks its first pair. spec: the `module:factory` of data.source, for messages.
 
-    Raises UserError where the pairs are not as data.source describes them.
+    Raises UserError if the pairs are not as data.source describes them.
     """
     pairs = factory(seed, size)
     if len(pairs) < 1:
@@ -202,7 +202,7 @@ def load_pairs(factory: Callable[[int, int], Dataset], spec: str, seed: int, siz
 
 
 def shares(count: int, batch: int, steps: int, seed: int, ranks: Ranks) -> Iterator[list[int]]:
-    """`steps` lists of `batch` indices of this rank: one shuffle of all `count` after the other, dealt to the ranks."""
+    """Yields `steps` lists of `batch` indices for this rank, dealt from one shuffle of all `count` after the other."""
     rng = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.int64)
     for _ in range(steps):
@@ -212,7 +212,7 @@ def shares(count: int, batch: int, steps: int, seed: int, ranks: Ranks) -> Itera
         yield dealt[ranks.rank * batch : (ranks.rank + 1) * batch].tolist()
 
 
-def _opened(spec: str, key: str, labelled: bool, max_broken: float) -> PairSource:
+def _open(spec: str, key: str, labelled: bool, max_broken: float) -> PairSource:
     source = open_source(spec, key, labelled)
     total = len(source) + len(source.broken)
     refuse_too_many(source.broken, total, key, max_broken)
@@ -235,11 +235,11 @@ def _check_factory(config: JudgeTrainingConfig, ranks: Ranks) -> None:
         raise UserError(f"data.labels: {data.source} gives its own labels; pickscore is for pairs in files")
 
 
-def _entries(
+def _cache_entries(
     config: JudgeTrainingConfig, diffusion: LatentDiffusion, judge: StepAwarePreferenceModel | None
 ) -> Entries | None:
     if config.data.cache is None:
         return None
-    beside = Path(config.run.dir).parent / "pair-cache"
-    folder = beside if config.data.cache == "auto" else Path(config.data.cache).expanduser()
+    default = Path(config.run.dir).parent / "pair-cache"
+    folder = default if config.data.cache == "auto" else Path(config.data.cache).expanduser()
     return Entries.of(PairCache(folder), diffusion, judge)

@@ -1,4 +1,4 @@
-"""Prompt files, and which prompts belong to which iteration, which the seed alone decides: resuming needs no state."""
+"""Reads prompt files and orders prompts. The seed alone decides the order, so resuming needs no state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FORMS = "a JSON list of {caption: ...}, JSON lines of the same (.jsonl), or text
 
 
 def read_prompts(path: str, key: str) -> list[str]:
-    """The prompts of a file: .json, .jsonl, or text; empty ones are passed over. Raises UserError naming key and entry.
+    """Reads the prompts of a .json, .jsonl or text file; skips empty ones. Raises UserError naming key and entry.
 
     An entry of .json or .jsonl is an object with `caption` or `prompt`, or the text alone.
     """
@@ -33,18 +33,19 @@ def read_prompts(path: str, key: str) -> list[str]:
 
 
 def split_prompts(prompts: list[str], count: int, seed: int) -> tuple[list[str], list[str]]:
-    """(training prompts, `count` held-out ones drawn by the seed); no prompt is in both, however often it occurs."""
+    """Splits prompts into training prompts and `count` held-out ones drawn by the seed, with none in common."""
     unique = list(dict.fromkeys(prompts))
     order = torch.randperm(len(unique), generator=torch.Generator().manual_seed(seed)).tolist()
     heldout = [unique[place] for place in order[:count]]
-    apart = set(heldout)
-    return [prompt for prompt in prompts if prompt not in apart], heldout
+    excluded = set(heldout)
+    return [prompt for prompt in prompts if prompt not in excluded], heldout
 
 
 def first_used(prompts: list[str], count: int, seed: int, multiple: int) -> list[str]:
-    """The different prompts among the first `count` that a run draws, in the order of their first use.
+    """Returns the distinct prompts among the first `count` that a run draws, in the order of their first use.
 
-    Some that come later make their number a multiple, so that a longer run has the same prompts in groups of that size.
+    Later prompts are added until their number is a multiple of `multiple`, so that a longer run has the same prompts in
+    groups of that size.
     """
     order = batch_of(prompts, 0, len(prompts), seed)
     used = len(dict.fromkeys(order[:count]))
@@ -52,7 +53,7 @@ def first_used(prompts: list[str], count: int, seed: int, multiple: int) -> list
 
 
 def batch_of(prompts: list[str], iteration: int, size: int, seed: int) -> list[str]:
-    """The `size` prompts of an iteration (from 0): every epoch is one permutation, drawn from seed and epoch."""
+    """Returns the `size` prompts of an iteration (from 0); each epoch is one permutation drawn from seed and epoch."""
     first, beyond = iteration * size, (iteration + 1) * size
     epochs = range(first // len(prompts), (beyond - 1) // len(prompts) + 1)
     generators = [torch.Generator().manual_seed(seed * 100_003 + epoch) for epoch in epochs]
@@ -86,9 +87,8 @@ def _json_lines(text: str, where: str) -> Iterator[str]:
 def _caption(entry: object, where: str) -> str:
     if isinstance(entry, str):
         return entry
-    given = entry if isinstance(entry, dict) else {}
     for name in ("caption", "prompt"):
-        if isinstance(given.get(name), str):
-            return given[name]
-    found = f"keys {', '.join(map(str, entry))}" if isinstance(entry, dict) and entry else repr(entry)[:80]
-    raise UserError(f"{where} has no caption; found {found}, expected {{caption: text}}")
+        if isinstance(entry, dict) and isinstance(entry.get(name), str):
+            return entry[name]
+    contents = f"keys {', '.join(map(str, entry))}" if isinstance(entry, dict) and entry else repr(entry)[:80]
+    raise UserError(f"{where} has no caption; found {contents}, expected {{caption: text}}")

@@ -1,8 +1,8 @@
-"""A CLIP whose vision tower is modulated by the timestep through adaLN: the network inside the judge.
+"""The judge's network: a CLIP whose vision tower is modulated by the timestep through adaLN.
 
-The text tower, the embeddings, the attention and the MLPs are those of transformers' CLIPModel; what lies between the
-sub-layers (residual, gate, LayerNorm, shift, scale) runs on strop.kernels. Parameter names are those of the published
-step-aware preference model. Nothing here knows of images, prompts or scores: judge/model.py does.
+Text tower, embeddings, attention and MLPs are those of transformers' CLIPModel; the operations between sub-layers
+(residual, gate, LayerNorm, shift, scale) run on strop.kernels. Parameter names are those of the published step-aware
+preference model. Images, prompts and scores are handled in judge/model.py.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ Modulation = list[tuple[Tensor, ...]]
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoids of the raw timestep (cosines first) through a two-layer MLP, as in DiT."""
+    """Embeds a timestep as DiT does: sinusoids of the raw timestep, cosines first, go through a two-layer MLP."""
 
     def __init__(self, width: int):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        """t (B,) integer timesteps -> (B, width)."""
+        """Embeds integer timesteps t (B,) to (B, width)."""
         half = FREQUENCIES // 2
         frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
         angles = t[:, None].float() * frequencies  # (B, half)
@@ -36,13 +36,13 @@ class TimestepEmbedder(nn.Module):
 
 
 class TimeConditionedCLIP(nn.Module):
-    """CLIPModel plus t_embedder and one adaLN_modulation per vision layer and one after the last.
+    """A CLIPModel with a t_embedder, one adaLN_modulation per vision layer and one after the last layer.
 
-    A new one is bit for bit the CLIP it was made from at every timestep: modulation starts at shift 0, scale 0, gate 1.
+    After reset_modulation (shift 0, scale 0, gate 1) it is bit for bit the CLIP it was made from, at every timestep.
     """
 
     def __init__(self, clip: CLIPModel, modulated: bool = True):
-        """Takes the modules of `clip`. modulated=False leaves it a plain CLIP that takes a timestep and ignores it."""
+        """Takes over the modules of `clip`. modulated=False makes it a plain CLIP that ignores the timestep."""
         super().__init__()
         width = clip.config.vision_config.hidden_size
         self.config: CLIPConfig = clip.config
@@ -52,8 +52,8 @@ class TimeConditionedCLIP(nn.Module):
         self.text_projection = clip.text_projection
         self.logit_scale = clip.logit_scale
         self.modulated = modulated
-        self._kept: dict[float, Modulation] | None = None  # by timestep; None: not frozen
-        self._made_of: list[tuple[nn.Parameter, int]] = []  # what `_kept` was made of, with PyTorch's count of writes
+        self._cache: dict[float, Modulation] | None = None  # by timestep; None: not frozen
+        self._cache_source: list[tuple[nn.Parameter, int]] = []  # weights behind `_cache`, with their write counts
         self._tower = self.tower
         if not modulated:
             return
@@ -64,8 +64,8 @@ class TimeConditionedCLIP(nn.Module):
         self.to(dtype=clip.dtype, device=clip.device)
 
     def reset_modulation(self, rng: torch.Generator) -> None:
-        """Identity modulation: weights 0, biases 0 except those of the gates, 1; t_embedder weights ~ N(0, 0.02)."""
-        self._forget()
+        """Sets identity modulation: weights 0, gate biases 1, other biases 0; t_embedder weights ~ N(0, 0.02)."""
+        self._empty_cache()
         for module in (self.vision_model, *self.vision_model.encoder.layers):
             nn.init.zeros_(module.adaLN_modulation[1].weight)
             nn.init.zeros_(module.adaLN_modulation[1].bias)
@@ -78,26 +78,26 @@ class TimeConditionedCLIP(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def text_features(self, input_ids: Tensor) -> Tensor:
-        """Token ids (N, L) -> projected features (N, E), not normalised."""
+        """Projects token ids (N, L) to text features (N, E), not normalised."""
         return self.text_projection(self.text_model(input_ids=input_ids).pooler_output)
 
     def image_features(self, pixel_values: Tensor, t: Tensor | float) -> Tensor:
-        """Normalised pixels (B, 3, H, W) and timesteps t (B,), or one for all rows -> projected features (B, E)."""
+        """Projects normalised pixels (B, 3, H, W) at timesteps t, (B,) or one for all rows, to features (B, E)."""
         if not self.modulated:
             return self._tower(pixel_values, None)
         return self._tower(pixel_values, self.modulation(t) if isinstance(t, Tensor) else self.modulation_at(t))
 
     def compile(self, **options: object) -> None:
-        """As in nn.Module, of the image tower: from now on it runs through torch.compile."""
+        """Compiles the image tower with torch.compile, as nn.Module.compile does for a whole module."""
         self._tower = torch.compile(self.tower, **options)
 
-    def tower(self, pixel_values: Tensor, made: Modulation | None) -> Tensor:
-        """image_features under a modulation, each part (1, D) or (B, D); None is a plain CLIP."""
+    def tower(self, pixel_values: Tensor, modulation: Modulation | None) -> Tensor:
+        """Computes image features with a modulation whose parts are (1, D) or (B, D); None means a plain CLIP."""
         vision = self.vision_model
-        if made is None:
+        if modulation is None:
             return self.visual_projection(vision(pixel_values=pixel_values).pooler_output)
         layers = vision.encoder.layers
-        modulation = [tuple(part.expand(len(pixel_values), -1) for part in parts) for parts in made]
+        modulation = [tuple(part.expand(len(pixel_values), -1) for part in parts) for parts in modulation]
         shift, scale, gate = modulation[0][:3]
         h = vision.pre_layrnorm(vision.embeddings(pixel_values))  # (B, L, D)
         norm = layers[0].layer_norm1
@@ -119,7 +119,7 @@ class TimeConditionedCLIP(nn.Module):
         return self.visual_projection(y[:, 0])
 
     def modulation(self, t: Tensor) -> Modulation:
-        """What t (B,) does to the vision tower: per layer (shift, scale, gate of attention, then of MLP), each (B, D).
+        """Computes the modulation at t (B,): per layer (shift, scale, gate of attention, then of MLP), each (B, D).
 
         The last entry is (shift, scale) after the last layer.
         """
@@ -128,66 +128,66 @@ class TimeConditionedCLIP(nn.Module):
         return [*chunks, self.vision_model.adaLN_modulation(embedding).chunk(2, dim=-1)]
 
     def modulation_at(self, t: float) -> Modulation:
-        """`modulation` of one timestep, each (1, D); of a frozen network it is made once and kept (1 MB at full size).
+        """Returns the modulation at one timestep, each part (1, D); a frozen network caches it (1 MB at full size).
 
-        Under autocast it is made anew. Raises RuntimeError where the weights were written to since it was made.
+        Under autocast it is computed anew. Raises RuntimeError if the weights were written to since it was cached.
         """
         modules = (*self.vision_model.encoder.layers, self.vision_model)
         weights = [*self.t_embedder.parameters(), *(w for m in modules for w in m.adaLN_modulation.parameters())]
         device = weights[0].device
-        if self._kept is None or torch.is_autocast_enabled(device.type) or any(w.requires_grad for w in weights):
+        if self._cache is None or torch.is_autocast_enabled(device.type) or any(w.requires_grad for w in weights):
             return self.modulation(torch.full((1,), t, device=device))
-        if not self._kept:
-            self._made_of = [(w, w._version) for w in weights]
-        if any(w is not own or w._version != writes for w, (own, writes) in zip(weights, self._made_of, strict=True)):
+        if not self._cache:
+            self._cache_source = [(w, w._version) for w in weights]
+        if any(w is not old or w._version != n for w, (old, n) in zip(weights, self._cache_source, strict=True)):
             raise RuntimeError("a judge's weights were changed while it was frozen; call unfreeze() before")
-        if t not in self._kept:
-            self._kept[t] = self.modulation(torch.full((1,), t, device=device))
-        return self._kept[t]
+        if t not in self._cache:
+            self._cache[t] = self.modulation(torch.full((1,), t, device=device))
+        return self._cache[t]
 
     def freeze(self) -> TimeConditionedCLIP:
-        """Says that the weights stay as they are: evaluation, no gradients, and what a timestep makes of them is kept.
+        """Puts the network in evaluation mode without gradients and caches the modulation of each timestep.
 
-        It lasts until `unfreeze`, which train() and requires_grad_(True) call. Loading other weights, and a move to
-        another device or type, leave the network frozen and what was kept is made anew. Whoever writes to the weights
-        in another way has to call `unfreeze` before.
+        This lasts until `unfreeze`, which train() and requires_grad_(True) call. Loading other weights or moving the
+        network to another device or type leaves it frozen and empties the cache. Call `unfreeze` before writing to the
+        weights in any other way.
         """
         self.eval().requires_grad_(False)
-        self._kept, self._made_of = {}, []
+        self._cache, self._cache_source = {}, []
         return self
 
     def unfreeze(self) -> None:
-        """Keeps nothing any more; evaluation and gradients stay as they are."""
-        self._kept, self._made_of = None, []
+        """Stops caching; evaluation mode and gradients stay as they are."""
+        self._cache, self._cache_source = None, []
 
     def train(self, mode: bool = True) -> TimeConditionedCLIP:
-        """As in nn.Module; a network in training is not frozen, nor is it afterwards."""
+        """Sets the mode as nn.Module does; training mode ends `freeze` for good."""
         if mode:
             self.unfreeze()
         return super().train(mode)
 
     def requires_grad_(self, requires_grad: bool = True) -> TimeConditionedCLIP:
-        """As in nn.Module; a network with gradients is not frozen, nor is it afterwards."""
+        """Sets requires_grad as nn.Module does; gradients end `freeze` for good."""
         if requires_grad:
             self.unfreeze()
         return super().requires_grad_(requires_grad)
 
     def _apply(self, *args, **kwargs) -> TimeConditionedCLIP:
-        """nn.Module's way to another device or type, also as a part of a larger module."""
-        self._forget()
+        """Empties the cache when nn.Module moves the network, also within a larger module, to a device or type."""
+        self._empty_cache()
         return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(self, *args) -> None:
-        """nn.Module's way to other weights, also as a part of a larger module."""
-        self._forget()
+        """Empties the cache when nn.Module loads weights, also within a larger module."""
+        self._empty_cache()
         super()._load_from_state_dict(*args)
 
     def __getstate__(self) -> dict:
-        """For copies and pickles: they are frozen as this one is, with nothing kept yet."""
-        return self.__dict__ | {"_kept": None if self._kept is None else {}, "_made_of": []}
+        """The state of copies and pickles, which are frozen as this network is and have an empty cache."""
+        return self.__dict__ | {"_cache": None if self._cache is None else {}, "_cache_source": []}
 
-    def _forget(self) -> None:
-        """What was kept is made anew when it is asked for, where the network is frozen."""
-        self._made_of = []
-        if self._kept:
-            self._kept = {}
+    def _empty_cache(self) -> None:
+        """Empties the cache; a frozen network fills it again when it is used."""
+        self._cache_source = []
+        if self._cache:
+            self._cache = {}

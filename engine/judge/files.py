@@ -1,8 +1,8 @@
-"""How a judge lies on disk: what is read, what is refused, what is written.
+"""Reads and writes a judge's files.
 
-Read are a CLIP folder or hub repository (PickScore), the .bin file of the paper's authors, whose names carry the prefix
-`model.`, and a folder written here; safetensors before .bin, either of them in one file or in shards. No tensor may
-be missing or left over. What the judge does with images and prompts is judge/model.py's.
+It reads a CLIP folder or hub repository (PickScore), the .bin file of the paper's authors, whose tensor names have the
+prefix `model.`, and a folder that it wrote. safetensors are preferred to .bin; either may be one file or shards. No
+tensor may be missing or left over. judge/model.py turns images and prompts into scores.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from ..config.training import JudgeConfig
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..models.hub import fetch
+from ..models.model_files import read_json
 from .clip import TimeConditionedCLIP
 
 RECORD = "judge.json"
@@ -29,12 +30,12 @@ SAFETENSORS, PICKLES = "model.safetensors", "pytorch_model.bin"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 SETTINGS = ("config.json", "preprocessor_config.json", RECORD, *TOKENIZER)
 PREFIX = "model."  # of the published weights
-OF_PICKSCORE = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # has the tokenizer and preprocessor that PickScore_v1 lacks
+PICKSCORE_CLIP = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # has the tokenizer and preprocessor that PickScore_v1 lacks
 
 
 @dataclass(frozen=True, slots=True)
 class JudgeFiles:
-    """What a judge is made of: its network on the CPU in float32, tokenizer, and mean and std of images in [0, 1]."""
+    """The contents of a judge's files: network (float32, CPU), tokenizer, mean and std of images in [0, 1]."""
 
     clip: TimeConditionedCLIP
     tokenizer: CLIPTokenizer
@@ -43,29 +44,29 @@ class JudgeFiles:
 
 
 def load(judge: JudgeConfig, rng: torch.Generator | None) -> JudgeFiles:
-    """Reads a judge of the kind that judge.kind says.
+    """Reads a judge of the kind judge.kind.
 
-    rng (on the CPU): the judge is to be trained, so that a plain CLIP will do; its modulation starts as the identity,
-    with a timestep embedder drawn from rng. Raises UserError naming the key and what is missing, left over or unfit.
+    rng (on the CPU): given if the judge is to be trained. A plain CLIP is then accepted: its modulation starts as the
+    identity, its timestep embedder is drawn from rng. Raises UserError that names the key and what is wrong.
     """
     path = fetch(judge.path, judge.revision, "judge.path", (*SETTINGS, "model*.safetensors*"))
-    if path.is_dir() and not _weights_file(path):  # of a hub id the .bin files are fetched only where they are needed
+    if path.is_dir() and not _weights_file(path):  # a hub id's .bin files are fetched only if needed
         path = fetch(judge.path, judge.revision, "judge.path", (*SETTINGS, "pytorch_model*.bin*"))
-    homes = {"judge.path": path}
+    folders = {"judge.path": path}
     if judge.components:
-        homes["judge.components"] = fetch(judge.components, None, "judge.components", SETTINGS)
-    network = _network(homes)
-    tokenizer = _tokenizer(homes, network.config)
-    mean, std = _mean_and_std(homes)
+        folders["judge.components"] = fetch(judge.components, None, "judge.components", SETTINGS)
+    network = _network(folders)
+    tokenizer = _tokenizer(folders, network.config)
+    mean, std = _mean_and_std(folders)
     state = without_prefix(_read_weights(path))
     plain = not any(map(is_modulation, state))
     with torch.device("meta"):
         clip = TimeConditionedCLIP(network, modulated=not (plain and judge.kind == "pickscore"))
-    fresh = {name for name in clip.state_dict() if is_modulation(name)} if plain else set()
-    check_fit(clip, state, fresh, path)
+    new_keys = {name for name in clip.state_dict() if is_modulation(name)} if plain else set()
+    check_fit(clip, state, new_keys, path)
     _check_kind(judge, plain, path, rng is not None)
-    fill(clip, state, fresh)
-    if fresh:
+    fill(clip, state, new_keys)
+    if new_keys:
         clip.reset_modulation(rng)
     return JudgeFiles(clip, tokenizer, mean, std)
 
@@ -85,43 +86,43 @@ def save(folder: Path, files: JudgeFiles, kind: str) -> None:
 
 
 def is_modulation(name: str) -> bool:
-    """Whether a tensor of this name is what a step-aware judge has beyond a plain CLIP."""
+    """Whether a step-aware judge has a tensor of this name and a plain CLIP has not."""
     return "adaLN_modulation." in name or name.startswith("t_embedder.")
 
 
-def check_fit(clip: TimeConditionedCLIP, state: dict[str, Tensor], fresh: set[str], path: Path) -> None:
-    """Raises UserError that lists every missing, unexpected and misshapen tensor of a state; those in `fresh` may miss.
+def check_fit(clip: TimeConditionedCLIP, state: dict[str, Tensor], new_keys: set[str], path: Path) -> None:
+    """Raises UserError that lists every missing, unexpected and misshapen tensor; those in `new_keys` may be missing.
 
-    The position_ids that older checkpoints hold are taken out of the state where they count from 0, as they always do.
+    The position_ids of older checkpoints are removed from the state if they count from 0, as they should.
     """
-    own, odd = clip.state_dict(), []
+    expected_state, bad_positions = clip.state_dict(), []
     for tower in ("text_model", "vision_model"):
         name, expected = f"{tower}.embeddings.position_ids", _position_ids(clip, tower)
         if not torch.equal(state.pop(name, expected).reshape(1, -1), expected):
-            odd.append(name)
+            bad_positions.append(name)
     misshapen = [
-        f"{name} of {tuple(state[name].shape)} for {tuple(own[name].shape)}"
-        for name in sorted(own.keys() & state.keys())
-        if state[name].shape != own[name].shape
+        f"{name} of {tuple(state[name].shape)} for {tuple(expected_state[name].shape)}"
+        for name in sorted(expected_state.keys() & state.keys())
+        if state[name].shape != expected_state[name].shape
     ]
     faults = {
-        "missing": sorted(own.keys() - state.keys() - fresh),
-        "unexpected": sorted(state.keys() - own.keys()),
+        "missing": sorted(expected_state.keys() - state.keys() - new_keys),
+        "unexpected": sorted(state.keys() - expected_state.keys()),
         "of the wrong shape": misshapen,
-        "not counting from 0": odd,
+        "not counting from 0": bad_positions,
     }
     if any(faults.values()):
-        found = "; ".join(f"{len(names)} {what} ({_some(names)})" for what, names in faults.items() if names)
-        raise UserError(f"judge.path: the tensors in {path} do not fit the CLIP of its config.json: {found}")
+        listed = "; ".join(f"{len(names)} {fault} ({_shortened(names)})" for fault, names in faults.items() if names)
+        raise UserError(f"judge.path: the tensors in {path} do not fit the CLIP of its config.json: {listed}")
 
 
-def fill(clip: TimeConditionedCLIP, state: dict[str, Tensor], fresh: set[str]) -> None:
-    """Gives a network on the meta device its tensors, in float32 on the CPU; those in `fresh` are left to be set.
+def fill(clip: TimeConditionedCLIP, state: dict[str, Tensor], new_keys: set[str]) -> None:
+    """Assigns tensors, in float32 on the CPU, to a network on the meta device; `new_keys` get uninitialised memory.
 
-    The state is emptied on the way, so that a billion parameters do not lie in memory twice.
+    The state is emptied on the way, so that a billion parameters are not in memory twice.
     """
-    own = clip.state_dict()
-    filled = {name: torch.empty(own[name].shape) for name in fresh}
+    shapes = {name: value.shape for name, value in clip.state_dict().items()}
+    filled = {name: torch.empty(shapes[name]) for name in new_keys}
     while state:  # copied even from float32: the last bits of a product depend on how its operands lie in memory
         name, value = state.popitem()
         filled[name] = value.to(torch.float32, copy=True)
@@ -135,7 +136,7 @@ def _position_ids(clip: TimeConditionedCLIP, tower: str) -> Tensor:
 
 
 def _check_kind(judge: JudgeConfig, plain: bool, path: Path, training: bool) -> None:
-    """Whether the weights are of the kind that the recipe asks for."""
+    """Raises UserError if the weights are not of the kind that the recipe asks for. plain: they are a plain CLIP's."""
     kind = judge.kind
     if kind == "pickscore" and training:
         raise UserError("judge.kind: found pickscore, which is not trained; expected spm or spm_no_step")
@@ -145,72 +146,73 @@ def _check_kind(judge: JudgeConfig, plain: bool, path: Path, training: bool) -> 
                 f"judge.kind: found {kind}, but {judge.path} is a plain CLIP without timestep modulation; set "
                 "judge.kind=pickscore, or train a judge from it with engine/train_judge.py"
             )
-    elif kind != (recorded := _recorded(path)):
+    elif kind != (recorded := _recorded_kind(path)):
         raise UserError(
             f"judge.kind: found {kind}, but {judge.path} is a judge of kind {recorded}; set judge.kind={recorded}"
         )
 
 
-def _recorded(path: Path) -> str:
-    """The kind of judge that `save` wrote beside the weights; without a record, the published one."""
+def _recorded_kind(path: Path) -> str:
+    """Reads the kind of judge that `save` wrote beside the weights; without a record it is the published kind."""
     record = path / RECORD
-    kind = _read_json(record).get("kind") if record.is_file() else "spm"
+    kind = read_json(record, "judge.path").get("kind") if record.is_file() else "spm"
     if kind not in ("spm", "spm_no_step"):
         raise UserError(f"judge.path: {record} names the kind {kind!r}, expected spm or spm_no_step")
     return kind
 
 
-def _network(homes: dict[str, Path]) -> CLIPModel:
-    """The plain CLIP of config.json on the meta device: a billion parameters are not drawn first to be filled then."""
-    key, file = _first(homes, "config.json")
-    found = _read_json(file, key)
-    kind = found.get("model_type", found.get("_class_name"))
+def _network(folders: dict[str, Path]) -> CLIPModel:
+    """Builds the plain CLIP of config.json on the meta device, which spares initialising a billion parameters."""
+    key, file = _first(folders, "config.json")
+    config = read_json(file, key)
+    kind = config.get("model_type", config.get("_class_name"))
     if kind != "clip":
         raise UserError(f"{key}: {file} is of a model of type {kind}, expected clip")
     try:
         with torch.device("meta"):
             return CLIPModel(CLIPConfig.from_pretrained(file.parent))
-    except Exception as error:  # each value has its own way of failing, in transformers or in torch
-        raise UserError(f"{key}: {file} describes no CLIP ({_line(error)})") from None
+    except Exception as error:  # transformers and torch raise many kinds for bad values
+        raise UserError(f"{key}: {file} describes no CLIP ({one_line(error)})") from None
 
 
-def _tokenizer(homes: dict[str, Path], config: CLIPConfig) -> CLIPTokenizer:
+def _tokenizer(folders: dict[str, Path], config: CLIPConfig) -> CLIPTokenizer:
     # Where one of these files is missing, transformers makes a tokenizer of three words or of letters and says nothing.
-    key, file = _first(homes, "tokenizer.json", "vocab.json")
+    key, file = _first(folders, "tokenizer.json", "vocab.json")
     if file.name == "vocab.json":
         _first({key: file.parent}, "merges.txt")
     try:
         tokenizer = CLIPTokenizer.from_pretrained(file.parent)
     except Exception as error:  # the parser of tokenizer.json raises Exception itself
-        raise UserError(f"{key}: the tokenizer in {file.parent} cannot be read ({_line(error)})") from None
-    most = config.text_config.vocab_size
-    if len(tokenizer) > most:
+        raise UserError(f"{key}: the tokenizer in {file.parent} cannot be read ({one_line(error)})") from None
+    vocab_size = config.text_config.vocab_size
+    if len(tokenizer) > vocab_size:
         raise UserError(
-            f"{key}: the tokenizer in {file.parent} has {len(tokenizer)} tokens, but the judge has embeddings of {most}"
+            f"{key}: the tokenizer in {file.parent} has {len(tokenizer)} tokens, "
+            f"but the judge has embeddings of {vocab_size}"
         )
     return tokenizer
 
 
-def _mean_and_std(homes: dict[str, Path]) -> tuple[list[float], list[float]]:
-    key, file = _first(homes, "preprocessor_config.json")
-    found = _read_json(file, key)
-    mean, std = found.get("image_mean"), found.get("image_std")
-    for each in (mean, std):
-        if not (isinstance(each, list) and len(each) == 3 and {*map(type, each)} <= {int, float}):
+def _mean_and_std(folders: dict[str, Path]) -> tuple[list[float], list[float]]:
+    key, file = _first(folders, "preprocessor_config.json")
+    config = read_json(file, key)
+    mean, std = config.get("image_mean"), config.get("image_std")
+    for values in (mean, std):
+        if not (isinstance(values, list) and len(values) == 3 and {*map(type, values)} <= {int, float}):
             raise UserError(f"{key}: {file} has image_mean {mean} and image_std {std}, expected three numbers each")
     return mean, std
 
 
-def _first(homes: dict[str, Path], *names: str) -> tuple[str, Path]:
-    """The first of the named files, in the judge's own folder or else in its components, after the key of that."""
-    for key, folder in homes.items():
+def _first(folders: dict[str, Path], *names: str) -> tuple[str, Path]:
+    """Finds the first of the named files in the judge's folder, then in its components: (configuration key, file)."""
+    for key, folder in folders.items():
         for name in names:
             if (folder / name).is_file():
                 return key, folder / name
-    what = "tokenizer" if "tokenizer.json" in names else names[0]
-    found = f"{' and '.join(map(str, homes.values()))} {'have' if len(homes) > 1 else 'has'} no {what}"
+    missing_file = "tokenizer" if "tokenizer.json" in names else names[0]
+    where = f"{' and '.join(map(str, folders.values()))} {'have' if len(folders) > 1 else 'has'} no {missing_file}"
     raise UserError(
-        f"judge.components: {found}; name the folder or hub id of the CLIP that has it, {OF_PICKSCORE} for PickScore "
+        f"judge.components: {where}; name the folder or hub id of the CLIP that has it, {PICKSCORE_CLIP} for PickScore "
         "and all judges made of it"
     )
 
@@ -221,13 +223,13 @@ def _weights_file(folder: Path) -> Path | None:
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a file, of a folder, or of the shards that the folder's index names."""
+    """Reads every tensor of a file, of a folder, or of the shards that an index file names."""
     file = _weights_file(path) if path.is_dir() else path
     if file is None:
         raise UserError(f"judge.path: {path} has neither {SAFETENSORS} nor {PICKLES}, nor an index of their shards")
     if not file.name.endswith(".index.json"):
         return _read_tensors(file)
-    shards = _read_json(file).get("weight_map")
+    shards = read_json(file, "judge.path").get("weight_map")
     if not isinstance(shards, dict):
         raise UserError(f"judge.path: {file} has no weight_map")
     state = {}
@@ -243,50 +245,38 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         try:
             return load_file(file)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"judge.path: {file} cannot be read as safetensors ({_line(error)})") from None
+            raise UserError(f"judge.path: {file} cannot be read as safetensors ({one_line(error)})") from None
     if file.suffix != ".bin":
         raise UserError(f"judge.path: found the file {file}, expected a folder, a .safetensors or a .bin file")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception:  # whatever a stranger's pickle provokes; the message of torch advises to run its code
+    except Exception:  # a pickle may raise anything; torch's own message advises to run its code
         raise UserError(
             f"judge.path: {file} is no PyTorch file of tensors alone, or is damaged; nothing else is read from a .bin"
         ) from None
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise UserError(f"judge.path: {file} holds no state dict; found {_kind(state)}, expected names and tensors")
+        raise UserError(
+            f"judge.path: {file} holds no state dict; found {_described(state)}, expected names and tensors"
+        )
     return state
 
 
 def without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under the names of TimeConditionedCLIP, whether or not they had the prefix of the published ones."""
+    """Returns the tensors under TimeConditionedCLIP's names: the prefix of the published weights is removed."""
     if not all(name.startswith(PREFIX) for name in state):
         return state
     return {name.removeprefix(PREFIX): value for name, value in state.items()}
 
 
-def _read_json(file: Path, key: str = "judge.path") -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{key}: {file} cannot be read ({_line(error)})") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{key}: {file} holds {type(found).__name__}, expected an object")
-    return found
-
-
-def _kind(state: Any) -> str:
-    """What stands in a pickle instead of a state dict."""
+def _described(state: Any) -> str:
+    """Describes the contents of a pickle that is no state dict."""
     if not isinstance(state, dict):
         return type(state).__name__
     name, value = next((k, v) for k, v in state.items() if not (isinstance(k, str) and isinstance(v, Tensor)))
     return f"{type(value).__name__} under {name!r}"
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _some(names: Iterable[str], most: int = 20) -> str:
-    """The names, or the first of very many."""
+def _shortened(names: Iterable[str], limit: int = 20) -> str:
+    """Lists names; of very many, only the first `limit`."""
     names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,7 +1,7 @@
-"""What a step-aware preference model learns from preference pairs: its loss, and how often it is right.
+"""The loss of a step-aware preference model on preference pairs, and how often it agrees with their labels.
 
-No labels are made here: they come with the data or from data/pair_survey.py. Nor are there in-batch negatives, which
-the published code has but leaves switched off.
+Labels come with the data or from data/pair_scan.py. There are no in-batch negatives, which the published code has but
+leaves switched off.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .model import StepAwarePreferenceModel
 
 
 def preference_scores(judge: StepAwarePreferenceModel, pixels: Tensor, text: Tensor, t: Tensor) -> Tensor:
-    """Scores (2, N) of both images of each pair in one forward, with gradients.
+    """Scores both images of each pair in one forward, with gradients: (2, N).
 
     pixels (2, N, 3, S, S), normalised; text (N, E) from judge.encode; t (N,).
     """
@@ -23,7 +23,7 @@ def preference_scores(judge: StepAwarePreferenceModel, pixels: Tensor, text: Ten
 
 
 def preference_loss(scores: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weighted sum over the pairs of KL(labels || softmax(scores)): cross-entropy whose minimum is 0, ties included.
+    """Computes the weighted sum over pairs of KL(labels || softmax(scores)), whose minimum is 0, also for ties.
 
     scores, labels (2, N), labels of a pair sum to 1, a tie is 0.5 / 0.5; weights (N,), see `example_weights`. Returns
     the loss and, without gradient, `loss`, `accuracy` (of the pairs that are no ties) and `decided` (their number).
@@ -36,23 +36,23 @@ def preference_loss(scores: Tensor, labels: Tensor, weights: Tensor) -> tuple[Te
 
 
 def agreement(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(pairs whose preferred image scores higher, pairs that are no ties), as scalars. scores, labels (2, N)."""
+    """Counts pairs whose preferred image scores higher, and pairs that are no ties. scores, labels (2, N)."""
     decided = labels[0] != labels[1]
     right = decided & ((scores[0] - scores[1]) * (labels[0] - labels[1]) > 0)
     return right.sum(), decided.sum()
 
 
 def labels_of(batch: dict, device: torch.device) -> Tensor:
-    """(2, N) float32, of a batch of pairs."""
+    """Stacks the labels of a batch of pairs: (2, N) float32."""
     return torch.stack([batch["label_0"], batch["label_1"]]).float().to(device)
 
 
 def example_weights(num_examples: Tensor, ranks: Ranks) -> Tensor:
-    """1 / num_examples of each pair (N,), divided by the sum over all ranks and multiplied by their number.
+    """Computes 1 / num_examples of each pair (N,), divided by the sum over all ranks and multiplied by their number.
 
-    num_examples: how many training pairs have the prompt of this one, so that a prompt counts once however often it
-    occurs. Gradients are averaged over the ranks, hence the factor: the mean of the ranks' losses is the weighted mean
-    over all their pairs.
+    num_examples: how many training pairs share the pair's prompt; so each prompt has the same weight in total.
+    Gradients are averaged over the ranks, hence the factor: the mean of the ranks' losses is the weighted mean over
+    all their pairs.
     """
     weights = num_examples.float().reciprocal()
     total = weights.sum()

@@ -1,4 +1,4 @@
-"""The judge: a step-aware preference model that scores decoded predictions."""
+"""The judge is a step-aware preference model that scores decoded predictions against prompts."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from ..models.conditioning import Conditioning
 from . import files as judge_files
 from .candidates import Candidates
 from .clip import TimeConditionedCLIP
+from .pixels import scoring_pixels
 
-STEPLESS_T = 0  # what a judge that is never told the timestep is told instead, in training and in scoring
-ENCODED_AT_ONCE = 256
+STEPLESS_T = 0  # the timestep that a judge of kind spm_no_step always gets, in training and in scoring
+ENCODE_BATCH = 256  # prompts per forward of the text tower
 JUDGE_FILE = "judge.safetensors"  # in a checkpoint
 
 
@@ -49,22 +50,22 @@ class StepAwarePreferenceModel:
     ) -> StepAwarePreferenceModel:
         """Loads a judge, frozen and in float32, from any of the forms that judge/files.py reads.
 
-        rng (on the CPU) says that the judge is to be trained: then a plain CLIP will do, whose modulation starts as the
-        identity, with a timestep embedder drawn from rng. Without it a plain CLIP is a judge of kind pickscore alone.
-        Raises UserError naming what is missing or does not fit.
+        rng (on the CPU): given if the judge is to be trained. A plain CLIP is then accepted: its modulation starts as
+        the identity, its timestep embedder is drawn from rng. Without rng a plain CLIP is accepted only for kind
+        pickscore. Raises UserError that names what is missing or does not fit.
         """
         files = judge_files.load(judge, rng)
         clip = files.clip.to(device).freeze()
         return cls(clip, files.tokenizer, files.mean, files.std, judge.kind)
 
     def save(self, folder: Path) -> None:
-        """Writes a folder that `load` reads, with the kind of judge in it."""
+        """Writes a folder that `load` reads; it records the kind of judge."""
         self._needs_text_tower("saved")
         mean, std = self.mean.flatten().tolist(), self.std.flatten().tolist()
         judge_files.save(folder, judge_files.JudgeFiles(self.clip, self.tokenizer, mean, std), self.kind)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Normalised text features (N, E) of any number of prompts; over-long ones are cut."""
+        """Computes normalised text features (N, E) of N prompts; over-long prompts are truncated."""
         self._needs_text_tower("asked for text features")
         ids = self.tokenizer(
             list(prompts),
@@ -73,41 +74,31 @@ class StepAwarePreferenceModel:
             truncation=True,
             return_tensors="pt",
         ).input_ids.to(self.device)
-        features = torch.cat([self.clip.text_features(part) for part in ids.split(ENCODED_AT_ONCE)])
+        features = torch.cat([self.clip.text_features(part) for part in ids.split(ENCODE_BATCH)])
         return F.normalize(features, dim=-1)
 
     def release_text_tower(self) -> None:
-        """Gives back the text tower's memory once the features of all prompts are known; no encode or save after it."""
+        """Frees the text tower's memory; `encode` and `save` then raise RuntimeError."""
         self.clip.text_model = self.clip.text_projection = None
 
     def score(self, candidates: Candidates, cond: Conditioning) -> Tensor:
-        """Scores (K, B) of the images that k branches of B prompts will become; cond of these prompts."""
+        """Scores the predicted images of K branches of B prompts: (K, B); cond: the Conditioning of these prompts."""
         return self.score_images(candidates.images, cond.judge, candidates.t)
 
     @torch.no_grad()
     def score_images(self, images: Tensor, text: Tensor, t: float) -> Tensor:
-        """Scores (K, B) of images (K, B, 3, H, W) in [-1, 1] for text features (B, E) at training timestep t."""
+        """Scores images (K, B, 3, H, W) in [-1, 1] for text features (B, E) at training timestep t: (K, B)."""
         scores = self.compare(self.pixels(images.flatten(0, 1)), text.repeat(len(images), 1), t)
         return scores.view(images.shape[:2])
 
     def compare(self, pixels: Tensor, text: Tensor, t: Tensor | float) -> Tensor:
-        """Scores (N,) of normalised pixels (N, 3, S, S) and text features (N, E); t (N,), or one for all."""
+        """Scores normalised pixels (N, 3, S, S) and text features (N, E) at t, (N,) or one for all: (N,)."""
         image = F.normalize(self.clip.image_features(pixels, STEPLESS_T if self.kind == "spm_no_step" else t), dim=-1)
         return self.clip.logit_scale.exp() * (image * text).sum(-1)
 
     def pixels(self, images: Tensor) -> Tensor:
-        """Images (N, 3, H, W) in [-1, 1] -> normalised pixels (N, 3, S, S): short side to S, centre crop, clamp.
-
-        float16 images are resized in float16, as published, all others in float32; the pixels are float32.
-        """
-        height, width = images.shape[-2:]
-        ratio = self.size / min(height, width)
-        size = (int(height * ratio + 0.5), int(width * ratio + 0.5))
-        images = images if images.dtype == torch.float16 else images.float()
-        images = F.interpolate(images, size=size, mode="bicubic", align_corners=False)
-        top, left = round((size[0] - self.size) / 2), round((size[1] - self.size) / 2)
-        images = images[..., top : top + self.size, left : left + self.size]
-        return ((images / 2 + 0.5).clamp(0, 1).float() - self.mean) / self.std
+        """Converts images (N, 3, H, W) in about [-1, 1] to normalised pixels (N, 3, S, S) for scoring."""
+        return scoring_pixels(self, images)
 
     def _needs_text_tower(self, use: str) -> None:
         if self.clip.text_model is None:
@@ -116,7 +107,7 @@ class StepAwarePreferenceModel:
 
 @dataclass(frozen=True, slots=True)
 class TrainedJudge:
-    """A judge as what a run trains. Two checkpoints stay: with optimizer state, each has 12 GB for PickScore."""
+    """The Trainable of a run that trains a judge. The last two checkpoints are kept: each has 12 GB for PickScore."""
 
     judge: StepAwarePreferenceModel
     keep = 2
@@ -127,8 +118,8 @@ class TrainedJudge:
         save_file(state, folder / JUDGE_FILE)
 
     def load(self, folder: Path) -> None:
-        """Takes the weights that `save` wrote."""
+        """Loads the weights that `save` wrote."""
         self.judge.clip.load_state_dict(load_file(folder / JUDGE_FILE))
 
     def check(self, folder: Path) -> None:
-        """Nothing: the configuration, which resuming compares, says which judge it is."""
+        """Checks nothing: resuming compares the configuration, which says which judge it is."""

@@ -1,4 +1,4 @@
-"""PickScore's CLIP (ViT-H/14), of which the paper's judges are made, as its configuration file has it."""
+"""The configuration of PickScore's CLIP (ViT-H/14), from which the paper's judges were trained."""
 
 PICKSCORE = {
     "projection_dim": 1024,

@@ -1,8 +1,8 @@
-"""The base model as the user has it: a diffusers folder, a hub id or one checkpoint file; and its parts, loaded.
+"""Finds the base model that section `model` of a recipe names and loads its parts.
 
-What a recipe's section `model` says is found, recognised and turned into networks here. What they are used for is
-latent_diffusion.py's (text encoders, VAE, schedule) and policy.py's (UNet). Safetensors come first; a pickled file is
-read with weights_only, which runs no code of it; nothing else that a repository holds is ever run.
+The model is a diffusers folder, a hub id or one checkpoint file. Its text encoders, VAE and schedule are used in
+latent_diffusion.py, its UNet in policy.py. Safetensors are preferred; a pickled file is read with weights_only, which
+runs none of its code; no other code of a repository is ever run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ..config.training import ModelConfig
-from ..errors import UserError
+from ..errors import UserError, one_line
 from . import single_file
 from .families.base import Family
 from .families.find import family_of_file, family_of_folder
@@ -33,7 +33,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 KINDS = {  # text encoders are named by the family
     "unet": UNet2DConditionModel,
     "vae": AutoencoderKL,
-    "tiny_decoder": AutoencoderTiny,  # of no base model: rollout.decoder
+    "tiny_decoder": AutoencoderTiny,  # rollout.decoder, not a part of a base model
 }
 CONFIGS = (
     "model_index.json",
@@ -48,10 +48,10 @@ PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
-    """A base model found and recognised; nothing of it is in memory yet.
+    """A base model whose files and family are known; none of its weights are in memory yet.
 
-    folder: in diffusers format, with the configurations and tokenizers; file: the checkpoint with the weights, None
-    where they are in the folder. key: where the folder stands in the recipe, for messages.
+    folder: the folder in diffusers format with configurations and tokenizers; file: the checkpoint with the weights,
+    None if the folder has them. key: the configuration key that names the folder, for messages.
     """
 
     settings: ModelConfig
@@ -62,7 +62,7 @@ class BaseModel:
 
     @classmethod
     def find(cls, model: ModelConfig) -> BaseModel:
-        """Raises UserError, in one sentence that says what was found, for models of no family."""
+        """Finds the model that a recipe names. Raises UserError, which says what was found, for models of no family."""
         path = fetch(model.path, model.revision, "model.path", CONFIGS)
         if path.is_dir():
             if model.components is not None:
@@ -73,21 +73,21 @@ class BaseModel:
         _refuse_pickled(path, "model.path")
         family = family_of_file(path, "model.path", own_vae=model.vae is None)
         folder = _components(model, family)
-        found = family_of_folder(folder, "model.components")
-        if found.name != family.name:
+        components_family = family_of_folder(folder, "model.components")
+        if components_family.name != family.name:
             raise UserError(
-                f"model.components: {folder} is of family {found.name}, expected {family.name} as {path} is"
+                f"model.components: {folder} is of family {components_family.name}, expected {family.name} as {path} is"
             )
         return cls(model, family, folder, "model.components", path)
 
     def config(self, part: str) -> dict:
-        """The configuration of a part, such as `unet`."""
+        """Reads the configuration of a part, such as `unet`."""
         return read_config(self.folder, part, self.key)
 
     def part(self, name: str, dtype: torch.dtype) -> torch.nn.Module:
-        """The network `name` (unet, vae or a text encoder) in `dtype` on the CPU.
+        """Loads the network `name` (unet, vae or a text encoder) in `dtype` on the CPU.
 
-        Raises UserError where a tensor is lacking.
+        Raises UserError if a tensor is missing.
         """
         kind = network_kind(self.family, name)
         if self.file is not None:
@@ -99,20 +99,20 @@ class BaseModel:
         return [self.part(name, dtype) for name in self.family.text_encoders]
 
     def tokenizers(self) -> list[CLIPTokenizer]:
-        """One for each text encoder, cutting at what that one takes."""
+        """Loads one tokenizer per text encoder; each truncates at the length that its encoder takes."""
         return [self._tokenizer(name) for name in self.family.text_encoders]
 
     def scheduler(self) -> DDIMScheduler:
-        """DDIM with the betas and the prediction type that the model was trained with, whatever sampler it comes with.
+        """A DDIM scheduler with the betas and the prediction type of the model's training, whatever its sampler.
 
-        Of the sampler's own settings none is kept: timesteps are spaced as DDIMCoefficients says.
+        The sampler's other settings are ignored: timesteps are spaced as DDIMCoefficients says.
         """
-        said = single_file.prediction_of(self.file, "model.path") if self.file else {}
+        prediction = single_file.prediction_of(self.file, "model.path") if self.file else {}
         scheduler = _load_files(DDIMScheduler, self.folder, "scheduler", self.key)
-        return DDIMScheduler.from_config(scheduler.config, **said) if said else scheduler
+        return DDIMScheduler.from_config(scheduler.config, **prediction) if prediction else scheduler
 
     def vae(self, dtype: torch.dtype) -> AutoencoderKL:
-        """The VAE, model.vae where it is given; in float32 where it overflows in float16 and that is `dtype`."""
+        """Loads the VAE, model.vae if set, in `dtype`; in float32 if that is float16 and the VAE overflows there."""
         override = self.settings.vae
         path = fetch(override, None, "model.vae", ("config.json", "vae/config.json")) if override else None
         if path is not None and path.is_file():
@@ -128,13 +128,14 @@ class BaseModel:
         return load(self.family.vae_dtype(config, dtype))
 
     def zero_null(self) -> bool:
-        """Whether the empty prompt is all zeros instead of its encoding."""
+        """Whether the embedding of the empty prompt is all zeros instead of its encoding."""
         return self.family.zero_null(read_index(self.folder, self.key))
 
     def latent_shape(self, factor: int) -> tuple[int, int, int]:
-        """(C, h, w) of model.height and width, or of the model's own size; factor: pixels of a latent's side.
+        """Shape (C, h, w) of one latent for model.height and model.width, or for the model's own size.
 
-        Raises UserError where the UNet cannot halve it as often as it does.
+        factor: image pixels per latent pixel along a side. Raises UserError if the UNet cannot halve that size often
+        enough.
         """
         return latent_shape(self.settings, self.config("unet"), factor, self.folder)
 
@@ -164,12 +165,12 @@ class BaseModel:
 
 
 def latent_shape(model: ModelConfig, unet: dict, factor: int, source: Path | str) -> tuple[int, int, int]:
-    """As BaseModel.latent_shape, for the configuration of a UNet that `source` has."""
-    own, blocks = unet.get("sample_size"), len(unet.get("block_out_channels", range(4)))
-    own = own if isinstance(own, list) else [own, own]
+    """BaseModel.latent_shape for the UNet configuration `unet`; source: the model it belongs to, for messages."""
+    default_sides, blocks = unet.get("sample_size"), len(unet.get("block_out_channels", range(4)))
+    default_sides = default_sides if isinstance(default_sides, list) else [default_sides] * 2
     multiple = factor * 2 ** (blocks - 1)
     shape = []
-    for side, default in zip(("height", "width"), own, strict=True):
+    for side, default in zip(("height", "width"), default_sides, strict=True):
         pixels = getattr(model, side) or (default or 0) * factor
         if pixels == 0:
             raise UserError(f"model.{side}: null, but {source} does not say its own size; expected pixels")
@@ -180,9 +181,9 @@ def latent_shape(model: ModelConfig, unet: dict, factor: int, source: Path | str
 
 
 def load_unet(model: ModelConfig, device: torch.device) -> UNet2DConditionModel:
-    """The base model's UNet on `device`, in model.dtype, with its attention and gradient checkpointing as asked.
+    """Loads the base model's UNet on `device` in model.dtype, with model.attention and model.gradient_checkpointing.
 
-    diffusers' own attention is SDPA. Raises UserError where the UNet is missing or xformers cannot run.
+    diffusers' default attention is SDPA. Raises UserError if the UNet is missing or xformers cannot run.
     """
     if model.attention == "xformers":
         _check_xformers(device)
@@ -190,13 +191,14 @@ def load_unet(model: ModelConfig, device: torch.device) -> UNet2DConditionModel:
 
 
 def equip(unet: UNet2DConditionModel, model: ModelConfig) -> UNet2DConditionModel:
-    """Gives a UNet the attention and the gradient checkpointing that are asked for, in place, and returns it."""
+    """Sets model.attention and model.gradient_checkpointing on a UNet in place, and returns it. Raises UserError."""
     if model.attention == "xformers":
         try:
             unet.enable_xformers_memory_efficient_attention()
         except (ImportError, ValueError, RuntimeError) as error:
-            found = " ".join(str(error).split())
-            raise UserError(f"model.attention: xformers does not run on this GPU ({found}); expected sdpa") from None
+            raise UserError(
+                f"model.attention: xformers does not run on this GPU ({one_line(error)}); expected sdpa"
+            ) from None
     if model.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     return unet
@@ -210,25 +212,25 @@ def network_kind(family: Family, part: str) -> type[torch.nn.Module]:
 def load_network(
     kind: type[torch.nn.Module], path: str, revision: str | None, part: str, dtype: torch.dtype, key: str
 ) -> torch.nn.Module:
-    """The network of this class in folder `part` of a local folder or hub id.
+    """Loads a network of class `kind` from folder `part` of a local folder or hub id. key: its configuration key.
 
-    Of a hub id only one set of weights is downloaded. Raises UserError where a file or a tensor is lacking.
+    Of a hub id only one set of weights is downloaded. Raises UserError if a file or a tensor is missing.
     """
     text = issubclass(kind, transformers.PreTrainedModel)
-    folder, variant, safe = _weights(path, revision, part, key, text)
-    where = folder / part
+    model_folder, variant, safe = _weights(path, revision, part, key, text)
+    folder = model_folder / part
     options = {"variant": variant, "use_safetensors": safe, "local_files_only": True, "output_loading_info": True}
     options["dtype" if text else "torch_dtype"] = dtype  # two libraries, two names
     try:
-        model, found = kind.from_pretrained(where, **options)
+        model, report = kind.from_pretrained(folder, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        found = " ".join(str(error).split())
+        why = one_line(error)
         if not safe:
-            found = "its pickled weights are broken, or more than tensors and may run code; convert them to safetensors"
-        raise UserError(f"{key}: {where} cannot be loaded ({found})") from None
-    lacking = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
-    if lacking:
-        raise UserError(f"{key}: {where} lacks {len(lacking)} tensors, such as {lacking[0]}")
+            why = "its pickled weights are broken, or more than tensors and may run code; convert them to safetensors"
+        raise UserError(f"{key}: {folder} cannot be loaded ({why})") from None
+    missing_keys = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if missing_keys:
+        raise UserError(f"{key}: {folder} lacks {len(missing_keys)} tensors, such as {missing_keys[0]}")
     return model
 
 
@@ -240,10 +242,10 @@ def quiet_libraries() -> None:
 
 
 def _weights(path: str, revision: str | None, part: str, key: str, text: bool) -> tuple[Path, str | None, bool]:
-    """The local folder of `path` with one set of weights of a part, its variant, and whether it is safetensors."""
+    """Returns the local folder of `path` with one set of weights of a part, the variant, and if it is safetensors."""
     stem = "model" if text else "diffusion_pytorch_model"
     pickled = "pytorch_model" if text else stem
-    refused = None
+    first_error = None
     for variant, name, ending in (
         (None, stem, "safetensors"),
         ("fp16", stem, "safetensors"),
@@ -260,15 +262,15 @@ def _weights(path: str, revision: str | None, part: str, key: str, text: bool) -
         try:
             folder = fetch(path, revision, key, [*patterns, str(Path(part) / "config.json")])
         except UserError as error:  # without the network: of two sets of weights the other may have been fetched
-            refused = refused or error
+            first_error = first_error or error
             continue
         if any(next(folder.glob(pattern), None) for pattern in patterns):
             return folder, variant, ending == "safetensors"
-    raise refused or UserError(f"{key}: {folder / part} holds no weights; expected {stem}.safetensors")
+    raise first_error or UserError(f"{key}: {folder / part} holds no weights; expected {stem}.safetensors")
 
 
 def _components(model: ModelConfig, family: Family) -> Path:
-    """The folder with the configurations and tokenizers of a checkpoint file."""
+    """Finds the folder with the configurations and tokenizers for a checkpoint file."""
     if model.components:
         return fetch(model.components, None, "model.components", CONFIGS)
     try:
@@ -281,13 +283,13 @@ def _components(model: ModelConfig, family: Family) -> Path:
 
 
 def _load_files(kind: type, folder: Path, part: str, key: str):
-    """A tokenizer or scheduler of folder/part."""
+    """Loads a tokenizer or scheduler from folder/part."""
     if not (folder / part).is_dir():
         raise UserError(f"{key}: {folder} has no folder {part}/, which every model in diffusers format has")
     try:
         return kind.from_pretrained(folder / part, local_files_only=True)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"{key}: {folder / part} cannot be loaded ({' '.join(str(error).split())})") from None
+        raise UserError(f"{key}: {folder / part} cannot be loaded ({one_line(error)})") from None
 
 
 def _refuse_pickled(file: Path, key: str) -> None:

@@ -1,4 +1,4 @@
-"""What the models know of some prompts, as plain tensors; latent_diffusion.py and judge/model.py make them."""
+"""Embeddings of prompts as plain tensors; latent_diffusion.py and judge/model.py compute them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Conditioning(Rows):
 
     text (N, L, D): hidden states of the text encoder, or of two side by side; null (1, L, D): those of the empty
     prompt. judge (N, E): the judge's text features. Where the UNet takes them: pooled (N, P), null_pooled (1, P), and
-    time_ids (1, 6): original size, crop, target size. row (N,) int64: which of the texts that speed/text_kv.py keeps
-    belongs to each prompt; the empty prompt's is row 0.
+    time_ids (1, 6): original size, crop, target size. row (N,) int64: each prompt's row in the texts that
+    speed/text_kv.py caches; row 0 is the empty prompt's.
     """
 
     text: Tensor = rows()
@@ -29,7 +29,7 @@ class Conditioning(Rows):
     row: Tensor | None = rows(default=None)
 
     def unprompted(self) -> Conditioning:
-        """The empty prompt in place of each of the N."""
+        """Returns a copy in which each of the N prompts is replaced by the empty prompt."""
         changed = {"text": self.null.expand_as(self.text)}
         if self.pooled is not None:
             changed["pooled"] = self.null_pooled.expand_as(self.pooled)

@@ -1,7 +1,6 @@
-"""The frozen parts of a latent diffusion model around its UNet: text encoders, VAE, noise schedule.
+"""The frozen parts of a latent diffusion model around its UNet: text encoders, VAE and noise schedule.
 
-How a family of base models uses them stands in families/; how they are found and loaded, in base_model.py. The UNet
-belongs to policy.py.
+families/ says how each family of base models uses them, base_model.py finds and loads them. The UNet is in policy.py.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from .base_model import DTYPES, BaseModel
 from .conditioning import Conditioning
 from .families.base import Family
 
-BATCH = 64  # prompts per forward of the text encoders, which are asked for thousands at once
+BATCH = 64  # prompts per forward of the text encoders; `encode` may get thousands
 
 
 @dataclass(frozen=True, slots=True)
 class TextEncoding:
-    """How prompts become embeddings: a tokenizer for each encoder; zero_null: the empty prompt is all zeros."""
+    """Text encoders with a tokenizer each; zero_null: the empty prompt's embedding is all zeros."""
 
     tokenizers: Sequence[CLIPTokenizer] = ()
     encoders: Sequence[torch.nn.Module] = ()
@@ -36,9 +35,9 @@ class TextEncoding:
 
 
 class LatentDiffusion:
-    """Text encoders, VAE and noise schedule of a base model, frozen.
+    """Text encoders, VAE and noise schedule of a base model, all frozen.
 
-    latent_shape: (C, h, w) of one latent; factor: pixels of a latent's side.
+    latent_shape: (C, h, w) of one latent; factor: image pixels per latent pixel along a side.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class LatentDiffusion:
         latent_shape: tuple[int, int, int],
         decode_rows: int | None = None,
     ):
-        """decode_rows: latents decoded at once; None is all of them."""
+        """decode_rows: how many latents are decoded at once; None means all."""
         self.family = family
         self.tokenizers = list(text.tokenizers)
         self.text_encoders = [encoder.eval().requires_grad_(False) for encoder in text.encoders]
@@ -64,7 +63,7 @@ class LatentDiffusion:
 
     @classmethod
     def load(cls, model: ModelConfig, device: torch.device) -> LatentDiffusion:
-        """Loads what section `model` of a recipe names. Raises UserError where a part is missing or of another kind."""
+        """Loads the model of section `model`. Raises UserError if a part is missing or of another kind."""
         base, dtype = BaseModel.find(model), DTYPES[model.dtype]
         tokenizers, scheduler, vae = base.tokenizers(), base.scheduler(), base.vae(dtype)
         latent_shape = base.latent_shape(pixels_per_latent(vae))
@@ -73,42 +72,42 @@ class LatentDiffusion:
         return cls(base.family, text, vae.to(device), scheduler, latent_shape, model.decode_rows)
 
     def schedule(self, num_steps: int, eta: float, guidance: float) -> Schedule:
-        """The DDIM schedule of this base model, whatever sampler it comes with."""
+        """Builds the DDIM schedule of this base model; the sampler that its files name is ignored."""
         return ddim_schedule(self.scheduler, num_steps, eta, guidance, self.device)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], onto: torch.device | None = None) -> Conditioning:
-        """Embeddings of the prompts and of the empty prompt (the negative one), on the device.
+        """Encodes the prompts and the empty prompt (the negative one) on the device.
 
-        Which states of the text encoders they are, the family says. Over-long prompts are cut as the tokenizer does,
-        with one warning. onto: another device, to which embeddings go batch by batch, as those of thousands take
-        gigabytes.
+        The family says which hidden states are used. Over-long prompts are truncated by the tokenizer, with one
+        warning. onto: a device to which the embeddings are moved batch by batch, because those of thousands of prompts
+        take gigabytes. Raises RuntimeError after release_text_encoders.
         """
         if not self.text_encoders:
             raise RuntimeError("the text encoders have been released: encode all prompts before")
-        self._warn_of_cuts(prompts)
-        batches = [self._states(prompts[i : i + BATCH], onto) for i in range(0, len(prompts), BATCH)]
+        self._warn_of_truncation(prompts)
+        batches = [self._encode_batch(prompts[i : i + BATCH], onto) for i in range(0, len(prompts), BATCH)]
         text, pooled = (torch.cat(column) if column[0] is not None else None for column in zip(*batches, strict=True))
         if self.zero_null:
             null, null_pooled = (None if value is None else torch.zeros_like(value[:1]) for value in (text, pooled))
         else:
-            null, null_pooled = self._states([""], onto)
+            null, null_pooled = self._encode_batch([""], onto)
         time_ids = self.family.time_ids(*(side * self.factor for side in self.latent_shape[1:]))
         if time_ids is not None:
             time_ids = torch.tensor([time_ids], dtype=text.dtype, device=self.device)
         return Conditioning(text, null, pooled=pooled, null_pooled=null_pooled, time_ids=time_ids)
 
     def release_text_encoders(self) -> None:
-        """Lets go of the text encoders and their memory; `encode` is not possible any more."""
+        """Frees the text encoders and their memory; `encode` then raises RuntimeError."""
         self.text_encoders = []
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (..., C, h, w) -> images (..., 3, H, W) of the VAE's type, about [-1, 1] and not clamped."""
+        """Decodes latents (..., C, h, w) to images (..., 3, H, W) of the VAE's type, about [-1, 1] and not clamped."""
         return decode_in_parts(self.vae, latents.to(self.vae.dtype) / self.vae.config.scaling_factor, self.decode_rows)
 
-    def _states(self, prompts: Sequence[str], onto: torch.device | None) -> tuple[Tensor, Tensor | None]:
-        """Hidden states (N, L, D) of some prompts and, where the UNet takes it, their pooled text (N, P)."""
+    def _encode_batch(self, prompts: Sequence[str], onto: torch.device | None) -> tuple[Tensor, Tensor | None]:
+        """Returns hidden states (N, L, D) of N prompts and their pooled text (N, P), None if the UNet takes none."""
         outputs = []
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
             ids = tokenizer(
@@ -122,20 +121,20 @@ class LatentDiffusion:
         text, pooled = self.family.states(outputs)
         return text.to(onto), None if pooled is None else pooled.to(onto)
 
-    def _warn_of_cuts(self, prompts: Sequence[str]) -> None:
+    def _warn_of_truncation(self, prompts: Sequence[str]) -> None:
         tokenizer = self.tokenizers[0]
         limit = tokenizer.model_max_length
         lengths = map(len, tokenizer(list(prompts), verbose=False).input_ids)
-        cut = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length > limit]
-        if cut:
+        truncated = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length > limit]
+        if truncated:
             warn(
-                f"{len(cut)} of {len(prompts)} prompts have more than {limit} tokens, and what is past them is not "
-                f"read, as in {shorten(cut[0], 100, placeholder=' ...')!r}"
+                f"{len(truncated)} of {len(prompts)} prompts have more than {limit} tokens, and what is past them "
+                f"is not read, as in {shorten(truncated[0], 100, placeholder=' ...')!r}"
             )
 
 
 def decode_in_parts(decoder: AutoencoderKL | AutoencoderTiny, latents: Tensor, rows: int | None) -> Tensor:
-    """Latents (..., C, h, w) as the decoder takes them -> images (..., 3, H, W), at most `rows` at once; None: all."""
+    """Decodes latents (..., C, h, w) to images (..., 3, H, W), at most `rows` at once; None means all."""
     flat = latents.flatten(0, -4)
     parts = [decoder.decode(part).sample for part in flat.split(rows or len(flat))]
     images = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -143,5 +142,5 @@ def decode_in_parts(decoder: AutoencoderKL | AutoencoderTiny, latents: Tensor, r
 
 
 def pixels_per_latent(vae: AutoencoderKL) -> int:
-    """Pixels of one latent's side: 8 in the full-size models."""
+    """Image pixels per latent pixel along a side: 8 in the full-size models."""
     return 2 ** (len(vae.config.block_out_channels) - 1)

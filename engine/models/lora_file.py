@@ -1,10 +1,10 @@
-"""LoRA files: low-rank updates by the names of a UNet's layers, read and written in the two formats that programs open.
+"""Reads and writes LoRA files, low-rank updates by the names of a UNet's layers, in two formats.
 
 diffusers: `unet.<layer>.lora.down.weight`, for `pipeline.load_lora_weights`; alpha stands in the header.
 kohya: `lora_unet_<layer with _ for .>.lora_down.weight` with an `.alpha` beside it, for ComfyUI, A1111 and diffusers.
 Both name the layers of a UNet as diffusers does; ComfyUI and A1111 know these names beside their own.
 (One exception: add_embedding, which attention LoRAs do not touch, goes by kohya's name in ComfyUI alone.)
-What the layers are and how they train is policy.py's.
+Which layers have a LoRA and how it trains is policy.py's business.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config.training import Config
-from ..errors import UserError
+from ..errors import UserError, one_line
 from .families.base import Family
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
@@ -35,7 +35,7 @@ Format = Literal["diffusers", "kohya"]
 TOP = "down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding"
 DIFFUSERS_NAME = re.compile(rf"(?:unet\.)?((?:{TOP})\b.*)\.(lora\.down|lora\.up|lora_A|lora_B)\.weight")
 KOHYA_NAME = re.compile(rf"lora_unet_((?:{TOP})_[^.]+|conv_in|conv_out)\.(lora_down\.weight|lora_up\.weight|alpha)")
-# Where kohya's `_` is part of a word of the layer's name, and not a dot of it.
+# Parts of layer names in which kohya's `_` is a `_` and does not stand for a dot.
 WORDS = re.compile(
     rf"({TOP}|transformer_blocks|to_q|to_k|to_v|to_out|proj_in|proj_out|conv_shortcut|time_emb_proj|linear_1|linear_2)|_"
 )
@@ -44,9 +44,10 @@ DOWN, UP = ("lora.down", "lora_A", "lora_down.weight"), ("lora.up", "lora_B", "l
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """What a LoRA adds to each layer's weight: alpha / rank * up @ down.
+    """A LoRA adds alpha / rank * up @ down to each layer's weight.
 
-    By layer: down (rank, in) or (rank, in, h, w); up (out, rank) or (out, rank, 1, 1); alpha. facts: the file's header.
+    down (rank, in) or (rank, in, h, w), up (out, rank) or (out, rank, 1, 1) and alpha are keyed by layer name. facts:
+    entries of the file's header.
     """
 
     down: dict[str, Tensor]
@@ -56,33 +57,33 @@ class Lora:
 
     @classmethod
     def of_state(cls, state: Mapping[str, Tensor], alpha: float, facts: Mapping[str, str]) -> Lora:
-        """From PEFT's names, one alpha for all layers."""
+        """Builds a LoRA from tensors under PEFT's names, with one alpha for all layers."""
         down = {name.removesuffix(".lora_A.weight"): value for name, value in state.items() if ".lora_A." in name}
         return cls(
             down, {layer: state[f"{layer}.lora_B.weight"] for layer in down}, dict.fromkeys(down, float(alpha)), facts
         )
 
     def state(self) -> dict[str, Tensor]:
-        """The tensors under PEFT's names."""
+        """Returns the tensors under PEFT's names."""
         down = {f"{layer}.lora_A.weight": value for layer, value in self.down.items()}
         return down | {f"{layer}.lora_B.weight": value for layer, value in self.up.items()}
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Rank by layer."""
+        """The rank of each layer's LoRA."""
         return {layer: len(value) for layer, value in self.down.items()}
 
     def delta(self, layer: str) -> Tensor:
-        """What is added to the layer's weight (out, in, ...), in float32."""
+        """Computes what the LoRA adds to a layer's weight: (out, in, ...) in float32."""
         up, down = self.up[layer].float().flatten(1), self.down[layer].float()
         return (self.alpha[layer] / len(down) * up @ down.flatten(1)).unflatten(1, down.shape[1:])
 
 
 def facts(config: Config, family: Family, iteration: int) -> dict[str, str]:
-    """What a LoRA's header says of where it comes from; family: of the base model.
+    """Header entries that say which base model, recipe and iteration a LoRA comes from; family: of the base model.
 
-    Beside strop's own keys, those by which user interfaces sort LoRAs: kohya's `ss_` and Stability's `modelspec.`
-    (github.com/Stability-AI/ModelSpec).
+    Besides strop's own keys these are the keys by which user interfaces sort LoRAs: kohya's `ss_` and Stability's
+    `modelspec.` (github.com/Stability-AI/ModelSpec).
     """
     model = config.model
     return {
@@ -103,17 +104,17 @@ def facts(config: Config, family: Family, iteration: int) -> dict[str, str]:
 
 
 def read(file: Path) -> Lora:
-    """A LoRA file of either format, told by its names. Raises UserError where it is none, or of another kind."""
+    """Reads a LoRA file; tensor names tell its format. Raises UserError if it is not a LoRA that strop can read."""
     try:
         with safe_open(file, framework="pt") as opened:
             header = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
         adapter = json.loads(header.pop(ADAPTER, "{}"))
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as a LoRA ({error}); expected a safetensors file") from None
+        raise UserError(f"{file} cannot be read as a LoRA ({one_line(error)}); expected a safetensors file") from None
     down, up, alpha = {}, {}, {}
     for name, value in tensors.items():
-        layer, part = _place(name)
+        layer, part = _layer_and_part(name)
         if part == "alpha":
             alpha[layer] = value.item()
         elif part in UP:
@@ -130,15 +131,15 @@ def read(file: Path) -> Lora:
         if layer not in down or layer not in up or down[layer].shape[0] != up[layer].shape[1]:
             raise UserError(f"{file} is no whole LoRA: the two factors of {layer} are not both there, or do not fit")
     if not down or adapter.get("unet.use_rslora"):
-        found = "it scales by the root of the rank (rsLoRA)" if down else "it holds no tensors"
-        raise UserError(f"{file} is no LoRA that strop reads: {found}")
+        why = "it scales by the root of the rank (rsLoRA)" if down else "it holds no tensors"
+        raise UserError(f"{file} is no LoRA that strop reads: {why}")
     header.pop("format", None)
     return Lora(down, up, {layer: alpha.get(layer, _alpha(layer, adapter, len(down[layer]))) for layer in down}, header)
 
 
 def write(lora: Lora, file: Path, form: Format, dtype: torch.dtype = torch.float32) -> Path:
-    """Writes `file`, making its folder. float32, the default, keeps what was trained bit for bit."""
-    rank, alpha = _commonest(lora.ranks), _commonest(lora.alpha)
+    """Writes a LoRA to `file`, whose folder is created. float32, the default, keeps the trained weights bit for bit."""
+    rank, alpha = _most_common(lora.ranks), _most_common(lora.alpha)
     header = {
         **lora.facts,
         "format": "pt",
@@ -173,25 +174,25 @@ def write(lora: Lora, file: Path, form: Format, dtype: torch.dtype = torch.float
 
 
 def kohya_name(layer: str) -> str:
-    """kohya's name of a layer, such as lora_unet_mid_block_attentions_0_proj_in."""
+    """Converts a layer's name to kohya's, such as lora_unet_mid_block_attentions_0_proj_in."""
     return f"lora_unet_{layer.replace('.', '_')}"
 
 
-def _place(name: str) -> tuple[str, str]:
-    """(layer, part) of a tensor's name; ("", "") where it is of neither format."""
-    if found := DIFFUSERS_NAME.fullmatch(name):
-        return found[1], found[2]
-    if found := KOHYA_NAME.fullmatch(name):
-        return WORDS.sub(lambda word: word[1] or ".", found[1]), found[2]
+def _layer_and_part(name: str) -> tuple[str, str]:
+    """Splits a tensor's name into (layer, part); ("", "") if it is of neither format."""
+    if match := DIFFUSERS_NAME.fullmatch(name):
+        return match[1], match[2]
+    if match := KOHYA_NAME.fullmatch(name):
+        return WORDS.sub(lambda word: word[1] or ".", match[1]), match[2]
     return "", ""
 
 
 def _alpha(layer: str, adapter: Mapping, rank: int) -> float:
-    """A layer's alpha by diffusers' header, whose patterns are PEFT's; without one it is the rank, a scale of 1."""
+    """A layer's alpha in diffusers' header, whose patterns are PEFT's; without a header, the rank (a scale of 1)."""
     patterns = adapter.get("unet.alpha_pattern", {}).items()
-    fitting = (value for pattern, value in patterns if re.fullmatch(rf"(.*\.)?({pattern})", layer))
-    return float(next(fitting, adapter.get("unet.lora_alpha", rank)))
+    matching = (value for pattern, value in patterns if re.fullmatch(rf"(.*\.)?({pattern})", layer))
+    return float(next(matching, adapter.get("unet.lora_alpha", rank)))
 
 
-def _commonest(by_layer: Mapping[str, float]) -> float:
+def _most_common(by_layer: Mapping[str, float]) -> float:
     return Counter(by_layer.values()).most_common(1)[0][0]

@@ -1,4 +1,4 @@
-"""What the files of a model say before any weights are read: configurations in JSON, and the head of a checkpoint."""
+"""Reads what a model's files say without their weights: JSON configurations and the header of a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 
 
 def read_config(folder: Path, part: str, key: str) -> dict:
-    """The JSON configuration of one part of a model folder. key: where the folder stands in the recipe.
+    """Reads the JSON configuration of one part of a model folder. key: the configuration key that names the folder.
 
-    Raises UserError where there is none.
+    Raises UserError if the folder has no such part or file.
     """
     if not (folder / part).is_dir():
         raise UserError(f"{key}: {folder} has no folder {part}/, which every model in diffusers format has")
@@ -24,26 +24,29 @@ def read_config(folder: Path, part: str, key: str) -> dict:
 
 
 def read_index(folder: Path, key: str) -> dict:
-    """model_index.json of a model folder; empty where it has none. Raises UserError where it is no JSON."""
+    """Reads model_index.json of a model folder; returns {} if there is none. Raises UserError if it is not JSON."""
     file = folder / "model_index.json"
     return read_json(file, key) if file.is_file() else {}
 
 
 def read_json(file: Path, key: str) -> dict:
-    """The JSON object in a file. Raises UserError where there is none."""
+    """Reads a file that holds a JSON object. key: the configuration key at fault, for messages.
+
+    Raises UserError if the file cannot be read, is not JSON, or holds another kind of value.
+    """
     try:
-        config = json.loads(file.read_text())
+        value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{key}: {file} is no JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{key}: {file} holds no JSON object")
-    return config
+        raise UserError(f"{key}: {file} cannot be read as JSON ({one_line(error)})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{key}: {file} holds a JSON {type(value).__name__}, expected an object")
+    return value
 
 
 def read_shapes(file: Path, key: str) -> dict[str, list[int]]:
-    """The shape of every tensor of a .safetensors file, from its header. Raises UserError where it is none."""
+    """Returns tensor shapes by name from the header of a .safetensors file. Raises UserError if it is not one."""
     try:
         with safe_open(file, "pt") as tensors:
             return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{key}: {file} is no .safetensors file ({error})") from None
+        raise UserError(f"{key}: {file} is no .safetensors file ({one_line(error)})") from None

@@ -1,7 +1,7 @@
-"""One .safetensors checkpoint in the key format of the original code: each of its parts as a network.
+"""Loads the parts of one .safetensors checkpoint in the key format of the original Stable Diffusion code.
 
-The conversion of keys is diffusers'. A part reads its own tensors only, so that the file is read once in all. What a
-checkpoint does not hold (configurations, tokenizers, the noise schedule) comes from a folder in diffusers format.
+diffusers converts the keys. Each part reads only its own tensors, so the file is read once in total. What a checkpoint
+does not hold (configurations, tokenizers, the noise schedule) comes from a folder in diffusers format.
 """
 
 from __future__ import annotations
@@ -14,52 +14,51 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError, create
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from .families.find import holds
 from .families.shared import VAE_PREFIX
 from .model_files import read_shapes
 
-BROKEN = (OSError, ValueError, RuntimeError, LookupError, AttributeError)  # what a conversion stumbles over
+CONVERSION_ERRORS = (OSError, ValueError, RuntimeError, LookupError, AttributeError)
 
 
 def prediction_of(file: Path, key: str) -> dict:
-    """What a checkpoint itself says of its training, as scheduler options: some v-prediction models are marked so."""
+    """Returns the scheduler options that a checkpoint's marker tensors ask for: some v-prediction models carry them."""
     marks = read_shapes(file, key).keys() & {"v_pred", "ztsnr"}
-    said = {"prediction_type": "v_prediction"} if "v_pred" in marks else {}
-    return said | ({"rescale_betas_zero_snr": True} if "ztsnr" in marks else {})
+    options = {"prediction_type": "v_prediction"} if "v_pred" in marks else {}
+    return options | ({"rescale_betas_zero_snr": True} if "ztsnr" in marks else {})
 
 
 def load_from_file(
     kind: type, file: Path, prefix: str, configured: Path, dtype: torch.dtype, key: str
 ) -> torch.nn.Module:
-    """A network `kind` of the tensors under `prefix`, configured as in the folder of a model's part.
+    """Loads a network of class `kind` from the tensors under `prefix`, configured as in the folder `configured`.
 
-    Raises UserError where a tensor is lacking. An empty prefix takes all tensors, which may then be
-    in diffusers' own key format too.
+    An empty prefix takes all tensors, which may then also be in diffusers' own key format. Raises UserError if a
+    tensor is missing or the tensors are of another architecture.
     """
     folder, part = configured.parent, configured.name
     options = {"config": str(folder), "subfolder": part, "torch_dtype": dtype, "local_files_only": True}
-    lacking = UserError(f"{key}: {file} lacks tensors of the {part} that is configured in {folder}")
+    incomplete = UserError(f"{key}: {file} lacks tensors of the {part} that is configured in {folder}")
     try:
         state = _tensors(file, prefix)
         if part.startswith("text_encoder"):
             model = create_diffusers_clip_model_from_ldm(kind, checkpoint=state, **options)
         else:
             model = kind.from_single_file(state, **options)
-    except NotImplementedError:  # of moving a tensor that got no data
-        raise lacking from None
-    except (*BROKEN, SingleFileComponentError, SafetensorError) as error:
-        found = " ".join(str(error).split())
-        raise UserError(f"{key}: {file} holds no {part} of the architecture in {folder} ({found})") from None
+    except NotImplementedError:  # raised when a tensor without data is moved
+        raise incomplete from None
+    except (*CONVERSION_ERRORS, SingleFileComponentError, SafetensorError) as error:
+        raise UserError(f"{key}: {file} holds no {part} of the architecture in {folder} ({one_line(error)})") from None
     if any(tensor.is_meta for tensor in model.state_dict().values()):
-        raise lacking
+        raise incomplete
     return model
 
 
 def vae_of_file(file: Path, folder: Path, dtype: torch.dtype, key: str) -> AutoencoderKL:
-    """The VAE of a .safetensors file that holds a VAE alone or a whole checkpoint, configured as folder/vae."""
-    whole = holds(read_shapes(file, key), VAE_PREFIX)
-    return load_from_file(AutoencoderKL, file, VAE_PREFIX if whole else "", folder / "vae", dtype, key)
+    """Loads the VAE of a .safetensors file, a VAE alone or a whole checkpoint, configured as in folder/vae."""
+    is_checkpoint = holds(read_shapes(file, key), VAE_PREFIX)
+    return load_from_file(AutoencoderKL, file, VAE_PREFIX if is_checkpoint else "", folder / "vae", dtype, key)
 
 
 def _tensors(file: Path, prefix: str) -> dict[str, Tensor]:

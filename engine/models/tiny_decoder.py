@@ -1,6 +1,6 @@
-"""The judge's eyes at a tenth of the price: an AutoencoderTiny (TAESD) that decodes latents in place of the VAE.
+"""Decodes latents for the judge with an AutoencoderTiny (TAESD), at about a tenth of the cost of the VAE.
 
-Only rollouts use it, where the recipe says so; what a person sees, and the evaluation, is decoded by the VAE.
+Only rollouts use it, if rollout.decoder names one; the VAE decodes evaluation images and all that a person sees.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ class TinyDecoder:
     """A frozen AutoencoderTiny with the `decode` of LatentDiffusion."""
 
     def __init__(self, network: AutoencoderTiny, decode_rows: int | None = None):
-        """decode_rows: latents decoded at once; None is all of them."""
+        """decode_rows: how many latents are decoded at once; None means all."""
         self.network = network.eval().requires_grad_(False)
         self.decode_rows = decode_rows
 
     @classmethod
     def load(cls, path: str, dtype: str, diffusion: LatentDiffusion) -> TinyDecoder:
-        """That of a folder or hub id, in `dtype` on the device of the base model, whose VAE it stands in for.
+        """Loads the network of a folder or hub id in `dtype`, on the device of the base model `diffusion`.
 
-        Raises UserError where it is another kind of network or makes images of another size.
+        Raises UserError if it is another kind of network or makes images of another size than the model's VAE.
         """
         folder = fetch(path, None, "rollout.decoder", ("config.json",))
         if not folder.is_dir():
@@ -48,7 +48,7 @@ class TinyDecoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (..., C, h, w) as the UNet sees them -> images (..., 3, H, W) of its type, about [-1, 1].
+        """Decodes latents (..., C, h, w) as the UNet sees them to images (..., 3, H, W) of its type, about [-1, 1].
 
         An AutoencoderTiny takes scaled latents: they are not divided by the VAE's scaling factor.
         """

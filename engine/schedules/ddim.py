@@ -1,4 +1,4 @@
-"""The schedule of stochastic DDIM."""
+"""Builds the schedule of stochastic DDIM."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 def ddim_schedule(
     scheduler: DDIMScheduler, num_steps: int, eta: float, guidance: float, device: torch.device | str
 ) -> Schedule:
-    """That of the betas and the prediction type of a scheduler, with "leading" spacing as published.
+    """Builds the schedule from a scheduler's betas and prediction type, with "leading" spacing as published.
 
-    A steps_offset of 0 becomes 1: from t = 0 the last step would have no noise, and so no density.
+    A steps_offset of 0 becomes 1: a last step from t = 0 would have no noise, and so no density.
     """
     config = scheduler.config
     offset = max(1, config.steps_offset)

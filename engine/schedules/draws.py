@@ -1,6 +1,6 @@
-"""Random draws of a rollout: from a torch.Generator, or recorded ones played back in order.
+"""Random draws of a rollout, from a torch.Generator or from a recording.
 
-Wherever a rollout takes `rng`, it takes either. Nothing else in strop draws from here.
+Wherever a rollout takes `rng`, it takes either. Nothing else in strop uses this module.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Replay:
-    """Recorded draws in place of a generator: each call gives the next one. Left over: `len(replay)`."""
+    """Recorded draws, used in place of a generator in the order of their recording; `len(replay)` are left."""
 
     def __init__(self, draws: Iterable[Tensor]):
         """draws: floating-point tensors for normal draws, integer tensors for choices, in the order of the rollout."""
@@ -22,7 +22,7 @@ class Replay:
         return len(self.draws)
 
     def next(self, shape: tuple[int, ...], floating: bool) -> Tensor:
-        """The next recorded draw in this shape. Raises ValueError where it is of another kind or size, or none is left.
+        """Returns the next recorded draw in this shape. Raises ValueError if its kind or size differs or none is left.
 
         A recording may group the same numbers otherwise: (K, B, ...) where (K * B, ...) is asked for.
         """
@@ -35,14 +35,14 @@ class Replay:
 
 
 def normal(shape: tuple[int, ...], rng: torch.Generator | Replay, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Standard normal numbers of this shape."""
+    """Draws standard normal numbers of this shape."""
     if isinstance(rng, Replay):
         return rng.next(shape, floating=True).to(device, dtype)
     return torch.randn(shape, generator=rng, device=device, dtype=dtype)
 
 
 def integers(high: int, count: int, rng: torch.Generator | Replay, device: torch.device) -> Tensor:
-    """`count` whole numbers of 0..high-1, uniformly: (count,) int64."""
+    """Draws `count` integers uniformly from 0..high-1: (count,) int64."""
     if isinstance(rng, Replay):
         return rng.next((count,), floating=False).to(device)
     return torch.randint(0, high, (count,), generator=rng, device=device)

@@ -1,7 +1,7 @@
-"""A schedule: which timestep a step index stands for, and the things one does at a step.
+"""A schedule maps step indices to timesteps and computes what happens at a step.
 
-It holds the numbers (a table of coefficients, guidance) and hands them to strop.kernels; it draws noise, but never
-calls a model. Which table it is, is the sampler's: ddim.py makes DDIM's.
+It holds a table of coefficients and the guidance scale and passes them to strop.kernels; it draws noise, but never
+calls a model. ddim.py builds the table of DDIM.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from .draws import Replay, normal
 
 
 class Schedule:
-    """A sampler of Gaussian steps, each of which is five numbers (strop.kernels: DDIMCoefficients).
+    """A sampler of Gaussian steps, each given by five numbers (strop.kernels: DDIMCoefficients).
 
-    `step` is an index 0..num_steps-1, an int or an (N,) int64 tensor; `t[step]` is the training timestep it stands for,
-    a whole number or not, with t[num_steps] = 0 for the clean latent. `eps` is the model output (G, N, C, H, W): G = 2
-    is the halves without and with the prompt, combined by `guidance`; G = 1 is used as it is. Inside, arithmetic is
-    float32 or wider.
+    `step` is an index 0..num_steps-1, an int or an (N,) int64 tensor; `t[step]` is its training timestep, an int
+    or a float, with t[num_steps] = 0 for the clean latent. `eps` is the model output (G, N, C, H, W): G = 2 are
+    the halves without and with the prompt, combined by `guidance`; G = 1 is used directly. Arithmetic is in float32 or
+    wider.
     """
 
     def __init__(self, coefficients: DDIMCoefficients, guidance: float, device: torch.device | str = "cpu"):
@@ -32,43 +32,43 @@ class Schedule:
 
     @property
     def guided(self) -> bool:
-        """Whether predictions have both guidance halves; a scale of 1 needs the one with the prompt alone."""
+        """Whether predictions need both guidance halves; a scale of 1 needs only the half with the prompt."""
         return self.guidance != 1
 
     def timesteps(self, step: int | Tensor, rows: int) -> Tensor:
-        """(rows,) int64 training timesteps."""
+        """Returns the training timesteps of `rows` rows at a step: (rows,) int64."""
         return self._t[step].expand(rows)
 
     def steps_within(self, low: int, high: int) -> range:
-        """Indices of the steps whose training timestep lies in [low, high]; they follow one another."""
+        """Returns the consecutive step indices whose training timesteps lie in [low, high]."""
         inside = [step for step, t in enumerate(self.t[:-1]) if low <= t <= high]
         return range(inside[0], inside[-1] + 1) if inside else range(0)
 
     def prior(self, shape: tuple[int, ...], rng: torch.Generator | Replay) -> Tensor:
-        """Standard normal latents of this shape, the start of every trajectory."""
+        """Draws standard normal latents of this shape, the start of every trajectory."""
         return normal(shape, rng, self.device, torch.float32)
 
     def x0_hat(self, x: Tensor, eps: Tensor, step: int | Tensor) -> Tensor:
-        """Predicted clean latents. x (N, C, H, W), eps (G, N, C, H, W) -> (N, C, H, W)."""
+        """Predicts clean latents. x (N, C, H, W), eps (G, N, C, H, W) -> (N, C, H, W)."""
         return ddim_x0_hat(x, *self._halves(eps), self.guidance, self._coefficients(step, len(x)))
 
     def branch(self, x: Tensor, eps: Tensor, step: int | Tensor, k: int, rng: torch.Generator | Replay) -> Tensor:
-        """k draws from p(x_{t-1} | x_t) for each row. x (N, C, H, W), eps (G, N, C, H, W) -> (k, N, C, H, W)."""
+        """Draws k samples of p(x_{t-1} | x_t) for each row. x (N, C, H, W), eps (G, N, C, H, W) -> (k, N, C, H, W)."""
         noise = normal((k, *x.shape), rng, x.device, x.dtype)
         branches, _ = ddim_branch(x, *self._halves(eps), self.guidance, self._coefficients(step, len(x)), noise)
         return branches
 
     def mean(self, x: Tensor, eps: Tensor, step: int | Tensor) -> Tensor:
-        """The deterministic step: mean of p(x_{t-1} | x_t). x (N, C, H, W), eps (G, N, C, H, W) -> (N, C, H, W)."""
-        nothing = x.new_zeros((1, *x.shape))
-        return ddim_branch(x, *self._halves(eps), self.guidance, self._coefficients(step, len(x)), nothing)[0][0]
+        """Computes the mean of p(x_{t-1} | x_t). x (N, C, H, W), eps (G, N, C, H, W) -> (N, C, H, W)."""
+        no_noise = x.new_zeros((1, *x.shape))
+        return ddim_branch(x, *self._halves(eps), self.guidance, self._coefficients(step, len(x)), no_noise)[0][0]
 
     def log_prob(self, x_prev: Tensor, x_t: Tensor, eps: Tensor, step: Tensor) -> Tensor:
-        """Log-densities (S, N) of S latents a row: x_prev (S, N, C, H, W), x_t (R, N, ...), eps (G, R, N, ...)."""
+        """Computes log-densities (S, N): x_prev (S, N, C, H, W), x_t (R, N, ...), eps (G, R, N, ...)."""
         return ddim_log_prob(x_prev, x_t, *self._halves(eps), self.guidance, self._coefficients(step, x_t.shape[1]))
 
     def log_ratio(self, x_prev: Tensor, x_t: Tensor, eps: Tensor, eps_ref: Tensor, step: Tensor) -> Tensor:
-        """log_prob under eps minus log_prob under eps_ref (S, N), without the digits lost by subtracting the two.
+        """Computes log_prob under eps minus log_prob under eps_ref (S, N), more exactly than by subtraction.
 
         Differentiable in eps alone; shapes as for log_prob, eps_ref like eps.
         """
@@ -79,5 +79,5 @@ class Schedule:
         return (None, eps[0]) if len(eps) == 1 else (eps[0], eps[1])
 
     def _coefficients(self, step: int | Tensor, rows: int) -> Tensor:
-        chosen = self._table[:, step]  # (5,) or (5, N)
-        return chosen.unsqueeze(-1).expand(-1, rows) if chosen.ndim == 1 else chosen
+        columns = self._table[:, step]  # (5,) or (5, N)
+        return columns.unsqueeze(-1).expand(-1, rows) if columns.ndim == 1 else columns

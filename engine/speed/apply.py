@@ -1,10 +1,9 @@
-"""What a recipe says of the machine's speed, done to the loaded models: section `model`, keys that change no result.
+"""Applies the speed keys of section `model` to loaded networks.
 
-Every one of them leaves the numbers as they are but for rounding; with tf32 that is to ten bits in the judge, as
-published. The compiler's cache is PyTorch's own, which it keeps between runs where TORCHINDUCTOR_CACHE_DIR says, or in
-the system's folder for temporary files. What saves work in the order of things (rows at once, keys and values of the
-text, shared guidance halves, a merged LoRA) stands where that order is: models/, text_kv.py, shared_halves.py,
-merged_lora.py.
+Each key changes numbers only by rounding; tf32 rounds to ten bits, in the judge, as published. PyTorch keeps compiled
+code between runs in TORCHINDUCTOR_CACHE_DIR, or in the system's folder for temporary files. Savings that depend on the
+order of computations (rows per forward, text keys and values, shared guidance halves, a merged LoRA) are applied in
+models/policy.py and models/latent_diffusion.py.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from .lora_linear import make_loras_lean
 from .residual import make_residuals_lean
 from .upsample import fold_upsamplers
 
-GRAPHS = 64  # of one network: rollout, evaluation and update each have their own rows, with and without the LoRA
+GRAPHS = 64  # limit per network: rollout, evaluation and update have their own row counts, with and without LoRA
 
 
 def prepare(model: ModelConfig, unet: nn.Module, vae: nn.Module, judge: nn.Module) -> None:
-    """Makes loaded networks as fast as section `model` asks, in place; before the optimizer is made.
+    """Applies section `model` to loaded networks in place; to be called before the optimizer is created.
 
-    TF32 is a setting of PyTorch, for the whole process.
+    TF32 is a setting of PyTorch for the whole process.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = model.uses_tf32
     make_lean(unet, vae, model.fold_upsample)
@@ -37,7 +36,7 @@ def prepare(model: ModelConfig, unet: nn.Module, vae: nn.Module, judge: nn.Modul
 
 
 def make_lean(unet: nn.Module, vae: nn.Module, fold_upsample: bool) -> None:
-    """Takes out of networks, in place, the work that changes no number but for rounding; plan counts them so."""
+    """Removes work from networks in place; numbers change only by rounding. `strop plan` counts networks after this."""
     make_loras_lean(unet)
     for network in (unet, vae):
         make_residuals_lean(network)

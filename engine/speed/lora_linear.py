@@ -1,9 +1,9 @@
-"""The LoRA of a linear layer in as few passes over its rows as there can be: y = W x + b + B A x.
+"""Computes the LoRA of a linear layer, y = W x + b + B A x, with few passes over its rows.
 
-PEFT's layer, which it stands in for, casts the rows to the LoRA's float32, multiplies them by A and B there, scales,
-adds and casts back: some ten passes over memory, and the rows kept a second time for the backward pass. Here A and B,
-which are small, are cast to the type of the rows, as under autocast, and what B gives is added up where W's product
-lies. In float32 the numbers are the same but for rounding. LoRAs with a scale, dropout or a bias stay PEFT's.
+It replaces PEFT's layer, which casts the rows to the LoRA's float32, multiplies them by A and B, scales, adds and casts
+back: about ten passes over memory, and a second copy of the rows for the backward pass. Here the small A and B are cast
+to the type of the rows, as under autocast, and B's product is added to W's in place. In float32 the numbers are the
+same up to rounding. LoRAs with a scale, dropout or a bias are left to PEFT.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ import torch.nn.functional as F
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
-# B begins at 0 and grows by the learning rate a step, where float16 has a digit or two. A power of two changes none.
+# B starts at 0 and grows by about the learning rate per step, where float16 has one or two digits; so it is scaled up
+# before the cast. A power of two adds no rounding.
 B_SCALE = 64.0
 
 
 class LeanLora(Linear):
-    """PEFT's Linear for which `can_be_lean` holds: the same parameters under the same names."""
+    """Replaces a PEFT Linear that satisfies `can_be_lean`, with the same parameters under the same names."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., C) -> (..., O) in the type of the base layer."""
+        """Maps x (..., C) to (..., O) in the type of the base layer."""
         base = self.get_base_layer()
         if self.disable_adapters or self.merged:
             return base(x)
@@ -30,7 +31,7 @@ class LeanLora(Linear):
 
 
 class LowRank(torch.autograd.Function):
-    """x (..., C), frozen weight (O, C) and bias (O,) or None, a (R, C), b (O, R) -> (..., O)."""
+    """Maps x (..., C) to (..., O) with frozen weight (O, C), bias (O,) or None, and trained a (R, C), b (O, R)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
@@ -54,16 +55,16 @@ class LowRank(torch.autograd.Function):
 
 
 def scaled(b: Tensor, dtype: torch.dtype) -> Tensor:
-    """B_SCALE times b, in another type."""
+    """Multiplies b by B_SCALE, then casts it."""
     return (B_SCALE * b).to(dtype)
 
 
 def make_loras_lean(model: nn.Module) -> int:
-    """Makes every LoRA of a linear layer that can be lean so, in place; returns how many."""
-    found = [module for module in model.modules() if can_be_lean(module)]
-    for module in found:
+    """Replaces every LoRA of a linear layer that satisfies `can_be_lean`, in place; returns how many."""
+    layers = [module for module in model.modules() if can_be_lean(module)]
+    for module in layers:
         module.__class__ = LeanLora
-    return len(found)
+    return len(layers)
 
 
 def can_be_lean(module: nn.Module) -> bool:

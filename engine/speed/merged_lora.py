@@ -1,7 +1,7 @@
-"""The LoRA as a part of the weights while the policy is sampled: W + BA in place of W, so that no adapter runs.
+"""Merges the LoRA into the weights while the policy is sampled: W + BA replaces W, so that no adapter runs.
 
-In float32 the outputs are the same but for rounding; a shorter type rounds the sum to itself. Only LoRAs that are
-nothing but a sum of weights can be merged; where a model has one that is more, all of them run as they are.
+In float32 the outputs are the same up to rounding; a 16-bit type rounds the sum. Only LoRAs that just add to weights
+can be merged; if a model has any other, none is merged.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from .lora_linear import LeanLora
 @contextmanager
 @torch.no_grad()
 def merged_lora(model: nn.Module) -> Iterator[bool]:
-    """Inside, every LoRA of the model is part of its weight; afterwards the weight is what it was, bit for bit.
+    """A context in which every LoRA of the model is merged into its weight; afterwards the weights have their old bits.
 
-    Gives whether that is so. Where one LoRA cannot be merged, or they are switched off, the model stays as it is.
+    It yields whether they are merged. If one LoRA cannot be merged or is switched off, the model is left unchanged.
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     weights = [layer.get_base_layer().weight for layer in layers if can_be_merged(layer)]
     if len(set(map(id, weights))) < len(layers):  # some cannot, or two of them share a weight
         yield False
         return
-    former = [weight.clone() for weight in weights]
+    original_weights = [weight.clone() for weight in weights]
     try:
         for layer, weight in zip(layers, weights, strict=True):
             weight += layer.get_delta_weight(layer.active_adapters[0])
@@ -37,14 +37,14 @@ def merged_lora(model: nn.Module) -> Iterator[bool]:
             layer.enable_adapters(False)
         yield True
     finally:
-        for weight, own in zip(weights, former, strict=True):
-            weight.copy_(own)
+        for weight, original in zip(weights, original_weights, strict=True):
+            weight.copy_(original)
         for layer in layers:
             layer.enable_adapters(True)
 
 
 def can_be_merged(layer: nn.Module) -> bool:
-    """Whether it is PEFT's linear layer with one LoRA that is on, without bias or variant such as DoRA."""
+    """Whether `layer` is PEFT's linear layer with one active LoRA, without bias or variant such as DoRA."""
     if type(layer) not in (Linear, LeanLora) or type(layer.get_base_layer()) is not nn.Linear:
         return False
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:

@@ -1,8 +1,8 @@
-"""diffusers' residual block without what changes no bit of it: a division by one, and new tensors where old ones do.
+"""Replaces diffusers' residual block by one with the same bits and fewer passes over memory.
 
-The block adds its input to what it made of it and divides the sum by a scale, which is 1 in Stable Diffusion's UNets
-and VAEs: a pass over memory for nothing. Its SiLUs write new tensors, which only a backward pass needs. A block that
-does more than those of these models (resampling, another scale, another use of the timestep) stays as it is.
+diffusers divides the block's output by a scale, which is 1 in Stable Diffusion's UNets and VAEs, and its SiLUs write
+new tensors, which only a backward pass needs. A block that does more than those of these models (resampling, another
+scale, another use of the timestep) is left unchanged.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 
 class LeanResidual(ResnetBlock2D):
-    """A ResnetBlock2D for which `can_be_lean` holds: the same parameters, the same bits."""
+    """Replaces a ResnetBlock2D that satisfies `can_be_lean`, with the same parameters and the same bits."""
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None) -> Tensor:
-        """input_tensor (N, C, H, W), temb (N, D) or, in a VAE, None -> (N, O, H, W)."""
+        """Maps input_tensor (N, C, H, W) and temb (N, D), None in a VAE, to (N, O, H, W)."""
         h = self.conv1(activated(self.norm1(input_tensor)))
         if self.time_emb_proj is not None:
             h += self.time_emb_proj(F.silu(temb))[:, :, None, None]
@@ -27,16 +27,16 @@ class LeanResidual(ResnetBlock2D):
 
 
 def activated(h: Tensor) -> Tensor:
-    """SiLU, in place where no gradient asks for `h`."""
+    """Applies SiLU, in place unless gradients are enabled."""
     return F.silu(h, inplace=not torch.is_grad_enabled())
 
 
 def make_residuals_lean(model: nn.Module) -> int:
-    """Makes every residual block of a model that can be lean so, in place; returns how many."""
-    found = [module for module in model.modules() if can_be_lean(module)]
-    for module in found:
+    """Replaces every residual block that satisfies `can_be_lean`, in place; returns how many."""
+    blocks = [module for module in model.modules() if can_be_lean(module)]
+    for module in blocks:
         module.__class__ = LeanResidual
-    return len(found)
+    return len(blocks)
 
 
 def can_be_lean(module: nn.Module) -> bool:

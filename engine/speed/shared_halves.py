@@ -1,9 +1,8 @@
-"""What the halves of a guided forward have in common, computed once: all that lies before the first cross-attention.
+"""Computes the layers before the first cross-attention once for both guidance halves of a forward.
 
-The halves have the same latents and timesteps and differ by their text alone, which a UNet without further inputs first
-sees in a cross-attention; until there the second half would repeat the first. A UNet that also takes pooled text shares
-nothing, as that is part of the timestep's embedding. The numbers are the same but for rounding, gradients too. Only
-modules are known here; who puts the halves side by side is policy.py.
+The halves have the same latents and timesteps and differ only in their text, which a UNet without other inputs first
+sees in a cross-attention. A UNet that also takes pooled text shares nothing, because that is part of the timestep's
+embedding. Outputs and gradients are the same up to rounding. models/policy.py puts the halves side by side.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 
 class SharedHalves:
-    """Hooks on a UNet's modules that see no text; they do nothing outside of `shared`."""
+    """Hooks on a UNet's modules before the text; they do nothing outside of `shared`."""
 
     def __init__(self, unet: nn.Module):
         """unet: diffusers' UNet2DConditionModel."""
@@ -32,9 +31,9 @@ class SharedHalves:
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """Inside, the second half of the rows of each forward is the first again, but for the text.
+        """A context in which the second half of the rows of each forward repeats the first, except for the text.
 
-        Not where activations are computed again in the backward pass, which is then no longer inside.
+        It has no effect with gradient checkpointing, whose recomputation happens outside of the context.
         """
         self._on = not (torch.is_grad_enabled() and self._unet.is_gradient_checkpointing)
         try:
@@ -50,22 +49,22 @@ class SharedHalves:
 
 
 def before_text(unet: nn.Module) -> list[nn.Module]:
-    """What a UNet does to its rows before any text, one module after the other, norms and projections left out.
+    """Lists a UNet's modules before the text, in order, without norms and projections.
 
-    It ends at the first block that is not one of SD-1.5's: that may see the text in another place.
+    The list ends at the first block of a type that SD-1.5 has not, since it may see the text elsewhere.
     """
     if type(unet) is not UNet2DConditionModel or unet.config.addition_embed_type is not None:
         return []
-    found = [unet.conv_in]
+    modules = [unet.conv_in]
     for block in unet.down_blocks:
         if type(block) is not DownBlock2D:
-            return [*found, *before_text_of(block)]
-        found.append(block)
-    return found
+            return [*modules, *before_text_of(block)]
+        modules.append(block)
+    return modules
 
 
 def before_text_of(block: nn.Module) -> list[nn.Module]:
-    """As before_text, of a block of the way down that may see the text."""
+    """Lists the modules before the text of a down block that may see the text."""
     if type(block) is not CrossAttnDownBlock2D or type(block.attentions[0]) is not Transformer2DModel:
         return []
     first = block.attentions[0].transformer_blocks[0]
@@ -75,10 +74,10 @@ def before_text_of(block: nn.Module) -> list[nn.Module]:
 
 
 def first_half(rows: Tensor) -> Tensor:
-    """(2N, ...) -> (N, ...)"""
+    """Returns the first half of the rows: (2N, ...) -> (N, ...)."""
     return rows[: len(rows) // 2]
 
 
 def twice(rows: Tensor) -> Tensor:
-    """(N, ...) -> (2N, ...)"""
+    """Repeats the rows: (N, ...) -> (2N, ...)."""
     return torch.cat([rows, rows])

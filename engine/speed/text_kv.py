@@ -1,11 +1,11 @@
-"""Keys and values of the prompts' text, computed once for all the forwards of a rollout or an evaluated batch.
+"""Computes the text's keys and values once for all forwards of a rollout or of an evaluated batch.
 
-What cross-attention makes of the text depends on neither the latent nor the timestep, so that while the policy stays as
-it is every step and every branch would compute the same again. In the update the policy changes, and gradients pass
-through these layers: nothing here is for there. Attention itself is PyTorch's SDPA.
+Cross-attention keys and values depend on neither the latent nor the timestep, so every step and branch would compute
+them again. The update cannot use this: there the policy changes and gradients pass through these layers. Attention
+itself is PyTorch's SDPA.
 
-Stood in for are the cross-attentions of Stable Diffusion's UNets, known by their exact types. A UNet in which anything
-else sees the text is left alone: it would be given row numbers in place of text.
+Only the cross-attentions of Stable Diffusion's UNets are replaced, recognised by their exact types. A UNet in which
+anything else sees the text is left unchanged, because it would get row numbers instead of text.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from torch import Tensor, nn
 
 WITH_TEXT = (CrossAttnDownBlock2D, UNetMidBlock2DCrossAttn, CrossAttnUpBlock2D)
 WITHOUT_TEXT = (DownBlock2D, UpBlock2D)
-PLAIN = (AttnProcessor2_0, XFormersAttnProcessor)  # what both compute is SDPA
+SDPA_PROCESSORS = (AttnProcessor2_0, XFormersAttnProcessor)
 
 
-class KeptText:
-    """Attention processor of one cross-attention layer that looks its keys and values up, in place of the text."""
+class CachedText:
+    """An attention processor that looks up keys and values of one cross-attention layer by row number."""
 
     def __init__(self, attn: Attention, text: Tensor):
         """attn: a layer for which `is_plain` holds; text (P, L, D): states of P prompts."""
@@ -49,14 +49,14 @@ class KeptText:
     ) -> Tensor:
         """hidden_states (N, S, C); encoder_hidden_states (N,) int64: which of the P prompts each row has.
 
-        Raises ValueError for a mask, and for a text in place of row numbers.
+        Returns (N, S, C). Raises ValueError for a mask, and for a text in place of row numbers.
         """
         if attention_mask is not None:
-            raise ValueError("a mask was given to a cross-attention whose text is kept, which knows none; use the text")
+            raise ValueError("a cross-attention with cached text got a mask, which it does not support; pass the text")
         row = encoder_hidden_states
         if row is None or row.dtype != torch.int64 or row.shape != hidden_states.shape[:1]:
-            found = None if row is None else (tuple(row.shape), row.dtype)
-            raise ValueError(f"while its text is kept a UNet takes the rows' prompts, (N,) int64, but got {found}")
+            got = None if row is None else (tuple(row.shape), row.dtype)
+            raise ValueError(f"a UNet with cached text takes the rows' prompts, (N,) int64, but got {got}")
         query = split_heads(attn.to_q(hidden_states), attn.heads)
         out = F.scaled_dot_product_attention(query, self.key[row], self.value[row])  # (N, H, S, d)
         return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
@@ -64,25 +64,25 @@ class KeptText:
 
 @contextmanager
 @torch.no_grad()
-def kept_text(unet: nn.Module, text: Tensor) -> Iterator[bool]:
-    """Inside, the UNet knows text (P, L, D) of P prompts, and takes (N,) int64 for it: which of them each row has.
+def cached_text(unet: nn.Module, text: Tensor) -> Iterator[bool]:
+    """A context in which the UNet has cached text (P, L, D) of P prompts and takes each row's prompt, (N,) int64.
 
-    Gives whether that is so: a UNet with other layers than `cross_attentions` knows stays as it is and takes the text.
-    The LoRA is in the keys and values as it is on entry; on leaving, the layers are as they were.
+    It yields whether that is so: a UNet with layers that `cross_attentions` does not know is left unchanged and takes
+    the text. The keys and values contain the LoRA as it is on entry; on exit the layers get their processors back.
     """
     layers = cross_attentions(unet, text.shape[-1])
-    former = [layer.processor for layer in layers]
+    processors = [layer.processor for layer in layers]
     try:
         for layer in layers:
-            layer.set_processor(KeptText(layer, text))
+            layer.set_processor(CachedText(layer, text))
         yield bool(layers)
     finally:
-        for layer, processor in zip(layers, former, strict=True):
+        for layer, processor in zip(layers, processors, strict=True):
             layer.set_processor(processor)
 
 
 def cross_attentions(unet: nn.Module, width: int) -> list[Attention]:
-    """Everything in a UNet that sees its text of this width; none where anything sees it that is not plain."""
+    """Lists the cross-attentions that see a UNet's text of this width; none if anything else sees it."""
     if type(unet) is not UNet2DConditionModel or unet.encoder_hid_proj is not None:
         return []
     if unet.config.addition_embed_type not in (None, "text_time"):
@@ -91,7 +91,7 @@ def cross_attentions(unet: nn.Module, width: int) -> list[Attention]:
     if not all(type(block) in WITH_TEXT for block in blocks):
         return []
     transformers = [transformer for block in blocks for transformer in block.attentions]
-    if not all(type(each) is Transformer2DModel and each.is_input_continuous for each in transformers):
+    if not all(type(t) is Transformer2DModel and t.is_input_continuous for t in transformers):
         return []
     parts = [part for transformer in transformers for part in transformer.transformer_blocks]
     if not all(type(part) is BasicTransformerBlock and not part.only_cross_attention for part in parts):
@@ -101,8 +101,8 @@ def cross_attentions(unet: nn.Module, width: int) -> list[Attention]:
 
 
 def is_plain(attn: nn.Module, width: int) -> bool:
-    """Whether it is diffusers' Attention with projections of a text of this width and SDPA, and no more."""
-    if type(attn) is not Attention or type(attn.processor) not in PLAIN:
+    """Whether `attn` is diffusers' Attention on a text of this width with SDPA and nothing beyond."""
+    if type(attn) is not Attention or type(attn.processor) not in SDPA_PROCESSORS:
         return False
     norms = attn.group_norm, attn.spatial_norm, attn.norm_cross, attn.norm_q, attn.norm_k
     added = attn.added_kv_proj_dim is not None or attn.residual_connection or attn.rescale_output_factor != 1
@@ -112,5 +112,5 @@ def is_plain(attn: nn.Module, width: int) -> bool:
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """(N, S, heads * d) -> (N, heads, S, d)."""
+    """Splits heads: (N, S, heads * d) -> (N, heads, S, d)."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)

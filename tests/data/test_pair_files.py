@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from strop.engine.data.pair_files import BrokenPair, fitted, is_factory, open_source
+from strop.engine.data.pair_files import BrokenPair, is_factory, open_source, resized
 from strop.engine.errors import UserError
 
 
@@ -193,16 +193,16 @@ def test_factories_are_told_from_files(tmp_path, monkeypatch, pair_files):
 
 
 @pytest.mark.parametrize("size", [(333, 500), (500, 333), (224, 224), (100, 161), (97, 64)], ids=str)
-def test_images_are_fitted_as_clip_does(size, pair_files):
+def test_images_are_resized_as_clip_does(size, pair_files):
     image = decoded(pair_files.jpeg(0.5, 3, size))
     processor = CLIPImageProcessorPil(do_normalize=False, size={"shortest_edge": 56}, crop_size=56)
     expected = processor(image, return_tensors="pt")["pixel_values"][0]
-    assert (fitted(image, 56, 56) / 2 + 0.5 - expected).abs().max() < 1e-6
+    assert (resized(image, 56, 56) / 2 + 0.5 - expected).abs().max() < 1e-6
 
 
 def test_images_cover_a_size_that_is_no_square(pair_files):
     image = decoded(pair_files.jpeg(0.5, 3, (40, 90)))
-    assert fitted(image, 32, 16).shape == (3, 32, 16)
+    assert resized(image, 32, 16).shape == (3, 32, 16)
     middle = image.resize((72, 32), Image.Resampling.BICUBIC).crop((28, 0, 44, 32))
     pixels = torch.frombuffer(bytearray(middle.tobytes()), dtype=torch.uint8).view(32, 16, 3).permute(2, 0, 1)
-    assert torch.equal(fitted(image, 32, 16), pixels.float() / 127.5 - 1)
+    assert torch.equal(resized(image, 32, 16), pixels.float() / 127.5 - 1)

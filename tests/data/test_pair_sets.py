@@ -9,9 +9,9 @@ import torch
 from strop.engine.config.judge_training import JudgeTrainingConfig
 from strop.engine.config.training import JudgeConfig
 from strop.engine.data.pair_cache import PairCache
-from strop.engine.data.pair_files import fitted, open_source
+from strop.engine.data.pair_files import open_source, resized
+from strop.engine.data.pair_scan import Entries
 from strop.engine.data.pair_sets import FilePairs, check_labeller, choose, load_pairs, shares, split_by_caption
-from strop.engine.data.pair_survey import Entries
 from strop.engine.errors import UserError
 from strop.engine.judge.model import StepAwarePreferenceModel
 from strop.engine.runtime.ranks import Ranks
@@ -75,27 +75,12 @@ def test_captions_of_another_heldout_source_are_not_trained_on(tmp_path, pair_fi
     assert heldout.rows == [0, 1, 2]
     assert captions_of(train) == {"d e", "a f", "b f", "c f", "d f"}
     assert (len(train.rows), train.source.left_out) == (10, 6)
-    with pytest.raises(UserError, match=r"^data\.heldout_source: found 0 pairs to train on and 3 held-out ones"):
-        choose(recipe(other, heldout_source=str(other)), ALONE)
-    with pytest.raises(UserError, match=r"expected at least 1 and 5 \(the processes\)"):
-        choose(recipe(folder), Ranks(0, 5, ALONE.device))
 
 
-def test_broken_rows_past_the_share_stop_before_anything_is_loaded(tmp_path, pair_files):
+def test_broken_rows_up_to_the_share_are_left_out(tmp_path, pair_files):
     path = pair_files.jsonl(tmp_path / "pairs", pair_files.rows(16))
     path.write_text(path.read_text() + "{}\n")
-    with pytest.raises(UserError, match=r"at least 1 of 17 pairs are broken, .* pairs\.jsonl line 17: no text under"):
-        choose(recipe(path), ALONE)
     assert len(choose(recipe(path, max_broken=0.1), ALONE)[0].rows) == 12
-
-
-def test_sources_without_a_pair(tmp_path, pair_files):
-    rows = [row | {"has_label": False} for row in pair_files.rows(4)]
-    with pytest.raises(UserError, match="holds no pair but 4 rows without a label or with equal images"):
-        choose(recipe(pair_files.parquet(tmp_path / "pairs", rows)), ALONE)
-    (tmp_path / "none.jsonl").write_text("\n")
-    with pytest.raises(UserError, match=r"none\.jsonl holds no pair$"):
-        choose(recipe(tmp_path / "none.jsonl"), ALONE)
 
 
 def test_labels_are_not_asked_for_where_pickscore_makes_them(tmp_path, pair_files):
@@ -107,25 +92,40 @@ def test_labels_are_not_asked_for_where_pickscore_makes_them(tmp_path, pair_file
         choose(recipe(path), ALONE)
 
 
-@pytest.mark.parametrize(
-    "data, complaint",
-    [
-        ({}, "data.train: say how many pairs strop.bench.tinyworld.pairs:load is to make"),
-        ({"train": 5, "labels": "pickscore"}, "data.labels: .* gives its own labels"),
-        (
-            {"train": 5, "heldout_source": "pairs.jsonl"},
-            "data.heldout_source: found 'pairs.jsonl', expected module:fac",
-        ),
-    ],
-    ids=["size", "labels", "heldout"],
-)
-def test_what_a_factory_needs(data, complaint):
-    with pytest.raises(UserError, match=f"^{complaint}"):
-        choose(recipe("strop.bench.tinyworld.pairs:load", **data), ALONE)
-    made = recipe("strop.bench.tinyworld.pairs:load", train=5)
-    assert choose(made, ALONE) is None
-    with pytest.raises(UserError, match=r"^data\.heldout: found 4, expected at least 5 \(the processes\)"):
-        choose(made, Ranks(0, 5, ALONE.device))
+FACTORY = "strop.bench.tinyworld.pairs:load"
+REFUSED = {  # the source, keys of section data, how many processes, what the sentence names
+    "nothing to train on": ("three.jsonl", {"heldout_source": "{}/three.jsonl"}, 1, "heldout_source: found 0 pairs"),
+    "more processes than pairs": ("pairs", {}, 5, "expected at least 1 and 5"),
+    "a broken row": ("broken.jsonl", {}, 1, "at least 1 of 4 pairs are broken, .* line 4: no text under"),
+    "no labels": ("unlabelled", {}, 1, "source: .* but 16 rows without a label"),
+    "no pair": ("none.jsonl", {}, 1, r"none\.jsonl holds no pair$"),
+    "no size": (FACTORY, {}, 1, f"train: .* {FACTORY}"),
+    "labels": (FACTORY, {"train": 5, "labels": "pickscore"}, 1, "labels: "),
+    "heldout": (FACTORY, {"train": 5, "heldout_source": "pairs.jsonl"}, 1, "heldout_source: .* expected module:fac"),
+    "processes": (FACTORY, {"train": 5}, 5, "heldout: found 4, expected at least 5"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_unfit_sources_are_refused_before_anything_is_loaded(tmp_path, pair_files, case):
+    source, keys, processes, words = REFUSED[case]
+    rows = pair_files.rows(16)
+    if source == "three.jsonl" or source == "broken.jsonl":
+        lines = pair_files.jsonl(tmp_path / "images", rows[:3]).read_text().replace("images/", "images/images/")
+        (tmp_path / source).write_text(lines + ("{}\n" if source == "broken.jsonl" else ""))
+    elif source in ("pairs", "unlabelled"):
+        pair_files.parquet(tmp_path / source, [row | {"has_label": source == "pairs"} for row in rows])
+    (tmp_path / "none.jsonl").write_text("\n")
+    place = source if source == FACTORY else tmp_path / source
+    config = recipe(
+        place, **{name: value.format(tmp_path) if name == "heldout_source" else value for name, value in keys.items()}
+    )
+    with pytest.raises(UserError, match=rf"^data\..*{words}"):
+        choose(config, Ranks(0, processes, ALONE.device))
+
+
+def test_a_factory_has_no_rows_to_choose_from():
+    assert choose(recipe(FACTORY, train=5), ALONE) is None
 
 
 def test_pickscores_labels_need_a_plain_pickscore(clip_folder):
@@ -145,7 +145,7 @@ def test_pairs_of_files_hold_what_was_asked_for(tmp_path, pair_files):
     assert len(live) == 2
     assert live[0].keys() == {"caption", "num_examples", "label_0", "label_1", "image_0", "image_1"}
     assert (live[0]["caption"], live[0]["label_0"], live[0]["label_1"]) == (source.captions[6], 0.25, 0.75)
-    assert torch.equal(live[1]["image_1"], fitted(source.images(2)[1], 8, 12))
+    assert torch.equal(live[1]["image_1"], resized(source.images(2)[1], 8, 12))
 
     entries = Entries(PairCache(tmp_path / "cache"), "vae", "encoders", "judge")
     kept = FilePairs(source, labels, (8, 12), images=False, entries=entries)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel
 
 from strop.engine.judge.clip import TimeConditionedCLIP
+from strop.engine.judge.pickscore import PICKSCORE
 
 FEATURES = 5e-6
 
@@ -338,21 +339,10 @@ def test_modulation_is_not_kept_of_a_network_that_changes(counted, state):
     assert embedded == [501, 501]
 
 
-def full_size(text_eos=2):
-    """The configuration of PickScore_v1, a CLIP ViT-H/14."""
-    vision = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
-    text = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-    return CLIPConfig(
-        vision_config=vision | {"patch_size": 14, "image_size": 224, "hidden_act": "gelu"},
-        text_config=text | {"hidden_act": "gelu", "bos_token_id": 0, "eos_token_id": text_eos, "pad_token_id": 1},
-        projection_dim=1024,
-    )
-
-
 def test_names_and_shapes_at_full_size():
     """PickScore's own, and per vision layer, after the last and for the timestep what the published one has beyond."""
     with torch.device("meta"):
-        plain = CLIPModel(full_size())
+        plain = CLIPModel(CLIPConfig(**PICKSCORE))
         own = {name: tuple(value.shape) for name, value in plain.state_dict().items()}
         clip = TimeConditionedCLIP(plain)
     found = {name: tuple(value.shape) for name, value in clip.state_dict().items()}
@@ -377,7 +367,8 @@ def test_names_and_shapes_at_full_size():
 @torch.no_grad()
 def test_text_is_pooled_at_its_end_whichever_way_the_configuration_names_it(eos):
     """PickScore's configuration says eos_token_id 2, which stands for the highest token, and that is the real one."""
-    config = full_size(eos).text_config
+    tokens = {"bos_token_id": 0, "eos_token_id": eos, "pad_token_id": 1}
+    config = CLIPConfig(text_config=PICKSCORE["text_config"] | tokens).text_config
     config.num_hidden_layers, config.hidden_size, config.intermediate_size = 1, 32, 64
     config.num_attention_heads = 2
     tower = CLIPTextModel(config).eval()

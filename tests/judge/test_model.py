@@ -77,16 +77,6 @@ def test_candidates_are_scored_by_their_images_at_their_timestep(judge, text, ca
     assert torch.equal(judge.score(candidates, cond), judge.score_images(branches, text, 501))
 
 
-def test_score_is_compare_branch_by_branch(judge, text, case2):
-    image = case2["in/image_64x97_f16"].float()
-    branches = torch.stack([image, image.flip(-1), 0.5 * image])
-    found = judge.score_images(branches, text, 451)
-    assert found.shape == (3, 4)
-    for k in range(3):
-        expected = judge.compare(judge.pixels(branches[k]), text, torch.tensor([451]))
-        torch.testing.assert_close(found[k], expected, rtol=0, atol=SCORES)
-
-
 def test_half_images_are_resized_in_half_precision_as_published(judge, text, case2):
     image = case2["in/image_64x96_f16"]
     assert image.dtype == torch.float16
@@ -142,7 +132,7 @@ def test_many_prompts_are_encoded_in_parts(judge, monkeypatch):
     prompts = ["a red dog", "b", "a c", "dog", "red"]
     whole = judge.encode(prompts)
     parts = []
-    monkeypatch.setattr(preference, "ENCODED_AT_ONCE", 2)
+    monkeypatch.setattr(preference, "ENCODE_BATCH", 2)
     with judge.clip.text_model.register_forward_pre_hook(
         lambda module, args, given: parts.append(len(given["input_ids"])), with_kwargs=True
     ):

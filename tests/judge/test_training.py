@@ -16,9 +16,10 @@ from transformers import CLIPModel
 
 from strop.engine.config.training import ModelConfig
 from strop.engine.judge.clip import TimeConditionedCLIP
-from strop.engine.judge.denoiser import Denoiser, training_pixels
+from strop.engine.judge.denoiser import Denoiser
 from strop.engine.judge.loss import agreement, example_weights, preference_loss, preference_scores
 from strop.engine.judge.model import StepAwarePreferenceModel
+from strop.engine.judge.pixels import training_pixels
 from strop.engine.models.base_model import load_unet
 from strop.engine.models.conditioning import Conditioning
 from strop.engine.models.latent_diffusion import LatentDiffusion

@@ -10,18 +10,14 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from huggingface_hub.utils import filter_repo_objects
-from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from strop.engine.config.training import ModelConfig
 from strop.engine.errors import UserError
 from strop.engine.models import base_model
 from strop.engine.models.base_model import BaseModel, load_unet
-from strop.engine.models.conditioning import Conditioning
-from strop.engine.models.policy import Policy, unet_eps
 
 CPU = torch.device("cpu")
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 WEIGHTS = {
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
@@ -187,19 +183,6 @@ def test_the_files_of_the_original_releases(folder, tiny_sdxl_folder):
         assert ours("a red cat", **same).input_ids == theirs("a red cat", **same).input_ids
 
 
-def test_a_tokenizer_without_words_is_refused(folder):
-    """transformers would make one of two words."""
-    (folder / "tokenizer_2" / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"^model\.path: .*tokenizer_2 has neither tokenizer\.json nor vocab\.json"):
-        BaseModel.find(settings(folder)).tokenizers()
-
-
-def test_a_tokenizer_of_another_encoder_is_refused(folder):
-    edit(folder / "text_encoder_2" / "config.json", vocab_size=60)
-    with pytest.raises(UserError, match=r"^model\.path: .*tokenizer_2 has 64 words, and its text_encoder_2 60"):
-        BaseModel.find(settings(folder)).tokenizers()
-
-
 def test_a_tokenizer_without_a_limit_takes_that_of_its_encoder(folder):
     (folder / "tokenizer" / "tokenizer_config.json").unlink()
     first, second = BaseModel.find(settings(folder)).tokenizers()
@@ -228,11 +211,6 @@ def test_a_checkpoint_file_takes_the_original_configuration_from_the_hub(tiny_sd
 def test_a_checkpoint_file_without_any_configuration_is_refused(tiny_file, offline):
     with pytest.raises(UserError, match=r"^model\.components: null, and .*stable-diffusion-v1-5 cannot be had from"):
         BaseModel.find(settings(tiny_file))
-
-
-def test_a_configuration_of_the_other_family_is_refused(tiny_file, tiny_sdxl_folder):
-    with pytest.raises(UserError, match=r"^model\.components: .* is of family sdxl, expected sd15 as .*safetensors is"):
-        BaseModel.find(settings(tiny_file, components=tiny_sdxl_folder))
 
 
 def test_a_checkpoint_file_that_is_marked_is_a_v_prediction_model(tiny_sdxl_file, tiny_sdxl_folder, tmp_path):
@@ -338,28 +316,10 @@ def test_the_size_of_a_latent(folder):
     assert BaseModel.find(settings(folder)).latent_shape(2) == (4, 4, 6)
 
 
-def test_a_size_that_the_unet_cannot_halve_is_refused(folder):
-    with pytest.raises(UserError, match=r"^model\.width: found 24, expected a multiple of 16 for this model"):
-        BaseModel.find(ModelConfig(path=str(folder), height=32, width=24)).latent_shape(8)
-
-
-def test_a_model_without_a_size_of_its_own(folder):
-    edit(folder / "unet" / "config.json", sample_size=None)
-    with pytest.raises(UserError, match=r"^model\.height: null, but .* does not say its own size"):
-        BaseModel.find(settings(folder)).latent_shape(2)
-
-
 @pytest.mark.parametrize("attention", ["auto", "sdpa"])
 def test_attention_is_that_of_pytorch(folder, attention):
     unet = load_unet(settings(folder, attention=attention), CPU)
     assert {type(processor) for processor in unet.attn_processors.values()} == {AttnProcessor2_0}
-
-
-@pytest.mark.parametrize("installed, sentence", [(False, r"pip install strop\[cuda\]"), (True, "needs a GPU")])
-def test_xformers_that_cannot_run_is_refused(folder, monkeypatch, installed, sentence):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
-    with pytest.raises(UserError, match=rf"^model\.attention: .*{sentence}"):
-        load_unet(settings(folder, attention="xformers"), CPU)
 
 
 def test_xformers_that_fails_on_this_gpu_is_refused(folder, monkeypatch):
@@ -372,71 +332,55 @@ def test_xformers_that_fails_on_this_gpu_is_refused(folder, monkeypatch):
         load_unet(settings(folder, attention="xformers"), CPU)
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
-def test_gradient_checkpointing_changes_no_gradient(tiny_folder, tiny_sdxl_folder, family):
-    """Also where the adapters are switched off and on again between forward and backward, as in training."""
-    rng = torch.Generator().manual_seed(0)
-    x, t = torch.randn(2, 4, 8, 8, generator=rng), torch.tensor([951, 51])
-    cond = Conditioning(torch.randn(2, 16, 32, generator=rng), torch.zeros(1, 16, 32))
-    if family == "sdxl":
-        pooled = torch.randn(2, 24, generator=rng)
-        sizes = torch.tensor([[16.0, 16, 0, 0, 16, 16]])
-        cond = Conditioning(cond.text, cond.null, pooled=pooled, null_pooled=torch.zeros(1, 24), time_ids=sizes)
-
-    def gradients(**options):
-        model = ModelConfig(path=str(tiny_folder if family == "sd15" else tiny_sdxl_folder), **options)
-        policy = Policy(load_unet(model, CPU), 4, TARGETS, seed=0)
-        weights = torch.Generator().manual_seed(1)
-        for p in policy.parameters:
-            p.data.copy_(0.1 * torch.randn(p.shape, generator=weights))
-        passes = []
-        policy.unet.mid_block.resnets[1].register_forward_pre_hook(lambda *_: passes.append(1))
-        eps = policy.eps(x, t, cond)
-        with policy.reference():
-            reference = policy.eps(x, t, cond)
-        (eps - reference).square().sum().backward()
-        return [p.grad for p in policy.parameters], len(passes)
-
-    plain, once = gradients()
-    checkpointed, again = gradients(gradient_checkpointing=True)
-    assert (once, again) == (2, 3)  # the policy's forward is run again, the reference's is not
-    assert all(gradient.any() for gradient in plain)
-    assert all(torch.equal(found, expected) for found, expected in zip(checkpointed, plain, strict=True))
+def no_words(folder):
+    """transformers would make a tokenizer of two words."""
+    (folder / "tokenizer_2" / "tokenizer.json").unlink()
 
 
-@pytest.mark.parametrize(
-    "family, parameters, modules, rank, lora",
-    [("sd15", 859_520_964, 128, 4, 797_184), ("sdxl", 2_567_463_684, 560, 64, 92_897_280)],
-    ids=["sd15", "sdxl"],
-)
-def test_the_real_architectures(architectures, family, parameters, modules, rank, lora):
-    """On the meta device: the UNet of the original release, and the LoRA of the paper on it."""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(architectures[family]["unet"])
-        assert sum(p.numel() for p in unet.parameters()) == parameters
-        unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS)))
-    adapted = [name for name, module in unet.named_modules() if hasattr(module, "lora_A")]
-    assert len(adapted) == modules
-    assert all(name.endswith(TARGETS) and ".transformer_blocks." in name for name in adapted)
-    assert sum(p.numel() for name, p in unet.named_parameters() if ".lora_" in name) == lora
+REFUSED = {  # what is done to the folder, keys of section model, what is asked of the model, what the sentence names
+    "no words": (
+        no_words,
+        {},
+        BaseModel.tokenizers,
+        "path: .*tokenizer_2 has neither tokenizer.json nor vocab",
+    ),
+    "other words": (
+        lambda folder: edit(folder / "text_encoder_2" / "config.json", vocab_size=60),
+        {},
+        BaseModel.tokenizers,
+        "path: .*tokenizer_2 has 64 words, and its text_encoder_2 60",
+    ),
+    "other family": (
+        None,
+        {"path": "{sd15_file}", "components": "{folder}"},
+        None,
+        "components: .*sdxl, expected sd",
+    ),
+    "own components": (None, {"components": "{sd15}"}, lambda m: m, "components: found .* has its own configurations"),
+    "size": (None, {"height": 32, "width": 24}, lambda m: m.latent_shape(8), "width: found 24, .* multiple of 16"),
+    "no size": (
+        lambda folder: edit(folder / "unet" / "config.json", sample_size=None),
+        {},
+        lambda m: m.latent_shape(2),
+        "height: null, but .* does not say its own size",
+    ),
+}
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
-def test_the_real_unets_take_both_guidance_halves(architectures, family):
-    """One forward of full size on the meta device."""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(architectures[family]["unet"]).eval()
-        width, side = unet.config.cross_attention_dim, unet.config.sample_size
-        cond = Conditioning(torch.zeros(2, 77, width), torch.zeros(1, 77, width))
-        if family == "sdxl":
-            pooled = {"pooled": torch.zeros(2, 1280), "null_pooled": torch.zeros(1, 1280)}
-            cond = Conditioning(cond.text, cond.null, **pooled, time_ids=torch.zeros(1, 6))
-        x, t = torch.zeros(2, 4, side, side), torch.zeros(2, dtype=torch.long)
-        with torch.no_grad():
-            assert unet_eps(unet, x, t, cond, guided=True).shape == (2, 2, 4, side, side)
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_together_is_refused(folder, tiny_folder, tiny_file, case):
+    change, keys, ask, words = REFUSED[case]
+    if change:
+        change(folder)
+    places = {"folder": folder, "sd15": tiny_folder, "sd15_file": tiny_file}
+    keys = {key: value.format(**places) if isinstance(value, str) else value for key, value in keys.items()}
+    model = ModelConfig(**{"path": str(folder)} | keys)
+    with pytest.raises(UserError, match=rf"^model\.{words}"):
+        ask(BaseModel.find(model))
 
 
-def test_components_of_a_folder_that_has_its_own_are_refused(tiny_folder, tiny_sdxl_folder):
-    model = ModelConfig(path=str(tiny_folder), components=str(tiny_sdxl_folder))
-    with pytest.raises(UserError, match=r"^model\.components: found .* has its own configurations; leave it out"):
-        BaseModel.find(model)
+@pytest.mark.parametrize("installed, words", [(False, r"pip install strop\[cuda\]"), (True, "needs a GPU")])
+def test_xformers_that_cannot_run_is_refused(folder, monkeypatch, installed, words):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
+    with pytest.raises(UserError, match=rf"^model\.attention: .*{words}"):
+        load_unet(settings(folder, attention="xformers"), CPU)

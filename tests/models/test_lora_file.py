@@ -86,11 +86,15 @@ def header(file):
 
 
 @pytest.mark.parametrize(
-    "family, layers, rank, parameters", [("sd15", 128, 4, 797_184), ("sdxl", 560, 64, 92_897_280)], ids=["sd15", "sdxl"]
+    "family, base, layers, rank, parameters",
+    [("sd15", 859_520_964, 128, 4, 797_184), ("sdxl", 2_567_463_684, 560, 64, 92_897_280)],
+    ids=["sd15", "sdxl"],
 )
-def test_layers_and_parameters_at_full_size(full_size, family, layers, rank, parameters):
+def test_layers_and_parameters_at_full_size(full_size, family, base, layers, rank, parameters):
+    assert sum(p.numel() for p in full_size.parameters()) == base
     policy = Policy(full_size, rank, ATTENTION, seed=0)
     assert len(policy.lora().down) == layers
+    assert all(".transformer_blocks." in name for name in policy.lora().down)
     assert sum(p.numel() for p in policy.parameters) == parameters
     assert policy.family.name == family
 
@@ -149,17 +153,6 @@ def test_a_fresh_pipeline_draws_the_very_same_image(pipeline, form, tmp_path):
     expected = image(one)
     assert torch.equal(image(other), expected)
     assert (image(bare) - expected).abs().max() > 0.01
-
-
-@pytest.mark.parametrize("form", FORMATS)
-@torch.no_grad()
-def test_every_layer_gets_its_delta(pipeline, form, tmp_path):
-    policy, other = trained(pipeline().unet), pipeline()
-    other.load_lora_weights(saved(policy, form, tmp_path), adapter_name="a")
-    lora, found = policy.lora(), deltas(other.unet, "a")
-    assert found.keys() == lora.down.keys()
-    for name, delta in found.items():
-        torch.testing.assert_close(delta, lora.delta(name), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -305,24 +298,19 @@ TWO, ONE = torch.zeros(2, 3), torch.zeros(3, 1)
         ({DOWN: TWO, UP: ONE}, {}, f"the two factors of {LAYER} are not both there, or do not fit"),
         ({DOWN: TWO, UP: TWO.T}, {ADAPTER: json.dumps({"unet.use_rslora": True})}, "rsLoRA"),
         ({DOWN: TWO, UP: TWO.T}, {ADAPTER: "{"}, "cannot be read as a LoRA"),
+        (None, b"", "cannot be read as a LoRA"),
+        (None, b"not a tensor in sight", "cannot be read as a LoRA"),
     ],
-    ids=["empty", "unet", "text-diffusers", "text-kohya", "sgm-names", "half", "ranks-differ", "rslora", "bad-header"],
 )
 def test_what_is_no_lora_is_refused(tensors, header, sentence, tmp_path):
     file = tmp_path / "a.safetensors"
-    save_file({name: value.contiguous() for name, value in tensors.items()}, file, metadata=header)
+    if tensors is None:
+        file.write_bytes(header)
+    else:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, file, metadata=header)
     with pytest.raises(UserError, match=f"^{file} ") as refused:
         read(file)
     assert sentence in str(refused.value)
-
-
-@pytest.mark.parametrize("content", [None, b"", b"not a tensor in sight"], ids=["missing", "empty", "text"])
-def test_what_is_no_safetensors_file_is_refused(content, tmp_path):
-    file = tmp_path / "a.safetensors"
-    if content is not None:
-        file.write_bytes(content)
-    with pytest.raises(UserError, match=f"^{file} cannot be read as a LoRA"):
-        read(file)
 
 
 def test_kohya_name():

@@ -56,12 +56,6 @@ def test_each_call_is_the_kernel_with_the_numbers_of_its_step(schedule, coeffici
     assert torch.equal(schedule.mean(x, eps, step), mean[0])
 
 
-def test_the_first_half_is_the_one_without_the_prompt(schedule):
-    x, eps = draw(2, 4, 2, 2), draw(2, 2, 4, 2, 2, seed=1)
-    combined = eps[0] + 5 * (eps[1] - eps[0])
-    torch.testing.assert_close(schedule.x0_hat(x, eps, 19), schedule.x0_hat(x, combined[None], 19), rtol=0, atol=1e-5)
-
-
 def test_branches_are_draws_around_the_mean(schedule, coefficients):
     """Their mean and spread over many draws are those of the step; the branches of a row are not alike."""
     x, eps = draw(2, 1, 2, 2), draw(2, 2, 1, 2, 2, seed=1)
@@ -70,15 +64,6 @@ def test_branches_are_draws_around_the_mean(schedule, coefficients):
     torch.testing.assert_close(branches.mean(0), schedule.mean(x, eps, 10), rtol=0, atol=4 * sigma.item() / 20_000**0.5)
     torch.testing.assert_close(branches.std(0), sigma.expand(2, 1, 2, 2), rtol=0.03, atol=0)
     assert not torch.equal(branches[0], branches[1])
-
-
-def test_one_branch_or_many_come_from_the_same_distribution_not_the_same_draw(schedule):
-    """k = 1 is the plain sampler's step: one draw of noise of the shape of x."""
-    x, eps = draw(3, 4, 2, 2), draw(2, 3, 4, 2, 2, seed=1)
-    one = schedule.branch(x, eps, 5, 1, torch.Generator().manual_seed(0))
-    noise = draw(1, 3, 4, 2, 2)
-    expected = schedule.mean(x, eps, 5) + noise * schedule._table[4, 5]
-    torch.testing.assert_close(one, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("separate", [1, 2], ids=["shared-x_t", "separate-x_t"])
@@ -91,15 +76,6 @@ def test_log_prob_is_the_kernel_with_each_rows_step(schedule, coefficients, halv
     found = schedule.log_prob(x_prev, x_t, eps, torch.tensor([7, 0, 19]))
     assert found.shape == (2, 3)
     assert torch.equal(found, expected)
-
-
-def test_a_branch_is_likelier_than_any_other_latent(schedule):
-    x, eps = draw(3, 4, 8, 8), draw(2, 3, 4, 8, 8, seed=1)
-    branches = schedule.branch(x, eps, 12, 2, torch.Generator().manual_seed(0))
-    step = torch.full((3,), 12)
-    own = schedule.log_prob(branches, x[None], eps[:, None], step)
-    other = schedule.log_prob(branches.roll(1, dims=1), x[None], eps[:, None], step)
-    assert (own > other).all()
 
 
 def test_latents_keep_their_type(schedule):

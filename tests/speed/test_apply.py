@@ -73,26 +73,15 @@ def assert_alike(found, expected):
     assert moved > 1e-3  # Adam's first step is the learning rate, whatever the gradient
 
 
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {"fold_upsample": True},
-        {"channels_last": True},
-        {"fold_upsample": True, "channels_last": True},
-        {"text_kv": True},
-        {"unet_rows": 4},
-        {"unet_rows": 5, "text_kv": True},
-        {"decode_rows": 3},
-        {"merge_lora": True},
-        {"merge_lora": True, "text_kv": True},
-        {"share_halves": True},
-        {"share_halves": True, "gradient_checkpointing": True},
-        {"share_halves": True, "merge_lora": True, "text_kv": True, "unet_rows": 4},
-    ],
-    ids=lambda keys: "-".join(keys),
-)
-def test_a_key_of_speed_changes_no_number_but_for_rounding(tiny_folder, clip_folder, keys):
-    assert_alike(run(tiny_folder, clip_folder, 2, **keys), run(tiny_folder, clip_folder, 2, text_kv=False))
+@pytest.mark.parametrize("family, inner_steps", [("sd15", 1), ("sdxl", 2)])
+def test_all_keys_of_speed_together_change_no_number_but_for_rounding(
+    tiny_folder, tiny_sdxl_folder, clip_folder, family, inner_steps
+):
+    """Through loading, rollout and update; test_exact.py has each by itself."""
+    folder = tiny_folder if family == "sd15" else tiny_sdxl_folder
+    keys = {"fold_upsample": True, "channels_last": True, "unet_rows": 4, "decode_rows": 3, "share_halves": True}
+    plain = run(folder, clip_folder, 2, inner_steps, text_kv=False)
+    assert_alike(run(folder, clip_folder, 2, inner_steps, **keys, merge_lora=True), plain)
 
 
 @pytest.fixture
@@ -122,12 +111,6 @@ def test_float32_goes_through_tf32_unless_the_model_is_of_it(tiny_folder, backen
         backend.allow_tf32 = not allowed
     prepare(model, load_unet(model, CPU), diffusion.vae, None)
     assert [backend.allow_tf32 for backend in backends] == [allowed, allowed]
-
-
-def test_sdxl_takes_them_all(tiny_sdxl_folder, clip_folder):
-    keys = {"fold_upsample": True, "channels_last": True, "text_kv": True, "unet_rows": 4, "decode_rows": 3}
-    plain = run(tiny_sdxl_folder, clip_folder, 2, inner_steps=2, text_kv=False)
-    assert_alike(run(tiny_sdxl_folder, clip_folder, 2, inner_steps=2, **keys), plain)
 
 
 @pytest.mark.slow

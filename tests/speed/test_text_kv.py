@@ -6,7 +6,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch.utils.flop_counter import FlopCounterMode
 
-from strop.engine.speed.text_kv import KeptText, cross_attentions, is_plain, kept_text
+from strop.engine.speed.text_kv import CachedText, cached_text, cross_attentions, is_plain
 
 K, PROMPTS = 3, 3  # branches of each, and how many prompts the model's Conditioning has
 ROUNDING = 1e-5  # absolute, at outputs of about 1
@@ -15,27 +15,6 @@ ROUNDING = 1e-5  # absolute, at outputs of about 1
 def branches(k=K):
     x = torch.randn(k * PROMPTS, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     return x, torch.full((len(x),), 501)
-
-
-@pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
-@pytest.mark.parametrize("reference", [False, True], ids=["policy", "reference"])
-@torch.no_grad()
-def test_branches_see_their_own_prompts(model, guided, reference):
-    policy, cond = model
-    x, t = branches()
-    expected = policy.eps(x, t, cond.repeat(K), guided)
-    with policy.reference():
-        base = policy.eps(x, t, cond.repeat(K), guided)
-        with policy.sampling(cond, text_kv=True) as known:
-            found_base = policy.eps(x, t, known.repeat(K), guided)
-    with policy.sampling(cond, text_kv=True) as known:
-        found = policy.eps(x, t, known.repeat(K), guided)
-        other = policy.eps(x, t, known[torch.tensor([1, 2, 0])].repeat(K), guided)
-    torch.testing.assert_close(
-        found_base if reference else found, base if reference else expected, rtol=0, atol=ROUNDING
-    )
-    assert (expected - base).abs().max() > 100 * ROUNDING  # the LoRA is in the keys and values too
-    assert (expected[-1] - other[-1]).abs().max() > 100 * ROUNDING  # and the prompt matters
 
 
 def test_the_layers_are_as_they_were_afterwards_also_after_an_exception(model):
@@ -108,7 +87,7 @@ def test_a_mask_and_a_text_are_refused_while_the_text_is_kept(model):
         layer = cross_attentions_of(policy.unet)[0]
         hidden, row = torch.zeros(3, 4, layer.query_dim), torch.arange(3)
         mask = torch.zeros(3, 1, cond.text.shape[1])
-        with pytest.raises(ValueError, match="a mask was given"):
+        with pytest.raises(ValueError, match="a mask"):
             layer(hidden, encoder_hidden_states=row, attention_mask=mask)
         for text in (cond.text, None, row[:2]):
             with pytest.raises(ValueError, match="takes the rows' prompts"):
@@ -150,7 +129,7 @@ def test_with_one_layer_that_is_not_known_the_text_travels_as_it_is(model, chang
     expected = policy.eps(x, t, cond)
     with policy.sampling(cond, text_kv=True) as known:
         assert known is cond
-        assert not any(isinstance(p, KeptText) for p in policy.unet.attn_processors.values())
+        assert not any(isinstance(p, CachedText) for p in policy.unet.attn_processors.values())
         assert torch.equal(policy.eps(x, t, known), expected)
 
 
@@ -174,6 +153,6 @@ def test_a_unet_in_which_the_text_is_seen_elsewhere_is_left_as_it_is(keys):
     assert len(cross_attentions(plain, 6)) == 2
     unet = UNet2DConditionModel(cross_attention_dim=6, **small | kinds | keys)
     former = dict(unet.attn_processors)
-    with kept_text(unet, torch.zeros(2, 3, 6)) as kept:
+    with cached_text(unet, torch.zeros(2, 3, 6)) as kept:
         assert not kept
         assert unet.attn_processors == former

@@ -17,10 +17,11 @@ from torch.utils.data import DataLoader
 
 from ...config.judge_training import JudgeTrainingConfig
 from ...data.pair_sets import PairSets, shares
-from ...judge.denoiser import Denoiser, training_pixels
+from ...judge.denoiser import Denoiser
 from ...judge.heldout import accuracy, heldout_views
 from ...judge.loss import example_weights, labels_of, preference_loss, preference_scores
 from ...judge.model import StepAwarePreferenceModel, TrainedJudge
+from ...judge.pixels import training_pixels
 from ...models.conditioning import Conditioning
 from ...runtime.ranks import gather_rows
 from ...runtime.session import Session

@@ -1,4 +1,4 @@
-"""What strop asks of a family of base models: all that tells SD-1.5 from SDXL, one file a family.
+"""The interface of a family of base models: each family has one file with all that tells it from the others.
 
 A family knows configurations and tensors, and imports neither diffusers nor transformers.
 """
@@ -17,14 +17,14 @@ from torch import Tensor
 class Family(ABC):
     """A family of base models: one architecture, of which there are many fine-tunes.
 
-    name: in files that strop writes; title: in messages.
-    original: the hub id of the first model; name_signs: pieces, in lower case, by which names of models tell of it.
+    name: its name in files that strop writes; title: its name in messages.
+    original: the hub id of the first model; name_signs: lower-case substrings of model names that hint at the family.
     architecture: the original's configuration files by part: model_index, unet, vae, each text encoder, scheduler.
-    text_encoders: by part, which class of transformers it is; in the order in which `states` takes their outputs.
-    prefixes: by part, how the names of its tensors begin in a checkpoint of the original code; lookalikes: by such a
-    beginning that none of the family's has, what kind of model has it.
-    lora_header: entries of a LoRA's header by which user interfaces know the family.
-    published_rollout: what the authors' code sets for this family, by key of section `rollout`.
+    text_encoders: the transformers class of each text encoder, in the order in which `states` takes their outputs.
+    prefixes: the prefix of each part's tensor names in a checkpoint of the original code; lookalikes: prefixes that
+    only another kind of model has, and the name of that kind.
+    lora_header: entries of a LoRA's header by which user interfaces recognise the family.
+    published_rollout: values of the authors' code for this family, by key of section `rollout`.
     """
 
     name: str
@@ -40,16 +40,16 @@ class Family(ABC):
 
     @property
     def pipeline(self) -> str:
-        """The pipeline's class in diffusers."""
+        """The name of the pipeline's class in diffusers."""
         return self.architecture["model_index"]["_class_name"]
 
     @property
     def size(self) -> int:
-        """Pixels of a side of the images that the original was trained on."""
+        """The side, in pixels, of the images that the original was trained on."""
         return self.architecture["vae"]["sample_size"]
 
     def vae_dtype(self, vae: Mapping, dtype: torch.dtype) -> torch.dtype:
-        """In which type a VAE of this configuration is loaded where `dtype` is asked for."""
+        """The type in which a VAE of this configuration is loaded if `dtype` is asked for."""
         return torch.float32 if dtype == torch.float16 and self.overflows(vae) else dtype
 
     @abstractmethod
@@ -58,36 +58,36 @@ class Family(ABC):
 
     @abstractmethod
     def lookalike(self, unet: Mapping, parts: Collection[str]) -> str | None:
-        """What a model is that is of another kind although `takes` is true of its UNet; None of the family's own.
+        """Names the kind of a model of another family whose UNet `takes` accepts; None if it is of this family.
 
-        parts: those of `text_encoders` that the model has.
+        parts: which of `text_encoders` the model has.
         """
 
     @abstractmethod
     def unlike_text(self, unet: Mapping, text: Mapping[str, Mapping]) -> str | None:
-        """What a model is whose text encoders are not those that its UNet asks for; None where they are.
+        """Describes a model whose text encoders do not fit its UNet; None if they fit.
 
-        text: their configurations by part.
+        text: the text encoders' configurations by part.
         """
 
     @abstractmethod
     def states(self, outputs: Sequence) -> tuple[Tensor, Tensor | None]:
-        """Hidden states (N, L, D) of N prompts as the UNet takes them and, where it takes it, pooled text (N, P).
+        """Returns hidden states (N, L, D) of N prompts as the UNet takes them and pooled text (N, P) or None.
 
-        outputs: of transformers' text encoders, with hidden states.
+        outputs: the outputs of the transformers text encoders, with hidden states.
         """
 
     @abstractmethod
     def pooled_width(self, unet: Mapping) -> int | None:
-        """P of the pooled text that a UNet of this configuration takes; None where it takes none."""
+        """The width P of the pooled text that a UNet of this configuration takes; None if it takes none."""
 
     @abstractmethod
     def time_ids(self, height: int, width: int) -> list[int] | None:
-        """What the UNet is told of an image of so many pixels beside its text; None where it is told nothing."""
+        """The sizes that the UNet takes besides the text, for an image of height x width pixels; None if none."""
 
     @abstractmethod
     def zero_null(self, model_index: Mapping) -> bool:
-        """Whether the empty prompt is all zeros instead of its encoding, for a model of this model_index.json."""
+        """Whether the empty prompt's embedding is all zeros instead of its encoding, by a model's model_index.json."""
 
     @abstractmethod
     def overflows(self, vae: Mapping) -> bool:

@@ -1,4 +1,4 @@
-"""SD-1.5: one text encoder, whose states are all that the UNet is told beside latent and timestep."""
+"""SD-1.5 has one text encoder; its states are all that the UNet takes besides latent and timestep."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class StableDiffusion1(Family):
         return unlike_clip(unet, text)
 
     def states(self, outputs: Sequence) -> tuple[Tensor, None]:
-        """The last states, after the final LayerNorm."""
+        """The encoder's last states, after the final LayerNorm."""
         return outputs[0].last_hidden_state, None
 
     def pooled_width(self, unet: Mapping) -> None:

@@ -76,31 +76,31 @@ class StableDiffusionXL(Family):
         return "an SDXL refiner (it has no text_encoder/)" if set(parts) == {"text_encoder_2"} else None
 
     def unlike_text(self, unet: Mapping, text: Mapping[str, Mapping]) -> str | None:
-        if found := unlike_clip(unet, text):
-            return found
+        if other_kind := unlike_clip(unet, text):
+            return other_kind
         if self.pooled_width(unet) != text["text_encoder_2"].get("projection_dim", TEXT_DEFAULT):
             return f"a model whose UNet does not take {TIME_IDS} sizes beside the pooled text, as SDXL's does"
         return None
 
     def states(self, outputs: Sequence) -> tuple[Tensor, Tensor]:
-        """The last states but one of both encoders side by side, and the second's pooled projection."""
+        """The penultimate states of both encoders, concatenated, and the second encoder's pooled projection."""
         return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[-1].text_embeds
 
     def pooled_width(self, unet: Mapping) -> int:
-        """What the UNet takes beside its latent, without the embedding of each of the sizes."""
-        all_of_it = unet.get("projection_class_embeddings_input_dim") or 0
-        return all_of_it - TIME_IDS * (unet.get("addition_time_embed_dim") or 0)
+        """The width of the UNet's added embedding minus the part that embeds the sizes."""
+        added_width = unet.get("projection_class_embeddings_input_dim") or 0
+        return added_width - TIME_IDS * (unet.get("addition_time_embed_dim") or 0)
 
     def time_ids(self, height: int, width: int) -> list[int]:
-        """Original size, upper left corner of the crop, target size; height first."""
+        """The original size, the upper left corner of the crop and the target size; height comes first."""
         return [height, width, 0, 0, height, width]
 
     def zero_null(self, model_index: Mapping) -> bool:
-        """It was trained so, where the file does not say otherwise."""
+        """True, as in the original's training, unless the file says otherwise."""
         return model_index.get("force_zeros_for_empty_prompt", True)
 
     def overflows(self, vae: Mapping) -> bool:
-        """The original's does, and so may any whose file does not deny it."""
+        """True, as for the original's VAE, unless the file says that this one does not."""
         return vae.get("force_upcast", True)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 CHANNELS = 4  # of a latent
 UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."  # of a tensor's name in a checkpoint
-TEXT_DEFAULT = 512  # of transformers for both widths of a text encoder; a file says only what differs from it
+TEXT_DEFAULT = 512  # transformers' default for both widths of a text encoder; files omit defaults
 VAE = {  # but for its size
     "_class_name": "AutoencoderKL",
     "act_fn": "silu",
@@ -39,7 +39,7 @@ CLIP_L = {  # OpenAI's CLIP ViT-L/14
     "projection_dim": 768,
     "vocab_size": 49408,
 }
-NOISE = {  # that the model was trained with
+NOISE = {  # the noise schedule of training
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,
@@ -53,7 +53,7 @@ NOISE = {  # that the model was trained with
 
 
 def unlike_clip(unet: Mapping, text: Mapping[str, Mapping]) -> str | None:
-    """What a model is whose text encoders are not CLIP's, or not as wide together as its UNet takes; None else.
+    """Describes a model whose text encoders are not CLIP's or not together as wide as its UNet takes; None if they are.
 
     unet, text: the configurations of the UNet and, by part, of the text encoders.
     """

@@ -1,4 +1,4 @@
-"""The pass before training: what it finds, what it computes once, and what it makes anew."""
+"""data/pair_scan: broken pairs are found, results are cached, damaged entries are computed anew."""
 
 from types import SimpleNamespace
 
@@ -10,8 +10,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from strop.engine.config.training import JudgeConfig, ModelConfig
 from strop.engine.data.pair_cache import PairCache
-from strop.engine.data.pair_files import fitted, open_source
-from strop.engine.data.pair_survey import Entries, Pace, Surveyor, pickscore_labels
+from strop.engine.data.pair_files import open_source, resized
+from strop.engine.data.pair_scan import Entries, PairScan, ProgressLine, pickscore_labels
 from strop.engine.errors import UserError
 from strop.engine.judge.denoiser import Denoiser
 from strop.engine.judge.model import StepAwarePreferenceModel
@@ -32,13 +32,13 @@ def models(tiny_folder, clip_folder):
 
 
 @pytest.fixture
-def surveyor(tmp_path, models, monkeypatch):
-    """surveyor(scored=True) -> a surveyor with a cache; `encoded` lists the images per call of the VAE's encoder."""
+def pair_scan(tmp_path, models, monkeypatch):
+    """pair_scan(scored=True) -> a PairScan with a cache; `encoded` lists the images per call of the VAE's encoder."""
 
     def make(scored=False, cache=True, workers=0):
         cache = PairCache(tmp_path / "cache") if cache else None
         entries = Entries.of(cache, models.denoiser.diffusion, models.judge) if cache else None
-        return Surveyor(models.denoiser, models.judge, SIZE, entries, scored, 3, workers, ALONE)
+        return PairScan(models.denoiser, models.judge, SIZE, entries, scored, 3, workers, ALONE)
 
     make.encoded = []
     posterior = models.denoiser.posterior
@@ -52,51 +52,51 @@ def source(tmp_path, pair_files):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_posteriors_are_kept_for_every_pair_and_made_once(surveyor, source, models, workers):
-    here = surveyor(workers=workers)
-    found = here.survey(source, range(7), "data.source", 0.0, encode=True)
-    assert (list(found.scores), found.broken, surveyor.encoded) == (list(range(7)), [], [3, 3, 1])
-    images = torch.stack([fitted(image, *SIZE) for image in source.images(5)]).unsqueeze(1)
+def test_posteriors_are_kept_for_every_pair_and_made_once(pair_scan, source, models, workers):
+    here = pair_scan(workers=workers)
+    found = here.scan(source, range(7), "data.source", 0.0, encode=True)
+    assert (list(found.scores), found.broken, pair_scan.encoded) == (list(range(7)), [], [3, 3, 1])
+    images = torch.stack([resized(image, *SIZE) for image in source.images(5)]).unsqueeze(1)
     mean, std = models.denoiser.posterior(images)
     kept = here.entries.cache.read(here.entries.latents(source, 5, SIZE))
     for name, exact in (("mean", mean), ("std", std)):
         assert kept[name].dtype == torch.float16
         assert (kept[name] - exact[:, 0]).abs().max() < 5e-4 * exact.abs().max()
-    surveyor.encoded.clear()
-    again = surveyor().survey(source, range(7), "data.source", 0.0, encode=True)
-    assert (again, surveyor.encoded) == (found, [])
+    pair_scan.encoded.clear()
+    again = pair_scan().scan(source, range(7), "data.source", 0.0, encode=True)
+    assert (again, pair_scan.encoded) == (found, [])
 
 
-def test_only_what_is_damaged_or_has_changed_is_made_anew(surveyor, source, pair_files):
-    here = surveyor()
-    here.survey(source, range(7), "data.source", 0.0, encode=True)
+def test_only_what_is_damaged_or_has_changed_is_made_anew(pair_scan, source, pair_files):
+    here = pair_scan()
+    here.scan(source, range(7), "data.source", 0.0, encode=True)
     here.entries.latents(source, 2, SIZE).write_bytes(b"half an entry")
     (source.folder / source.paths[4][1]).write_bytes(pair_files.jpeg(0.4, 77))
-    surveyor.encoded.clear()
-    here.survey(source, range(7), "data.source", 0.0, encode=True)
-    assert surveyor.encoded == [2]
+    pair_scan.encoded.clear()
+    here.scan(source, range(7), "data.source", 0.0, encode=True)
+    assert pair_scan.encoded == [2]
     assert here.entries.cache.read(here.entries.latents(source, 2, SIZE)) is not None
 
 
-def test_another_model_or_resolution_has_its_own_entries(surveyor, source, models):
-    entries = surveyor().entries
+def test_another_model_or_resolution_has_its_own_entries(pair_scan, source, models):
+    entries = pair_scan().entries
     vae = models.denoiser.diffusion.vae
     with torch.no_grad():
         next(vae.encoder.parameters()).view(-1)[0] += 1
-        other = surveyor().entries
+        other = pair_scan().entries
         next(vae.encoder.parameters()).view(-1)[0] -= 1
     assert entries.latents(source, 0, SIZE) != other.latents(source, 0, SIZE)
     assert entries.latents(source, 0, SIZE) != entries.latents(source, 0, (16, 32))
     assert entries.text("a") == other.text("a") != entries.text("b")
     half = models.denoiser.diffusion.text_encoders[0].half()
     try:
-        assert surveyor().entries.text("a") != entries.text("a")
+        assert pair_scan().entries.text("a") != entries.text("a")
     finally:
         half.float()
 
 
-def test_text_embeddings_are_those_of_the_encoder(surveyor, models):
-    here = surveyor()
+def test_text_embeddings_are_those_of_the_encoder(pair_scan, models):
+    here = pair_scan()
     here.encode_captions(["b", "a cat", "b", ""])
     assert len(list((here.entries.cache.folder / "text").rglob("*.entry"))) == 3
     for caption in ("a cat", ""):
@@ -105,9 +105,9 @@ def test_text_embeddings_are_those_of_the_encoder(surveyor, models):
         assert torch.equal(kept["text"], models.denoiser.diffusion.encode([caption]).text[0].half())
 
 
-def test_scores_are_pickscores_own(surveyor, source, clip_folder, tokenizer):
-    here = surveyor(scored=True)
-    found = here.survey(source, range(7), "data.source", 0.0, encode=False)
+def test_scores_are_pickscores_own(pair_scan, source, clip_folder, tokenizer):
+    here = pair_scan(scored=True)
+    found = here.scan(source, range(7), "data.source", 0.0, encode=False)
     clip = CLIPModel.from_pretrained(clip_folder).eval()
     processor = CLIPImageProcessorPil.from_pretrained(clip_folder, size={"shortest_edge": 56}, crop_size=56)
     for row in (0, 6):
@@ -118,8 +118,8 @@ def test_scores_are_pickscores_own(surveyor, source, clip_folder, tokenizer):
         assert (torch.tensor(found.scores[row]) - expected).abs().max() < 5e-5  # of about 100
     kept = here.entries.cache.read(here.entries.scores(source, 6))["scores"]
     assert kept.tolist() == found.scores[6]
-    assert surveyor(scored=True).survey(source, range(7), "data.source", 0.0, encode=False) == found
-    assert surveyor(scored=True, cache=False).survey(source, range(7), "data.source", 0.0, encode=False) == found
+    assert pair_scan(scored=True).scan(source, range(7), "data.source", 0.0, encode=False) == found
+    assert pair_scan(scored=True, cache=False).scan(source, range(7), "data.source", 0.0, encode=False) == found
 
 
 @pytest.mark.parametrize("tie", [0.0, 0.1, 0.9])
@@ -134,11 +134,11 @@ def test_labels_are_by_the_published_rule(tie):
 
 
 @pytest.mark.parametrize("cache", [True, False], ids=["cached", "not cached"])
-def test_broken_pairs_are_named_and_left_out_up_to_the_share(surveyor, source, cache):
+def test_broken_pairs_are_named_and_left_out_up_to_the_share(pair_scan, source, cache):
     (source.folder / source.paths[3][0]).write_bytes(b"not an image")
     (source.folder / source.paths[5][1]).unlink()
-    here = surveyor(cache=cache)
-    found = here.survey(source, range(7), "data.source", 0.3, encode=cache)
+    here = pair_scan(cache=cache)
+    found = here.scan(source, range(7), "data.source", 0.3, encode=cache)
     assert list(found.scores) == [0, 1, 2, 4, 6]
     assert [line.split(": ")[0] for line in found.broken] == ["pairs.jsonl line 4", "pairs.jsonl line 6"]
     with pytest.raises(
@@ -146,24 +146,24 @@ def test_broken_pairs_are_named_and_left_out_up_to_the_share(surveyor, source, c
         match=r"^data\.source: at least 2 of 7 pairs are broken, which is more than data\.max_broken = 0\.2; "
         r"the first is pairs\.jsonl line 4: images/3-0\.jpg is no image$",
     ):
-        here.survey(source, range(7), "data.source", 0.2, encode=cache)
+        here.scan(source, range(7), "data.source", 0.2, encode=cache)
 
 
-def test_a_hopeless_source_is_given_up_early(surveyor, source):
+def test_a_hopeless_source_is_given_up_early(pair_scan, source):
     for path in source.paths:
         (source.folder / path[0]).write_bytes(b"not an image")
     looked, images = [], type(source).images
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(source), "images", lambda self, row: looked.append(row) or images(self, row))
         with pytest.raises(UserError, match="at least 2 of 7 pairs are broken"):
-            surveyor(cache=False).survey(source, range(7), "data.source", 0.2, encode=False)
+            pair_scan(cache=False).scan(source, range(7), "data.source", 0.2, encode=False)
     assert looked == [0, 1]
 
 
-def test_pace_speaks_now_and_then(capsys, monkeypatch):
+def test_progress_is_printed_now_and_then(capsys, monkeypatch):
     clock = iter([0.0, 5.0, 20.0, 21.0])
-    monkeypatch.setattr("strop.engine.data.pair_survey.time.monotonic", lambda: next(clock))
-    pace = Pace("pairs", 1000, enabled=True)
+    monkeypatch.setattr("strop.engine.data.pair_scan.time.monotonic", lambda: next(clock))
+    progress = ProgressLine("pairs", 1000, enabled=True)
     for _ in range(3):
-        pace.step(20)
+        progress.step(20)
     assert capsys.readouterr().out == "pairs 40/1,000, 2.0 a second, ETA 0:08:00\n"

@@ -1,0 +1,249 @@
+"""Scans preference pairs before training: finds broken pairs and caches what frozen models compute from each pair.
+
+Cached are the VAE's posteriors of both images and the text embeddings of each caption, in float16, and PickScore's
+scores if they make the labels. Without a cache every image is still read, so that a run of a day does not end at a
+broken file. The rows are split over the ranks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from ..errors import UserError
+from ..judge.denoiser import Denoiser
+from ..judge.model import StepAwarePreferenceModel
+from ..judge.pixels import resized_pixels
+from ..models.latent_diffusion import LatentDiffusion
+from ..runtime.progress import duration
+from ..runtime.ranks import Ranks
+from .pair_cache import PairCache, fingerprint
+from .pair_files import BrokenPair, PairSource, resized
+
+CAPTION_BATCH = 1024
+SECONDS_PER_LINE = 10
+MODULATION = ("adaLN_modulation", "t_embedder")  # tensors that a judge has and its CLIP has not
+
+
+@dataclass(frozen=True, slots=True)
+class Entries:
+    """Paths of the cache's entries, which depend on the weights of the models that compute them.
+
+    vae, encoders, judge: fingerprints of those models.
+    """
+
+    cache: PairCache
+    vae: str
+    encoders: str
+    judge: str
+
+    @classmethod
+    def of(cls, cache: PairCache, diffusion: LatentDiffusion, judge: StepAwarePreferenceModel | None) -> Entries:
+        """Hashes the models' loaded weights, which takes seconds. judge: None unless it makes the labels."""
+        vocabularies = [sorted(tokenizer.get_vocab().items()) for tokenizer in diffusion.tokenizers]
+        return cls(
+            cache,
+            fingerprint([diffusion.vae]),
+            fingerprint(diffusion.text_encoders, vocabularies),
+            fingerprint([judge.clip], leave_out=MODULATION) if judge else "",
+        )
+
+    def latents(self, source: PairSource, row: int, size: tuple[int, int]) -> Path:
+        """The entry of the VAE's posteriors of a row's images at size (height, width)."""
+        return self.cache.path("latents", self.vae, size, source.identity(row))
+
+    def scores(self, source: PairSource, row: int) -> Path:
+        """The entry of PickScore's scores of a row's images."""
+        return self.cache.path("scores", self.judge, source.captions[row], source.identity(row))
+
+    def text(self, caption: str) -> Path:
+        """The entry of a caption's text embeddings."""
+        return self.cache.path("text", self.encoders, caption)
+
+
+@dataclass(frozen=True, slots=True)
+class PairScan:
+    """Checks pairs and fills the cache with the given models.
+
+    size: (height, width) of the images. entries: None without a cache. scored: whether PickScore's scores are needed.
+    batch: pairs per forward; workers: processes that read images.
+    """
+
+    denoiser: Denoiser
+    judge: StepAwarePreferenceModel
+    size: tuple[int, int]
+    entries: Entries | None
+    scored: bool
+    batch: int
+    workers: int
+    ranks: Ranks
+
+    def scan(self, source: PairSource, rows: Sequence[int], key: str, max_broken: float, encode: bool) -> ScanResult:
+        """Scans rows of a source, split over the ranks; every rank returns the result of all rows.
+
+        key: the configuration key of the source. encode: whether the VAE's posteriors are cached. Raises UserError if
+        more than the fraction max_broken of the rows is broken.
+        """
+        groups = [list(group) for _, group in groupby(rows, key=source.group)][self.ranks.rank :: self.ranks.size]
+        result, progress = ScanResult(), ProgressLine(f"{key}: pairs", sum(map(len, groups)), self.ranks.first)
+        reader = _PairReader(self, source, groups, encode)
+        pending = []
+        for pair in DataLoader(reader, batch_size=None, num_workers=self.workers):
+            if "broken" in pair:
+                result.broken.append(pair["broken"])
+                if len(result.broken) > max_broken * len(rows):
+                    break
+            else:
+                result.scores[pair["row"]] = pair.get("scores")
+                pending += [pair] if pair.keys() & {"images", "small"} else []
+            if len(pending) == self.batch:
+                self._compute(pending, source, result)
+                pending = []
+            progress.step()
+        if pending:
+            self._compute(pending, source, result)
+        result = _gathered(result, self.ranks)
+        refuse_too_many(result.broken, len(rows), key, max_broken)
+        return result
+
+    def encode_captions(self, captions: Sequence[str]) -> None:
+        """Computes the text embeddings of those captions that the cache lacks, split over the ranks."""
+        own_captions = sorted(set(captions))[self.ranks.rank :: self.ranks.size]
+        progress = ProgressLine("captions", len(own_captions), self.ranks.first)
+        for begin in range(0, len(own_captions), CAPTION_BATCH):
+            batch = own_captions[begin : begin + CAPTION_BATCH]
+            missing = [caption for caption in batch if self.entries.cache.read(self.entries.text(caption)) is None]
+            if missing:
+                cond = self.denoiser.diffusion.encode(missing)
+                for row, caption in enumerate(missing):
+                    entry = {"text": cond.text[row].half()}
+                    if cond.pooled is not None:
+                        entry["pooled"] = cond.pooled[row].half()
+                    self.entries.cache.write(self.entries.text(caption), entry)
+            progress.step(len(batch))
+        if self.ranks.size > 1:
+            dist.barrier()
+
+    @torch.no_grad()
+    def _compute(self, pairs: list[dict], source: PairSource, result: ScanResult) -> None:
+        """Computes the posteriors and scores that pairs lack, in one batch each."""
+        to_encode = [pair for pair in pairs if "images" in pair]
+        if to_encode:
+            images = torch.stack([pair["images"] for pair in to_encode], dim=1).to(self.ranks.device)  # (2, N, 3, H, W)
+            mean, std = (part.half().cpu() for part in self.denoiser.posterior(images))  # (2, N, C, h, w)
+            for i, pair in enumerate(to_encode):
+                path = self.entries.latents(source, pair["row"], self.size)
+                self.entries.cache.write(path, {"mean": mean[:, i], "std": std[:, i]})
+        to_score = [pair for pair in pairs if "small" in pair]
+        if to_score:
+            text = self.judge.encode([source.captions[pair["row"]] for pair in to_score])
+            images = torch.stack([pair["small"] for pair in to_score], dim=1).to(self.ranks.device)  # (2, N, 3, S, S)
+            pixels = resized_pixels(self.judge, images).flatten(0, 1)
+            scores = self.judge.compare(pixels, text.repeat(2, 1), torch.zeros(1, device=self.ranks.device))
+            for pair, both in zip(to_score, scores.view(2, -1).T.cpu(), strict=True):
+                result.scores[pair["row"]] = both.tolist()
+                if self.entries:
+                    self.entries.cache.write(self.entries.scores(source, pair["row"]), {"scores": both})
+
+
+@dataclass(slots=True)
+class ScanResult:
+    """The rows that are whole, with PickScore's scores of both images or None, and "row: why" of the broken rows."""
+
+    scores: dict[int, list[float] | None] = field(default_factory=dict)
+    broken: list[str] = field(default_factory=list)
+
+
+class _PairReader(IterableDataset):
+    """Reads, for each row, the images from which something must be computed because the cache lacks it.
+
+    It yields {"row"} with "images" (2, 3, H, W) for the VAE, "small" (2, 3, S, S) for PickScore, "scores" (2,) from the
+    cache, or "broken" (why). A worker reads whole groups of rows.
+    """
+
+    def __init__(self, scan: PairScan, source: PairSource, groups: list[list[int]], encode: bool):
+        self.entries, self.size, self.scored = scan.entries, scan.size, scan.scored
+        self.judge_size = scan.judge.size
+        self.source, self.encode, self.groups = source, encode, groups
+
+    def __iter__(self) -> Iterator[dict]:
+        worker = get_worker_info()
+        groups = self.groups[worker.id :: worker.num_workers] if worker else self.groups
+        for rows in groups:
+            for row in rows:
+                yield {"row": row} | self._read_or_broken(row)
+
+    def _read_or_broken(self, row: int) -> dict:
+        try:
+            return self._read(row)
+        except BrokenPair as broken:
+            return {"broken": str(broken)}
+
+    def _read(self, row: int) -> dict:
+        pair, cache = {}, self.entries.cache if self.entries else None
+        must_encode = self.encode and cache and cache.read(self.entries.latents(self.source, row, self.size)) is None
+        cached_scores = cache.read(self.entries.scores(self.source, row)) if cache and self.scored else None
+        if cached_scores is not None:
+            pair["scores"] = cached_scores["scores"].tolist()
+        if cache and self.encode and not must_encode and (cached_scores is not None or not self.scored):
+            return pair  # its images are whole, since the entry was computed from them
+        images = self.source.images(row)
+        if must_encode:
+            pair["images"] = torch.stack([resized(image, *self.size) for image in images])
+        if self.scored and cached_scores is None:
+            pair["small"] = torch.stack([resized(image, self.judge_size, self.judge_size) for image in images])
+        return pair
+
+
+class ProgressLine:
+    """Prints the progress of a scan on the terminal, at most every SECONDS_PER_LINE seconds."""
+
+    def __init__(self, title: str, total: int, enabled: bool):
+        self.title, self.total, self.enabled = title, total, enabled
+        self.done, self.begun = 0, time.monotonic()
+        self.printed = self.begun
+
+    def step(self, count: int = 1) -> None:
+        """Counts `count` more items as done."""
+        self.done += count
+        now = time.monotonic()
+        if self.enabled and now - self.printed > SECONDS_PER_LINE:
+            self.printed, rate = now, self.done / (now - self.begun)
+            remaining = duration((self.total - self.done) / rate)
+            print(f"{self.title} {self.done:,}/{self.total:,}, {rate:.1f} a second, ETA {remaining}", flush=True)
+
+
+def refuse_too_many(broken: Sequence[str], total: int, key: str, max_broken: float) -> None:
+    """Raises UserError if more than the fraction max_broken of `total` pairs is broken."""
+    if len(broken) > max_broken * total:
+        raise UserError(
+            f"{key}: at least {len(broken)} of {total} pairs are broken, which is more than data.max_broken = "
+            f"{max_broken:g}; the first is {broken[0]}"
+        )
+
+
+def pickscore_labels(scores: Tensor, tie: float) -> Tensor:
+    """Makes labels (2, N) from PickScore's scores (2, N): an image wins if its softmax is more than `tie` higher.
+
+    All other pairs are ties. Source: the published SPMTask.update_as_pickscore_label.
+    """
+    gap = scores.softmax(0).diff(dim=0).neg()  # (1, N), p_0 - p_1
+    first = torch.where(gap > tie, 1.0, torch.where(gap < -tie, 0.0, 0.5))
+    return torch.cat([first, 1 - first])
+
+
+def _gathered(own_result: ScanResult, ranks: Ranks) -> ScanResult:
+    """Merges the results of all ranks."""
+    parts = [own_result] * ranks.size
+    if ranks.size > 1:
+        dist.all_gather_object(parts, own_result)
+    scores = {row: pair for part in parts for row, pair in part.scores.items()}
+    return ScanResult(dict(sorted(scores.items())), [line for part in parts for line in part.broken])
