@@ -1,4 +1,4 @@
-"""plan/peak: seconds at the peak, against plan/estimate.py's count of the same recipe, and which card it is."""
+"""plan/peak: seconds at the peak, against plan/estimate's counts of the same recipe."""
 
 import subprocess
 from pathlib import Path
@@ -9,8 +9,8 @@ import torch
 from strop.engine.config.training import load
 from strop.engine.models.families.find import family_named
 from strop.engine.plan import peak
-from strop.engine.plan.estimate import make
-from strop.engine.plan.gpus import CARDS, card_called
+from strop.engine.plan.estimate import make_plan
+from strop.engine.plan.gpus import GPUS
 from strop.engine.plan.peak import seconds_on
 
 GPU, SD15 = torch.device("cuda", 0), family_named("sd15")
@@ -27,24 +27,24 @@ def recipe(tiny_folder, clip_folder):
 def test_prompts_and_their_pairs_take_what_the_plan_says(recipe, changes):
     """All but the texts: with all pairs kept, a prompt's rollout and its pairs' updates."""
     recipe = recipe.model_copy(update={"optim": recipe.optim.model_copy(update=changes)})
-    prompt, pair = seconds_on(CARDS["a100"], recipe, SD15).values()
-    planned = make(recipe, "tiny", "a100", 1)
-    stages, counted = planned.cost.stages, planned.counted
-    expected = CARDS["a100"].seconds(planned.cost.done, 1.0) - CARDS["a100"].seconds(stages["text"], 1.0)
-    assert prompt + pair * counted.made / counted.prompts == pytest.approx(expected, rel=1e-9)
-    update = CARDS["a100"].seconds(stages["update: policy"] + stages["update: reference"], 1.0)
-    assert pair * counted.made / counted.prompts == pytest.approx(update, rel=1e-9)
+    prompt, pair = seconds_on(GPUS["a100"], recipe, SD15).values()
+    plan = make_plan(recipe, "tiny", "a100", 1)
+    stages, counts = plan.flops.stages, plan.counts
+    expected = GPUS["a100"].seconds(plan.flops.done, 1.0) - GPUS["a100"].seconds(stages["text"], 1.0)
+    assert prompt + pair * counts.rollout_pairs / counts.prompts == pytest.approx(expected, rel=1e-9)
+    update = GPUS["a100"].seconds(stages["update: policy"] + stages["update: reference"], 1.0)
+    assert pair * counts.rollout_pairs / counts.prompts == pytest.approx(update, rel=1e-9)
     assert prompt > 0
 
 
 def test_a_run_that_asks_has_it_counted_by_another_process(recipe, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
-    expected = seconds_on(CARDS["a100"], recipe, SD15)
+    expected = seconds_on(GPUS["a100"], recipe, SD15)
     monkeypatch.setattr(peak, "seconds_on", None)  # of this process
     assert peak.seconds_at_peak(recipe, SD15, GPU) == pytest.approx(expected, rel=1e-12)
 
 
-def test_nothing_is_known_of_a_cpu_and_of_other_cards_nor_counted_unasked(recipe, monkeypatch):
+def test_nothing_is_known_of_a_cpu_and_of_other_gpus_nor_counted_unasked(recipe, monkeypatch):
     monkeypatch.setattr(subprocess, "run", None)
     assert peak.seconds_at_peak(recipe, SD15, torch.device("cpu")) == {}
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Another 12GB")
@@ -52,25 +52,3 @@ def test_nothing_is_known_of_a_cpu_and_of_other_cards_nor_counted_unasked(recipe
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     unasked = recipe.model_copy(update={"run": recipe.run.model_copy(update={"share_of_peak": False})})
     assert peak.seconds_at_peak(unasked, SD15, GPU) == {}
-
-
-@pytest.mark.parametrize(
-    "name, key",
-    [
-        ("NVIDIA A100-SXM4-80GB", "a100"),
-        ("NVIDIA A100-PCIE-40GB", "a100"),
-        ("NVIDIA A100 80GB PCIe", "a100"),
-        ("NVIDIA H100 80GB HBM3", "h100"),
-        ("NVIDIA H200", "h200"),
-        ("NVIDIA GeForce RTX 4090", "rtx4090"),
-        ("Tesla V100-SXM2-32GB", "v100"),
-        ("NVIDIA L40S", "l40s"),
-        ("NVIDIA A10", "a10"),
-        ("NVIDIA A10G", None),
-        ("NVIDIA H100 PCIe", None),
-        ("NVIDIA GeForce RTX 3080 Ti", None),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-    ],
-)
-def test_a_card_is_known_by_the_name_that_cuda_gives_it(name, key):
-    assert card_called(name) is (CARDS[key] if key else None)
