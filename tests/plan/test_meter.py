@@ -1,9 +1,10 @@
 """engine/plan/meter.py: operations and bytes of small computations, counts by hand."""
 
+from threading import Thread
+
 import pytest
 import torch
 import torch.nn.functional as F
-from threading import Thread
 from torch.utils.checkpoint import CheckpointError, checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
