@@ -118,6 +118,7 @@ def test_the_command_and_its_json(tmp_path, capsys):
 def test_what_does_not_fit_says_which_keys(monkeypatch, gigabytes, overrides, lines):
     tiny = Gpu("tiny", 1, 1, 1, gigabytes + RESERVE / 1e9, 1, 1, "string")
     monkeypatch.setattr(estimate, "find_gpu", lambda key: tiny)
+    monkeypatch.setattr(estimate, "along_resolution", lambda *_: [])  # which takes long and has its own test
     text = render(make_plan(load(TINYWORLD, overrides), "tinyworld", "tiny", 1))
     assert [line for line in lines if not re.search(f"^{line}", text, flags=re.M)] == []
 

@@ -9,36 +9,50 @@ import torch
 from strop.engine.config.training import load
 from strop.engine.models.families.find import family_named
 from strop.engine.plan import peak
-from strop.engine.plan.estimate import make_plan
+from strop.engine.plan.flops import stage_flops
 from strop.engine.plan.gpus import GPUS
+from strop.engine.plan.meta_models import ModelBuilder
 from strop.engine.plan.peak import seconds_on
+from strop.engine.plan.row_counts import count_rows
+from strop.engine.plan.unit_costs import Networks, unit_costs
 
 GPU, SD15 = torch.device("cuda", 0), family_named("sd15")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def recipe(tiny_folder, clip_folder):
     base = Path(__file__).parents[2] / "configs" / "sd15.yaml"
     models = (f"model.path={tiny_folder}", f"judge.path={clip_folder}", "judge.kind=pickscore")
     return load(base, [*models, "run.dir=none", "run.share_of_peak=true", "rollout.num_steps=5", "rollout.prompts=2"])
 
 
+@pytest.fixture(scope="module")
+def costs(recipe):
+    """Unit costs of the recipe, which no key of the update changes."""
+    builder = ModelBuilder.of(recipe, SD15)
+    return unit_costs(builder, Networks.of(builder))
+
+
 @pytest.mark.parametrize("changes", [{}, {"passes": 2}, {"keep_pairs": 0.5}], ids=str)
-def test_prompts_and_their_pairs_take_what_the_plan_says(recipe, changes):
+def test_prompts_and_their_pairs_take_what_the_plan_says(recipe, costs, monkeypatch, changes):
     """All but the texts: with all pairs kept, a prompt's rollout and its pairs' updates."""
     recipe = recipe.model_copy(update={"optim": recipe.optim.model_copy(update=changes)})
+    monkeypatch.setattr(peak, "unit_costs", lambda builder, networks: costs)
     prompt, pair = seconds_on(GPUS["a100"], recipe, SD15).values()
-    plan = make_plan(recipe, "tiny", "a100", 1)
-    stages, counts = plan.flops.stages, plan.counts
-    expected = GPUS["a100"].seconds(plan.flops.done, 1.0) - GPUS["a100"].seconds(stages["text"], 1.0)
-    assert prompt + pair * counts.rollout_pairs / counts.prompts == pytest.approx(expected, rel=1e-9)
-    update = GPUS["a100"].seconds(stages["update: policy"] + stages["update: reference"], 1.0)
+    builder = ModelBuilder.of(recipe, SD15)
+    counts = count_rows(recipe, builder.schedule("cpu"))
+    flops = stage_flops(builder, counts, costs)
+    seconds = lambda flops: GPUS["a100"].seconds(flops, 1.0)
+    update = seconds(flops.stages["update: policy"] + flops.stages["update: reference"])
     assert pair * counts.rollout_pairs / counts.prompts == pytest.approx(update, rel=1e-9)
+    assert prompt == pytest.approx(seconds(flops.done) - seconds(flops.stages["text"]) - update, rel=1e-9)
     assert prompt > 0
 
 
-def test_a_run_that_asks_has_it_counted_by_another_process(recipe, monkeypatch):
+def test_a_run_that_asks_has_it_counted_by_another_process(recipe, costs, monkeypatch):
+    """The other process measures for itself, what is expected comes from costs measured here."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    monkeypatch.setattr(peak, "unit_costs", lambda builder, networks: costs)
     expected = seconds_on(GPUS["a100"], recipe, SD15)
     monkeypatch.setattr(peak, "seconds_on", None)  # of this process
     assert peak.seconds_at_peak(recipe, SD15, GPU) == pytest.approx(expected, rel=1e-12)
