@@ -28,8 +28,8 @@ from strop.bench.bench_step import RESULTS, ROOT, machine
 from strop.engine.config.training import Config, load
 from strop.engine.errors import UserError, exit_on_user_error
 from strop.engine.models.base_model import quiet_libraries
-from strop.engine.plan.meta_models import Blueprint
-from strop.engine.plan.row_counts import tally
+from strop.engine.plan.meta_models import ModelBuilder
+from strop.engine.plan.row_counts import count_rows
 from strop.engine.plan.unit_costs import Networks
 from strop.engine.runtime.ranks import start
 
@@ -58,10 +58,10 @@ class Call:
 
     def tensors(self, device: torch.device) -> list[Tensor]:
         """Query, key, value (rows, heads, S or L, width) and the output's gradient, with the heads side by side."""
-        drawn = lambda length: torch.randn(self.rows, length, self.heads, self.width, device=device).transpose(1, 2)
-        given = [drawn(self.queries), drawn(self.keys), drawn(self.keys), drawn(self.queries)]
-        given = [tensor.to(getattr(torch, self.dtype)) for tensor in given]
-        return [tensor.requires_grad_(self.learns) for tensor in given[:3]] + given[3:]
+        draw = lambda length: torch.randn(self.rows, length, self.heads, self.width, device=device).transpose(1, 2)
+        tensors = [draw(self.queries), draw(self.keys), draw(self.keys), draw(self.queries)]
+        tensors = [tensor.to(getattr(torch, self.dtype)) for tensor in tensors]
+        return [tensor.requires_grad_(self.learns) for tensor in tensors[:3]] + tensors[3:]
 
 
 @exit_on_user_error
@@ -86,32 +86,32 @@ def main(argv: Sequence[str]) -> None:
 
 
 def calls(config: Config) -> list[Call]:
-    """Those of one forward of each stage, at as many rows as the recipe has in its largest."""
-    blueprint = Blueprint.of(config)
-    networks, most = Networks.of(blueprint), tally(config, blueprint.schedule("cpu")).most
-    latent = torch.empty(1, *blueprint.latent_shape, device="meta")
-    image = torch.empty(1, 3, *blueprint.size, device="meta", dtype=blueprint.vae_dtype)
-    cond, t = blueprint.conditioning(1), torch.zeros(1, dtype=torch.int64, device="meta")
+    """Returns the attention calls of one forward of each stage, at the rows of the recipe's largest forward."""
+    builder = ModelBuilder.of(config)
+    networks, largest = Networks.of(builder), count_rows(config, builder.schedule("cpu")).largest
+    latent = torch.empty(1, *builder.latent_shape, device="meta")
+    image = torch.empty(1, 3, *builder.size, device="meta", dtype=builder.vae_dtype)
+    cond, t = builder.conditioning(1), torch.zeros(1, dtype=torch.int64, device="meta")
     judge = networks.judge
-    row = lambda: networks.policy.eps(latent, t, cond, guided=False)
-    look = lambda: judge.clip.image_features(judge.pixels(image), t)
+    forward = lambda: networks.policy.eps(latent, t, cond, guided=False)
+    score = lambda: judge.clip.image_features(judge.pixels(image), t)
     stages = {
-        "branches": (row, max(most["unet"], most["alone"]), False),
-        "update": (row, most["train"], True),
-        "decode": (lambda: (networks.tiny or networks.diffusion).decode(latent), most["decode"], False),
-        "judge": (look, most["judge"], False),
+        "branches": (forward, max(largest["guided"], largest["unguided"]), False),
+        "update": (forward, largest["train"], True),
+        "decode": (lambda: (networks.tiny or networks.diffusion).decode(latent), largest["decode"], False),
+        "judge": (score, largest["judge"], False),
     }
-    found = []
+    stage_calls = []
     for stage, (work, rows, learns) in stages.items():
-        with torch.no_grad(), Noted() as noted:
+        with torch.no_grad(), AttentionCalls() as attention:
             work()
-        for (heads, queries, keys, width, dtype), times in noted.calls.items():
-            found.append(Call(stage, rows, heads, queries, keys, width, dtype, learns, times))
-    return found
+        for (heads, queries, keys, width, dtype), times in attention.calls.items():
+            stage_calls.append(Call(stage, rows, heads, queries, keys, width, dtype, learns, times))
+    return stage_calls
 
 
-class Noted(TorchFunctionMode):
-    """Inside, notes how often this thread calls PyTorch's SDPA, by (heads, queries, keys, width, dtype)."""
+class AttentionCalls(TorchFunctionMode):
+    """Counts how often this thread calls PyTorch's SDPA, by (heads, queries, keys, width, dtype)."""
 
     def __init__(self):
         super().__init__()
@@ -125,19 +125,19 @@ class Noted(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def measure(given: Sequence[Call], device: torch.device) -> list[dict]:
-    """Every call with its seconds by backend, None where that has no kernel for it or too little memory."""
+def measure(attention_calls: Sequence[Call], device: torch.device) -> list[dict]:
+    """Returns every call with its seconds by backend: None where it has no kernel for it or too little memory."""
     names = [*BACKENDS] + ["xformers"] * (device.type == "cuda" and importlib.util.find_spec("xformers") is not None)
-    found = []
-    for done, call in enumerate(given, 1):
+    measured = []
+    for done, call in enumerate(attention_calls, 1):
         seconds = {name: seconds_of(call, name, device) for name in names}
-        found.append(asdict(call) | {"seconds": seconds})
-        print(f"{done} of {len(given)}: {call.stage}, {call.queries} x {call.keys}", flush=True)
-    return found
+        measured.append(asdict(call) | {"seconds": seconds})
+        print(f"{done} of {len(attention_calls)}: {call.stage}, {call.queries} x {call.keys}", flush=True)
+    return measured
 
 
 def seconds_of(call: Call, backend: str, device: torch.device) -> float | None:
-    """Median time of one call."""
+    """Returns the median seconds of one call; None where the backend cannot run it."""
     query, key, value, grad = call.tensors(device)
     attend = F.scaled_dot_product_attention if backend in BACKENDS else of_xformers
 
@@ -161,7 +161,7 @@ def timed(work: Callable[[], None]) -> float | None:
 
 
 def of_xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """As SDPA, which has the heads before the positions."""
+    """Computes attention with xformers for tensors laid out as SDPA has them, heads before positions."""
     from xformers.ops import memory_efficient_attention
 
     return memory_efficient_attention(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)

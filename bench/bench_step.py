@@ -34,8 +34,8 @@ from strop.engine.errors import UserError, exit_on_user_error
 from strop.engine.judge.model import StepAwarePreferenceModel
 from strop.engine.models.base_model import DTYPES, equip, load_unet, quiet_libraries
 from strop.engine.models.latent_diffusion import LatentDiffusion
-from strop.engine.plan.gpus import CARDS, card_called
-from strop.engine.plan.meta_models import Blueprint
+from strop.engine.plan.gpus import GPUS, gpu_of_cuda_name
+from strop.engine.plan.meta_models import ModelBuilder
 from strop.engine.plan.meter import FORMULAS
 from strop.engine.plan.peak import seconds_on
 from strop.engine.runtime.ranks import start
@@ -48,7 +48,8 @@ STAGES = ("text", "rollout/trunk", "rollout/branches", "rollout/decode", "rollou
 
 @dataclass(slots=True)
 class Side:
-    """One of those compared: its modules and what was measured of it, a number or a stage's numbers an iteration."""
+    """A recipe that is compared: its models, and what an iteration of it takes. `first` and `rounds` are in seconds,
+    `flops` and `rounds` by stage, `peak` in bytes."""
 
     iteration: ModuleType
     models: published.Published | ours.Ours
@@ -61,10 +62,10 @@ class Side:
     profile: dict | None = None
 
     def run(self, prompts: Sequence[str], clock) -> int:
-        """One iteration with the same draws each time; returns the number of its pairs."""
+        """Runs one iteration, with the same draws each time, and returns the number of its pairs."""
         rngs = [torch.Generator(self.models.diffusion.device).manual_seed(seed) for seed in (0, 1)]
-        made = self.iteration.iteration(self.models, prompts[: self.config.rollout.prompts], *rngs, clock)
-        return len(made[0]["t"] if isinstance(made, tuple) else made)
+        result = self.iteration.iteration(self.models, prompts[: self.config.rollout.prompts], *rngs, clock)
+        return len(result[0]["t"] if isinstance(result, tuple) else result)  # published.py returns its log too
 
 
 @exit_on_user_error
@@ -92,7 +93,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def measure(exact: Config, fast: Config, recipe: str, rounds: int, device: torch.device) -> dict:
-    """The record that is written: all sides, `rounds` times in turn after one iteration each that is counted."""
+    """Runs all sides `rounds` times in turn, after one iteration that counts operations, and returns the record."""
     file = Path(exact.prompts.train)
     prompts = read_prompts(str(file), "prompts.train") if file.exists() else [f"prompt {i}" for i in range(64)]
     sides = {
@@ -140,12 +141,15 @@ def measure(exact: Config, fast: Config, recipe: str, rounds: int, device: torch
 
 
 def at_peak(side: Side, device: torch.device) -> dict[str, str | float]:
-    """What plan reads of a card in its list: which it is, and the share of its peak that this side reached."""
-    card = card_called(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    if card is None:
+    """Returns what plan reads of a measurement: the key of the GPU, and the share of its peak that this side reached.
+
+    The result is empty on a CPU and for a GPU that plan's list does not have.
+    """
+    gpu = gpu_of_cuda_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if gpu is None:
         return {}
-    peak = seconds_on(card, side.config, side.models.diffusion.family)
-    key = next(key for key, known in CARDS.items() if known is card)
+    peak = seconds_on(gpu, side.config, side.models.diffusion.family)
+    key = next(key for key, known in GPUS.items() if known is gpu)
     seconds = statistics.median(one["total"] for one in side.rounds)
     return {
         "gpu": key,
@@ -154,14 +158,14 @@ def at_peak(side: Side, device: torch.device) -> dict[str, str | float]:
 
 
 def machine(device: torch.device) -> str:
-    """The card's name, or how many cores of which architecture."""
+    """Returns the GPU's name, or the number of CPU cores and their architecture."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{os.cpu_count()}-core {platform.machine()} CPU"
 
 
 def write(record: dict) -> Path:
-    """Keeps the record under bench/results/."""
+    """Writes the record to bench/results/ and returns the file."""
     RESULTS.mkdir(exist_ok=True)
     how = f"-threshold-{record['threshold']:g}" if record["threshold"] else ""
     how += "-compiled" if record["compile"] else ""
@@ -171,25 +175,25 @@ def write(record: dict) -> Path:
 
 
 def run_prompts(config: Config) -> int:
-    """How many a run of this recipe rolls out, on one process."""
+    """Returns how many prompts a run of this recipe rolls out on one process."""
     return config.run.iterations * config.rollout.prompts
 
 
 def build(kind: type, config: Config, device: torch.device) -> published.Published | ours.Ours:
-    """One side's models: its own copies, since each treats them in its own way."""
+    """Builds the models of one side, its own copies, since each side changes them in its own way."""
     if Path(config.model.path).exists():
         judge = StepAwarePreferenceModel.load(config.judge, device)
         return kind(load_unet(config.model, device), LatentDiffusion.load(config.model, device), judge, config)
     torch.manual_seed(0)
-    random = Blueprint.of(config, device=device)
-    unet, diffusion = equip(random.unet(), config.model), random.diffusion()
+    builder = ModelBuilder.of(config, device=device)
+    unet, diffusion = equip(builder.unet(), config.model), builder.diffusion()
     if kind is published.Published:
-        return kind(unet, diffusion, random.judge(), config)
-    return kind(unet, diffusion, random.judge(), config, random.decoder())
+        return kind(unet, diffusion, builder.judge(), config)
+    return kind(unet, diffusion, builder.judge(), config, builder.decoder())
 
 
 def time_one(side: Side, prompts: Sequence[str], device: torch.device) -> None:
-    """One timed iteration; on a GPU also the most memory that was taken, of other sides' models what lies there too."""
+    """Times one iteration of a side; on a GPU, its peak memory too, without what the other sides have allocated."""
     clock = Stopwatch(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -203,7 +207,7 @@ def time_one(side: Side, prompts: Sequence[str], device: torch.device) -> None:
 
 
 def bytes_of(models: published.Published | ours.Ours) -> int:
-    """What a side's networks take between iterations, with gradients and optimizer state of the LoRA in float32."""
+    """Returns the bytes of a side's networks between iterations, with the LoRA's gradients and optimizer state."""
     diffusion = models.diffusion
     networks = [models.policy.unet, diffusion.vae, *diffusion.text_encoders, models.judge.clip]
     networks += [models.reference] if isinstance(models, published.Published) else []
@@ -212,7 +216,7 @@ def bytes_of(models: published.Published | ours.Ours) -> int:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a large matrix product, the best of some."""
+    """Returns the operations per second of a large matrix product, the best of several."""
     size, times = (8192, 10) if device.type == "cuda" else (1024, 30)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = math.inf
@@ -225,7 +229,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def summary(side: Side, rate: float) -> dict:
-    """What the record says of a side; seconds are medians over the rounds."""
+    """Returns what the record says of a side; seconds are medians of the rounds. rate: FLOP/s of matrix products."""
     seconds = {name: statistics.median(one.get(name, 0.0) for one in side.rounds) for name in (*STAGES, "total")}
     tflop = {name: side.flops.get(name, 0.0) / 1e12 for name in STAGES}
     tflop["update"] += tflop["update/optimizer"]
@@ -248,13 +252,13 @@ def summary(side: Side, rate: float) -> dict:
 
 
 def ratio(baseline: Side, side: Side) -> float:
-    """How many times faster a prompt is done than by the baseline: median over the rounds, in each of them."""
+    """Returns how many times faster a prompt is than in the baseline: the median of the ratios of each round."""
     per_prompt = lambda s, i: s.rounds[i]["total"] / s.config.rollout.prompts
     return statistics.median(per_prompt(baseline, i) / per_prompt(side, i) for i in range(len(side.rounds)))
 
 
 def table(record: dict) -> str:
-    """The record in Markdown."""
+    """Returns the record as a table in Markdown."""
     sides = record["sides"]
     compiled = ", strop compiled" if record["compile"] else ""
     lines = [
@@ -290,7 +294,7 @@ def cell(seconds: float, share: float | None) -> str:
 
 
 class Meter(TorchDispatchMode):
-    """Floating-point operations by stage, by PyTorch's formulas."""
+    """Counts floating-point operations by stage, by PyTorch's formulas."""
 
     def __init__(self):
         super().__init__()
@@ -306,7 +310,7 @@ class Meter(TorchDispatchMode):
 
     @contextmanager
     def clock(self, stage: str) -> Iterator[None]:
-        """In place of a Stopwatch."""
+        """Takes the place of a Stopwatch."""
         self.stages.append(stage)
         yield
         self.stages.pop()

@@ -45,9 +45,9 @@ class Ours:
 
 def roll(ours: Ours, cond: Conditioning, rng: torch.Generator, clock: Clock = nullcontext) -> PreferencePairs:
     """The pairs of a rollout of the prompts of `cond`."""
-    models, given = ours.models, ours.config.rollout
-    rollout = Rollout(models.policy, models.decoder, models.judge, models.schedule, given, clock)
-    with models.policy.sampling(cond, given.text_kv) as known:
+    models, config = ours.models, ours.config.rollout
+    rollout = Rollout(models.policy, models.decoder, models.judge, models.schedule, config, clock)
+    with models.policy.sampling(cond, config.text_kv) as known:
         return rollout(known, rng).pairs
 
 

@@ -65,18 +65,18 @@ def measure(config: Config, iterations: int) -> dict:
         print(f"iteration {done + 1} of {iterations}: {len(pairs)} pairs", flush=True)
     cond = Embeddings(models.diffusion, models.judge, [prompts[-count:]])[prompts[-count:]]
     pairs = ours.roll(models, cond, rng)
-    found = {}
+    noise_by_dtype = {}
     for name in ("float32", "float16", "bfloat16"):
         policy = copy.deepcopy(models.policy)
         halve(policy, DTYPES[name])
         learner = replace(models.learner, policy=policy)
-        found[name] = noise(learner, models.learner, pairs, cond.to(DTYPES[name]))
-        print(f"{name}: {found[name]}", flush=True)
-    return {"recipe": "tinyworld", "torch": torch.__version__, "iterations": iterations, "log_ratio": found}
+        noise_by_dtype[name] = noise(learner, models.learner, pairs, cond.to(DTYPES[name]))
+        print(f"{name}: {noise_by_dtype[name]}", flush=True)
+    return {"recipe": "tinyworld", "torch": torch.__version__, "iterations": iterations, "log_ratio": noise_by_dtype}
 
 
 def table(record: dict) -> str:
-    """The record in Markdown."""
+    """Returns the record as a table in Markdown."""
     lines = ["| dtype | noise / signal | same sign | gradient's cosine |", "|---|---|---|---|"]
     for name, row in record["log_ratio"].items():
         signal, sign = f"{row['noise_to_signal']:.2g}", f"{row['same_sign']:.1%}"
@@ -113,7 +113,7 @@ def noise(learner: Learner, precise: Learner, pairs: PreferencePairs, cond: Cond
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """Inside, this process computes what is in float32 in float32 as such."""
+    """Switches TF32 off in this process for as long as the block lasts."""
     backends = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [backend.allow_tf32 for backend in backends]
     try:
@@ -121,8 +121,8 @@ def without_tf32() -> Iterator[None]:
             backend.allow_tf32 = False
         yield
     finally:
-        for backend, own in zip(backends, before, strict=True):
-            backend.allow_tf32 = own
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
 
 
 def margin_and_gradient(learner: Learner, pairs: PreferencePairs, cond: Conditioning) -> tuple[Tensor, Tensor]:

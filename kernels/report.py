@@ -75,26 +75,26 @@ SHAPES: tuple[
 
 
 def launches(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
-    """(shape, launch) of every kernel, at tensors of this type."""
+    """Yields (shape, launch) of every kernel, at tensors of this type."""
     for shape, call in SHAPES:
-        with recording() as found:
+        with recording() as recorded:
             call(dtype)
-        yield from ((shape, each) for each in found)
+        yield from ((shape, launch) for launch in recorded)
 
 
 def name_of(launch: Launch) -> str:
-    """The kernel's name and the flags that it is compiled with."""
+    """Returns the kernel's name and the flags that it is compiled with."""
     flags = [key.lower() for key, value in launch.constants.items() if value is True]
     return " ".join([launch.kernel.__name__.strip("_").removesuffix("_kernel"), *flags])
 
 
 def compiled(launch: Launch, sm: int) -> CompiledKernel:
-    """The kernel as Triton would compile it at this launch on a card of compute capability sm / 10."""
+    """Compiles the kernel as Triton would at this launch, for a GPU of compute capability sm / 10."""
     options = {"num_warps": launch.constants["num_warps"]}
-    given = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.constants
+    arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.constants
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(launch.kernel.arg_names):
-        value = given[name]
+        value = arguments[name]
         if i >= len(launch.args) or (not isinstance(value, Tensor) and value == 1):
             signature[name], constants[name] = "constexpr", value
             continue
@@ -111,27 +111,28 @@ def compiled(launch: Launch, sm: int) -> CompiledKernel:
 
 
 def read(shape: str, dtype: torch.dtype, launch: Launch, sm: int) -> Row:
-    """One line of the table."""
-    made = compiled(launch, sm)
+    """Compiles a launch and returns its row of the table. Raises CalledProcessError where cuobjdump fails."""
+    kernel = compiled(launch, sm)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
+        file.write(kernel.asm["cubin"])
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    load, store = (widest(made.asm["ptx"], kind) for kind in ("ld", "st"))
+    load, store = (widest(kernel.asm["ptx"], kind) for kind in ("ld", "st"))
     spilled, warps = max(used["STACK"], used["LOCAL"]), launch.constants["num_warps"]
-    return Row(name_of(launch), shape, NAMES[dtype], sm, warps, used["REG"], spilled, made.metadata.shared, load, store)
+    shared = kernel.metadata.shared
+    return Row(name_of(launch), shape, NAMES[dtype], sm, warps, used["REG"], spilled, shared, load, store)
 
 
 def widest(ptx: str, kind: str) -> int:
-    """Bytes of the widest access to global memory of this kind, "ld" or "st", 0 without any."""
-    found = re.findall(rf"\b{kind}\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.[bfus](\d+)\b", ptx)
-    return max((int(many or 1) * int(bits) // 8 for many, bits in found), default=0)
+    """Returns the bytes of the widest access to global memory of a kind, "ld" or "st"; 0 where there is none."""
+    accesses = re.findall(rf"\b{kind}\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.[bfus](\d+)\b", ptx)
+    return max((int(many or 1) * int(bits) // 8 for many, bits in accesses), default=0)
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows below HEADER, in columns."""
+    """Returns the rows below HEADER, in columns."""
     lines = [HEADER, *(tuple(map(str, row)) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)

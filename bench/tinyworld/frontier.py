@@ -41,7 +41,7 @@ from strop.engine.errors import UserError, exit_on_user_error
 from strop.engine.judge.model import StepAwarePreferenceModel
 from strop.engine.models.base_model import load_unet, quiet_libraries
 from strop.engine.models.latent_diffusion import LatentDiffusion
-from strop.engine.plan.meter import LACKING
+from strop.engine.plan.meter import EXTRA_FORMULAS
 from strop.engine.runtime.checkpoint import MAY_CHANGE
 from strop.engine.runtime.metrics import read_records
 
@@ -200,7 +200,7 @@ def iteration(models: ours.Ours, prompts: Sequence[str], measured: Callable) -> 
 
 def flop_of(work: Callable) -> tuple[Any, float]:
     """Result of `work()` and the operations of its matrix products and convolutions."""
-    with FlopCounterMode(display=False, custom_mapping=LACKING) as mode:
+    with FlopCounterMode(display=False, custom_mapping=EXTRA_FORMULAS) as mode:
         result = work()
     return result, mode.get_total_flops()
 

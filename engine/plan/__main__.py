@@ -1,4 +1,4 @@
-"""What a recipe costs before it runs: `python -m strop.engine.plan RECIPE [key=value ...] --gpu a100 --gpus 4`."""
+"""Says what a recipe costs before it runs: `python -m strop.engine.plan RECIPE [key=value ...] --gpu a100 --gpus 4`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..config.training import load
 from ..errors import UserError, exit_on_user_error
-from .gpus import ASSUMED, CARDS, card
+from .gpus import ASSUMED_SHARE, GPUS, find_gpu
 
 
 @exit_on_user_error
@@ -18,10 +18,10 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m strop.engine.plan", description=main.__doc__)
     parser.add_argument("recipe", help="YAML file, such as those of configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as rollout.k=2 model.unet_rows=8")
-    parser.add_argument("--gpu", default="a100", help=f"one of {', '.join(CARDS)}")
+    parser.add_argument("--gpu", default="a100", help=f"one of {', '.join(GPUS)}")
     parser.add_argument("--gpus", type=int, default=1, help="how many of them")
     parser.add_argument("--prompts", type=int, help="of the whole run, in place of run.iterations")
-    parser.add_argument("--share", type=float, help=f"of the GPU's peak; where none was measured, {ASSUMED} is assumed")
+    parser.add_argument("--share", type=float, help=f"of the GPU's peak; {ASSUMED_SHARE} where none was measured")
     parser.add_argument("--family", help="of a model that is not on this machine, such as sd15")
     parser.add_argument("--json", metavar="FILE", help="write all of it there as well")
     args = parser.parse_intermixed_args(argv)
@@ -33,20 +33,20 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--share: found {args.share:g}, expected a share of the peak above 0 and at most 1")
     if args.json and not Path(args.json).parent.is_dir():
         raise UserError(f"--json: found {args.json}, expected a file in a folder that there is")
-    card(args.gpu)
-    # torch and diffusers take seconds: what is wrong with the command line has been said by now
+    find_gpu(args.gpu)
+    # torch and diffusers take seconds to import: a wrong command line has been refused by now
     from ..models.base_model import quiet_libraries
     from ..models.families.find import family_named
-    from .estimate import Wanted, make, record
-    from .text import page
+    from .estimate import PlanOptions, as_json, make_plan
+    from .text import render
 
     quiet_libraries()
     family = family_named(args.family) if args.family else None
-    wanted = Wanted(args.prompts, args.share, family)
-    made = make(config, Path(args.recipe).stem, args.gpu, args.gpus, wanted)
+    options = PlanOptions(args.prompts, args.share, family)
+    plan = make_plan(config, Path(args.recipe).stem, args.gpu, args.gpus, options)
     if args.json:
-        Path(args.json).write_text(json.dumps(record(made), indent=2) + "\n", encoding="utf-8")
-    print(page(made))
+        Path(args.json).write_text(json.dumps(as_json(plan), indent=2) + "\n", encoding="utf-8")
+    print(render(plan))
 
 
 if __name__ == "__main__":

@@ -1,33 +1,37 @@
-"""What the processes of a run send each other in an iteration, in bytes: gradients and parameters, and the
-pairs that ranks.py's `balance` gathers.
+"""Bytes that the processes of a run receive from each other in an iteration: gradients, parameters, and the pairs that
+`balance` gathers.
 
-Counted is what one process receives when exchanges go round in a ring, as NCCL's do: for an all-gather what the others
-have, for an all-reduce twice that. Scalars (counts of pairs, norms) are left out.
+The counts hold for exchanges that go round in a ring, as NCCL's do: in an all-gather a process receives what the others
+have, in an all-reduce twice that. Scalars (numbers of pairs, norms) are left out.
 """
 
 from __future__ import annotations
 
 from ..config.training import Config
-from .row_counts import Tally
+from .row_counts import RowCounts
 
-FLOAT = 4  # LoRA, its gradients and latents are float32
+FLOAT = 4  # bytes; the LoRA, its gradients and latents are float32
 INT, BOOL = 8, 1
 
 
-def zero_bytes(config: Config, counted: Tally, lora: int, ranks: int) -> float:
-    """ZeRO's per iteration: an all-reduce of the gradients, from stage 2 on for every micro-batch, and an all-gather of
-    the parameters after every optimizer step. lora: how many numbers are trained."""
-    others = (ranks - 1) / ranks * FLOAT * lora
-    steps = counted.micro_batches / config.optim.accumulate
-    reductions = counted.micro_batches if config.zero.stage == 2 else steps
-    return others * (2 * reductions + steps)
+def zero_bytes(config: Config, counts: RowCounts, lora: int, ranks: int) -> float:
+    """Returns the bytes that ZeRO sends to one process in an iteration; `lora` numbers are trained.
+
+    Gradients are all-reduced at every optimizer step, with stage 2 at every micro-batch; the parameters are gathered
+    after every optimizer step.
+    """
+    gather = (ranks - 1) / ranks * FLOAT * lora
+    steps = counts.micro_batches / config.optim.accumulate
+    reductions = counts.micro_batches if config.zero.stage == 2 else steps
+    return gather * (2 * reductions + steps)
 
 
-def pair_bytes(counted: Tally, latent: int) -> float:
-    """Of one preference pair; latent: numbers in one."""
-    return (counted.sides + 2) * latent * FLOAT + 2 * INT + BOOL
+def pair_bytes(counts: RowCounts, latent: int) -> float:
+    """Returns the bytes of one preference pair whose latents have `latent` numbers each."""
+    return (counts.x_t_per_pair + 2) * latent * FLOAT + 2 * INT + BOOL
 
 
-def balance_bytes(counted: Tally, latent: int, ranks: int) -> float:
-    """The balance of pairs, per iteration: every process receives all others' pairs and keeps its share."""
-    return (ranks - 1) * counted.made * pair_bytes(counted, latent)
+def balance_bytes(counts: RowCounts, latent: int, ranks: int) -> float:
+    """Returns the bytes that one process receives when the pairs of an iteration, of which every process makes as
+    many, are gathered and shared out."""
+    return (ranks - 1) * counts.rollout_pairs * pair_bytes(counts, latent)

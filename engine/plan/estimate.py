@@ -1,8 +1,8 @@
 """What a recipe costs before it runs.
 
-Operations per prompt by stage, of strop and of the published code; memory by part, and what to turn where it does not
-fit; hours and energy at a stated share of the GPU's peak; how all of it grows. Everything is counted on meta tensors,
-in less than a minute, on any machine and without a download. Seconds are an estimate: nothing is timed here.
+A plan has operations per prompt by stage, of strop and of the published code; memory by part, and what makes it fit;
+hours and energy at a stated share of the GPU's peak; and how all of it scales. Everything is counted on meta tensors,
+in less than a minute, on any machine and without a download. Hours are an estimate: nothing is timed here.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from ..config.settings import varied
 from ..config.training import Config
 from ..methods.spo.rollout import check_steps
 from ..models.families.base import Family
-from .fit import Mend, mends
-from .flops import Cost, cost, evaluation, published_cost, published_recipe
-from .gpus import ASSUMED, Card, Pace, card, measured_share
-from .memory import RESERVE, Footprint, footprint
-from .meta_models import Blueprint
-from .row_counts import Tally, tally
-from .scaling import Share, Step, along_gpus, along_inner_steps, along_k, along_resolution
-from .unit_costs import Networks, prices
+from .fit import Fix, find_fixes
+from .flops import StageFlops, evaluation_flops, published_flops, published_recipe, stage_flops
+from .gpus import ASSUMED_SHARE, Gpu, Throughput, find_gpu, measured_share
+from .memory import RESERVE, MemoryUse, memory_use
+from .meta_models import ModelBuilder
+from .row_counts import RowCounts, count_rows
+from .scaling import GpuRow, RecipeRow, along_gpus, along_inner_steps, along_k, along_resolution
+from .unit_costs import Networks, unit_costs
 
 CHECKPOINTING = "model.gradient_checkpointing"
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
@@ -32,52 +32,62 @@ RESULTS = Path(__file__).parents[2] / "bench" / "results"
 class Plan:
     """Everything that is printed.
 
-    published: what the authors' code does; alike: that code with this recipe's rollout, None where they are the same.
-    fixes: what makes it fit, after which it takes `fixed`. unchecked: what it takes without gradient checkpointing,
-    None where it has none. evaluation_hours: of drawing the held-out prompts, twice.
+    share: of the GPU's peak; share_source: where that number comes from. published: the authors' code with its own
+    rollout; published_same_rollout: with this recipe's, None where they are the same. fixes: what makes the recipe fit;
+    fixed_memory: what it takes with them. memory_without_checkpointing: None for a recipe without gradient
+    checkpointing. evaluation_hours: of drawing the held-out prompts twice. k, inner_steps, resolution, by_gpus: rows of
+    scaling.py.
     """
 
     recipe: str
     source: str
-    card: Card
+    gpu: Gpu
     gpus: int
     share: float
-    share_from: str
+    share_source: str
     iterations: int
     prompts: int
-    counted: Tally
-    cost: Cost
-    published: Cost
-    alike: Cost | None
-    memory: Footprint
-    fixes: list[Mend]
-    fixed: Footprint
-    unchecked: Footprint | None
-    run: Share
+    counts: RowCounts
+    flops: StageFlops
+    published: StageFlops
+    published_same_rollout: StageFlops | None
+    memory: MemoryUse
+    fixes: list[Fix]
+    fixed_memory: MemoryUse
+    memory_without_checkpointing: MemoryUse | None
+    run: GpuRow
     evaluation_hours: float
-    k: list[Step]
-    inner_steps: list[Step]
-    resolution: list[Step]
-    sharing: list[Share]
+    k: list[RecipeRow]
+    inner_steps: list[RecipeRow]
+    resolution: list[RecipeRow]
+    by_gpus: list[GpuRow]
 
     @property
-    def room(self) -> float:
-        """Bytes of the card that tensors may take."""
-        return self.card.memory * 1e9 - RESERVE
+    def available(self) -> float:
+        """Bytes of a GPU that tensors may take."""
+        return self.gpu.memory * 1e9 - RESERVE
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak <= self.available
 
     @property
     def hours(self) -> float:
         return self.run.hours + self.evaluation_hours
 
     @property
+    def gpu_hours(self) -> float:
+        return self.hours * self.gpus
+
+    @property
     def kilowatt_hours(self) -> float:
-        """All GPUs at their rated power all the time."""
-        return self.hours * self.gpus * self.card.watts / 1000
+        """Energy of all GPUs at their rated power for all of the time."""
+        return self.gpu_hours * self.gpu.watts / 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """What a plan may be asked beside its recipe and its GPUs, as on the command line; None leaves it to the plan.
+class PlanOptions:
+    """What the command line may say beside the recipe and its GPUs; None leaves it to the plan.
 
     prompts: of the whole run; share: of the GPU's peak; family: of a model that is not on this machine.
     """
@@ -87,85 +97,91 @@ class Wanted:
     family: Family | None = None
 
 
-def make(config: Config, recipe: str, gpu: str, gpus: int, wanted: Wanted = Wanted()) -> Plan:
-    """The plan of a recipe of this name on so many GPUs of a kind.
+def make_plan(config: Config, recipe: str, gpu_key: str, gpus: int, options: PlanOptions = PlanOptions()) -> Plan:
+    """Returns the plan of a recipe on so many GPUs of one kind. recipe: its name; gpu_key: a key of gpus.GPUS.
 
     Raises UserError for an unknown GPU, and where the recipe's model or steps are none that strop trains.
     """
-    device, blueprint = card(gpu), Blueprint.of(config, wanted.family)
-    schedule = blueprint.schedule("cpu")
+    gpu, builder = find_gpu(gpu_key), ModelBuilder.of(config, options.family)
+    schedule = builder.schedule("cpu")
     check_steps(config.rollout, schedule)
-    networks = Networks.of(blueprint)
-    counted, price = tally(config, schedule), prices(blueprint, networks)
-    share, share_from = _share(wanted.share, gpu, recipe)
-    pace = Pace(device, share)
-    total = wanted.prompts or config.run.iterations * config.rollout.prompts * gpus
-    published, alike = (published_cost(each, price) for each in (published_recipe(blueprint), blueprint))
+    networks = Networks.of(builder)
+    counts, costs = count_rows(config, schedule), unit_costs(builder, networks)
+    share, share_source = _share(options.share, gpu_key, recipe)
+    throughput = Throughput(gpu, share)
+    prompts = options.prompts or config.run.iterations * config.rollout.prompts * gpus
+    published, same_rollout = (published_flops(each, costs) for each in (published_recipe(builder), builder))
 
-    def weigh(changed: Config) -> Footprint:
-        other = replace(blueprint, config=changed)
-        return footprint(other, tally(changed, schedule), price, gpus)
+    def measure(changed: Config) -> MemoryUse:
+        return memory_use(replace(builder, config=changed), count_rows(changed, schedule), costs, gpus)
 
-    fixes, fixed = mends(config, weigh, device.memory * 1e9 - RESERVE)
+    fixes, fixed_memory = find_fixes(config, measure, gpu.memory * 1e9 - RESERVE)
+    checkpointing = config.model.gradient_checkpointing
     return Plan(
         recipe=recipe,
-        source=blueprint.source,
-        card=device,
+        source=builder.source,
+        gpu=gpu,
         gpus=gpus,
         share=share,
-        share_from=share_from,
-        iterations=math.ceil(total / (counted.prompts * gpus)),
-        prompts=total,
-        counted=counted,
-        cost=cost(blueprint, counted, price),
+        share_source=share_source,
+        iterations=math.ceil(prompts / (counts.prompts * gpus)),
+        prompts=prompts,
+        counts=counts,
+        flops=stage_flops(builder, counts, costs),
         published=published,
-        alike=alike if alike != published else None,
-        memory=weigh(config),
+        published_same_rollout=same_rollout if same_rollout != published else None,
+        memory=measure(config),
         fixes=fixes,
-        fixed=fixed,
-        unchecked=weigh(varied(config, {CHECKPOINTING: False})) if config.model.gradient_checkpointing else None,
-        run=along_gpus(blueprint, counted, price, pace, total, [gpus])[0],
-        evaluation_hours=pace.seconds(evaluation(config, price)) / gpus / 3600,
-        k=along_k(blueprint, price, gpus),
-        inner_steps=along_inner_steps(blueprint, price, gpus),
-        resolution=along_resolution(blueprint, networks, price, gpus),
-        sharing=along_gpus(blueprint, counted, price, pace, total),
+        fixed_memory=fixed_memory,
+        memory_without_checkpointing=measure(varied(config, {CHECKPOINTING: False})) if checkpointing else None,
+        run=along_gpus(builder, counts, costs, throughput, prompts, [gpus])[0],
+        evaluation_hours=throughput.seconds(evaluation_flops(config, costs)) / gpus / 3600,
+        k=along_k(builder, costs, gpus),
+        inner_steps=along_inner_steps(builder, costs, gpus),
+        resolution=along_resolution(builder, networks, costs, gpus),
+        by_gpus=along_gpus(builder, counts, costs, throughput, prompts),
     )
 
 
-def _share(given: float | None, gpu: str, recipe: str) -> tuple[float, str]:
-    """(share of the peak, whose word that is)."""
-    if given is not None:
-        return given, "given"
-    if found := measured_share(RESULTS, gpu, recipe):
-        return found[0], f"measured, {found[1].name}"
-    return ASSUMED, "assumed: no measurement of this GPU in bench/results"
+def _share(asked: float | None, gpu_key: str, recipe: str) -> tuple[float, str]:
+    """Returns (share of the GPU's peak, where it comes from)."""
+    if asked is not None:
+        return asked, "given"
+    if measured := measured_share(RESULTS, gpu_key, recipe):
+        return measured[0], f"measured, {measured[1].name}"
+    return ASSUMED_SHARE, "assumed: no measurement of this GPU in bench/results"
 
 
-def record(plan: Plan) -> dict:
-    """All of it for JSON: operations, bytes, hours."""
-    flops = lambda each: {name: value.all for name, value in each.stages.items()}
-    of = lambda each: {"stages": flops(each), "total": each.needed.all, "done": each.done.all, "plain": each.plain}
-    weighed = lambda found: {"parts": found.parts, "phases": found.phases, "peak": found.peak}
+def as_json(plan: Plan) -> dict:
+    """Returns everything in a plan for JSON: operations, bytes, hours."""
+    by_stage = lambda flops: {name: stage.all for name, stage in flops.stages.items()}
+    operations = lambda flops: {
+        "stages": by_stage(flops),
+        "total": flops.needed.all,
+        "done": flops.done.all,
+        "plain": flops.plain,
+    }
+    bytes_of = lambda memory: {"parts": memory.parts, "phases": memory.phases, "peak": memory.peak}
+    same_rollout = plan.published_same_rollout
     return {
         "recipe": plan.recipe,
         "architecture": plan.source,
-        "gpu": asdict(plan.card),
+        "gpu": asdict(plan.gpu),
         "gpus": plan.gpus,
         "share_of_peak": plan.share,
-        "share_from": plan.share_from,
+        "share_from": plan.share_source,
         "iterations": plan.iterations,
         "prompts": plan.prompts,
-        "flop_per_prompt": of(plan.cost),
-        "flop_per_prompt_published": of(plan.published),
-        "flop_per_prompt_published_alike": of(plan.alike) if plan.alike else None,
-        "memory": weighed(plan.memory),
-        "fits": plan.memory.peak <= plan.room,
+        "flop_per_prompt": operations(plan.flops),
+        "flop_per_prompt_published": operations(plan.published),
+        "flop_per_prompt_published_same_rollout": operations(same_rollout) if same_rollout else None,
+        "memory": bytes_of(plan.memory),
+        "fits": plan.fits,
         "fixes": [asdict(fix) for fix in plan.fixes],
-        "memory_fixed": weighed(plan.fixed),
+        "memory_fixed": bytes_of(plan.fixed_memory),
         "hours": plan.hours,
-        "gpu_hours": plan.hours * plan.gpus,
+        "gpu_hours": plan.gpu_hours,
         "kwh": plan.kilowatt_hours,
-        "growth": {name: [asdict(step) for step in getattr(plan, name)] for name in ("k", "inner_steps", "resolution")},
-        "sharing": [asdict(each) for each in plan.sharing],
+        "scaling": {name: [asdict(row) for row in getattr(plan, name)] for name in ("k", "inner_steps", "resolution")},
+        "by_gpus": [asdict(row) for row in plan.by_gpus],
     }

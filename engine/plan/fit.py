@@ -1,6 +1,6 @@
-"""What to turn when a recipe does not fit: keys that leave its numbers alone but for rounding, tried one after another.
+"""What makes a recipe fit into a GPU's memory: keys that change its numbers by rounding at most, tried one by one.
 
-Of keys that change what is trained (k, prompts, the LoRA's rank, the resolution) none is touched.
+Keys that change what is trained (k, prompts, the LoRA's rank, the resolution) are left alone.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 
 from ..config.settings import varied
 from ..config.training import Config
-from .memory import Footprint
+from .memory import MemoryUse
 
 Settings = dict[str, int | bool]
-Weigh = Callable[[Config], Footprint]
+Measure = Callable[[Config], MemoryUse]
 
 
 @dataclass(frozen=True, slots=True)
-class Mend:
-    """settings: values by dotted key; before, after: bytes of the phase that they make smaller."""
+class Fix:
+    """Settings (values by dotted key) that make a phase smaller, from `before` bytes to `after`."""
 
     settings: Settings
     phase: str
@@ -26,35 +26,35 @@ class Mend:
     after: float
 
 
-def mends(config: Config, weigh: Weigh, room: float) -> tuple[list[Mend], Footprint]:
-    """What makes the recipe fit into `room` bytes, as far as anything does, and what it takes then."""
-    found, made = weigh(config), []
-    while found.peak > room:
-        mend = _mend(config, found, weigh, room)
-        if mend is None:
+def find_fixes(config: Config, measure: Measure, available: float) -> tuple[list[Fix], MemoryUse]:
+    """Returns what makes the recipe fit into `available` bytes, as far as anything does, and the memory used then."""
+    memory, fixes = measure(config), []
+    while memory.peak > available:
+        fix = _best_fix(config, memory, measure, available)
+        if fix is None:
             break
-        made.append(mend)
-        config = varied(config, mend.settings)
-        found = weigh(config)
-    return _last_of_each(made), found
+        fixes.append(fix)
+        config = varied(config, fix.settings)
+        memory = measure(config)
+    return _without_overridden(fixes), memory
 
 
-def _mend(config: Config, found: Footprint, weigh: Weigh, room: float) -> Mend | None:
-    """The least change that makes the largest phase fit, or the one after which it is smallest; None where none does
-    anything."""
-    phase, before = found.peak_phase, found.peak
+def _best_fix(config: Config, memory: MemoryUse, measure: Measure, available: float) -> Fix | None:
+    """Returns the mildest change that makes the largest phase fit; where none does, the one after which the phase is
+    smallest, or None where nothing makes it smaller."""
+    phase, before = memory.peak_phase, memory.peak
     best = None
     for settings in _options(phase, config):
-        after = weigh(varied(config, settings)).phases[phase]
+        after = measure(varied(config, settings)).phases[phase]
         if after < (best.after if best else before):
-            best = Mend(settings, phase, before, after)
-        if best and best.after <= room:
+            best = Fix(settings, phase, before, after)
+        if best and best.after <= available:
             break
     return best
 
 
 def _options(phase: str, config: Config) -> Iterator[Settings]:
-    """Settings that may make a phase smaller, the mildest first."""
+    """Yields settings that may make a phase smaller, the mildest first."""
     model, optim = config.model, config.optim
     if phase == "rollout: UNet":
         yield from ({"model.unet_rows": rows} for rows in (64, 32, 16, 8, 4, 2) if rows < (model.unet_rows or 65))
@@ -72,7 +72,7 @@ def _options(phase: str, config: Config) -> Iterator[Settings]:
         yield {"zero.stage": 2}
 
 
-def _last_of_each(made: list[Mend]) -> list[Mend]:
-    """Without those that a later one overrides."""
-    overridden = lambda i: any(later.settings.keys() >= made[i].settings.keys() for later in made[i + 1 :])
-    return [mend for i, mend in enumerate(made) if not overridden(i)]
+def _without_overridden(fixes: list[Fix]) -> list[Fix]:
+    """Drops the fixes whose keys a later one sets again."""
+    overridden = lambda i: any(later.settings.keys() >= fixes[i].settings.keys() for later in fixes[i + 1 :])
+    return [fix for i, fix in enumerate(fixes) if not overridden(i)]

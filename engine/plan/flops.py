@@ -1,7 +1,7 @@
-"""What an iteration costs by stage: rows (row_counts.py) times what a row costs (unit_costs.py), here and as published.
+"""Floating-point operations of an iteration by stage: rows (row_counts.py) times what a row costs (unit_costs.py).
 
-Counted are matrix products and convolutions. A prompt is taken to be encoded once for every time it is used, and the
-judge's modulation, which strop keeps for a whole run, not at all.
+The same is counted for the published code. Only matrix products and convolutions count. A prompt is taken to be encoded
+once for every time it is used, and the judge's modulation, which strop keeps for a whole run, not at all.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 
 from ..config.settings import varied
 from ..config.training import Config
-from .meta_models import Blueprint
+from .meta_models import ModelBuilder
 from .meter import Flops
-from .row_counts import Tally, tally
-from .unit_costs import Prices, UNetPrices
+from .row_counts import RowCounts, count_rows
+from .unit_costs import UNetCosts, UnitCosts
 
 STAGES = ("text", "trunk", "branches", "decode", "judge", "update: policy", "update: reference")
 RECOMPUTED = "recomputed"
@@ -24,11 +24,11 @@ EXACT |= {"optim.passes": 1, "optim.keep_pairs": 1.0}
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
+class StageFlops:
     """Operations per prompt.
 
-    stages: by name, those of STAGES and, where activations are computed again in the backward pass, RECOMPUTED; plain:
-    all of them but what the LoRA adds, and with a backward pass counted as one forward.
+    stages: by name; the names are STAGES and, with gradient checkpointing, RECOMPUTED. plain: the sum of STAGES without
+    what the LoRA adds, and with a backward pass counted as one forward.
     """
 
     stages: dict[str, Flops]
@@ -36,21 +36,23 @@ class Cost:
 
     @property
     def needed(self) -> Flops:
-        """Without what gradient checkpointing computes again."""
+        """The sum without what gradient checkpointing computes again."""
         return sum((self.stages[name] for name in STAGES), Flops())
 
     @property
     def done(self) -> Flops:
+        """The sum of everything that is computed."""
         return sum(self.stages.values(), Flops())
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """What an iteration does beside sampling.
+class OtherWork:
+    """What an iteration computes besides the forwards of its rollout.
 
-    text: the text encoders', the judge's among them; kept, kept_base: keys and values of the text and the LoRA added to
-    the weights, with and without the LoRA; images: decodes; scores: the judge's. train, reference: rows of the UNet
-    that are trained and that the reference sees; recompute: of a row, by gradient checkpointing; None without it.
+    text: by the text encoders, the judge's included. text_kv, text_kv_base: keys and values of the text and merging the
+    LoRA into the weights, with and without the LoRA. images: decoding. scores: by the judge. train, reference: UNet
+    rows that are trained on and that the reference computes. recompute: of one row, by gradient checkpointing; None
+    without it.
     """
 
     text: Flops
@@ -58,76 +60,80 @@ class Work:
     scores: Flops
     train: int
     reference: int
-    kept: Flops = NONE
-    kept_base: Flops = NONE
+    text_kv: Flops = NONE
+    text_kv_base: Flops = NONE
     recompute: Flops | None = None
 
 
-def cost(blueprint: Blueprint, counted: Tally, price: Prices) -> Cost:
-    """Of a recipe as strop runs it, all pairs kept."""
-    unet, config = price.unet, blueprint.config
-    kept = counted.prompts + 1 if config.rollout.text_kv else 0
-    work = Work(
-        text=price.text * encoded(blueprint) + price.judge_text * counted.prompts,
-        images=price.decode * counted.of("decode"),
-        scores=price.judge * counted.of("judge"),
-        train=counted.of("train"),
-        reference=counted.of("reference"),
-        kept=unet.keep * kept + unet.merge,
-        kept_base=unet.keep_base * kept,
+def stage_flops(builder: ModelBuilder, counts: RowCounts, costs: UnitCosts) -> StageFlops:
+    """Returns the operations of a recipe as strop runs it, where every pair is sure enough to be trained on."""
+    unet, config = costs.unet, builder.config
+    kept_texts = counts.prompts + 1 if config.rollout.text_kv else 0
+    other = OtherWork(
+        text=costs.text * encoded_prompts(builder) + costs.judge_text * counts.prompts,
+        images=costs.decode * counts.total("decode"),
+        scores=costs.judge * counts.total("judge"),
+        train=counts.total("train"),
+        reference=counts.total("reference"),
+        text_kv=unet.text_kv * kept_texts + unet.merge,
+        text_kv_base=unet.text_kv_base * kept_texts,
         recompute=unet.recompute if config.model.gradient_checkpointing else None,
     )
-    return _cost(counted, unet, work)
+    return _stage_flops(counts, unet, other)
 
 
-def published_cost(blueprint: Blueprint, price: Prices) -> Cost:
-    """Of a recipe as the authors' code would run it, all pairs kept and no activation computed again.
+def published_flops(builder: ModelBuilder, costs: UnitCosts) -> StageFlops:
+    """Returns the operations of a recipe as the authors' code would run it, with every pair and no checkpointing.
 
-    Winner and loser in separate calls, a second UNet as reference, the judge's text tower and modulation for every
-    candidate at every event; none of the approximations.
+    Winner and loser are computed in separate calls, a second UNet is the reference, and the judge's text tower and
+    modulation run for every candidate at every event. None of the recipe's approximations is used.
     """
-    blueprint = replace(blueprint, config=varied(blueprint.config, EXACT))
-    counted = tally(blueprint.config, blueprint.schedule("cpu"))
-    candidates = counted.of("judge")
-    rows = 2 * (2 if blueprint.config.optim.guided else 1) * counted.pairs
-    work = Work(
-        text=price.text * encoded(blueprint) + price.judge_text * candidates,
-        images=price.decode_published * candidates,
-        scores=(price.judge + price.modulation) * candidates,
-        train=rows,
-        reference=rows,
+    builder = replace(builder, config=varied(builder.config, EXACT))
+    counts = count_rows(builder.config, builder.schedule("cpu"))
+    candidates = counts.total("judge")
+    update_rows = 2 * (2 if builder.config.optim.guided else 1) * counts.trained_pairs
+    other = OtherWork(
+        text=costs.text * encoded_prompts(builder) + costs.judge_text * candidates,
+        images=costs.decode_published * candidates,
+        scores=(costs.judge + costs.modulation) * candidates,
+        train=update_rows,
+        reference=update_rows,
     )
-    return _cost(counted, price.published, work)
+    return _stage_flops(counts, costs.published_unet, other)
 
 
-def encoded(blueprint: Blueprint) -> int:
-    """Prompts that the text encoders see in an iteration, the empty one among them where it is encoded."""
-    return blueprint.config.rollout.prompts + (not blueprint.zero_null)
+def encoded_prompts(builder: ModelBuilder) -> int:
+    """Returns how many prompts the text encoders see in an iteration, the empty one included where it is encoded."""
+    return builder.config.rollout.prompts + (not builder.zero_null)
 
 
-def _cost(counted: Tally, unet: UNetPrices, work: Work) -> Cost:
-    """Of an iteration whose rollouts are as counted."""
-    sampled = lambda stage: unet.sample * counted.of("unet", stage) + unet.alone * counted.of("alone", stage)
+def _stage_flops(counts: RowCounts, unet: UNetCosts, other: OtherWork) -> StageFlops:
+    sampled = lambda stage: (
+        unet.guided * counts.total("guided", stage) + unet.unguided * counts.total("unguided", stage)
+    )
     rollout = sampled("rollout/trunk"), sampled("rollout/branches")
-    update = unet.train * work.train, unet.reference * work.reference
-    stages = dict(zip(STAGES, (work.text + work.kept, *rollout, work.images, work.scores, *update), strict=True))
-    if work.recompute is not None:
-        stages[RECOMPUTED] = work.recompute * work.train
-    base = unet.sample_base * counted.of("unet") + unet.alone_base * counted.of("alone")
-    base += unet.reference * (2 * work.train + work.reference)
-    plain = work.text + work.kept_base + work.images + work.scores + base
-    each = 1 / counted.prompts
-    return Cost({name: flops * each for name, flops in stages.items()}, plain.all * each)
+    update = unet.train * other.train, unet.reference * other.reference
+    by_stage = (other.text + other.text_kv, *rollout, other.images, other.scores, *update)
+    stages = dict(zip(STAGES, by_stage, strict=True))
+    if other.recompute is not None:
+        stages[RECOMPUTED] = other.recompute * other.train
+    base = unet.guided_base * counts.total("guided") + unet.unguided_base * counts.total("unguided")
+    base += unet.reference * (2 * other.train + other.reference)
+    plain = other.text + other.text_kv_base + other.images + other.scores + base
+    per_prompt = 1 / counts.prompts
+    return StageFlops({name: flops * per_prompt for name, flops in stages.items()}, plain.all * per_prompt)
 
 
-def published_recipe(blueprint: Blueprint) -> Blueprint:
-    """The same models and resolution with the rollout of the authors' code."""
-    rollout = {f"rollout.{key}": value for key, value in (PUBLISHED | blueprint.family.published_rollout).items()}
-    return replace(blueprint, config=varied(blueprint.config, EXACT | rollout | {"optim.guided": True}))
+def published_recipe(builder: ModelBuilder) -> ModelBuilder:
+    """Returns the same models and resolution with the rollout of the authors' code."""
+    rollout = {f"rollout.{key}": value for key, value in (PUBLISHED | builder.family.published_rollout).items()}
+    return replace(builder, config=varied(builder.config, EXACT | rollout | {"optim.guided": True}))
 
 
-def evaluation(config: Config, price: Prices) -> Flops:
-    """Of a whole run: held-out prompts drawn twice, by the base and by the tuned model, over all processes."""
-    given = config.evaluate
-    forward = price.unet.sample * 2 if given.guidance != 1 else price.unet.alone
-    return (forward * given.num_steps + price.unet.keep + price.evaluated + price.judge) * (2 * given.prompts)
+def evaluation_flops(config: Config, costs: UnitCosts) -> Flops:
+    """Returns the operations of all evaluation of a run, in all processes: the held-out prompts are drawn twice, by the
+    base and by the tuned model."""
+    evaluate = config.evaluate
+    forward = costs.unet.guided * 2 if evaluate.guidance != 1 else costs.unet.unguided
+    image = forward * evaluate.num_steps + costs.unet.text_kv + costs.evaluation_decode + costs.judge
+    return image * (2 * evaluate.prompts)

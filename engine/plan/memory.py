@@ -1,7 +1,7 @@
-"""What a run holds in a GPU's memory: the parts that stay, and the peak of each phase with what it adds to them.
+"""Memory that a run takes on a GPU: the parts that stay, and the peak of each phase, those parts included.
 
-Tensors are counted as meter.py does. What the context, the allocator's gaps and libraries' workspaces take besides is
-RESERVE, an allowance that nobody has measured.
+Tensors are counted as meter.py does. RESERVE is an unmeasured allowance for what the CUDA context, the allocator's gaps
+and the workspaces of libraries take besides.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import math
 from dataclasses import dataclass
 
 from .communication import FLOAT, pair_bytes
-from .meta_models import Blueprint
-from .row_counts import Tally
-from .unit_costs import Prices
+from .meta_models import ModelBuilder
+from .row_counts import RowCounts
+from .unit_costs import UnitCosts
 
-RESERVE = 1.5e9
+RESERVE = 1.5e9  # bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Footprint:
-    """Bytes. parts: what stays through the training; phases: the most in each, the parts it needs included."""
+class MemoryUse:
+    """Bytes. parts: what stays through the training. phases: the peak of each phase, the parts it needs included."""
 
     parts: dict[str, float]
     phases: dict[str, float]
@@ -33,10 +33,10 @@ class Footprint:
         return self.phases[self.peak_phase]
 
 
-def footprint(blueprint: Blueprint, counted: Tally, price: Prices, ranks: int) -> Footprint:
-    """Of one process of so many, each on its own GPU."""
-    config, weights = blueprint.config, price.weights
-    lora, latent = FLOAT * weights.lora, math.prod(blueprint.latent_shape)
+def memory_use(builder: ModelBuilder, counts: RowCounts, costs: UnitCosts, ranks: int) -> MemoryUse:
+    """Returns the memory that one of `ranks` processes takes, each on its own GPU."""
+    config, weights = builder.config, costs.weights
+    lora, latent = FLOAT * weights.lora, math.prod(builder.latent_shape)
     models = {
         "UNet": weights.unet,
         "VAE decoder": weights.vae_decoder,
@@ -45,48 +45,52 @@ def footprint(blueprint: Blueprint, counted: Tally, price: Prices, ranks: int) -
         "judge": weights.judge,
         "LoRA": lora,
     }
-    master = lora / ranks if ranks > 1 else 0  # DeepSpeed keeps a copy of what a process updates
+    master = lora / ranks if ranks > 1 else 0  # DeepSpeed's copy of the parameters that a process updates
     parts = models | {"optimizer state": 2 * lora / ranks + master}
     resident = sum(parts.values())
-    pairs = counted.made * pair_bytes(counted, latent)
+    pairs = counts.rollout_pairs * pair_bytes(counts, latent)
     gradients = gradient_bytes(config.zero.stage, lora, ranks)
-    most, images = counted.most, price.image * counted.most["decode"]
-    kept = price.unet.kept * (counted.prompts + 1) + price.unet.merged + pairs
-    decode = decoding_bytes(price.decode_peak, price.image, most["decode"], config.model.decode_rows)
-    unet_rows = max(most["unet"], most["alone"])
+    largest, images = counts.largest, costs.image_bytes * counts.largest["decode"]
+    sampling = costs.unet.text_kv_bytes * (counts.prompts + 1) + costs.unet.merged_bytes + pairs
+    decode = decoding_bytes(costs.decode_peak, costs.image_bytes, largest["decode"], config.model.decode_rows)
+    unet_rows = max(largest["guided"], largest["unguided"])
     unet_rows = min(unet_rows, config.model.unet_rows or unet_rows)
-    update = price.unet.checkpointed_peak if config.model.gradient_checkpointing else price.unet.update_peak
+    update = costs.unet.checkpointed_peak if config.model.gradient_checkpointing else costs.unet.update_peak
     towers = weights.text_encoders + weights.judge_text
     phases = {
-        "embedding the prompts": sum(models.values()) + towers + max(price.text_peak, price.judge_text_peak),
-        "rollout: UNet": resident + kept + price.unet.sample_peak * unet_rows,
-        "rollout: decode": resident + kept + decode,
-        "rollout: judge": resident + kept + images + price.judge_peak * most["judge"],
-        "update": resident + gradients + 2 * pairs + update * update_rows(blueprint, counted),
-        "evaluation": resident + evaluation_bytes(blueprint, price),
+        "embedding the prompts": sum(models.values()) + towers + max(costs.text_peak, costs.judge_text_peak),
+        "rollout: UNet": resident + sampling + costs.unet.forward_peak * unet_rows,
+        "rollout: decode": resident + sampling + decode,
+        "rollout: judge": resident + sampling + images + costs.judge_peak * largest["judge"],
+        "update": resident + gradients + 2 * pairs + update * update_rows(builder, counts),
+        "evaluation": resident + evaluation_bytes(builder, costs),
     }
     if ranks > 1:
         phases["balance of pairs"] = resident + (2 * ranks + 1) * pairs
-    return Footprint(parts, phases)
+    return MemoryUse(parts, phases)
 
 
 def gradient_bytes(stage: int, lora: float, ranks: int) -> float:
-    """Gradients and, of several processes, the bucket in which they travel and a flat copy of it."""
+    """Returns the bytes of the gradients of `lora` bytes of parameters under this ZeRO stage.
+
+    With several processes, the bucket in which gradients travel and a flat copy of it are included.
+    """
     if ranks == 1:
         return lora
     return (lora if stage == 1 else lora / ranks) + 2 * lora
 
 
-def update_rows(blueprint: Blueprint, counted: Tally) -> int:
-    """Most rows that a micro-batch can put through the UNet: of MSPO, all pairs of one may have two latents."""
-    halves = 2 if blueprint.config.guided_update else 1
-    return halves * min(blueprint.config.optim.micro_batch, counted.made) * counted.sides
+def update_rows(builder: ModelBuilder, counts: RowCounts) -> int:
+    """Returns the most rows that a micro-batch can put through the UNet; with several inner steps, all of its pairs may
+    have two latents x_t."""
+    halves = 2 if builder.config.guided_update else 1
+    return halves * min(builder.config.optim.micro_batch, counts.rollout_pairs) * counts.x_t_per_pair
 
 
 def decoding_bytes(peak: float, image: float, latents: int, at_once: int | None) -> float:
-    """Of decoding so many latents, at_once in a forward: what came out of former parts waits to be joined.
+    """Returns the peak of decoding so many latents, `at_once` in a forward (None: all).
 
-    peak: of one latent, image: of what it is decoded to.
+    peak: bytes of decoding one latent; image: bytes of its result. The results of all forwards wait to be joined.
     """
     rows = min(latents, at_once or latents)
     if rows == latents:
@@ -94,14 +98,14 @@ def decoding_bytes(peak: float, image: float, latents: int, at_once: int | None)
     return max(peak * rows + image * (latents - rows), 2 * image * latents)
 
 
-def evaluation_bytes(blueprint: Blueprint, price: Prices) -> float:
-    """Of sampling, decoding and scoring a batch of the evaluation."""
-    given, model = blueprint.config.evaluate, blueprint.config.model
-    batch = min(given.batch, given.prompts)
-    rows = batch * (2 if given.guidance != 1 else 1)
-    kept = price.unet.kept * (batch + 1) + price.unet.merged
-    unet = kept + price.unet.sample_peak * min(rows, model.unet_rows or rows)
-    float32 = 3 * math.prod(blueprint.size) * FLOAT
-    decode = decoding_bytes(price.evaluated_peak, float32, batch, model.decode_rows)
-    judge = 2 * float32 * batch + price.judge_peak * batch
-    return max(unet, kept + decode, judge)
+def evaluation_bytes(builder: ModelBuilder, costs: UnitCosts) -> float:
+    """Returns the peak of sampling, decoding and scoring a batch of the evaluation, without the resident parts."""
+    evaluate, model = builder.config.evaluate, builder.config.model
+    batch = min(evaluate.batch, evaluate.prompts)
+    rows = batch * (2 if evaluate.guidance != 1 else 1)
+    sampling = costs.unet.text_kv_bytes * (batch + 1) + costs.unet.merged_bytes
+    unet = sampling + costs.unet.forward_peak * min(rows, model.unet_rows or rows)
+    image = 3 * math.prod(builder.size) * FLOAT
+    decode = decoding_bytes(costs.evaluation_decode_peak, image, batch, model.decode_rows)
+    judge = 2 * image * batch + costs.judge_peak * batch
+    return max(unet, sampling + decode, judge)

@@ -1,4 +1,4 @@
-"""The networks of a recipe without its weights: on the meta device, for counting what they take, or of random ones.
+"""Builds the networks of a recipe without its weights: on the meta device to measure them, or with random weights.
 
 Nothing is downloaded. The architecture is that of the configuration files where model.path is a folder of this machine,
 else that of the family's original, and `source` says which. The classes are those that a run uses.
@@ -35,11 +35,11 @@ from ..schedules.schedule import Schedule
 
 
 @dataclass(frozen=True, slots=True)
-class Blueprint:
-    """A recipe with the configurations of its networks.
+class ModelBuilder:
+    """A recipe with the configurations of its networks, which it builds.
 
-    parts: by the part's name, as in Family.architecture; judge_config: of the judge's CLIP; source: whose they are, in
-    words; device: where networks are made.
+    parts: configurations by name, as in Family.architecture; judge_config: of the judge's CLIP; source: where they come
+    from, in words; device: where networks are built.
     """
 
     config: Config
@@ -50,17 +50,17 @@ class Blueprint:
     device: torch.device | str = "meta"
 
     @classmethod
-    def of(cls, config: Config, family: Family | None = None, device: torch.device | str = "meta") -> Blueprint:
-        """family: of a model that is not on this machine; None goes by its name.
+    def of(cls, config: Config, family: Family | None = None, device: torch.device | str = "meta") -> ModelBuilder:
+        """Reads the configurations. family: of a model that is not on this machine; None guesses it from the name.
 
         Raises UserError where the files are of no model that strop trains.
         """
-        found, parts, source = _base_model(config.model, family)
-        judge, of_judge = _judge(config.judge)
-        return cls(config, found, parts, judge, f"{source}; judge: {of_judge}", device)
+        base_family, parts, source = _base_model(config.model, family)
+        judge, judge_source = _judge(config.judge)
+        return cls(config, base_family, parts, judge, f"{source}; judge: {judge_source}", device)
 
     def policy(self) -> Policy:
-        """The UNet with its LoRA; neither upsampling is folded nor gradient checkpointing on."""
+        """Builds the UNet with its LoRA; upsampling is not folded and gradient checkpointing is off."""
         lora = self.config.lora
         unet = self.unet()
         with torch.device(self.device):
@@ -70,7 +70,7 @@ class Blueprint:
         return self._built(lambda: KINDS["unet"].from_config(self.parts["unet"]), self.dtype)
 
     def decoder(self) -> TinyDecoder | None:
-        """rollout.decoder where there is one; of a hub id, the architecture is TAESD's."""
+        """Builds rollout.decoder, None where there is none; a hub id is taken to be of TAESD's architecture."""
         path = self.config.rollout.decoder
         if path is None:
             return None
@@ -80,7 +80,7 @@ class Blueprint:
         return TinyDecoder(network, self.config.model.decode_rows)
 
     def diffusion(self) -> LatentDiffusion:
-        """Text encoders, VAE and schedule."""
+        """Builds the text encoders, the VAE and the scheduler."""
         kinds = {name: network_kind(self.family, name) for name in self.family.text_encoders}
         encoder = lambda name: kinds[name](kinds[name].config_class(**self.parts[name]))
         encoders = [self._built(lambda name=name: encoder(name), self.dtype) for name in kinds]
@@ -99,25 +99,25 @@ class Blueprint:
         return StepAwarePreferenceModel(clip, tokenizer, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, self.config.judge.kind)
 
     def _built(self, make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
-        """The network that `make()` gives, on this device and in `dtype`; PyTorch's own type stays what it is."""
+        """Returns the network of `make()` on this device and in `dtype`; PyTorch's default type stays what it is."""
         with torch.device(self.device):
             return nn.Module.to(make(), dtype)  # diffusers' own `to` warns of parts in float32, though there are none
 
     def schedule(self, device: str) -> Schedule:
-        """The rollout's."""
-        given, scheduler = self.config.rollout, DDIMScheduler.from_config(self.parts["scheduler"])
-        return ddim_schedule(scheduler, given.num_steps, given.eta, given.guidance, device)
+        """Returns the schedule of the rollout."""
+        rollout, scheduler = self.config.rollout, DDIMScheduler.from_config(self.parts["scheduler"])
+        return ddim_schedule(scheduler, rollout.num_steps, rollout.eta, rollout.guidance, device)
 
     def conditioning(self, prompts: int) -> Conditioning:
-        """What the models know of so many prompts."""
-        unet, made = self.parts["unet"], lambda *shape: torch.empty(shape, device=self.device, dtype=self.dtype)
+        """Returns uninitialised conditioning of so many prompts."""
+        unet, empty = self.parts["unet"], lambda *shape: torch.empty(shape, device=self.device, dtype=self.dtype)
         length, width = self.parts["text_encoder"].get("max_position_embeddings", 77), unet["cross_attention_dim"]
         judge = torch.empty(prompts, self.judge_config.projection_dim, device=self.device)
-        cond = Conditioning(made(prompts, length, width), made(1, length, width), judge)
+        cond = Conditioning(empty(prompts, length, width), empty(1, length, width), judge)
         pooled, time_ids = self.family.pooled_width(unet), self.family.time_ids(*self.size)
         if pooled is not None:
-            cond = replace(cond, pooled=made(prompts, pooled), null_pooled=made(1, pooled))
-        return cond if time_ids is None else replace(cond, time_ids=made(1, len(time_ids)))
+            cond = replace(cond, pooled=empty(prompts, pooled), null_pooled=empty(1, pooled))
+        return cond if time_ids is None else replace(cond, time_ids=empty(1, len(time_ids)))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -125,12 +125,12 @@ class Blueprint:
 
     @property
     def vae_dtype(self) -> torch.dtype:
-        """As base_model.py loads it."""
+        """The type in which base_model.py loads the VAE."""
         return self.family.vae_dtype(self.parts["vae"], self.dtype)
 
     @property
     def factor(self) -> int:
-        """Pixels of a latent's side."""
+        """How many pixels one number of a latent spans, in height and in width."""
         return 2 ** (len(self.parts["vae"]["block_out_channels"]) - 1)
 
     @property
@@ -139,18 +139,18 @@ class Blueprint:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of an image in pixels."""
+        """(height, width) of an image in pixels."""
         _, height, width = self.latent_shape
         return height * self.factor, width * self.factor
 
     @property
     def zero_null(self) -> bool:
-        """Whether the empty prompt is zeros and not its encoding."""
+        """Whether the empty prompt is embedded as zeros, not as its encoding."""
         return self.family.zero_null(self.parts["model_index"])
 
 
 class BlankTokenizer:
-    """The same token over and over, as many to a prompt as a text encoder takes."""
+    """Gives every prompt token 0, as many times as a text encoder takes tokens."""
 
     def __init__(self, length: int, device: torch.device | str):
         self.model_max_length, self.device = length, device
@@ -163,25 +163,25 @@ class BlankTokenizer:
 
 
 def _base_model(model: ModelConfig, family: Family | None) -> tuple[Family, dict[str, dict], str]:
-    """(family, configurations by part, whose they are)."""
+    """Returns (family, configurations by part, where they come from)."""
     path = Path(model.path).expanduser()
     folder = path if path.is_dir() else Path(model.components).expanduser() if model.components else None
     if folder is not None and folder.is_dir():
         key = "model.path" if path.is_dir() else "model.components"
-        found = family_of_folder(folder, key)
-        names = ("unet", "vae", *found.text_encoders, "scheduler")
+        family = family_of_folder(folder, key)
+        names = ("unet", "vae", *family.text_encoders, "scheduler")
         parts = {name: read_config(folder, name, key) for name in names} | {"model_index": read_index(folder, key)}
         source = f"the configuration files in {folder}"
     else:
-        found, why = _family(path, model, family)
-        parts, source = dict(found.architecture), f"that of engine/models/families/{found.name}.py, as {why}"
+        family, why = _family(path, model, family)
+        parts, source = dict(family.architecture), f"that of engine/models/families/{family.name}.py, as {why}"
     if model.vae:
         parts["vae"] = _vae(model.vae, parts["vae"])
-    return found, parts, source
+    return family, parts, source
 
 
 def _family(path: Path, model: ModelConfig, asked: Family | None) -> tuple[Family, str]:
-    """(family, why) of a checkpoint file or of a model that is not on this machine."""
+    """Returns (family, why) of a checkpoint file or of a model that is not on this machine."""
     if path.is_file():
         return family_of_file(path, "model.path", own_vae=model.vae is None), f"{path} is"
     if asked:
@@ -189,16 +189,16 @@ def _family(path: Path, model: ModelConfig, asked: Family | None) -> tuple[Famil
     return family_guessed(model.path), f"the name of {model.path}, not on this machine, says"
 
 
-def _vae(path: str, own: dict) -> dict:
-    """The configuration of model.vae: of a folder its own, else that of the model, taken not to overflow."""
+def _vae(path: str, model_vae: dict) -> dict:
+    """Returns the configuration of model.vae: a folder's own, else the model's, which is taken not to overflow."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        return own | {"force_upcast": False}
+        return model_vae | {"force_upcast": False}
     return read_config(folder, "vae" if (folder / "vae").is_dir() else "", "model.vae")
 
 
 def _judge(judge: JudgeConfig) -> tuple[CLIPConfig, str]:
-    """The configuration of the judge's CLIP, and whose it is."""
+    """Returns (configuration of the judge's CLIP, where it comes from)."""
     folders = [Path(path).expanduser() for path in (judge.path, judge.components) if path]
     folder = next((folder for folder in folders if (folder / "config.json").is_file()), None)
     if folder is None:

@@ -1,7 +1,7 @@
-"""How many rows an iteration puts through each network, counted by running it: rollout, balance and update themselves.
+"""How many rows an iteration puts through each network, counted by running rollout, balance and update themselves.
 
-They run on stand-ins: latents of one number, a policy that notes the rows it is given and computes nothing, a judge
-that is sure of every pair. So nothing of the order of things is written down twice.
+They run on stand-ins: latents of one number, a policy that counts the rows it is given and computes nothing, and a
+judge that is sure of every pair. The order of an iteration is thus written down once, where it is run.
 """
 
 from __future__ import annotations
@@ -23,59 +23,60 @@ from ..models.conditioning import Conditioning
 from ..runtime.ranks import Ranks
 from ..schedules.schedule import Schedule
 
-ALONE = Ranks(0, 1, torch.device("cpu"))
+ONE_PROCESS = Ranks(0, 1, torch.device("cpu"))
 
 
 @dataclass(frozen=True, slots=True)
-class Tally:
-    """Of one iteration of one process, whose pairs are all kept.
+class RowCounts:
+    """Counts of one iteration of one process, where the judge is sure of every pair.
 
-    rows: by (stage, call), how many rows went through; most: the largest number in one call. Calls are `unet`, a guided
-    forward of the policy while sampling, `alone`, one that has one half alone, `train`, one with the backward pass
-    after it, and `reference`, all in rows of the UNet, where a guided latent is two; `decode` in latents and `judge` in
-    images. made: pairs of the rollout; sides: latents x_t of each, 2 where winner and loser may have their own; pairs:
-    those trained on, however often; micro_batches: of all passes.
+    rows: by (stage, call), how many rows went through. largest: by call, the most rows in one of them. The calls of the
+    UNet, in its rows, of which a guided latent has two: `guided` and `unguided`, forwards of the rollout; `train`,
+    forwards that a backward pass follows; `reference`. `decode` counts latents, `judge` images. rollout_pairs: pairs of
+    the rollout. x_t_per_pair: 2 where winner and loser may have different latents x_t. trained_pairs: different pairs
+    that are trained on. micro_batches: of all passes.
     """
 
     prompts: int
     rows: Counter = field(default_factory=Counter)
-    most: Counter = field(default_factory=Counter)
-    made: int = 0
-    sides: int = 1
-    pairs: int = 0
+    largest: Counter = field(default_factory=Counter)
+    rollout_pairs: int = 0
+    x_t_per_pair: int = 1
+    trained_pairs: int = 0
     micro_batches: int = 0
 
-    def of(self, call: str, stage: str | None = None) -> int:
-        """Rows of a call, of one stage or of all."""
+    def total(self, call: str, stage: str | None = None) -> int:
+        """Returns the rows of a call, in one stage or in all."""
         return sum(rows for (s, c), rows in self.rows.items() if c == call and stage in (None, s))
 
 
-def tally(config: Config, schedule: Schedule) -> Tally:
-    """Runs one iteration of a recipe; schedule: its rollout's, on the CPU."""
-    notes = _Notes(config)
+def count_rows(config: Config, schedule: Schedule) -> RowCounts:
+    """Runs one iteration of a recipe on stand-ins and returns its counts. schedule: the rollout's, on the CPU."""
+    counter = _CountingModels(config)
     prompts = config.rollout.prompts
     cond = Conditioning(torch.zeros(prompts, 1, 1), torch.zeros(1, 1, 1), torch.zeros(prompts))
     rng = torch.Generator().manual_seed(0)
-    made = Rollout(notes, notes, notes, schedule, config.rollout, notes.clock)(cond, rng).pairs
-    learner = Learner(notes, schedule, config.optim)
-    notes.stage = "update"
+    pairs = Rollout(counter, counter, counter, schedule, config.rollout, counter.clock)(cond, rng).pairs
+    learner = Learner(counter, schedule, config.optim)
+    counter.stage = "update"
     micro_batches = trained = 0
-    for batch in learner.batches(balance(made, prompts, ALONE, rng), cond, rng):
+    for batch in learner.batches(balance(pairs, prompts, ONE_PROCESS, rng), cond, rng):
         learner.loss(batch)
         micro_batches += 1
         trained += len(batch)
-    pairs = trained // config.optim.passes
-    return Tally(prompts, notes.rows, notes.most, len(made), len(made.x_t), pairs, micro_batches)
+    trained_pairs = trained // config.optim.passes
+    rows, largest = counter.rows, counter.largest
+    return RowCounts(prompts, rows, largest, len(pairs), len(pairs.x_t), trained_pairs, micro_batches)
 
 
-class _Notes:
-    """Policy, decoder and judge in one, none of which does anything but note what it is given."""
+class _CountingModels:
+    """Stands in for policy, decoder and judge; each only counts the rows that it is given."""
 
     latent_shape = (1, 1, 1)
 
     def __init__(self, config: Config):
         self.multiple = config.optim.micro_batch if config.model.compile else 1
-        self.rows, self.most = Counter(), Counter()
+        self.rows, self.largest = Counter(), Counter()
         self.stage, self.is_reference = "", False
 
     @contextmanager
@@ -97,20 +98,20 @@ class _Notes:
             call = "reference" if self.is_reference else "train"
             rows += -rows % self.multiple
         else:
-            call = "unet" if guided else "alone"
-        self._note(call, halves * rows)
+            call = "guided" if guided else "unguided"
+        self._count(call, halves * rows)
         return torch.zeros(halves, *x.shape, requires_grad=call == "train")
 
     def decode(self, latents: Tensor) -> Tensor:
-        self._note("decode", latents[..., 0, 0, 0].numel())
+        self._count("decode", latents[..., 0, 0, 0].numel())
         return latents
 
     def score(self, candidates: Candidates, cond: Conditioning) -> Tensor:
-        """Scores (K, B) so far apart that no threshold takes a pair for unsure."""
+        """Returns scores (K, B) so far apart that the judge is sure at any threshold."""
         k, prompts = candidates.images.shape[:2]
-        self._note("judge", k * prompts)
+        self._count("judge", k * prompts)
         return 1e3 * torch.arange(k, dtype=torch.float32).unsqueeze(1).expand(k, prompts)
 
-    def _note(self, call: str, rows: int) -> None:
+    def _count(self, call: str, rows: int) -> None:
         self.rows[self.stage, call] += rows
-        self.most[call] = max(self.most[call], rows)
+        self.largest[call] = max(self.largest[call], rows)

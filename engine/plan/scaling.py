@@ -1,4 +1,4 @@
-"""How a run's cost grows: with k, with the inner steps, with the resolution, and with the GPUs that share it."""
+"""How the cost of a run scales: with k, with the inner steps, with the resolution, and with the number of GPUs."""
 
 from __future__ import annotations
 
@@ -8,33 +8,34 @@ from dataclasses import dataclass, replace
 
 from ..config.settings import varied
 from .communication import balance_bytes, zero_bytes
-from .flops import cost
-from .gpus import Pace
-from .memory import footprint
-from .meta_models import Blueprint
-from .row_counts import Tally, tally
-from .unit_costs import Networks, Prices, resized
+from .flops import stage_flops
+from .gpus import Throughput
+from .memory import memory_use
+from .meta_models import ModelBuilder
+from .row_counts import RowCounts, count_rows
+from .unit_costs import Networks, UnitCosts, resized_costs
 
-GPUS = (1, 2, 4, 8, 16, 32, 64)
+GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """A recipe with another value of one key: operations done per prompt, pairs per prompt, bytes at the peak."""
+class RecipeRow:
+    """A recipe with another value of one key, or the recipe itself: operations done per prompt, pairs per prompt, and
+    bytes at the peak."""
 
     value: str
-    own: bool
+    is_recipe: bool
     flops: float
     pairs: float
     peak: float
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """A run shared by so many GPUs.
+class GpuRow:
+    """A run on so many GPUs.
 
-    zero, balance: bytes that each receives in an iteration; computing, receiving: seconds of it; optimizer_steps and
-    hours: of the whole run.
+    zero, balance: bytes that each receives in an iteration; computing, receiving: seconds of an iteration;
+    optimizer_steps and hours: of the whole run.
     """
 
     gpus: int
@@ -46,58 +47,67 @@ class Share:
     hours: float
 
 
-def along_k(blueprint: Blueprint, price: Prices, ranks: int) -> list[Step]:
-    """k = 2, 4, 8 and the recipe's own."""
-    own = blueprint.config.rollout.k
-    return [_step(blueprint, {"rollout.k": k}, k, k == own, price, ranks) for k in sorted({2, 4, 8, own})]
+def along_k(builder: ModelBuilder, costs: UnitCosts, ranks: int) -> list[RecipeRow]:
+    """Returns the rows of k = 2, 4, 8 and of the recipe's own k."""
+    recipe_k = builder.config.rollout.k
+    values = sorted({2, 4, 8, recipe_k})
+    return [_recipe_row(_varied(builder, {"rollout.k": k}), str(k), k == recipe_k, costs, ranks) for k in values]
 
 
-def along_inner_steps(blueprint: Blueprint, price: Prices, ranks: int) -> list[Step]:
-    """Segments of 1, 2, 4, 8 steps and the recipe's own."""
-    own = blueprint.config.rollout.inner_steps
-    values = sorted({1, 2, 4, 8, own})
-    return [_step(blueprint, {"rollout.inner_steps": n}, n, n == own, price, ranks) for n in values]
+def along_inner_steps(builder: ModelBuilder, costs: UnitCosts, ranks: int) -> list[RecipeRow]:
+    """Returns the rows of segments of 1, 2, 4, 8 steps and of the recipe's own length."""
+    recipe_steps = builder.config.rollout.inner_steps
+    rows = []
+    for steps in sorted({1, 2, 4, 8, recipe_steps}):
+        changed = _varied(builder, {"rollout.inner_steps": steps})
+        rows.append(_recipe_row(changed, str(steps), steps == recipe_steps, costs, ranks))
+    return rows
 
 
-def along_resolution(blueprint: Blueprint, networks: Networks, price: Prices, ranks: int) -> list[Step]:
-    """Half, one and one and a half times the recipe's height and width, as the UNet takes them."""
-    blocks, made = len(blueprint.parts["unet"].get("block_out_channels", range(4))), []
-    multiple = blueprint.factor * 2 ** (blocks - 1)
+def along_resolution(builder: ModelBuilder, networks: Networks, costs: UnitCosts, ranks: int) -> list[RecipeRow]:
+    """Returns the rows of half, one and one and a half times the recipe's height and width, rounded to what the UNet
+    can halve."""
+    blocks, rows = len(builder.parts["unet"].get("block_out_channels", range(4))), []
+    multiple = builder.factor * 2 ** (blocks - 1)
     for times in (0.5, 1, 1.5):
-        height, width = (max(1, round(times * side / multiple)) * multiple for side in blueprint.size)
-        sized = _varied(blueprint, {"model.height": height, "model.width": width})
-        sized_price = price if times == 1 else resized(sized, networks, price)
-        made.append(_step(sized, {}, f"{height}x{width}", times == 1, sized_price, ranks))
-    return made
+        height, width = (max(1, round(times * side / multiple)) * multiple for side in builder.size)
+        sized = _varied(builder, {"model.height": height, "model.width": width})
+        sized_costs = costs if times == 1 else resized_costs(sized, networks, costs)
+        rows.append(_recipe_row(sized, f"{height}x{width}", times == 1, sized_costs, ranks))
+    return rows
 
 
 def along_gpus(
-    blueprint: Blueprint, counted: Tally, price: Prices, pace: Pace, total: int, gpus: Sequence[int] = GPUS
-) -> list[Share]:
-    """The same prompts shared by so many GPUs, each of which has rollout.prompts of them in an iteration.
+    builder: ModelBuilder,
+    counts: RowCounts,
+    costs: UnitCosts,
+    throughput: Throughput,
+    prompts: int,
+    gpu_counts: Sequence[int] = GPU_COUNTS,
+) -> list[GpuRow]:
+    """Returns the rows of the same run on so many GPUs, each of which takes rollout.prompts in an iteration.
 
-    total: prompts of the run, over all epochs.
+    prompts: of the whole run, over all epochs.
     """
-    config, made = blueprint.config, []
-    computing = pace.seconds(cost(blueprint, counted, price).done * counted.prompts)
-    for count in gpus:
-        iterations = math.ceil(total / (counted.prompts * count))
-        zero = zero_bytes(config, counted, price.weights.lora, count)
-        balance = balance_bytes(counted, math.prod(blueprint.latent_shape), count)
-        receiving = (zero + balance) / (pace.card.link * 1e9)
-        steps = iterations * counted.micro_batches / config.optim.accumulate
+    config, rows = builder.config, []
+    computing = throughput.seconds(stage_flops(builder, counts, costs).done * counts.prompts)
+    for gpus in gpu_counts:
+        iterations = math.ceil(prompts / (counts.prompts * gpus))
+        zero = zero_bytes(config, counts, costs.weights.lora, gpus)
+        balance = balance_bytes(counts, math.prod(builder.latent_shape), gpus)
+        receiving = (zero + balance) / (throughput.gpu.link * 1e9)
+        steps = iterations * counts.micro_batches / config.optim.accumulate
         hours = iterations * (computing + receiving) / 3600
-        made.append(Share(count, zero, balance, computing, receiving, steps, hours))
-    return made
+        rows.append(GpuRow(gpus, zero, balance, computing, receiving, steps, hours))
+    return rows
 
 
-def _step(blueprint: Blueprint, values: dict, label: object, own: bool, price: Prices, ranks: int) -> Step:
-    changed = _varied(blueprint, values)
-    counted = tally(changed.config, changed.schedule("cpu"))
-    peak = footprint(changed, counted, price, ranks).peak
-    flops = cost(changed, counted, price).done.all
-    return Step(str(label), own, flops, counted.pairs / counted.prompts, peak)
+def _recipe_row(builder: ModelBuilder, value: str, is_recipe: bool, costs: UnitCosts, ranks: int) -> RecipeRow:
+    counts = count_rows(builder.config, builder.schedule("cpu"))
+    peak = memory_use(builder, counts, costs, ranks).peak
+    flops = stage_flops(builder, counts, costs).done.all
+    return RecipeRow(value, is_recipe, flops, counts.trained_pairs / counts.prompts, peak)
 
 
-def _varied(blueprint: Blueprint, values: dict) -> Blueprint:
-    return replace(blueprint, config=varied(blueprint.config, values))
+def _varied(builder: ModelBuilder, values: dict) -> ModelBuilder:
+    return replace(builder, config=varied(builder.config, values))

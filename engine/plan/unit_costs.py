@@ -1,6 +1,6 @@
-"""What one row of each network costs: operations and memory, measured on the meta device with the functions of a run.
+"""Operations and memory of one row of each network, measured on the meta device with the functions of a run.
 
-Both grow with the number of rows and with nothing else, so that one row tells of all. That it is so holds a test.
+Both are proportional to the number of rows, which tests/plan/test_unit_costs.py checks, so that one row is enough.
 """
 
 from __future__ import annotations
@@ -20,55 +20,57 @@ from ..models.latent_diffusion import BATCH, LatentDiffusion
 from ..models.policy import Policy, Savings
 from ..models.tiny_decoder import TinyDecoder
 from ..speed.apply import make_lean
-from .meta_models import Blueprint
-from .meter import Flops, Reading, checkpointed, gauge
+from .meta_models import ModelBuilder
+from .meter import Flops, Measurement, checkpointed, measure
 
 
 @dataclass(frozen=True, slots=True)
-class UNetPrices:
-    """Of one row of the UNet, where a guided latent is two.
+class UNetCosts:
+    """Costs of the UNet by row; a guided latent is two rows.
 
-    sample: a forward of a rollout, guided; alone: one that has one half alone; keep: keys and values of a prompt; all
-    without the LoRA: sample_base, alone_base and keep_base. merge: adding the LoRA to the weights, once a rollout.
-    reference: a forward of the update without the LoRA; train: forward and backward with it; recompute: what gradient
-    checkpointing adds. Bytes: sample_peak of a forward, kept of a prompt's keys and values, merged of the weights
-    beside which the LoRA is merged, update_peak of an update, and checkpointed_peak.
+    Flops of the rollout: `guided`, a row of a guided forward; `unguided`, a row of a forward without guidance; text_kv,
+    the keys and values of a prompt; merge, adding the LoRA to the weights, once a rollout. The three that end in _base
+    are those of the UNet without its LoRA. Flops of the update: `reference`, a forward without the LoRA; `train`,
+    forward and backward with it; `recompute`, what gradient checkpointing adds. Bytes: forward_peak and text_kv_bytes
+    of the rollout; merged_bytes of the weights into which the LoRA is merged; update_peak of an update, and
+    checkpointed_peak with gradient checkpointing.
     """
 
-    sample: Flops
-    sample_base: Flops
-    alone: Flops
-    alone_base: Flops
-    keep: Flops
-    keep_base: Flops
+    guided: Flops
+    guided_base: Flops
+    unguided: Flops
+    unguided_base: Flops
+    text_kv: Flops
+    text_kv_base: Flops
     merge: Flops
     reference: Flops
     train: Flops
     recompute: Flops
-    sample_peak: float
-    kept: float
-    merged: float
+    forward_peak: float
+    text_kv_bytes: float
+    merged_bytes: float
     update_peak: float
     checkpointed_peak: float
 
 
 @dataclass(frozen=True, slots=True)
-class Prices:
-    """unet: with the keys of this recipe; published: of the UNet as it came and no text kept.
+class UnitCosts:
+    """Costs of one row of every network.
 
-    Of one latent: decode of the rollout, evaluated of the evaluation and, with upsampling as it came, decode_published.
-    Of one image: judge, and modulation, which the judge makes of a timestep. Of one prompt: text and judge_text. Bytes:
-    peaks of one of each, of text those of a batch; image, which a latent is decoded to; weights of each network.
+    unet: under the keys of this recipe; published_unet: of the UNet as it is loaded, where no text is kept. By latent:
+    decode in the rollout, evaluation_decode, and decode_published, where upsampling is not folded. By image: judge, and
+    modulation, which the judge computes of a timestep. By prompt: text, judge_text. Bytes: the peaks of one row, those
+    of the texts of a batch; image_bytes, of a decoded latent; weights.
     """
 
-    unet: UNetPrices
-    published: UNetPrices
+    unet: UNetCosts
+    published_unet: UNetCosts
     decode: Flops
     decode_peak: float
-    evaluated: Flops
-    evaluated_peak: float
+    evaluation_decode: Flops
+    evaluation_decode_peak: float
     decode_published: Flops
-    image: float
+    image_bytes: float
     judge: Flops
     judge_peak: float
     modulation: Flops
@@ -81,7 +83,7 @@ class Prices:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Bytes of each network's parameters and buffers; lora: how many numbers are trained."""
+    """Bytes of each network's parameters and buffers. lora: how many numbers are trained."""
 
     unet: int
     vae_decoder: int
@@ -95,7 +97,7 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class Networks:
-    """A recipe's, on the meta device; tiny: the rollout's decoder where it is another than the VAE's."""
+    """A recipe's networks on the meta device. tiny: the rollout's decoder, where the recipe names one."""
 
     policy: Policy
     diffusion: LatentDiffusion
@@ -103,145 +105,154 @@ class Networks:
     tiny: TinyDecoder | None
 
     @classmethod
-    def of(cls, blueprint: Blueprint) -> Networks:
-        return cls(blueprint.policy(), blueprint.diffusion(), blueprint.judge(), blueprint.decoder())
+    def of(cls, builder: ModelBuilder) -> Networks:
+        return cls(builder.policy(), builder.diffusion(), builder.judge(), builder.decoder())
 
 
-def prices(blueprint: Blueprint, networks: Networks) -> Prices:
-    """Lets each of the networks do its work on one row, as they came and then as speed/apply.py leaves them."""
-    config, shape = blueprint.config, blueprint.latent_shape
+def unit_costs(builder: ModelBuilder, networks: Networks) -> UnitCosts:
+    """Measures each network on one row, as it is loaded and then as speed/apply.py leaves it; changes `networks`."""
+    config, shape = builder.config, builder.latent_shape
     tf32 = config.model.uses_tf32
-    published = unet_prices(blueprint, networks.policy, modes=(False,), as_published=True)
-    as_it_came = decoding(networks.diffusion, shape, tf32)
+    published_unet = unet_costs(builder, networks.policy, modes=(False,), as_published=True)
+    decode_published = measure_decode(networks.diffusion, shape, tf32).flops
     make_lean(networks.policy.unet, networks.diffusion.vae, config.model.fold_upsample)
-    image = torch.empty(1, 3, *blueprint.size, device="meta", dtype=blueprint.vae_dtype)
-    return Prices(
-        **of_sampling(blueprint, networks),
-        published=published,
-        decode_published=as_it_came.flops,
-        **of_judge(networks.judge, image, tf32),
-        **of_text(networks.diffusion, networks.judge, tf32),
-        weights=weigh(networks),
+    image = torch.empty(1, 3, *builder.size, device="meta", dtype=builder.vae_dtype)
+    return UnitCosts(
+        **resolution_costs(builder, networks),
+        published_unet=published_unet,
+        decode_published=decode_published,
+        **judge_costs(networks.judge, image, tf32),
+        **text_costs(networks.diffusion, networks.judge, tf32),
+        weights=weight_bytes(networks),
     )
 
 
-def resized(blueprint: Blueprint, networks: Networks, price: Prices) -> Prices:
-    """Prices at the resolution of `blueprint`, made of those at another; published ones stay as they were."""
-    networks.policy.latent_shape = blueprint.latent_shape
-    modes = (blueprint.config.model.gradient_checkpointing,)
-    return replace(price, **of_sampling(blueprint, networks, modes))
+def resized_costs(builder: ModelBuilder, networks: Networks, costs: UnitCosts) -> UnitCosts:
+    """Returns `costs` at the resolution of `builder`; those of the published code are not measured again."""
+    networks.policy.latent_shape = builder.latent_shape
+    modes = (builder.config.model.gradient_checkpointing,)
+    return replace(costs, **resolution_costs(builder, networks, modes))
 
 
-def of_sampling(
-    blueprint: Blueprint, networks: Networks, modes: Sequence[bool] = (False, True)
-) -> dict[str, UNetPrices | Flops | float]:
-    """The fields of Prices that depend on the resolution; modes: as for unet_prices."""
-    shape, tiny, tf32 = blueprint.latent_shape, networks.tiny, blueprint.config.model.uses_tf32
-    evaluated = decoding(networks.diffusion, shape, tf32)
-    decode = decoding(tiny, shape, tf32) if tiny else evaluated
-    image = torch.empty(3, *blueprint.size, device="meta", dtype=blueprint.dtype if tiny else blueprint.vae_dtype)
+def resolution_costs(
+    builder: ModelBuilder, networks: Networks, modes: Sequence[bool] = (False, True)
+) -> dict[str, UNetCosts | Flops | float]:
+    """Returns the fields of UnitCosts that depend on the resolution. modes: as for unet_costs."""
+    shape, tiny, tf32 = builder.latent_shape, networks.tiny, builder.config.model.uses_tf32
+    evaluation = measure_decode(networks.diffusion, shape, tf32)
+    decode = measure_decode(tiny, shape, tf32) if tiny else evaluation
+    image = torch.empty(3, *builder.size, device="meta", dtype=builder.dtype if tiny else builder.vae_dtype)
     return {
-        "unet": unet_prices(blueprint, networks.policy, modes),
+        "unet": unet_costs(builder, networks.policy, modes),
         "decode": decode.flops,
         "decode_peak": decode.peak,
-        "evaluated": evaluated.flops,
-        "evaluated_peak": evaluated.peak,
-        "image": image.nbytes,
+        "evaluation_decode": evaluation.flops,
+        "evaluation_decode_peak": evaluation.peak,
+        "image_bytes": image.nbytes,
     }
 
 
-def unet_prices(
-    blueprint: Blueprint, policy: Policy, modes: Sequence[bool] = (False, True), as_published: bool = False
-) -> UNetPrices:
-    """Those of a policy as it is. as_published: no text kept, no LoRA merged and no half shared.
+def unet_costs(
+    builder: ModelBuilder, policy: Policy, modes: Sequence[bool] = (False, True), as_published: bool = False
+) -> UNetCosts:
+    """Measures a policy on one row. as_published: no text is kept, no LoRA merged and no half shared.
 
-    modes: of the update, whether with gradient checkpointing. Of two the second says what is recomputed; of one alone
-    `train` has all that there is.
+    modes: for each measurement of an update, whether it has gradient checkpointing. After (False, True), `recompute` is
+    the difference of the two; with one mode it is 0, and `train` is all that this mode computes.
     """
-    config, cond = blueprint.config, blueprint.conditioning(1)
-    x = torch.empty(1, *blueprint.latent_shape, device="meta")
-    text_kv = config.rollout.text_kv and not as_published
+    config, cond = builder.config, builder.conditioning(1)
+    x = torch.empty(1, *builder.latent_shape, device="meta")
+    keep_text = config.rollout.text_kv and not as_published
     model = config.model
     policy.savings = Savings() if as_published else Savings(None, model.merges_lora, model.share_halves)
-    merge, keep, sample, alone = sampling(policy, x, cond, text_kv, model.uses_tf32)
+    merge, text_kv, guided, unguided = measure_sampling(policy, x, cond, keep_text, model.uses_tf32)
     with policy.reference():
-        _, keep_base, base, alone_base = sampling(policy, x, cond, text_kv, config.model.uses_tf32)
-    row = base.flops * 0.5 if config.guided_update else alone_base.flops
-    reference = row + keep_base.flops * 0.5  # in the update, a row makes its own keys and values
-    updates = [updating(blueprint, policy, x, cond, checkpointing) for checkpointing in modes]
-    (plain, rows), (again, _) = updates[0], updates[-1]
-    return UNetPrices(
-        sample=sample.flops * 0.5,
-        sample_base=base.flops * 0.5,
-        alone=alone.flops,
-        alone_base=alone_base.flops,
-        keep=keep.flops * 0.5,
-        keep_base=keep_base.flops * 0.5,
+        _, text_kv_base, guided_base, unguided_base = measure_sampling(policy, x, cond, keep_text, model.uses_tf32)
+    row = guided_base.flops * 0.5 if config.guided_update else unguided_base.flops
+    reference = row + text_kv_base.flops * 0.5  # in the update, each row computes its own keys and values
+    updates = [measure_update(builder, policy, x, cond, checkpointing) for checkpointing in modes]
+    (first, rows), (last, _) = updates[0], updates[-1]
+    return UNetCosts(
+        guided=guided.flops * 0.5,
+        guided_base=guided_base.flops * 0.5,
+        unguided=unguided.flops,
+        unguided_base=unguided_base.flops,
+        text_kv=text_kv.flops * 0.5,
+        text_kv_base=text_kv_base.flops * 0.5,
         merge=merge.flops,
         reference=reference,
-        train=plain.flops * (1 / rows) - reference,
-        recompute=(again.flops - plain.flops) * (1 / rows),
-        sample_peak=sample.peak / 2,
-        kept=keep.peak / 2,
-        merged=merge.peak,
-        update_peak=plain.peak / rows,
-        checkpointed_peak=again.peak / rows,
+        train=first.flops * (1 / rows) - reference,
+        recompute=(last.flops - first.flops) * (1 / rows),
+        forward_peak=guided.peak / 2,
+        text_kv_bytes=text_kv.peak / 2,
+        merged_bytes=merge.peak,
+        update_peak=first.peak / rows,
+        checkpointed_peak=last.peak / rows,
     )
 
 
-def sampling(policy: Policy, x: Tensor, cond: Conditioning, text_kv: bool, tf32: bool = False) -> tuple[Reading, ...]:
-    """Of merging the LoRA; of keeping the text of `cond`, which is two with the empty prompt; of a forward of
-    x (1, C, h, w), two rows; of one without guidance, one row."""
+def measure_sampling(
+    policy: Policy, x: Tensor, cond: Conditioning, keep_text: bool, tf32: bool = False
+) -> tuple[Measurement, Measurement, Measurement, Measurement]:
+    """Measures four things: merging the LoRA; the keys and values of two prompts, the one of `cond` and the empty one;
+    a guided forward of x (1, C, h, w), which is two rows; and one without guidance, which is one row."""
     with ExitStack() as stack:
-        merge = gauge(lambda: stack.enter_context(policy.sampling(cond, text_kv=False)), tf32)
+        merge = measure(lambda: stack.enter_context(policy.sampling(cond, text_kv=False)), tf32)
     with ExitStack() as stack:
-        known = []
-        both = gauge(lambda: known.append(stack.enter_context(policy.sampling(cond, text_kv))), tf32)
-        forward = gauge(lambda: policy.eps(x, _t(), known[0]), tf32)
-        alone = gauge(lambda: policy.eps(x, _t(), known[0], guided=False), tf32)
-    return merge, Reading(both.flops - merge.flops, both.peak - merge.peak), forward, alone
+        conds = []
+        entering = measure(lambda: conds.append(stack.enter_context(policy.sampling(cond, keep_text))), tf32)
+        guided = measure(lambda: policy.eps(x, _t(), conds[0]), tf32)
+        unguided = measure(lambda: policy.eps(x, _t(), conds[0], guided=False), tf32)
+    text_kv = Measurement(entering.flops - merge.flops, entering.peak - merge.peak)
+    return merge, text_kv, guided, unguided
 
 
-def updating(
-    blueprint: Blueprint, policy: Policy, x: Tensor, cond: Conditioning, checkpointing: bool
-) -> tuple[Reading, int]:
-    """(of an update by one pair that shares x (1, C, h, w); its rows in the UNet). Gradients are there already."""
+def measure_update(
+    builder: ModelBuilder, policy: Policy, x: Tensor, cond: Conditioning, checkpointing: bool
+) -> tuple[Measurement, int]:
+    """Measures the update by one pair whose winner and loser share x (1, C, h, w); gradients are allocated before.
+
+    Returns (measurement, rows of the UNet).
+    """
     if checkpointing:
         policy.unet.enable_gradient_checkpointing(checkpointed)
     else:
         policy.unet.disable_gradient_checkpointing()
     for parameter in policy.parameters:
         parameter.grad = torch.empty_like(parameter)
-    schedule, config = blueprint.schedule("meta"), blueprint.config
+    schedule, config = builder.schedule("meta"), builder.config
     zero = torch.zeros(1, dtype=torch.int64, device="meta")
     pair = PreferencePairs(x.unsqueeze(0), x.expand(2, *x.shape).clone(), zero, zero, zero.bool())
     learner, batch = Learner(policy, schedule, config.optim), MicroBatch(pair, 1, cond)
-    reading = gauge(lambda: learner.loss(batch)[0].backward(), config.model.uses_tf32)
-    return reading, 2 if config.guided_update else 1
+    measurement = measure(lambda: learner.loss(batch)[0].backward(), config.model.uses_tf32)
+    return measurement, 2 if config.guided_update else 1
 
 
-def decoding(decoder: LatentDiffusion | TinyDecoder, latent_shape: tuple[int, int, int], tf32: bool = False) -> Reading:
-    """Of one latent."""
-    return gauge(lambda: decoder.decode(torch.empty(1, *latent_shape, device="meta")), tf32)
+def measure_decode(
+    decoder: LatentDiffusion | TinyDecoder, latent_shape: tuple[int, int, int], tf32: bool = False
+) -> Measurement:
+    """Returns the FLOPs and the peak memory of decoding one latent."""
+    return measure(lambda: decoder.decode(torch.empty(1, *latent_shape, device="meta")), tf32)
 
 
-def of_judge(judge: StepAwarePreferenceModel, image: Tensor, tf32: bool = False) -> dict[str, Flops | float]:
-    """Of one image (1, 3, H, W), for the fields of Prices."""
-    made = []
-    modulation = gauge(lambda: made.append(judge.clip.modulation(_t()) if judge.clip.modulated else None), tf32)
+def judge_costs(judge: StepAwarePreferenceModel, image: Tensor, tf32: bool = False) -> dict[str, Flops | float]:
+    """Returns the fields of UnitCosts that tell of judging one image (1, 3, H, W)."""
+    modulations = []
+    modulate = lambda: modulations.append(judge.clip.modulation(_t()) if judge.clip.modulated else None)
+    modulation = measure(modulate, tf32)
     with torch.no_grad():
-        tower = gauge(lambda: judge.clip.tower(judge.pixels(image), made[0]), tf32)
+        tower = measure(lambda: judge.clip.tower(judge.pixels(image), modulations[0]), tf32)
     return {"judge": tower.flops, "judge_peak": tower.peak, "modulation": modulation.flops}
 
 
-def of_text(
+def text_costs(
     diffusion: LatentDiffusion, judge: StepAwarePreferenceModel, tf32: bool = False
 ) -> dict[str, Flops | float]:
-    """Of one prompt, and the peaks of a batch of them, for the fields of Prices."""
+    """Returns the fields of UnitCosts that tell of the text encoders: FLOPs of one prompt, peaks of BATCH of them."""
     prompts = [""] * BATCH
-    text = gauge(lambda: diffusion.encode(prompts), tf32)
+    text = measure(lambda: diffusion.encode(prompts), tf32)
     with torch.no_grad():
-        judge_text = gauge(lambda: judge.encode(prompts), tf32)
+        judge_text = measure(lambda: judge.encode(prompts), tf32)
     encoded = BATCH + (not diffusion.zero_null)
     return {
         "text": text.flops * (1 / encoded),
@@ -251,8 +262,8 @@ def of_text(
     }
 
 
-def weigh(networks: Networks) -> Weights:
-    """Of networks as they are."""
+def weight_bytes(networks: Networks) -> Weights:
+    """Returns the bytes of the networks as they are now."""
     policy, vae, clip, tiny = networks.policy, networks.diffusion.vae, networks.judge.clip, networks.tiny
     decoder, judge_text = _bytes(vae.decoder, vae.post_quant_conv), _bytes(clip.text_model, clip.text_projection)
     return Weights(

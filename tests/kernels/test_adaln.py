@@ -136,17 +136,13 @@ def test_what_does_not_fit_is_named(name, shape):
             adaln_modulate(x, *rest)
 
 
-def test_a_tensor_on_another_device_is_named():
-    given = {key: torch.ones(size) for key, size in FITTING.items()} | {"shift": torch.ones(2, 8, device="meta")}
-    with pytest.raises(ValueError, match=r"^shift is on meta, expected cpu"):
-        gated_residual_adaln(**given)
-
-
-def test_a_tensor_of_another_type_is_named():
-    given = {key: torch.ones(size) for key, size in FITTING.items()}
-    for name in FITTING.keys() - {"residual"}:
-        with pytest.raises(ValueError, match=rf"^{name} is torch.bfloat16, expected torch.float32 like residual"):
-            gated_residual_adaln(**given | {name: given[name].bfloat16()})
+@pytest.mark.parametrize("name", sorted(FITTING.keys() - {"residual"}))
+def test_a_tensor_of_another_device_or_type_is_named(name):
+    tensors = {key: torch.ones(size) for key, size in FITTING.items()}
+    with pytest.raises(ValueError, match=f"^{name} is on meta, expected cpu"):
+        gated_residual_adaln(**tensors | {name: tensors[name].to("meta")})
+    with pytest.raises(ValueError, match=rf"^{name} is torch.bfloat16, expected torch.float32 like residual"):
+        gated_residual_adaln(**tensors | {name: tensors[name].bfloat16()})
 
 
 def test_under_autocast_it_computes_in_float32():

@@ -49,14 +49,6 @@ def test_sigma_is_the_published_one(case1, alphas, prediction, n, eta):
 
 
 @pytest.mark.parametrize("precision", ["f32", "f64"])
-@pytest.mark.parametrize("prediction, n, eta", CASES)
-def test_x0_hat_is_the_published_one(case1, alphas, prediction, n, eta, precision):
-    table = columns(alphas, case1, n, eta, prediction)
-    found = ddim_x0_hat(case1["in/sample"], None, case1["in/model_output"], 1.0, table)
-    close(found, case1[f"{precision}/{prediction}/n{n}/eta{eta}/pred_original_sample"], LATENTS)
-
-
-@pytest.mark.parametrize("precision", ["f32", "f64"])
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("prediction, n, eta", CASES)
 def test_branches_are_the_published_ones(case1, alphas, prediction, n, eta, k, precision):
@@ -66,32 +58,24 @@ def test_branches_are_the_published_ones(case1, alphas, prediction, n, eta, k, p
     expected = f"{precision}/{prediction}/n{n}/eta{eta}"
     close(branches, case1[f"{expected}/x_prev_k{k}"].view_as(noise), LATENTS)
     close(x0_hat, case1[f"{expected}/pred_original_sample"], LATENTS)
+    assert torch.equal(ddim_x0_hat(case1["in/sample"], None, case1["in/model_output"], 1.0, table), x0_hat)
 
 
 @pytest.mark.parametrize("precision", ["f32", "f64"])
 @pytest.mark.parametrize("prediction, n, eta", CASES)
-def test_log_probs_are_the_published_ones(case1, alphas, prediction, n, eta, precision):
-    expected = f"{precision}/{prediction}/n{n}/eta{eta}"
+def test_log_probs_and_their_gradients_are_the_published_ones(case1, alphas, prediction, n, eta, precision):
+    recorded = f"{prediction}/n{n}/eta{eta}"
     table = columns(alphas, case1, n, eta, prediction)
-    found, _ = log_probs_and_gradient(case1, table, f"f32/{prediction}/n{n}/eta{eta}")
+    log_probs, gradients = log_probs_and_gradient(case1, table, f"f32/{recorded}")
     # The recorded "other" lies far from the mean, where a log-probability is as large as -1e4. There the float32
     # implementation is 1.4e-5 (relative) off its own float64 run, because it computes sigma in float32.
     rtol = {"f32": 2e-5, "f64": 1e-6}[precision]
     for row, name in enumerate(("own", "other")):
-        recorded = case1[f"{expected}/logprob_{name}"]
-        torch.testing.assert_close(found[row].double(), recorded.double(), rtol=rtol, atol=LOG_PROBS)
-
-
-@pytest.mark.parametrize("precision", ["f32", "f64"])
-@pytest.mark.parametrize("row, name", [(0, "own"), (1, "other")], ids=["own", "other"])
-@pytest.mark.parametrize("prediction, n, eta", CASES)
-def test_gradients_of_the_log_prob_are_the_published_ones(case1, alphas, prediction, n, eta, row, name, precision):
-    recorded = f"{prediction}/n{n}/eta{eta}"
-    table = columns(alphas, case1, n, eta, prediction)
-    _, gradients = log_probs_and_gradient(case1, table, f"f32/{recorded}")
-    expected = case1[f"{precision}/{recorded}/logprob_{name}_grad_model_output"].double()
-    error = (gradients[row] - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
-    assert error.max() < GRADIENTS
+        expected = case1[f"{precision}/{recorded}/logprob_{name}"].double()
+        torch.testing.assert_close(log_probs[row].double(), expected, rtol=rtol, atol=LOG_PROBS)
+        expected = case1[f"{precision}/{recorded}/logprob_{name}_grad_model_output"].double()
+        error = (gradients[row] - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+        assert error.max() < GRADIENTS, name
 
 
 def log_probs_and_gradient(case1, table, recorded):
@@ -361,60 +345,39 @@ def test_a_schedule_needs_a_known_prediction_type(alphas):
 
 
 LATENT = (3, 4, 2, 2)
-FITTING = {
-    "x_t": LATENT,
-    "eps_uncond": LATENT,
-    "eps_text": LATENT,
-    "coefficients": (5, 3),
-    "noise": (2, *LATENT),
-}
-FITTING_LOG_PROB = {
-    "x_prev": (2, *LATENT),
-    "x_t": (1, *LATENT),
-    "eps_uncond": (1, *LATENT),
-    "eps_text": (1, *LATENT),
-    "coefficients": (5, 3),
-}
+EPS = {"eps_uncond": LATENT, "eps_text": LATENT, "coefficients": (5, 3)}
+BRANCH = {"x_t": LATENT, "noise": (2, *LATENT)} | EPS
+LOG_PROB = {"x_prev": (2, *LATENT), "x_t": (1, *LATENT)} | EPS
+LOG_PROB |= {"eps_uncond": (1, *LATENT), "eps_text": (1, *LATENT)}
 
 
 @pytest.mark.parametrize(
-    "name, shape",
+    "op, shapes, name, shape",
     [
-        ("eps_uncond", (2, 4, 2, 2)),
-        ("eps_text", (3, 4, 2, 3)),
-        ("coefficients", (5, 2)),
-        ("coefficients", (4, 3)),
-        ("noise", LATENT),
-        ("noise", (2, 3, 4, 2, 1)),
+        (ddim_branch, BRANCH, "eps_uncond", (2, 4, 2, 2)),
+        (ddim_branch, BRANCH, "eps_text", (3, 4, 2, 3)),
+        (ddim_branch, BRANCH, "coefficients", (5, 2)),
+        (ddim_branch, BRANCH, "coefficients", (4, 3)),
+        (ddim_branch, BRANCH, "noise", LATENT),
+        (ddim_branch, BRANCH, "noise", (2, 3, 4, 2, 1)),
+        (ddim_log_prob, LOG_PROB, "x_prev", (0, *LATENT)),
+        (ddim_log_prob, LOG_PROB, "x_prev", LATENT),
+        (ddim_log_prob, LOG_PROB, "x_t", (3, *LATENT)),
+        (ddim_log_prob, LOG_PROB, "x_t", (1, 3, 4, 2, 1)),
+        (ddim_log_prob, LOG_PROB, "eps_uncond", (2, *LATENT)),
+        (ddim_log_prob, LOG_PROB, "eps_text", (2, *LATENT)),
+        (ddim_log_prob, LOG_PROB, "coefficients", (5, 1)),
+        (ddim_log_prob, LOG_PROB, "coefficients", (3, 3)),
     ],
 )
-def test_branch_names_what_does_not_fit(name, shape):
-    given = {key: torch.ones(shape if key == name else size) for key, size in FITTING.items()}
+def test_a_shape_that_does_not_fit_is_named(op, shapes, name, shape):
+    tensors = {key: torch.ones(shape if key == name else size) for key, size in shapes.items()}
     with pytest.raises(ValueError, match=f"^{name} has shape .*expected"):
-        ddim_branch(guidance=5.0, **given)
-    if name != "noise":
-        del given["noise"]
+        op(guidance=5.0, **tensors)
+    if op is ddim_branch and name != "noise":
+        del tensors["noise"]
         with pytest.raises(ValueError, match=f"^{name} has shape .*expected"):
-            ddim_x0_hat(guidance=5.0, **given)
-
-
-@pytest.mark.parametrize(
-    "name, shape",
-    [
-        ("x_prev", (0, *LATENT)),
-        ("x_prev", LATENT),
-        ("x_t", (3, *LATENT)),
-        ("x_t", (1, 3, 4, 2, 1)),
-        ("eps_uncond", (2, *LATENT)),
-        ("eps_text", (2, *LATENT)),
-        ("coefficients", (5, 1)),
-        ("coefficients", (3, 3)),
-    ],
-)
-def test_log_prob_names_what_does_not_fit(name, shape):
-    given = {key: torch.ones(shape if key == name else size) for key, size in FITTING_LOG_PROB.items()}
-    with pytest.raises(ValueError, match=f"^{name} has shape .*expected"):
-        ddim_log_prob(guidance=5.0, **given)
+            ddim_x0_hat(guidance=5.0, **tensors)
 
 
 def test_log_ratio_of_equal_predictions_is_zero_and_still_has_a_gradient(table):

@@ -8,16 +8,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPModel
 
 from strop.bench import ours, published
-from strop.engine.config.training import Config
 from strop.engine.judge.clip import TimeConditionedCLIP
 from strop.engine.judge.model import StepAwarePreferenceModel
 from strop.engine.models.base_model import load_unet
 from strop.engine.models.latent_diffusion import LatentDiffusion
-from strop.engine.plan.flops import cost, published_cost, published_recipe
-from strop.engine.plan.meta_models import Blueprint
-from strop.engine.plan.meter import LACKING
-from strop.engine.plan.row_counts import tally
-from strop.engine.plan.unit_costs import Networks, prices
+from strop.engine.plan.flops import published_flops, published_recipe, stage_flops
+from strop.engine.plan.meta_models import ModelBuilder
+from strop.engine.plan.meter import EXTRA_FORMULAS
+from strop.engine.plan.row_counts import count_rows
+from strop.engine.plan.unit_costs import Networks, unit_costs
 
 CPU = torch.device("cpu")
 PROMPTS = ["a b c", "d", "e f"]
@@ -30,27 +29,20 @@ CASES = {
 
 
 @pytest.fixture(scope="module", params=CASES)
-def planned(request, tiny_folder, tiny_sdxl_folder, clip_folder):
-    """The blueprint of a tiny recipe of the family, and its prices."""
-    config = Config.model_validate(
-        {
-            "model": {"path": str(tiny_folder if request.param == "sd15" else tiny_sdxl_folder)},
-            "judge": {"path": str(clip_folder)},
-            "prompts": {"train": "none"},
-            "rollout": {"num_steps": 10, "threshold": 0.0, "prompts": len(PROMPTS)} | CASES[request.param],
-            "optim": {"micro_batch": 5},
-            "run": {"dir": "none", "iterations": 1},
-        }
-    )
-    blueprint = Blueprint.of(config)
-    return request.param, blueprint, prices(blueprint, Networks.of(blueprint))
+def planned(request, make_config, tiny_folder, tiny_sdxl_folder, clip_folder):
+    """(name, builder, unit costs) of a tiny recipe of each case."""
+    folder = tiny_folder if request.param == "sd15" else tiny_sdxl_folder
+    rollout = {"num_steps": 10, "threshold": 0.0, "prompts": len(PROMPTS)} | CASES[request.param]
+    config = make_config(folder, clip_folder, rollout=rollout, optim={"micro_batch": 5})
+    builder = ModelBuilder.of(config)
+    return request.param, builder, unit_costs(builder, Networks.of(builder))
 
 
 class Stages:
     """A clock that counts operations, those of a stage within another to the inner one alone."""
 
     def __init__(self):
-        self.counter = FlopCounterMode(display=False, custom_mapping=LACKING)
+        self.counter = FlopCounterMode(display=False, custom_mapping=EXTRA_FORMULAS)
         self.flops, self.inside = {}, []
 
     @contextmanager
@@ -64,7 +56,7 @@ class Stages:
             self.inside[-1] += took
 
 
-def counted(kind, iteration, config, spm, tokenizer):
+def measured(kind, iteration, config, spm, tokenizer):
     """Operations by stage of one iteration."""
     clip = TimeConditionedCLIP(CLIPModel(spm.config))
     clip.load_state_dict(spm.state)
@@ -79,34 +71,35 @@ def counted(kind, iteration, config, spm, tokenizer):
     return stages.flops
 
 
-def test_an_iteration_of_strop(planned, spm, tokenizer):
-    name, blueprint, price = planned
-    found = counted(ours.Ours, ours.iteration, blueprint.config, spm, tokenizer)
-    rows = tally(blueprint.config, blueprint.schedule("cpu"))
-    said = {stage: flops.all * len(PROMPTS) for stage, flops in cost(blueprint, rows, price).stages.items()}
-    prepared = found["text"] + found["all"]  # entering `sampling` belongs to no stage of the clock
-    assert said["text"] == pytest.approx(prepared, rel=EXACT)
+def check(planned_stages, stages, text):
+    """Compares operations per prompt, as planned, with those of an iteration of the clock's `stages`."""
+    planned = {stage: flops.all * len(PROMPTS) for stage, flops in planned_stages.items()}
+    assert planned["text"] == pytest.approx(text, rel=EXACT)
     for stage in ("trunk", "branches", "decode", "judge"):
-        assert said[stage] == pytest.approx(found[f"rollout/{stage}"], rel=EXACT), stage
-    assert said["update: policy"] + said["update: reference"] == pytest.approx(found["update"], rel=EXACT)
-    assert name != "sdxl-fast" or rows.of("unet") + rows.of("alone") < rows.prompts * 2 * 2 * 10
+        assert planned[stage] == pytest.approx(stages[f"rollout/{stage}"], rel=EXACT), stage
+    assert planned["update: policy"] + planned["update: reference"] == pytest.approx(stages["update"], rel=EXACT)
+
+
+def test_an_iteration_of_strop(planned, spm, tokenizer):
+    name, builder, costs = planned
+    stages = measured(ours.Ours, ours.iteration, builder.config, spm, tokenizer)
+    counts = count_rows(builder.config, builder.schedule("cpu"))
+    text = stages["text"] + stages["all"]  # entering `sampling` belongs to no stage of the clock
+    check(stage_flops(builder, counts, costs).stages, stages, text)
+    assert name != "sdxl-fast" or counts.total("guided") + counts.total("unguided") < counts.prompts * 2 * 2 * 10
 
 
 def test_an_iteration_as_published(planned, spm, tokenizer):
-    name, blueprint, price = planned
+    name, builder, costs = planned
     if name == "sdxl-fast":
         pytest.skip("the published code has no approximations")
-    found = counted(published.Published, published.iteration, blueprint.config, spm, tokenizer)
-    said = {stage: flops.all * len(PROMPTS) for stage, flops in published_cost(blueprint, price).stages.items()}
-    assert said["text"] == pytest.approx(found["text"], rel=EXACT)
-    for stage in ("trunk", "branches", "decode", "judge"):
-        assert said[stage] == pytest.approx(found[f"rollout/{stage}"], rel=EXACT), stage
-    assert said["update: policy"] + said["update: reference"] == pytest.approx(found["update"], rel=EXACT)
+    stages = measured(published.Published, published.iteration, builder.config, spm, tokenizer)
+    check(published_flops(builder, costs).stages, stages, stages["text"])
 
 
 def test_the_published_recipe_has_no_approximation(planned):
-    name, blueprint, _ = planned
-    rollout = published_recipe(blueprint).config.rollout
+    name, builder, _ = planned
+    rollout = published_recipe(builder).config.rollout
     assert (rollout.k, rollout.inner_steps) == ((4, 1) if name == "sd15" else (2, 4))
     assert (rollout.num_steps, rollout.judge_every, rollout.look_ahead) == (20, 1, "full")
     assert rollout.prompts == len(PROMPTS)

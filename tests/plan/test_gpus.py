@@ -5,27 +5,27 @@ import json
 import pytest
 
 from strop.engine.errors import UserError
-from strop.engine.plan.gpus import CARDS, card, measured_share
+from strop.engine.plan.gpus import GPUS, find_gpu, gpu_of_cuda_name, measured_share
 from strop.engine.plan.meter import Flops
 
 
 def test_each_unit_takes_its_own_time():
-    a100 = card("A100")
+    a100 = find_gpu("A100")
     assert a100.seconds(Flops(half=312e12), 1) == pytest.approx(1)
     assert a100.seconds(Flops(312e12, 156e12, 19.5e12), 0.5) == pytest.approx(6)
 
 
-def test_no_card_does_float32_faster_than_half_precision():
-    for each in CARDS.values():
+def test_no_gpu_does_float32_faster_than_half_precision():
+    for each in GPUS.values():
         assert each.half > each.tf32 >= each.float32 > 0
         assert each.memory > 0
         assert each.watts > 0
 
 
 @pytest.mark.parametrize("key, hint", [("a1000", "did you mean a100"), ("tpu", "expected one of a10, a100")])
-def test_an_unknown_card_lists_the_known(key, hint):
+def test_an_unknown_gpu_lists_the_known(key, hint):
     with pytest.raises(UserError, match=f"--gpu: found '{key}'") as error:
-        card(key)
+        find_gpu(key)
     assert hint in str(error.value)
 
 
@@ -40,3 +40,25 @@ def test_a_measured_share_is_taken_of_the_same_recipe_first(tmp_path):
     write("e.json", gpu="a100", recipe="sd15", share_of_peak=0.5)
     assert measured_share(tmp_path, "a100", "sd15") == (0.5, tmp_path / "e.json")
     assert measured_share(tmp_path / "nowhere", "a100", "sd15") is None
+
+
+@pytest.mark.parametrize(
+    "name, key",
+    [
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100-PCIE-40GB", "a100"),
+        ("NVIDIA A100 80GB PCIe", "a100"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("Tesla V100-SXM2-32GB", "v100"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA A10", "a10"),
+        ("NVIDIA A10G", None),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA GeForce RTX 3080 Ti", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ],
+)
+def test_a_gpu_is_known_by_the_name_that_cuda_gives_it(name, key):
+    assert gpu_of_cuda_name(name) is (GPUS[key] if key else None)

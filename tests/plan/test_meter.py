@@ -1,4 +1,4 @@
-"""engine/plan/meter.py: operations and bytes of small computations, counted by hand."""
+"""engine/plan/meter.py: operations and bytes of small computations, counts by hand."""
 
 from threading import Thread
 
@@ -8,19 +8,19 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import CheckpointError, checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from strop.engine.plan.meter import Flops, checkpointed, gauge
+from strop.engine.plan.meter import Flops, checkpointed, measure
 
 
-def made(*shape, dtype=torch.float32):
+def empty(*shape, dtype=torch.float32):
     return torch.empty(shape, device="meta", dtype=dtype)
 
 
 def test_a_product_is_two_operations_for_each_pair_of_numbers():
-    a, b = made(3, 5), made(5, 7)
-    reading = gauge(lambda: a @ b)
-    assert reading.flops == Flops(float32=2 * 3 * 5 * 7)
-    assert gauge(lambda: a @ b, tf32=True).flops == Flops(tf32=2 * 3 * 5 * 7)
-    assert reading.peak == 4 * 3 * 7
+    a, b = empty(3, 5), empty(5, 7)
+    measured = measure(lambda: a @ b)
+    assert measured.flops == Flops(float32=2 * 3 * 5 * 7)
+    assert measure(lambda: a @ b, tf32=True).flops == Flops(tf32=2 * 3 * 5 * 7)
+    assert measured.peak == 4 * 3 * 7
 
 
 @pytest.mark.parametrize(
@@ -29,46 +29,46 @@ def test_a_product_is_two_operations_for_each_pair_of_numbers():
     ids=["float32", "float16"],
 )
 def test_a_convolution_counts_for_the_unit_that_does_it(dtype, flops):
-    x, weight = made(1, 4, 8, 8, dtype=dtype), made(6, 4, 3, 3, dtype=dtype)
-    assert gauge(lambda: F.conv2d(x, weight, padding=1), tf32=True).flops == flops
+    x, weight = empty(1, 4, 8, 8, dtype=dtype), empty(6, 4, 3, 3, dtype=dtype)
+    assert measure(lambda: F.conv2d(x, weight, padding=1), tf32=True).flops == flops
 
 
 def test_the_peak_is_of_what_lives_at_once():
     def chain():
-        x = made(100)  # 400 bytes
+        x = empty(100)  # 400 bytes
         x = x + 1
         x = x + 1
         return x.view(10, 10)[1:]  # no bytes of its own
 
-    assert gauge(chain).peak == 2 * 400
+    assert measure(chain).peak == 2 * 400
 
 
 def test_memory_that_was_there_before_is_not_counted():
-    x = made(100)
-    assert gauge(lambda: x.view(10, 10).add_(1)).peak == 0
+    x = empty(100)
+    assert measure(lambda: x.view(10, 10).add_(1)).peak == 0
 
 
 def test_attention_keeps_no_matrix_of_all_by_all():
-    q = made(1, 2, 1000, 8, dtype=torch.float16)
-    reading = gauge(lambda: F.scaled_dot_product_attention(q, q, q))
-    assert reading.flops.all == 2 * (2 * 2 * 1000 * 1000 * 8)
-    assert reading.peak < 10 * q.nbytes < 2 * 2 * 1000 * 1000
+    q = empty(1, 2, 1000, 8, dtype=torch.float16)
+    measured = measure(lambda: F.scaled_dot_product_attention(q, q, q))
+    assert measured.flops.all == 2 * (2 * 2 * 1000 * 1000 * 8)
+    assert measured.peak < 10 * q.nbytes < 2 * 2 * 1000 * 1000
 
 
 def test_checkpointing_trades_operations_for_memory():
-    weights = [made(64, 64).requires_grad_() for _ in range(8)]
+    weights = [empty(64, 64).requires_grad_() for _ in range(8)]
     for weight in weights:
         weight.grad = torch.empty_like(weight)
     block = lambda x, w: torch.sigmoid(torch.sigmoid(torch.sigmoid(x @ w)))
 
     def run(call):
-        x = made(1000, 64)
+        x = empty(1000, 64)
         for weight in weights:
             x = call(x, weight)
         x.sum().backward()
 
-    plain = gauge(lambda: run(block))
-    again = gauge(lambda: run(lambda x, w: checkpoint(block, x, w, use_reentrant=False)))
+    plain = measure(lambda: run(block))
+    again = measure(lambda: run(lambda x, w: checkpoint(block, x, w, use_reentrant=False)))
     forward = 2 * 1000 * 64 * 64 * 8
     assert again.flops.all - plain.flops.all == forward
     assert again.peak < 0.7 * plain.peak
@@ -77,25 +77,25 @@ def test_checkpointing_trades_operations_for_memory():
 @pytest.mark.parametrize("again", [None, checkpointed], ids=["kept", "recomputed"])
 def test_attention_is_fused_in_the_backward_pass_too(again):
     """Its formula: two products forward, five backward, and what is recomputed forward once more."""
-    q = made(1, 2, 1000, 8, dtype=torch.float16).requires_grad_()
+    q = empty(1, 2, 1000, 8, dtype=torch.float16).requires_grad_()
     q.grad = torch.empty_like(q)
     attend = lambda q: F.scaled_dot_product_attention(q.sigmoid(), q, q)
-    reading = gauge(lambda: (again(attend, q) if again else attend(q)).sum().backward())
-    assert reading.flops.all == (2 + 5 + 2 * (again is not None)) * 2 * 2 * 1000 * 1000 * 8
-    assert reading.peak < 20 * q.nbytes < 2 * 2 * 1000 * 1000
+    measured = measure(lambda: (again(attend, q) if again else attend(q)).sum().backward())
+    assert measured.flops.all == (2 + 5 + 2 * (again is not None)) * 2 * 2 * 1000 * 1000 * 8
+    assert measured.peak < 20 * q.nbytes < 2 * 2 * 1000 * 1000
 
 
 def test_a_checkpoint_that_would_be_counted_wrongly_is_refused():
-    q = made(1, 2, 100, 8).requires_grad_()
+    q = empty(1, 2, 100, 8).requires_grad_()
     attend = lambda q: F.scaled_dot_product_attention(q.sigmoid(), q, q)
     with pytest.raises(CheckpointError):
-        gauge(lambda: checkpoint(attend, q, use_reentrant=False).sum().backward())
+        measure(lambda: checkpoint(attend, q, use_reentrant=False).sum().backward())
 
 
 def test_a_mask_is_not_fused():
-    q, mask = made(1, 2, 100, 8), made(100, 100)
-    reading = gauge(lambda: F.scaled_dot_product_attention(q, q, q, attn_mask=mask))
-    assert reading.peak > 2 * 100 * 100 * 4
+    q, mask = empty(1, 2, 100, 8), empty(100, 100)
+    measured = measure(lambda: F.scaled_dot_product_attention(q, q, q, attn_mask=mask))
+    assert measured.peak > 2 * 100 * 100 * 4
 
 
 def test_the_process_is_left_alone_while_it_measures():
@@ -114,10 +114,10 @@ def test_the_process_is_left_alone_while_it_measures():
         thread = Thread(target=elsewhere)
         thread.start()
         thread.join()
-        return made(3, 5) @ made(5, 7)
+        return empty(3, 5) @ empty(5, 7)
 
     before = state()
-    assert gauge(work, tf32=not backends[0].allow_tf32).flops.all == 2 * 3 * 5 * 7
+    assert measure(work, tf32=not backends[0].allow_tf32).flops.all == 2 * 3 * 5 * 7
     assert F.scaled_dot_product_attention is attention
     assert states == [before] == [state()]
     assert shapes == [real.shape]
@@ -126,11 +126,11 @@ def test_the_process_is_left_alone_while_it_measures():
 def test_operations_are_those_of_pytorchs_counter():
     with torch.device("meta"):
         model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8 * 36, 5))
-    x = made(2, 3, 8, 8)
+    x = empty(2, 3, 8, 8)
     work = lambda: model(x).sum().backward()
     with FlopCounterMode(display=False) as counter:
         work()
-    assert gauge(work).flops.all == counter.get_total_flops()
+    assert measure(work).flops.all == counter.get_total_flops()
 
 
 def test_flops_add_and_scale():

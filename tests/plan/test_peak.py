@@ -1,4 +1,4 @@
-"""plan/peak: seconds at the peak, against plan/estimate.py's count of the same recipe, and which card it is."""
+"""plan/peak: seconds at the peak, against plan/estimate's counts of the same recipe."""
 
 import subprocess
 from pathlib import Path
@@ -9,42 +9,56 @@ import torch
 from strop.engine.config.training import load
 from strop.engine.models.families.find import family_named
 from strop.engine.plan import peak
-from strop.engine.plan.estimate import make
-from strop.engine.plan.gpus import CARDS, card_called
+from strop.engine.plan.flops import stage_flops
+from strop.engine.plan.gpus import GPUS
+from strop.engine.plan.meta_models import ModelBuilder
 from strop.engine.plan.peak import seconds_on
+from strop.engine.plan.row_counts import count_rows
+from strop.engine.plan.unit_costs import Networks, unit_costs
 
 GPU, SD15 = torch.device("cuda", 0), family_named("sd15")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def recipe(tiny_folder, clip_folder):
     base = Path(__file__).parents[2] / "configs" / "sd15.yaml"
     models = (f"model.path={tiny_folder}", f"judge.path={clip_folder}", "judge.kind=pickscore")
     return load(base, [*models, "run.dir=none", "run.share_of_peak=true", "rollout.num_steps=5", "rollout.prompts=2"])
 
 
+@pytest.fixture(scope="module")
+def costs(recipe):
+    """Unit costs of the recipe, which no key of the update changes."""
+    builder = ModelBuilder.of(recipe, SD15)
+    return unit_costs(builder, Networks.of(builder))
+
+
 @pytest.mark.parametrize("changes", [{}, {"passes": 2}, {"keep_pairs": 0.5}], ids=str)
-def test_prompts_and_their_pairs_take_what_the_plan_says(recipe, changes):
+def test_prompts_and_their_pairs_take_what_the_plan_says(recipe, costs, monkeypatch, changes):
     """All but the texts: with all pairs kept, a prompt's rollout and its pairs' updates."""
     recipe = recipe.model_copy(update={"optim": recipe.optim.model_copy(update=changes)})
-    prompt, pair = seconds_on(CARDS["a100"], recipe, SD15).values()
-    planned = make(recipe, "tiny", "a100", 1)
-    stages, counted = planned.cost.stages, planned.counted
-    expected = CARDS["a100"].seconds(planned.cost.done, 1.0) - CARDS["a100"].seconds(stages["text"], 1.0)
-    assert prompt + pair * counted.made / counted.prompts == pytest.approx(expected, rel=1e-9)
-    update = CARDS["a100"].seconds(stages["update: policy"] + stages["update: reference"], 1.0)
-    assert pair * counted.made / counted.prompts == pytest.approx(update, rel=1e-9)
+    monkeypatch.setattr(peak, "unit_costs", lambda builder, networks: costs)
+    prompt, pair = seconds_on(GPUS["a100"], recipe, SD15).values()
+    builder = ModelBuilder.of(recipe, SD15)
+    counts = count_rows(recipe, builder.schedule("cpu"))
+    flops = stage_flops(builder, counts, costs)
+    seconds = lambda flops: GPUS["a100"].seconds(flops, 1.0)
+    update = seconds(flops.stages["update: policy"] + flops.stages["update: reference"])
+    assert pair * counts.rollout_pairs / counts.prompts == pytest.approx(update, rel=1e-9)
+    assert prompt == pytest.approx(seconds(flops.done) - seconds(flops.stages["text"]) - update, rel=1e-9)
     assert prompt > 0
 
 
-def test_a_run_that_asks_has_it_counted_by_another_process(recipe, monkeypatch):
+def test_a_run_that_asks_has_it_counted_by_another_process(recipe, costs, monkeypatch):
+    """The other process measures for itself, what is expected comes from costs measured here."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
-    expected = seconds_on(CARDS["a100"], recipe, SD15)
+    monkeypatch.setattr(peak, "unit_costs", lambda builder, networks: costs)
+    expected = seconds_on(GPUS["a100"], recipe, SD15)
     monkeypatch.setattr(peak, "seconds_on", None)  # of this process
     assert peak.seconds_at_peak(recipe, SD15, GPU) == pytest.approx(expected, rel=1e-12)
 
 
-def test_nothing_is_known_of_a_cpu_and_of_other_cards_nor_counted_unasked(recipe, monkeypatch):
+def test_nothing_is_known_of_a_cpu_and_of_other_gpus_nor_counted_unasked(recipe, monkeypatch):
     monkeypatch.setattr(subprocess, "run", None)
     assert peak.seconds_at_peak(recipe, SD15, torch.device("cpu")) == {}
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Another 12GB")
@@ -52,25 +66,3 @@ def test_nothing_is_known_of_a_cpu_and_of_other_cards_nor_counted_unasked(recipe
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     unasked = recipe.model_copy(update={"run": recipe.run.model_copy(update={"share_of_peak": False})})
     assert peak.seconds_at_peak(unasked, SD15, GPU) == {}
-
-
-@pytest.mark.parametrize(
-    "name, key",
-    [
-        ("NVIDIA A100-SXM4-80GB", "a100"),
-        ("NVIDIA A100-PCIE-40GB", "a100"),
-        ("NVIDIA A100 80GB PCIe", "a100"),
-        ("NVIDIA H100 80GB HBM3", "h100"),
-        ("NVIDIA H200", "h200"),
-        ("NVIDIA GeForce RTX 4090", "rtx4090"),
-        ("Tesla V100-SXM2-32GB", "v100"),
-        ("NVIDIA L40S", "l40s"),
-        ("NVIDIA A10", "a10"),
-        ("NVIDIA A10G", None),
-        ("NVIDIA H100 PCIe", None),
-        ("NVIDIA GeForce RTX 3080 Ti", None),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-    ],
-)
-def test_a_card_is_known_by_the_name_that_cuda_gives_it(name, key):
-    assert card_called(name) is (CARDS[key] if key else None)

@@ -7,8 +7,8 @@ from diffusers import UNet2DConditionModel
 from strop.engine.config.training import Config
 from strop.engine.models.families.find import family_named
 from strop.engine.models.policy import Savings
-from strop.engine.plan.meta_models import Blueprint
-from strop.engine.plan.meter import gauge
+from strop.engine.plan.meta_models import ModelBuilder
+from strop.engine.plan.meter import measure
 from strop.engine.speed.shared_halves import before_text
 
 
@@ -43,14 +43,14 @@ def test_what_it_saves_of_sd15_at_full_size():
             "run": {"dir": "none", "iterations": 1},
         }
     )
-    blueprint = Blueprint.of(config, family_named("sd15"))
-    policy, cond = blueprint.policy(), blueprint.conditioning(1)
-    x, t = torch.empty(1, *blueprint.latent_shape, device="meta"), torch.zeros(1, dtype=torch.int64, device="meta")
+    builder = ModelBuilder.of(config, family_named("sd15"))
+    policy, cond = builder.policy(), builder.conditioning(1)
+    x, t = torch.empty(1, *builder.latent_shape, device="meta"), torch.zeros(1, dtype=torch.int64, device="meta")
     policy.savings = Savings(merge_lora=True)
     with policy.sampling(cond, text_kv=False):
-        apart = gauge(lambda: policy.eps(x, t, cond))
+        apart = measure(lambda: policy.eps(x, t, cond))
         policy.savings = Savings(merge_lora=True, share_halves=True)
-        shared = gauge(lambda: policy.eps(x, t, cond))
+        shared = measure(lambda: policy.eps(x, t, cond))
     saved = apart.flops.all - shared.flops.all
     assert saved == CONVOLUTIONS + TIMESTEP + ATTENTION
     assert 0.02 < saved / apart.flops.all < 0.03

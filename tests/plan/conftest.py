@@ -1,0 +1,21 @@
+"""The configuration that all tests of plan share."""
+
+import pytest
+
+from strop.engine.config.training import Config
+
+
+@pytest.fixture(scope="session")
+def make_config():
+    """make_config(path, judge, rollout={...}, ...) -> a Config; further keys of a section come in its dict."""
+
+    def make(path="none", judge="none", **sections):
+        required = {
+            "model": {"path": str(path)} | sections.pop("model", {}),
+            "judge": {"path": str(judge)},
+            "prompts": {"train": "none"},
+            "run": {"dir": "none", "iterations": 1},
+        }
+        return Config.model_validate(required | sections)
+
+    return make
