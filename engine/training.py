@@ -24,8 +24,9 @@ from .models.base_model import quiet_libraries
 from .models.latent_diffusion import BATCH
 from .models.lora_file import write
 from .plan.peak import seconds_at_peak
+from .report.model_card import write_model_card
 from .report.pictures import before_after
-from .report.run_folder import close_run
+from .report.run_folder import close_run, read_run
 from .runtime.optimizer import AdamWSettings, Optimizer, build_optimizer
 from .runtime.ranks import Ranks
 from .runtime.session import Session
@@ -102,7 +103,7 @@ def prompts_of(config: Config, ranks: Ranks) -> tuple[list[str], list[str]]:
 
 
 def close(config: Config, parts: Parts, base: Evaluation, tuned: Evaluation, summary: dict) -> None:
-    """Writes the LoRA in both formats, before_after.png and the report, and prints the closing table."""
+    """Writes the LoRA in both formats, its model card, before_after.png and the report; prints the closing table."""
     run_dir, policy, heldout = Path(config.run.dir), parts.models.policy, parts.evaluator.all_prompts
     lora = parts.models.trainable.save(run_dir / "lora", config.iterations)
     kohya = run_dir / "lora" / f"{run_dir.resolve().name}_kohya.safetensors"
@@ -112,3 +113,4 @@ def close(config: Config, parts: Parts, base: Evaluation, tuned: Evaluation, sum
     paths = summary["paths"] | {"lora": str(lora), "lora_kohya": str(kohya)}
     more = {"family": policy.family.name, "heldout_prompts": len(heldout), "paths": paths}
     close_run(run_dir, compared | summary | more)
+    write_model_card(read_run(run_dir), run_dir / "lora")
