@@ -107,7 +107,7 @@ def test_random_networks_are_as_the_recipe_asks(recipe, tiny_families):
 
 def test_plan_reads_the_share_of_a_known_card(recipe, monkeypatch):
     """Half of the peak: 3 prompts and 12 pairs that would take 0.1 s each at the peak, in 3 s."""
-    monkeypatch.setattr(bench_step, "seconds_on", lambda *_: (0.1, 0.1))
+    monkeypatch.setattr(bench_step, "seconds_on", lambda *_: {"prompts": 0.1, "pairs": 0.1})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100-SXM4-80GB")
     models = SimpleNamespace(diffusion=SimpleNamespace(family="sd15"))
     side = Side(published, models, recipe(), pairs=12, rounds=[{"total": 3.0}])
