@@ -46,6 +46,7 @@ class Session:
         self.done = 0  # iterations
         self._begun = time.perf_counter()
         self._resumed: Path | None = None
+        self._seconds_before: dict[str, float] = {}
         self._worked = ""  # the stage whose seconds, with those of the update, are a method's work
 
     @classmethod
@@ -65,6 +66,7 @@ class Session:
         """Makes the run folder, or finds the checkpoint to go on from. Raises UserError before anything is written."""
         self._resumed = checkpoint.open_run(self.config, self.ranks, trainable)
         self.ledger.before = checkpoint.spent_before(self._resumed, "ledger")
+        self._seconds_before = checkpoint.spent_before(self._resumed, "seconds")
 
     def begin(self, training: Training, columns: Sequence[Column], stage: str) -> None:
         """Puts everything back as the checkpoint has it, and begins to measure. It is called just before the loop.
@@ -113,7 +115,7 @@ class Session:
 
     def seconds(self) -> dict[str, float]:
         """Returns seconds by stage and in total since the run began, those before a resumption included."""
-        before = checkpoint.spent_before(self._resumed, "seconds")
+        before = self._seconds_before
         now = self.clock.seconds() | {"total": time.perf_counter() - self._begun}
         return {stage: before.get(stage, 0.0) + now.get(stage, 0.0) for stage in {**before, **now}}
 
