@@ -17,6 +17,7 @@ COMMANDS = {  # name: (module, what it does)
     "plan": (".plan.__main__", "what a recipe costs, before anything runs"),
     "export": (".export", "a LoRA for diffusers, ComfyUI or A1111, or merged"),
     "report": (".report.__main__", "remake the report of a run"),
+    "study": (".user_study", "people compare images: the page, the analysis"),
 }
 
 
