@@ -12,6 +12,7 @@ if not __package__:  # run as a script (PEP 366)
 import argparse
 import json
 import secrets
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -90,6 +91,9 @@ def make(args: argparse.Namespace) -> None:
         key = make_study(systems, design, args.too_fast, args.out)
     except OSError as error:
         raise UserError(f"--out: {args.out} cannot be written ({error.strerror}); choose another place") from None
+    except UserError:
+        shutil.rmtree(args.out)  # it was empty or not there
+        raise
     shown = list(next(iter(key.items.values())).values())
     pairs = sum(item.kind == PAIR for item in shown)
     rows = {
@@ -97,7 +101,7 @@ def make(args: argparse.Namespace) -> None:
         "a rater sees": f"{len(shown)} pairs: {pairs} of {len(systems.prompts)} prompts, "
         f"{sum(item.kind == 'repeat' for item in shown)} repeats, "
         f"{sum(item.kind == 'sentinel' for item in shown)} sentinels",
-        "raters": ", ".join(raters),
+        "raters": f"{len(raters)}, each with an order of their own",
         "seed": seed,
         "give away": f"{args.out / 'page'}, whole: index.html opens without a server",
         "keep": f"{args.out / 'key.json'}, which names the systems",

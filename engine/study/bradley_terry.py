@@ -12,8 +12,8 @@ def davidson(wins: np.ndarray, ties: np.ndarray) -> tuple[np.ndarray, float] | N
 
     wins[i, j]: how often i was preferred over j; ties[i, j] = ties[j, i]: how often neither was. With p =
     exp(strength), i beats j with probability p_i / (p_i + p_j + nu sqrt(p_i p_j)), and they tie with nu sqrt(p_i p_j)
-    over the same (Davidson, 1970). None where the estimate is infinite: some systems never lost to the others (Ford, 1957), or no
-    answer took a side.
+    over the same (Davidson, 1970). None where the estimate is infinite: some systems never lost to the others (Ford,
+    1957), or no answer took a side.
     """
     if not wins.any() or not _connected((wins + ties) > 0):
         return None

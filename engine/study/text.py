@@ -53,8 +53,8 @@ def _summary(result: dict) -> str:
     shown = sum(rater["shown"] for rater in raters.values())
     people = f"{len(raters)} {'rater' if len(raters) == 1 else 'raters'}"
     return (
-        f"{people}, {result['prompts']} prompts, {care['answered']} of {shown} pairs answered. Rate: share of pairs won by the first system, ties counted half; intervals of 95 %: "
-        f"{result['interval']}."
+        f"{people}, {result['prompts']} prompts, {care['answered']} of {shown} pairs answered. Rate: share of pairs "
+        f"won by the first system, ties counted half; intervals of 95 %: {result['interval']}."
     )
 
 

@@ -1,4 +1,7 @@
-"""A headless Chromium driven through the DevTools protocol over a pipe: no driver and no package is needed."""
+"""Small studies, raters who answer as they are told, and a browser.
+
+The browser is a headless Chromium driven through the DevTools protocol over a pipe: no driver and no package is needed.
+"""
 
 import base64
 import json
@@ -8,6 +11,13 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw, PngImagePlugin
+
+from strop.engine.study.balance import SENTINEL
+from strop.engine.study.key import Key
+from strop.engine.user_study import main
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--mute-audio")
@@ -107,3 +117,65 @@ class Browser:
         self.call("Emulation.setDeviceMetricsOverride", **size)
         self.js("new Promise((done) => setTimeout(done, 300))")
         Path(path).write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("there is no chromium on the path")
+    with Browser() as tab:
+        yield tab
+
+
+@pytest.fixture(scope="session")
+def draw():
+    """draw(folder, names, count): a folder of `count` small images for each system, and their prompts in the first.
+
+    The images carry the name of their system as metadata, as those of some interfaces do.
+    """
+
+    def write(folder, names, count):
+        for shade, name in enumerate(names):
+            (folder / name).mkdir(parents=True)
+            for n in range(count):
+                image = Image.new("RGB", (32, 24), (80 * shade, 4 * n % 256, 120))
+                ImageDraw.Draw(image).ellipse((4, 2, 14 + n % 9, 12), fill=(250, 250 - 40 * shade, 3 * n % 256))
+                about = PngImagePlugin.PngInfo()
+                about.add_text("parameters", f"drawn by {name}")
+                image.save(folder / name / f"{n}.png", pnginfo=about)
+        lines = [json.dumps({"file": f"{n}.png", "prompt": f"text <{n}> & more"}) for n in range(count)]
+        (folder / names[0] / "prompts.jsonl").write_text("\n".join(lines))
+        return [str(folder / name) for name in names]
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def new_study(draw):
+    """new_study(folder, names, count, *options) -> its key; the study stands in folder/study."""
+
+    def write(folder, names, count, *options):
+        main(["make", *draw(folder, names, count), "--out", str(folder / "study"), *map(str, options)])
+        return Key.read(folder / "study" / "key.json")
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def hand_in():
+    """hand_in(path, key, rater, answer, **changes): the file of a rater; answer(item, question) is a side.
+
+    Sentinels are answered with the intact image, each pair after five seconds.
+    """
+
+    def write(path, key, rater, answer, **changes):
+        answers = []
+        for item in key.items[rater].values():
+            intact = "left" if item.left >= 0 else "right"
+            sides = {q: intact if item.kind == SENTINEL else answer(item, q) for q in key.questions}
+            answers.append({"id": item.token, "answers": sides, "ms": 5000, "at": "2026-11-25T12:00:00Z"})
+        content = {"format": "strop-study-answers/1", "manifest": key.manifest, "rater": rater, "answers": answers}
+        path.write_text(json.dumps(content | changes))
+        return path
+
+    return write
