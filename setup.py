@@ -35,7 +35,11 @@ setup(
         *(f"strop.{name}" for name in find_packages(include=[*FOLDERS, *(f"{folder}.*" for folder in FOLDERS)])),
         "strop.configs",
     ],
-    package_data={"strop.configs": ["*.yaml"], "strop.engine": ["py.typed"], "strop.kernels": ["py.typed"]},
+    package_data={
+        "strop.configs": ["*.yaml"],
+        "strop.engine": ["py.typed", "study/page.*"],
+        "strop.kernels": ["py.typed"],
+    },
     entry_points={"console_scripts": ["strop = strop.engine.cli:main"]},
     include_package_data=False,
     zip_safe=False,
@@ -59,7 +63,14 @@ setup(
     ],
     extras_require={
         "cuda": ["xformers>=0.0.35; sys_platform == 'linux'"],
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.12", "setuptools>=77"],
+        "test": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "krippendorff>=0.8",
+            "ruff>=0.12",
+            "setuptools>=77",
+        ],
         "bench": ["pytest>=8", "pytest-benchmark>=5"],
     },
 )

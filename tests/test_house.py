@@ -39,6 +39,7 @@ FLOORS = {
     "methods": {"torch"},
     "evaluation": {"torch", "tqdm", "transformers"},
     "report": {"PIL", "matplotlib", "numpy", "torch", "yaml"},
+    "study": {"PIL", "numpy"},
     "plan": {"diffusers", "torch", "transformers"},
     "doors": {"safetensors", "torch"},
 }

@@ -78,6 +78,7 @@ def wheel(tmp_path_factory):
 def test_wheel_holds_every_source_and_no_weights(wheel):
     copy = wheel.parent / "copy"
     sources = [path for part in ("engine", "kernels", "bench") for path in (copy / part).rglob("*.py")]
+    sources += [path for rest in ("*/py.typed", "configs/*.yaml", "engine/study/page.*") for path in copy.glob(rest)]
     inside = {str(path.relative_to(wheel / "strop")) for path in (wheel / "strop").rglob("*") if path.is_file()}
     assert inside == {str(path.relative_to(copy)) for path in sources}
 

@@ -102,7 +102,7 @@ def _read(key: Key, path: Path) -> tuple[str, list[Vote]]:
             f"{key.manifest[:12]}; name the key.json that was made with its page"
         )
     rater, answers = content.get("rater"), content.get("answers")
-    if rater not in key.items:
+    if not isinstance(rater, str) or rater not in key.items:
         raise UserError(f"{path}: found the rater {rater!r}, expected one of {', '.join(key.items)}")
     if not isinstance(answers, list):
         raise UserError(f"{path}: found no list of answers; ask {rater} to save the file again")
@@ -114,7 +114,7 @@ def _read(key: Key, path: Path) -> tuple[str, list[Vote]]:
 
 def _vote(key: Key, rater: str, answer: object, where: str) -> Vote:
     answer = answer if isinstance(answer, dict) else {}
-    item, sides, ms = key.items[rater].get(answer.get("id")), answer.get("answers"), answer.get("ms")
+    item, sides, ms = key.items[rater].get(str(answer.get("id"))), answer.get("answers"), answer.get("ms")
     if item is None:
         raise UserError(f"{where}: found the pair {answer.get('id')!r}, which {rater} was not shown")
     whole = isinstance(sides, dict) and sides.keys() == key.questions.keys() and all(s in SIDES for s in sides.values())

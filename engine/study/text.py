@@ -125,7 +125,7 @@ def _sentences(result: dict) -> list[str]:
         if left["p"] is not None and left["p"] < 0.05:
             side = "left" if left["rate"] > 0.5 else "right"
             sentences.append(
-                f"The {side} image was favoured, {result['questions'][question].lower()}: p = {_p(left['p'])}."
+                f"The {side} image was favoured, {result['questions'][question].lower()} (p {_p(left['p'])})."
             )
     if 1 < len(result["raters"]) < FEW_RATERS:
         sentences.append(f"Fewer than {FEW_RATERS} raters: the intervals are rough.")
