@@ -127,13 +127,8 @@ function preload() {
   if (following) for (const place of following.slice(2)) new Image().src = MANIFEST.images[place];
 }
 
-function notice(text) {
-  $("notice").textContent = text;
-}
-
-function startWatch() {
-  since = performance.now();
-}
+const notice = (text) => ($("notice").textContent = text);
+const startWatch = () => (since = performance.now());
 
 function stopWatch() {
   if (since) record().ms += Math.round(performance.now() - since);
