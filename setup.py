@@ -55,6 +55,7 @@ setup(
         "safetensors>=0.5",
         "pyyaml>=6",
         "numpy>=1.26",
+        "scipy>=1.11",
         "pillow>=10",
         "pyarrow>=18",
         "nvidia-ml-py>=12.535",  # NVML; imports without a driver

@@ -7,11 +7,11 @@ from statistics import median
 
 import numpy as np
 
+from ..evaluation.intervals import Resampling, binomial_p, bootstrap_p, holm, percentiles, wilson
 from .agreement import ordinal_alpha
 from .answers import Answers
 from .balance import PAIR
 from .bradley_terry import davidson
-from .intervals import Resampling, binomial_p, bootstrap_p, holm, percentiles, wilson
 from .key import Key
 
 FORMAT = "strop-study-analysis/1"

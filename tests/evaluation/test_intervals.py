@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
+from strop.engine.evaluation.intervals import Resampling, binomial_p, bootstrap_p, holm, percentiles, wilson
 from strop.engine.study.agreement import ordinal_alpha
 from strop.engine.study.bradley_terry import davidson
-from strop.engine.study.intervals import Resampling, binomial_p, bootstrap_p, holm, percentiles, wilson
 
 
 def test_wilson_is_where_the_score_test_just_rejects():
