@@ -1,0 +1,119 @@
+"""Fills networks of transformers from files whose tensors have their authors' names, and reads heads of linear layers.
+
+Sizes are read off the tensors. What no tensor tells, the number of attention heads, is known of published widths, or
+stands in a configuration beside the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import UserError
+from ...models.model_files import read_json
+from ...models.weight_files import fill, read_weights, shortened
+
+HEADS = {768: 12, 1024: 16, 1280: 16}  # by width, of BERT and ViT-B; of ViT-L, BERT and CLIP text; of ViT-H
+LAYERS = (0, 2, 4, 6, 7)  # of the authors' heads; what lies between is dropout
+Source = Callable[[str], tuple[str, Callable[[Tensor], Tensor]]]
+KINDS = {  # a tensor that tells what a file holds
+    "visual.conv1.weight": "a CLIP of open_clip, such as HPSv2",
+    "blip.visual_encoder.cls_token": "ImageReward",
+    "layers.7.weight": "an aesthetic head",
+    "visual_projection.weight": "a CLIP of transformers, such as PickScore",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The tensors of a file of weights by name; key is the scorer, expected what it needs, both for messages."""
+
+    state: dict[str, Tensor]
+    file: Path
+    key: str
+    expected: str
+
+    @classmethod
+    def read(cls, file: Path, key: str, expected: str) -> Weights:
+        """Reads a file. Raises UserError that names it if it holds no tensors."""
+        return cls(read_weights(file, key), file, key, expected)
+
+    def size(self, name: str, axis: int) -> int:
+        """Returns a tensor's size along one axis. Raises UserError if there is no such tensor, or no such axis."""
+        value = self.state.get(name)
+        if value is None or value.dim() <= axis:
+            raise self._misfit([name])
+        return value.shape[axis]
+
+    def count(self, pattern: str) -> int:
+        """Counts the layers that are there: `pattern` names a tensor of each, with {} for the number."""
+        number = 0
+        while pattern.format(number) in self.state:
+            number += 1
+        if not number:
+            raise self._misfit([pattern.format(0)])
+        return number
+
+    def beside(self, name: str) -> dict:
+        """Returns the JSON configuration `name` in the file's folder, {} where there is none."""
+        config = self.file.parent / name
+        return read_json(config, self.key) if config.is_file() else {}
+
+    def heads(self, width: int, given: int | None, config: str) -> int:
+        """Returns the attention heads of a published width, of another `given` ones, which `config` beside has."""
+        if width in HEADS:
+            return HEADS[width]
+        if not isinstance(given, int) or given < 1 or width % given:
+            raise UserError(
+                f"{self.key}: {self.file} has a width of {width}, found {given} attention heads for it; expected a width "
+                f"of {', '.join(map(str, HEADS))}, or in {config} beside the file a number of heads that divides it"
+            )
+        return given
+
+    def fill(self, network: nn.Module, source: Source) -> None:
+        """Fills a network on the meta device; source: its name -> the name in the file, and what is done to that.
+
+        Raises UserError that lists the tensors that are missing or misshapen, by their names in the file. What the
+        network does not have is left, as the authors' own code leaves it.
+        """
+        state, missing, misshapen = {}, [], []
+        for name, expected in network.state_dict().items():
+            published, change = source(name)
+            if published not in self.state:
+                missing.append(published)
+            elif (value := change(self.state[published])).shape == expected.shape:
+                state[name] = value
+            else:
+                misshapen.append(f"{published} of {tuple(self.state[published].shape)} for {tuple(expected.shape)}")
+        if missing or misshapen:
+            raise self._misfit(missing, misshapen)
+        fill(network, state, ())
+
+    def head(self, prefix: str, width: int) -> nn.Sequential:
+        """Returns the linear layers `prefix`layers.{0,2,4,6,7}, without activations, from `width` to one number."""
+        with torch.device("meta"):
+            layers = []
+            for number in LAYERS:
+                out = self.size(f"{prefix}layers.{number}.weight", 0) if number != LAYERS[-1] else 1
+                layers.append(nn.Linear(width, out))
+                width = out
+        network = nn.Sequential(*layers)
+
+        def source(name: str) -> tuple[str, Callable[[Tensor], Tensor]]:
+            number, kind = name.split(".")
+            return f"{prefix}layers.{LAYERS[int(number)]}.{kind}", lambda value: value
+
+        self.fill(network, source)
+        return network
+
+    def _misfit(self, missing: list[str], misshapen: list[str] = ()) -> UserError:
+        found = next(
+            (kind for name, kind in KINDS.items() if name in self.state), shortened(self.state, 3) or "nothing"
+        )
+        faults = [f"{len(missing)} missing ({shortened(missing)})"] if missing else []
+        faults += [f"{len(misshapen)} of the wrong shape ({shortened(misshapen)})"] if misshapen else []
+        return UserError(f"{self.key}: {self.file} holds {found}, expected {self.expected}: {'; '.join(faults)}")
