@@ -37,7 +37,7 @@ FLOORS = {
     "judge": {"diffusers", "safetensors", "torch", "transformers"},
     "data": {"PIL", "pyarrow", "safetensors", "torch"},
     "methods": {"torch"},
-    "evaluation": {"torch", "tqdm", "transformers"},
+    "evaluation": {"PIL", "ftfy", "torch", "tqdm", "transformers"},
     "report": {"PIL", "matplotlib", "numpy", "torch", "yaml"},
     "plan": {"diffusers", "torch", "transformers"},
     "doors": {"safetensors", "torch"},

@@ -48,6 +48,9 @@ def load(weights: str | None = None, components: str | None = None, options: Opt
         raise UserError(f"aesthetic: the head has no home on the hub; get {FILE} from {SOURCE}, and name its path")
     file = find_file(weights, FILE, "aesthetic", SOURCE)
     published = Weights.read(file, "aesthetic", "the head of five linear layers on a CLIP")
+    width = published.size("layers.0.weight", 1)
+    head = published.head("", width)
     clip = load_clip(ENCODER, components, None, options)
-    head = published.head("", clip.network.config.projection_dim)
+    if (found := clip.network.config.projection_dim) != width:
+        raise UserError(f"aesthetic components: found a CLIP of {found} features, expected {width}, as {file} takes")
     return Aesthetic(clip, head.to(options.device, options.dtype).eval().requires_grad_(False), options.batch)

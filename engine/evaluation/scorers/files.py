@@ -58,19 +58,21 @@ class Weights:
             raise self._misfit([pattern.format(0)])
         return number
 
-    def beside(self, name: str) -> dict:
-        """Returns the JSON configuration `name` in the file's folder, {} where there is none."""
-        config = self.file.parent / name
-        return read_json(config, self.key) if config.is_file() else {}
+    def beside(self, config: str, *keys: str) -> int | None:
+        """Returns the positive integer under nested `keys` of a JSON file in the file's folder; None without it."""
+        value: object = read_json(path, self.key) if (path := self.file.parent / config).is_file() else None
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value if isinstance(value, int) and value > 0 else None
 
     def heads(self, width: int, given: int | None, config: str) -> int:
-        """Returns the attention heads of a published width, of another `given` ones, which `config` beside has."""
+        """Returns the attention heads of a published width; of another, those `given` by `config` beside the file."""
         if width in HEADS:
             return HEADS[width]
-        if not isinstance(given, int) or given < 1 or width % given:
+        if not given or width % given:
             raise UserError(
-                f"{self.key}: {self.file} has a width of {width}, found {given} attention heads for it; expected a width "
-                f"of {', '.join(map(str, HEADS))}, or in {config} beside the file a number of heads that divides it"
+                f"{self.key}: {self.file} has a width of {width}, and how many attention heads that are is not known; "
+                f"expected a width of {', '.join(map(str, HEADS))}, or a number that divides it in {config} beside it"
             )
         return given
 

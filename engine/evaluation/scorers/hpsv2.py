@@ -101,7 +101,7 @@ def load(name: str, weights: str | None = None, components: str | None = None, o
         network = CLIPModel(configuration(published))
     key, advice = (
         f"{name} components",
-        f"name the folder or hub id of a CLIP that has a tokenizer, such as {OPENAI_CLIP}",
+        f"name the folder or hub id of a CLIP with its tokenizer, such as {OPENAI_CLIP}",
     )
     folder = fetch_published(components or OPENAI_CLIP, TOKENIZER, key, advice)
     folders = ClipFolders({key: folder}, key, advice)
@@ -117,21 +117,22 @@ def configuration(weights: Weights) -> CLIPConfig:
     vision, patch = weights.size("visual.conv1.weight", 0), weights.size("visual.conv1.weight", 3)
     side = math.isqrt(weights.size("visual.positional_embedding", 0) - 1)
     block = "resblocks.{}.mlp.c_fc.weight"
-    config = weights.beside(CONFIG)
-    text_cfg, vision_cfg = (config.get("model_cfg", config).get(part, {}) for part in ("text_cfg", "vision_cfg"))
+    text_heads = weights.beside(CONFIG, "text_cfg", "heads")
+    head_width = weights.beside(CONFIG, "vision_cfg", "head_width")
     return CLIPConfig(
         projection_dim=projection,
         text_config={
             "hidden_size": text, "intermediate_size": weights.size(f"transformer.{block.format(0)}", 0),
-            "num_hidden_layers": weights.count(f"transformer.{block}"), "bos_token_id": 0, "eos_token_id": 2, "hidden_act": "gelu",
-            "num_attention_heads": weights.heads(text, text_cfg.get("heads"), CONFIG),
+            "num_hidden_layers": weights.count(f"transformer.{block}"), "hidden_act": "gelu",
+            "bos_token_id": 0, "eos_token_id": 2,
+            "num_attention_heads": weights.heads(text, text_heads, CONFIG),
             "vocab_size": weights.size("token_embedding.weight", 0),
             "max_position_embeddings": weights.size("positional_embedding", 0),
         },
         vision_config={
             "hidden_size": vision, "intermediate_size": weights.size(f"visual.transformer.{block.format(0)}", 0),
             "num_hidden_layers": weights.count(f"visual.transformer.{block}"), "hidden_act": "gelu",
-            "num_attention_heads": weights.heads(vision, vision // vision_cfg.get("head_width", vision), CONFIG),
+            "num_attention_heads": weights.heads(vision, head_width and vision // head_width, CONFIG),
             "image_size": patch * side, "patch_size": patch,
         },
     )  # fmt: skip

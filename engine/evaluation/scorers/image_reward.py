@@ -98,12 +98,11 @@ def vision_configuration(weights: Weights) -> BlipVisionConfig:
     encoder = "blip.visual_encoder."
     width, patch = (weights.size(f"{encoder}patch_embed.proj.weight", axis) for axis in (0, 3))
     side = math.isqrt(weights.size(f"{encoder}pos_embed", 1) - 1)
-    given = weights.beside("config.json").get("vision", {})
     return BlipVisionConfig(
         hidden_size=width,
         intermediate_size=weights.size(f"{encoder}blocks.0.mlp.fc1.weight", 0),
         num_hidden_layers=weights.count(f"{encoder}blocks.{{}}.mlp.fc1.weight"),
-        num_attention_heads=weights.heads(width, given.get("heads"), "config.json"),
+        num_attention_heads=weights.heads(width, weights.beside("config.json", "vision", "heads"), "config.json"),
         image_size=patch * side,
         patch_size=patch,
         layer_norm_eps=1e-6,
@@ -115,7 +114,7 @@ def text_configuration(weights: Weights) -> BlipTextConfig:
     """Reads the sizes of the text encoder off its tensors; as a decoder it has the layers that look at the image."""
     encoder = "blip.text_encoder."
     vocabulary, width = (weights.size(f"{encoder}embeddings.word_embeddings.weight", axis) for axis in (0, 1))
-    given = weights.beside("med_config.json").get("num_attention_heads")
+    given = weights.beside("med_config.json", "num_attention_heads")
     return BlipTextConfig(
         vocab_size=vocabulary,
         hidden_size=width,
