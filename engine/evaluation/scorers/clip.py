@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -12,11 +13,14 @@ from torch.nn.functional import normalize
 from transformers import CLIPModel, CLIPTokenizer
 
 from ...errors import UserError
-from ...judge.clip import TimeConditionedCLIP
 from ...models.clip_files import TOKENIZER, ClipFolders, clip_network, clip_tokenizer, mean_and_std
 from ...models.weight_files import check_fit, fill, read_weights, weights_file
+from .files import described
 from .pixels import ToBytes, pixels
 from .scorer import Options, fetch_published
+
+if TYPE_CHECKING:
+    from ...judge.clip import TimeConditionedCLIP
 
 SETTINGS = ("config.json", "preprocessor_config.json", *TOKENIZER)
 NEEDED = (("config.json",), ("preprocessor_config.json",), ("tokenizer.json", "vocab.json"))  # one of each
@@ -93,6 +97,8 @@ def load_clip(published: Published, weights: str | None, components: str | None,
     tokenizer = clip_tokenizer(folders, network.config.text_config.vocab_size)
     mean, std = mean_and_std(folders)
     state = read_weights(found, key)
+    if "visual_projection.weight" not in state:
+        raise UserError(f"{key}: {found} holds {described(state)}, expected a CLIP of transformers")
     check_fit(network, state, (), f"{key}: the tensors in {found} do not fit the CLIP of its config.json")
     fill(network, state, ())
     return LoadedCLIP(network.to(options.device, options.dtype).eval().requires_grad_(False), tokenizer, mean, std)

@@ -113,9 +113,12 @@ class Weights:
         return network
 
     def _misfit(self, missing: list[str], misshapen: list[str] = ()) -> UserError:
-        found = next(
-            (kind for name, kind in KINDS.items() if name in self.state), shortened(self.state, 3) or "nothing"
-        )
-        faults = [f"{len(missing)} missing ({shortened(missing)})"] if missing else []
-        faults += [f"{len(misshapen)} of the wrong shape ({shortened(misshapen)})"] if misshapen else []
+        lists = {"missing": list(dict.fromkeys(missing)), "of the wrong shape": list(dict.fromkeys(misshapen))}
+        faults = [f"{len(names)} {fault} ({shortened(names)})" for fault, names in lists.items() if names]
+        found = described(self.state)
         return UserError(f"{self.key}: {self.file} holds {found}, expected {self.expected}: {'; '.join(faults)}")
+
+
+def described(state: dict[str, Tensor]) -> str:
+    """Says what a file of weights holds, by a tensor that tells, or else by the first names in it."""
+    return next((kind for name, kind in KINDS.items() if name in state), shortened(state, 3) or "no tensor")

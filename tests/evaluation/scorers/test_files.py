@@ -58,7 +58,7 @@ UNFIT = {  # scorer, file, what is done to a copy of it, what the sentence says
     "HPS as ImageReward": ("image_reward", HPS, None, ("HPSv2, expected the BLIP", "1 missing (blip.visual_encoder.")),
     "ImageReward as HPS": ("hpsv2", REWARD, None, ("holds ImageReward, expected the ViT-H/14", "text_projection")),
     "ImageReward as head": ("aesthetic", REWARD, None, ("holds ImageReward", "1 missing (layers.0.weight)")),
-    "HPS as PickScore": ("pickscore", HPS, None, ("do not fit the CLIP of its config.json", "missing (text_model.")),
+    "HPS as PickScore": ("pickscore", HPS, None, ("HPSv2, expected a CLIP of transformers",)),
     "cut pickle": ("hpsv2.1", HPS, lambda f: damaged(f, lambda b: b[:-5000]), ("damaged",)),
     "cut safetensors": (
         "pickscore", PICK / "model.safetensors", lambda f: damaged(f, lambda b: b[:-5000]), ("read as safetensors",),
@@ -69,11 +69,15 @@ UNFIT = {  # scorer, file, what is done to a copy of it, what the sentence says
     ),
     "missing": (
         "hpsv2", HPS, lambda f: changed(f, lambda s: s.pop("visual.transformer.resblocks.1.attn.in_proj_bias")),
-        ("HPSv2, expected", "missing (visual.transformer.resblocks.1.attn.in_proj_bias"),
+        ("HPSv2, expected", "1 missing (visual.transformer.resblocks.1.attn.in_proj_bias)"),
     ),
     "shape": (
         "image_reward", REWARD, lambda f: changed(f, lambda s: s.update({"mlp.layers.0.weight": torch.zeros(1024, 7)})),
         ("1 of the wrong shape (mlp.layers.0.weight of (1024, 7) for (1024, 48))",),
+    ),
+    "another configuration": (
+        "pickscore", PICK / "model.safetensors", lambda f: changed(f, lambda s: s.pop("logit_scale")),
+        ("do not fit the CLIP of its config.json: 1 missing (logit_scale)",),
     ),
     "dimensions": (
         "hpsv2", HPS, lambda f: changed(f, lambda s: s.update({"visual.conv1.weight": torch.zeros(48)})),
@@ -83,7 +87,9 @@ UNFIT = {  # scorer, file, what is done to a copy of it, what the sentence says
         "hpsv2", HPS, lambda f: (f.parent / "open_clip_config.json").unlink(),
         ("a width of 32", "768, 1024, 1280", "open_clip_config.json"),
     ),
-    "unknown ending": ("hpsv2", HPS, lambda f: f.rename(f.with_suffix(".ckpt")), ("HPS_v2.1_tiny",)),
+    "unknown ending": (
+        "hpsv2", HPS, lambda f: f.rename(f.with_suffix(".ckpt")), ("expected a folder, a .safetensors or a .bin, .pt",),
+    ),
     "no tensors": (
         "aesthetic", HPS, lambda f: torch.save({"model": 3}, f), ("holds no state dict; found int under 'model'",),
     ),
@@ -94,8 +100,7 @@ UNFIT = {  # scorer, file, what is done to a copy of it, what the sentence says
 def test_an_unfit_file_is_refused(case, tmp_path):
     name, original, change, words = UNFIT[case]
     file = beside(original, tmp_path)
-    if change:
-        change(file)
+    file = (change and change(file)) or file
     if name in ("pickscore", "clip_score"):
         shutil.copytree(TOKENIZER, tmp_path, dirs_exist_ok=True)
         shutil.copy(PICK / "config.json", tmp_path / "config.json")
@@ -105,7 +110,7 @@ def test_an_unfit_file_is_refused(case, tmp_path):
         components = BERT if name == "image_reward" else TOKENIZER
     said = sentence(name, file, components)
     assert said.startswith(f"{name}: ")
-    assert [word for word in (file.name.split(".ckpt")[0], *words) if word not in said] == []
+    assert [word for word in (str(file), *words) if word not in said] == []
 
 
 def test_what_is_missing_is_named_with_its_source(tmp_path):
