@@ -171,7 +171,7 @@ def objective(rows: Rows, world: SimpleNamespace) -> None:
 
 
 def all_rows() -> list[Row]:
-    """Every row of the table, in a few seconds."""
+    """Every row of the table, in some ten seconds."""
     quiet_libraries()
     rows, tokenizer = Rows(), letters()
     with tempfile.TemporaryDirectory() as made:
