@@ -58,6 +58,7 @@ setup(
         "scipy>=1.11",
         "pillow>=10",
         "pyarrow>=18",
+        "ftfy>=6.1",  # prompts as open_clip reads them, which HPS needs
         "nvidia-ml-py>=12.535",  # NVML; imports without a driver
         "matplotlib>=3.8",
         "tensorboard>=2.15",

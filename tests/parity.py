@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import torch
 from conftest import CPU, LORA_TARGETS, golden_spm, letters, load_golden, module_of, part, write_sd15, write_sdxl
 from parity_judge import judge, judge_in_training, judge_training, selection
+from parity_scorers import scorers
 from parity_table import (
     ENCODINGS,
     EXACT,
@@ -170,7 +171,7 @@ def objective(rows: Rows, world: SimpleNamespace) -> None:
 
 
 def all_rows() -> list[Row]:
-    """Every row of the table, in a few seconds."""
+    """Every row of the table, in some ten seconds."""
     quiet_libraries()
     rows, tokenizer = Rows(), letters()
     with tempfile.TemporaryDirectory() as made:
@@ -181,7 +182,8 @@ def all_rows() -> list[Row]:
         diffusion = LatentDiffusion.load(ModelConfig(path=str(folders["sd15"])), CPU)
         alphas = load_golden("case1_ddim")["schedule/alphas_cumprod"]
         world = SimpleNamespace(alphas=alphas, spm=golden_spm(), diffusion=diffusion, **folders)
-        for case in (ddim_step, ddim_corners, judge, judge_in_training, selection, judge_training, rollouts, objective):
+        of_spo = (ddim_step, ddim_corners, judge, judge_in_training, selection, judge_training, rollouts, objective)
+        for case in (*of_spo, scorers):
             case(rows, world)
     return list(rows.values())
 

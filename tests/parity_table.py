@@ -42,6 +42,7 @@ LATENTS = Tolerance(absolute, 4e-5)  # at values up to 60
 # After 20 steps, at values up to 60 and 152. Every kind of CPU rounds convolutions in its way: to 6.5e-5 and 6.0e-4.
 ROLLED_OUT, ROLLOUT_SCORES = Tolerance(absolute, 1e-4), Tolerance(absolute, 1e-3)
 ENCODINGS = Tolerance(absolute, 2e-6)
+SCORERS = Tolerance(relative, 1e-5)  # PickScore times 100 a cosine, its float32 1e-6 from its float64
 SCORES = Tolerance(absolute, 1e-5)  # seen to 6.3e-6
 FEATURES = LOSS = LOG_PROBS = Tolerance(absolute, 5e-6)
 GRADIENTS = Tolerance(relative, 2e-5)

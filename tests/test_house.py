@@ -37,7 +37,7 @@ FLOORS = {
     "judge": {"diffusers", "safetensors", "torch", "transformers"},
     "data": {"PIL", "pyarrow", "safetensors", "torch"},
     "methods": {"torch"},
-    "evaluation": {"numpy", "scipy", "torch", "tqdm", "transformers"},
+    "evaluation": {"PIL", "ftfy", "numpy", "scipy", "torch", "tqdm", "transformers"},
     "report": {"PIL", "matplotlib", "numpy", "torch", "yaml"},
     "study": {"PIL", "numpy"},
     "plan": {"diffusers", "torch", "transformers"},
