@@ -59,6 +59,7 @@ setup(
     ],
     extras_require={
         "cuda": ["xformers>=0.0.35; sys_platform == 'linux'"],
+        "wandb": ["wandb>=0.31"],
         "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.12", "setuptools>=77"],
         "bench": ["pytest>=8", "pytest-benchmark>=5"],
     },

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from .settings import Section
-from .training import KERNELS, Device, JudgeConfig, Kernels, ModelConfig, ZeroConfig
+from .training import KERNELS, TRACKER, Device, JudgeConfig, Kernels, ModelConfig, Tracker, ZeroConfig
 
 
 class JudgeTrainingDataConfig(Section):
@@ -88,6 +88,7 @@ class JudgeTrainingRunConfig(Section):
     device: Device = Field("auto", description="Where the run computes; auto takes a GPU where there is one.")
     kernels: Kernels = Field("auto", description=KERNELS)
     log_every: int = Field(20, ge=1, description="Steps per line of metrics.jsonl and of the terminal.")
+    tracker: Tracker = Field("tensorboard", description=TRACKER)
     save_every: int = Field(500, ge=1, description="Steps per checkpoint; the newest two are kept.")
     resume: bool = Field(False, description="Whether the run goes on from the newest checkpoint in run.dir.")
 

@@ -18,8 +18,13 @@ from .settings import C, Section
 Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 Kernels = Literal["auto", "reference"]
+Tracker = Literal["tensorboard", "wandb", "none"]
 KERNELS = (
     "auto runs the Triton kernels of strop.kernels on a GPU; reference runs plain PyTorch everywhere, for debugging."
+)
+TRACKER = (
+    "Where the lines of metrics.jsonl are shown as well: TensorBoard (files in run.dir/tensorboard), Weights & Biases, "
+    "or nowhere. wandb needs the extra strop[wandb], and stays offline where it has no login."
 )
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
@@ -279,6 +284,7 @@ class RunConfig(Section):
     device: Device = Field("auto", description="Where the run computes; auto takes a GPU where there is one.")
     kernels: Kernels = Field("auto", description=KERNELS)
     log_every: int = Field(1, ge=1, description="Iterations per line of metrics.jsonl and of the terminal.")
+    tracker: Tracker = Field("tensorboard", description=TRACKER)
     save_every: int = Field(10, ge=1, description="Iterations per checkpoint; one more is written at the end.")
     resume: bool = Field(False, description="Whether the run goes on from the newest checkpoint in run.dir.")
     share_of_peak: bool = Field(

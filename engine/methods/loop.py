@@ -29,7 +29,6 @@ def train(session: Session, method: Method, optimizer: Optimizer) -> None:
                     session.note({"grad_norm": norm})
         measure(session, method, iteration + 1)
         session.save(iteration + 1)
-    session.metrics.close()
 
 
 def measure(session: Session, method: Method, done: int) -> None:

@@ -144,7 +144,7 @@ def _snippet(run: Run) -> str:
 
 def _paths(run_dir: Path, summary: dict) -> list[tuple[str, Path | str]]:
     named = {"run": run_dir.resolve()} | (summary.get("paths") or {})
-    files = ("metrics.jsonl", "summary.json", "config.yaml", "tensorboard")
+    files = ("metrics.jsonl", "summary.json", "config.yaml", "tensorboard", "wandb")
     return [*named.items(), *((name, name + " in the run folder") for name in files if (run_dir / name).exists())]
 
 

@@ -32,6 +32,7 @@ MAY_CHANGE = (  # on resume; everything else decides what the run computes
     "run.device",
     "run.kernels",
     "run.log_every",
+    "run.tracker",
     "run.save_every",
     "run.resume",
     "run.share_of_peak",

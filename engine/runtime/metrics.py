@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ FIELDS = ("iteration", "optimizer_steps", "seconds", "prompts_per_second", "eta_
 
 
 class Metrics:
-    """Sums on the device, over all ranks; each `flush` writes a line of metrics.jsonl and the scalars of TensorBoard.
+    """Sums on the device, over all ranks; each `flush` writes a line of metrics.jsonl.
 
     Every rank adds and flushes; only the one with `enabled` writes. seconds_after_loop: what the run is expected to
     take once its iterations are done; eta_seconds includes it.
@@ -57,7 +57,6 @@ class Metrics:
         for column in columns:
             self._slots[column.name] = slice(size, size := size + max(1, len(column.labels)))
         self._sums = torch.zeros(2, size, dtype=torch.float64, device=self._device)  # of weight * value, of weights
-        self._board = None
         self.seconds_after_loop = 0.0
         self.rewind(start)
 
@@ -93,9 +92,6 @@ class Metrics:
         if self._enabled:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record, allow_nan=False) + "\n")
-            for name, number in _scalars(record):
-                self._board.add_scalar(name, number, iteration)
-            self._board.flush()
         return record
 
     def rewind(self, iteration: int) -> None:
@@ -108,19 +104,9 @@ class Metrics:
         self._sums.zero_()
         self._before = records[-1] if records else {}
         self._marks = deque([(iteration, time.perf_counter(), self._before.get("prompts") or 0)], maxlen=20)
-        if not self._enabled:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in records))
-        self.close()
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed on the other ranks
-
-        self._board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=iteration + 1)
-
-    def close(self) -> None:
-        """Close TensorBoard's file. metrics.jsonl is whole after every flush."""
-        if self._board is not None:
-            self._board.close()
+        if self._enabled:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in records))
 
     def _on_device(self, value: Value) -> Tensor:
         """float64 on the device. A number becomes a fill, so nothing waits for the device."""
@@ -202,12 +188,3 @@ def _record(line: str) -> dict | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) and isinstance(record.get("iteration"), int) else None
-
-
-def _scalars(record: dict) -> Iterator[tuple[str, float]]:
-    """(TensorBoard tag, number) of a record: "train/loss", "seconds/rollout", "pairs_per_t/751"."""
-    for name, value in record.items():
-        if isinstance(value, dict):
-            yield from ((f"{name}/{key}", item) for key, item in value.items() if item is not None)
-        elif isinstance(value, int | float) and name != "iteration":
-            yield f"train/{name}", value

@@ -25,6 +25,7 @@ from .metrics import Metrics, Value, read_records
 from .progress import LiveLine, Progress
 from .ranks import Ranks, start
 from .stopwatch import Stopwatch
+from .tracker import Tracker, check_tracker, open_tracker
 
 
 class Session:
@@ -43,6 +44,7 @@ class Session:
         self.clock = Stopwatch(ranks.device)
         self.ledger = Ledger(ranks.device)
         self.live = LiveLine(ranks.first)
+        self.tracker: Tracker | None = None  # on the first rank, from `begin` on
         self.done = 0  # iterations
         self._begun = time.perf_counter()
         self._resumed: Path | None = None
@@ -53,6 +55,7 @@ class Session:
     @contextmanager
     def start(cls, config: Recipe) -> Iterator[Session]:
         """Joins the processes of the run and looks at its folder; nothing is written yet. Raises UserError."""
+        check_tracker(config.run.tracker)
         use_reference(config.run.kernels == "reference")
         session = cls(config, start(config.run.device))
         checkpoint.check_run(config, session.ranks)
@@ -61,6 +64,8 @@ class Session:
                 yield session
             finally:
                 session.live.erase()
+                if session.tracker:
+                    session.tracker.close()
 
     def open(self, trainable: checkpoint.Trainable) -> None:
         """Makes the run folder, or finds the checkpoint to go on from. Raises UserError before anything is written."""
@@ -81,6 +86,8 @@ class Session:
         iterations = self.config.iterations
         self.metrics = Metrics(self.dir, self.ranks.device, self.ranks.first, columns, self.done, iterations)
         self.metrics.seconds_after_loop = self.clock.seconds().get("evaluate", 0.0)
+        if self.ranks.first:
+            self.tracker = open_tracker(self.run.tracker, self.dir, self.done, self.config.model_dump(mode="json"))
         self.progress = Progress(iterations, columns)
         self.clock.lap()
 
@@ -104,6 +111,8 @@ class Session:
         if self.ranks.first:
             self.live.erase()
             self.progress.show(record)
+            if self.tracker:
+                self.tracker.write(record)
 
     def save(self, done: int) -> None:
         """Writes a checkpoint after `done` iterations, where it is due. Every rank calls it."""
