@@ -23,6 +23,7 @@ from .methods.spo.rollout import check_steps
 from .models.base_model import quiet_libraries
 from .models.latent_diffusion import BATCH
 from .models.lora_file import write
+from .models.policy import Policy
 from .plan.peak import seconds_at_peak
 from .report.model_card import write_model_card
 from .report.pictures import before_after
@@ -49,6 +50,8 @@ def run(config: Config) -> None:
         with session.clock("load"):
             parts = build(session)
             session.open(parts.models.trainable)
+            if session.ranks.first:
+                announce(session, parts.models.policy)
             session.ledger.at_peak = seconds_at_peak(config, parts.models.policy.family, session.ranks.device)
         with session.clock("evaluate"), parts.models.policy.reference():
             base = parts.evaluator("base model")  # first, so that whatever the examiner cannot do shows at once
@@ -100,6 +103,25 @@ def prompts_of(config: Config, ranks: Ranks) -> tuple[list[str], list[str]]:
     if both:
         raise UserError(f"prompts.heldout: {len(both)} prompts are training prompts too, such as {min(both)!r}")
     return prompts, heldout[:count]
+
+
+def announce(session: Session, policy: Policy) -> None:
+    """Says what is about to run, in lines of at most 80 characters: of a long path its end is shown."""
+    config = session.config
+    trained = sum(p.numel() for p in policy.unet.parameters() if p.requires_grad)
+    rollout, ranks = config.rollout, session.ranks.size
+    prompts = f"{rollout.prompts} prompts" if ranks == 1 else f"{ranks} x {rollout.prompts} prompts"
+    facts = {
+        "model": f"{config.model.path}, {policy.family.name}",
+        "judge": config.judge.path,
+        "LoRA": f"{trained:,} parameters, rank {config.lora.rank}, learning rate {config.optim.lr:g}",
+        "run": f"{config.iterations} iterations of {prompts}, {rollout.k} branches, {rollout.num_steps} steps",
+        "device": f"{session.device_name}, {config.model.dtype}",
+        "folder": str(session.dir),
+    }
+    for name, fact in facts.items():
+        print(f"{name:<10}{fact if len(fact) <= 70 else f'...{fact[-67:]}'}")
+    print(flush=True)
 
 
 def close(config: Config, parts: Parts, base: Evaluation, tuned: Evaluation, summary: dict) -> None:

@@ -82,6 +82,8 @@ class Session:
         self.training, self._worked = training, stage
         if self._resumed:
             self.done = checkpoint.restore(training, self._resumed, self.ranks)
+            if self.ranks.first:
+                print(f"going on after iteration {self.done}", flush=True)
         columns = (*columns, *ledger.COLUMNS)
         iterations = self.config.iterations
         self.metrics = Metrics(self.dir, self.ranks.device, self.ranks.first, columns, self.done, iterations)
@@ -128,6 +130,12 @@ class Session:
         now = self.clock.seconds() | {"total": time.perf_counter() - self._begun}
         return {stage: before.get(stage, 0.0) + now.get(stage, 0.0) for stage in {**before, **now}}
 
+    @property
+    def device_name(self) -> str:
+        """What the device of this process is called: the name of a GPU, or "cpu"."""
+        device = self.ranks.device
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
     def summary(self) -> dict[str, Any]:
         """Returns what summary.json says of every run, on the first rank. A collective call, after the loop."""
         totals = self.ledger.totals()
@@ -145,7 +153,7 @@ class Session:
             "optimizer_steps": optimizer.steps,
             "optimizer_state_bytes_per_rank": optimizer.state_bytes(),
             "world_size": self.ranks.size,
-            "device": torch.cuda.get_device_name(self.ranks.device) if self.ranks.device.type == "cuda" else "cpu",
+            "device": self.device_name,
             "seed": self.run.seed,
             "version": version("strop"),
             "paths": {
