@@ -2,7 +2,7 @@
 
 A plan has operations per prompt by stage, of strop and of the published code; memory by part, and what makes it fit;
 hours and energy at a stated share of the GPU's peak; and how all of it scales. Everything is counted on meta tensors,
-in less than a minute, on any machine and without a download. Hours are an estimate: nothing is timed here.
+in half a minute, on any machine and without a download. Hours are an estimate: nothing is timed here.
 """
 
 from __future__ import annotations
