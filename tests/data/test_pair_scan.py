@@ -88,11 +88,10 @@ def test_another_model_or_resolution_has_its_own_entries(pair_scan, source, mode
     assert entries.latents(source, 0, SIZE) != other.latents(source, 0, SIZE)
     assert entries.latents(source, 0, SIZE) != entries.latents(source, 0, (16, 32))
     assert entries.text("a") == other.text("a") != entries.text("b")
-    half = models.denoiser.diffusion.text_encoders[0].half()
-    try:
-        assert pair_scan().entries.text("a") != entries.text("a")
-    finally:
-        half.float()
+    models.denoiser.diffusion.text_encoders[0].half()
+    other = pair_scan().entries
+    models.denoiser.diffusion.text_encoders[0].float()
+    assert other.text("a") != entries.text("a")
 
 
 def test_text_embeddings_are_those_of_the_encoder(pair_scan, models):
@@ -141,11 +140,8 @@ def test_broken_pairs_are_named_and_left_out_up_to_the_share(pair_scan, source, 
     found = here.scan(source, range(7), "data.source", 0.3, encode=cache)
     assert list(found.scores) == [0, 1, 2, 4, 6]
     assert [line.split(": ")[0] for line in found.broken] == ["pairs.jsonl line 4", "pairs.jsonl line 6"]
-    with pytest.raises(
-        UserError,
-        match=r"^data\.source: at least 2 of 7 pairs are broken, which is more than data\.max_broken = 0\.2; "
-        r"the first is pairs\.jsonl line 4: images/3-0\.jpg is no image$",
-    ):
+    words = r"2 of 7 pairs .*data\.max_broken = 0\.2; .*pairs\.jsonl line 4: images/3-0\.jpg"
+    with pytest.raises(UserError, match=rf"^data\.source: .*{words}"):
         here.scan(source, range(7), "data.source", 0.2, encode=cache)
 
 
