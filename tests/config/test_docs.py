@@ -29,17 +29,12 @@ def test_every_key_has_a_row(recipe):
         "| `rollout.eta` | number | `1.0` | > 0, ≤ 1 |",
         "| `lora.target_modules` | list of text | `[to_q, to_k, to_v, to_out.0]` | length ≥ 1 |",
         "| `evaluate.examiner` | text or null | `null` |  |",
+        "| `zero.stage` | `1` or `2` | `1` |",
+        "| `zero.stage` | `1` or `2` | `2` |",  # of the whole section in JudgeTrainingConfig
     ],
-    ids=["required", "two bounds", "list", "optional"],
 )
 def test_row(row):
-    assert row in reference()
-
-
-def test_default_of_a_whole_section_wins():
-    """JudgeTrainingConfig has zero.stage 2 where the section's own default is 1."""
-    assert reference().count("| `zero.stage` | `1` or `2` | `1` |") == 1
-    assert reference().count("| `zero.stage` | `1` or `2` | `2` |") == 1
+    assert reference().count(row) == 1
 
 
 def test_no_row_lacks_a_meaning():

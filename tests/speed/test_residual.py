@@ -38,21 +38,13 @@ def test_a_block_has_the_same_bits(keys, grad):
             assert torch.equal(a.grad, b.grad)
 
 
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {"output_scale_factor": 2.0},
-        {"dropout": 0.1},
-        {"time_embedding_norm": "scale_shift"},
-        {"skip_time_act": True},
-        {"non_linearity": "gelu"},
-        {"up": True},
-        {"down": True},
-    ],
-    ids=str,
-)
-def test_a_block_that_does_more_stays_as_it_is(keys):
-    block = ResnetBlock2D(**BLOCK | keys)
+MORE = {"output_scale_factor": 2.0, "dropout": 0.1, "time_embedding_norm": "scale_shift", "skip_time_act": True}
+MORE |= {"non_linearity": "gelu", "up": True, "down": True}
+
+
+@pytest.mark.parametrize("key", MORE)
+def test_a_block_that_does_more_stays_as_it_is(key):
+    block = ResnetBlock2D(**BLOCK | {key: MORE[key]})
     assert make_residuals_lean(block) == 0
     assert type(block) is ResnetBlock2D
 
@@ -64,4 +56,3 @@ def test_every_block_of_the_full_size_models_is_lean(architectures, name, in_une
         vae = AutoencoderKL.from_config(architectures[name]["vae"])
     assert make_residuals_lean(unet) == in_unet
     assert make_residuals_lean(vae.decoder) == 12 + 2
-    assert make_residuals_lean(unet) == 0  # they are already
