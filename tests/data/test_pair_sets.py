@@ -102,7 +102,7 @@ REFUSED = {  # the source, keys of section data, how many processes, what the se
     "no pair": ("none.jsonl", {}, 1, r"none\.jsonl holds no pair$"),
     "no size": (FACTORY, {}, 1, f"train: .* {FACTORY}"),
     "labels": (FACTORY, {"train": 5, "labels": "pickscore"}, 1, "labels: "),
-    "heldout": (FACTORY, {"train": 5, "heldout_source": "pairs.jsonl"}, 1, "heldout_source: .* expected module:fac"),
+    "heldout": (FACTORY, {"train": 5, "heldout_source": "pairs.jsonl"}, 1, "heldout_source: .* module:factory"),
     "processes": (FACTORY, {"train": 5}, 5, "heldout: found 4, expected at least 5"),
 }
 
@@ -132,7 +132,7 @@ def test_pickscores_labels_need_a_plain_pickscore(clip_folder):
     with torch.no_grad():
         judge.clip.vision_model.adaLN_modulation[1].weight[0, 0] = 1
     check_labeller(recipe("a"), judge)
-    with pytest.raises(UserError, match=r"^data\.labels: pickscore needs a plain PickScore as judge\.path, and mine"):
+    with pytest.raises(UserError, match=r"^data\.labels: pickscore .*judge\.path, and mine"):
         check_labeller(recipe("a", judge="mine", labels="pickscore"), judge)
 
 
@@ -151,7 +151,7 @@ def test_pairs_of_files_hold_what_was_asked_for(tmp_path, pair_files):
     entries.cache.write(entries.text("c e"), {"text": torch.full((3, 2), 5.0)})
     assert kept[1].keys() == {"caption", "num_examples", "label_0", "label_1", "mean", "std", "text"}
     assert kept[1]["text"].sum() == 30
-    with pytest.raises(UserError, match=r"^data\.cache: .* was whole when the run began and is not now"):
+    with pytest.raises(UserError, match=r"^data\.cache: "):
         kept[0]
 
 

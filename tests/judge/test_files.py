@@ -258,7 +258,7 @@ def truncate(file):
 
 
 def one_shard(file, other):
-    index = shard(prefixed(torch.load(file)), file.parent, WEIGHTS[0])
+    index = shard(prefixed(torch.load(file, weights_only=True)), file.parent, WEIGHTS[0])
     (file.parent / "model-00002-of-00002.safetensors").unlink()
     return index.parent
 

@@ -266,17 +266,17 @@ TWO, ONE = torch.zeros(2, 3), torch.zeros(3, 1)
 @pytest.mark.parametrize(
     "tensors, header, sentence",
     [
-        ({}, {"format": "pt"}, "it holds no tensors"),
-        ({"conv_in.weight": TWO}, {}, "no LoRA of a Stable Diffusion UNet alone: found conv_in.weight among its 1"),
+        ({}, {"format": "pt"}, "no tensors"),
+        ({"conv_in.weight": TWO}, {}, "found conv_in.weight among its 1"),
         ({"text_encoder.layers.0.lora.down.weight": TWO}, {}, "found text_encoder.layers.0.lora.down.weight"),
         ({"lora_te1_text_model_q.lora_down.weight": TWO}, {}, "found lora_te1_text_model_q.lora_down.weight"),
         ({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": TWO}, {}, "found lora_unet_input_blocks_4_1_proj_in"),
-        ({DOWN: TWO}, {}, f"the two factors of {LAYER} are not both there"),
-        ({DOWN: TWO, UP: ONE}, {}, f"the two factors of {LAYER} are not both there, or do not fit"),
+        ({DOWN: TWO}, {}, f"two factors of {LAYER} "),
+        ({DOWN: TWO, UP: ONE}, {}, f"two factors of {LAYER} "),
         ({DOWN: TWO, UP: TWO.T}, {ADAPTER: json.dumps({"unet.use_rslora": True})}, "rsLoRA"),
-        ({DOWN: TWO, UP: TWO.T}, {ADAPTER: "{"}, "cannot be read as a LoRA"),
-        (None, b"", "cannot be read as a LoRA"),
-        (None, b"not a tensor in sight", "cannot be read as a LoRA"),
+        ({DOWN: TWO, UP: TWO.T}, {ADAPTER: "{"}, "cannot be read"),
+        (None, b"", "cannot be read"),
+        (None, b"not a tensor in sight", "cannot be read"),
     ],
 )
 def test_what_is_no_lora_is_refused(tensors, header, sentence, tmp_path):
