@@ -189,15 +189,11 @@ def test_a_loaded_clip_is_frozen_and_scores_as_transformers_does_at_every_timest
     assert {p.dtype for p in judge.clip.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("kind", ["spm", "spm_no_step"])
-def test_saved_and_loaded_it_scores_the_same(judge, text, case2, spm, tmp_path, kind):
+def test_saved_and_loaded_it_scores_the_same(judge, text, case2, tmp_path):
     trained = copy.deepcopy(judge)
-    trained.kind = kind
+    trained.kind = "spm_no_step"
     trained.save(tmp_path / "runs" / "judge")
-    again = StepAwarePreferenceModel.load(JudgeConfig(path=str(tmp_path / "runs" / "judge"), kind=kind), CPU)
-    assert again.kind == kind
+    again = StepAwarePreferenceModel.load(JudgeConfig(path=str(tmp_path / "runs" / "judge"), kind="spm_no_step"), CPU)
     image = case2["in/image_64x97_f16"].float().unsqueeze(0)
     assert torch.equal(again.score_images(image, text, 251), trained.score_images(image, text, 251))
     assert torch.equal(again.encode(["a red dog"]), trained.encode(["a red dog"]))
-    assert again.mean.flatten().tolist() == pytest.approx(spm.mean)
-    assert again.std.flatten().tolist() == pytest.approx(spm.std)
