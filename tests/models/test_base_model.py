@@ -61,15 +61,12 @@ def offline(monkeypatch, tmp_path):
     return tmp_path / "cache"
 
 
-@pytest.mark.parametrize("extra", [(), ("fp16",)], ids=["all", "fp16-beside"])
-def test_only_one_set_of_weights_is_downloaded(folder, tmp_path, monkeypatch, extra):
+def test_only_one_set_of_weights_is_downloaded(folder, tmp_path, monkeypatch):
     """Neither the other variants nor the pickled ones nor the checkpoints that lie beside."""
     for part, stem in WEIGHTS.items():
-        for variant in extra:
-            shutil.copy(folder / part / f"{stem}.safetensors", folder / part / f"{stem}.{variant}.safetensors")
-        (folder / part / f"{stem.replace('model', 'pytorch_model', 1)}.bin").touch()
-        (folder / part / "openvino_model.bin").touch()
-        (folder / part / f"{stem}.non_ema.safetensors").touch()
+        pickled = f"{stem.replace('model', 'pytorch_model', 1)}.bin"
+        for name in (f"{stem}.fp16.safetensors", f"{stem}.non_ema.safetensors", pickled, "openvino_model.bin"):
+            (folder / part / name).touch()
     (folder / "tiny-pruned.safetensors").touch()
     local, fetched = tmp_path / "local", set()
 
@@ -222,17 +219,12 @@ def other_vae(folder):
 @pytest.mark.parametrize("form", ["vae-folder", "model-folder", "file", "hub"])
 def test_a_vae_in_place_of_the_models_own(folder, other_vae, offline, form):
     """A file has no configuration of its own, so it gets that of the model's VAE."""
-    where = {
-        "vae-folder": other_vae,
-        "model-folder": folder.parent / "whole",
-        "file": other_vae / "diffusion_pytorch_model.safetensors",
-        "hub": "owner/tiny",
-    }[form]
-    if form == "model-folder":
-        shutil.copytree(other_vae, where / "vae")
+    shutil.copytree(other_vae, folder.parent / "whole" / "vae")
     as_hub(other_vae, offline)
-    vae = BaseModel.find(settings(folder, vae=where)).vae(torch.float32)
-    expected = load_file(other_vae / "diffusion_pytorch_model.safetensors")["decoder.conv_out.bias"]
+    file = other_vae / "diffusion_pytorch_model.safetensors"
+    forms = {"vae-folder": other_vae, "model-folder": folder.parent / "whole", "file": file, "hub": "owner/tiny"}
+    vae = BaseModel.find(settings(folder, vae=forms[form])).vae(torch.float32)
+    expected = load_file(file)["decoder.conv_out.bias"]
     assert torch.equal(vae.decoder.conv_out.bias, expected)
     assert vae.config.scaling_factor == (0.13025 if form == "file" else 0.5)
 
@@ -240,11 +232,11 @@ def test_a_vae_in_place_of_the_models_own(folder, other_vae, offline, form):
 @pytest.mark.parametrize(
     "family, upcast, dtype, expected",
     [
-        ("sdxl", True, "float16", "float32"),
-        ("sdxl", None, "float16", "float32"),
-        ("sdxl", False, "float16", "float16"),
-        ("sdxl", True, "bfloat16", "bfloat16"),
-        ("sd15", True, "float16", "float16"),
+        ("sdxl", {"force_upcast": True}, torch.float16, torch.float32),
+        ("sdxl", {}, torch.float16, torch.float32),
+        ("sdxl", {"force_upcast": False}, torch.float16, torch.float16),
+        ("sdxl", {"force_upcast": True}, torch.bfloat16, torch.bfloat16),
+        ("sd15", {"force_upcast": True}, torch.float16, torch.float16),
     ],
     ids=["sdxl", "sdxl-unsaid", "fp16-fix", "bfloat16", "sd15"],
 )
@@ -252,11 +244,10 @@ def test_a_vae_that_overflows_in_float16_stays_in_float32(
     tiny_folder, tiny_sdxl_folder, tmp_path, family, upcast, dtype, expected
 ):
     copy = shutil.copytree(tiny_folder if family == "sd15" else tiny_sdxl_folder, tmp_path / "copy")
-    file = copy / "vae" / "config.json"
-    config = json.loads(file.read_text()) | {"force_upcast": upcast}
-    file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
-    vae = BaseModel.find(settings(copy)).vae(getattr(torch, dtype))
-    assert {p.dtype for p in vae.parameters()} == {getattr(torch, expected)}
+    config = json.loads((copy / "vae" / "config.json").read_text())
+    config.pop("force_upcast", None)
+    (copy / "vae" / "config.json").write_text(json.dumps(config | upcast))
+    assert {p.dtype for p in BaseModel.find(settings(copy)).vae(dtype).parameters()} == {expected}
 
 
 def test_the_size_of_a_latent(folder):

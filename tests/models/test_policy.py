@@ -31,27 +31,32 @@ def inputs(golden):
     return case6["rand/000_randn"], torch.tensor([951, 451, 1]), cond
 
 
-def trained(policy, seed=0, size=0.2):
+@pytest.fixture
+def fresh(tiny_folder):
+    """fresh(seed=7) -> a new policy on the golden UNet."""
+
+    def make(rank=4, targets=TARGETS, seed=0, **model):
+        return Policy(load_unet(ModelConfig(path=str(tiny_folder), **model), CPU), rank, targets, seed)
+
+    return make
+
+
+def trained(policy):
     """Gives the LoRA weights with an effect, as training would."""
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in policy.parameters:
-            p.copy_(size * torch.randn(p.shape, generator=rng))
+    rng = torch.Generator().manual_seed(0)
+    for p in policy.parameters:
+        p.data = 0.2 * torch.randn(p.shape, generator=rng)
     return policy
 
 
 @torch.no_grad()
-def test_the_recorded_unet_outputs(policy, golden):
+def test_the_recorded_unet_outputs(policy, inputs, golden):
     """The guidance halves are ordered as published, without the prompt first, in trunk and branches."""
-    case6 = golden("case6_sd15_k4_b3")
-    steps = sorted(k.split("/")[2] for k in case6 if k.startswith("f32/unet/") and k.endswith("noise_pred_uncond_text"))
-    assert len(steps) == 20
-    cond = Conditioning(case6["in/prompt_embeds"], case6["in/negative_prompt_embeds"][:1])
-    for step in steps:
-        x = case6[f"f32/unet/{step}/latent_model_input_first_half"]
-        t = case6["schedule/timesteps"][int(step)].repeat(len(x))
-        found = policy.eps(x, t, cond.repeat(len(x) // 3))
-        expected = case6[f"f32/unet/{step}/noise_pred_uncond_text"].unflatten(0, (2, len(x)))
+    case6, cond = golden("case6_sd15_k4_b3"), inputs[2]
+    for i, t in enumerate(case6["schedule/timesteps"]):
+        x = case6[f"f32/unet/{i:02}/latent_model_input_first_half"]
+        found = policy.eps(x, t.repeat(len(x)), cond.repeat(len(x) // 3))
+        expected = case6[f"f32/unet/{i:02}/noise_pred_uncond_text"].unflatten(0, (2, len(x)))
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
@@ -72,11 +77,9 @@ def test_the_recorded_unet_outputs_of_sdxl(tiny_sdxl_folder, golden):
         found = unet_eps(unet, x, t.repeat(len(x)), cond.repeat(len(x) // 2), guided=True)
         expected = case6[f"f32/unet/{i:02}/noise_pred_uncond_text"].unflatten(0, (2, len(x)))
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-        alone = unet_eps(unet, x, t.repeat(len(x)), cond.repeat(len(x) // 2), guided=False)
-        torch.testing.assert_close(alone[0], expected[1], rtol=0, atol=1e-5)
-        without = cond.repeat(len(x) // 2).unprompted()
-        alone = unet_eps(unet, x, t.repeat(len(x)), without, guided=False)
-        torch.testing.assert_close(alone[0], expected[0], rtol=0, atol=1e-5)
+        for half, which in enumerate((cond.repeat(len(x) // 2).unprompted(), cond.repeat(len(x) // 2))):
+            alone = unet_eps(unet, x, t.repeat(len(x)), which, guided=False)
+            torch.testing.assert_close(alone[0], expected[half], rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
@@ -170,8 +173,8 @@ def test_a_reference_pass_leaves_the_gradients_as_they_are(policy, inputs):
     [(TARGETS, 32), (("to_k", "to_out.0"), 16)],
     ids=["attention", "keys-and-outputs"],
 )
-def test_only_the_lora_trains(tiny_folder, inputs, targets, layers):
-    policy = Policy(load_unet(ModelConfig(path=str(tiny_folder)), CPU), 2, targets, seed=0)
+def test_only_the_lora_trains(fresh, inputs, targets, layers):
+    policy = fresh(rank=2, targets=targets)
     assert policy.latent_shape == (4, 8, 8)
     assert not policy.unet.training
     named = {name: p for name, p in policy.unet.named_parameters() if p.requires_grad}
@@ -182,9 +185,9 @@ def test_only_the_lora_trains(tiny_folder, inputs, targets, layers):
     assert not [name for name, p in policy.unet.named_parameters() if p.grad is not None and name not in named]
 
 
-def test_the_lora_starts_as_published(tiny_folder):
+def test_the_lora_starts_as_published(fresh):
     """A ~ N(0, 1 / r^2), B = 0, and a scale of 1."""
-    policy = Policy(load_unet(ModelConfig(path=str(tiny_folder)), CPU), 8, TARGETS, seed=0)
+    policy = fresh(rank=8)
     state = policy.lora_state()
     first = torch.cat([value.flatten() for name, value in state.items() if "lora_A" in name])
     assert first.std().item() == pytest.approx(1 / 8, rel=0.03)
@@ -193,11 +196,11 @@ def test_the_lora_starts_as_published(tiny_folder):
     assert policy.unet.peft_config["default"].lora_alpha == 8
 
 
-def test_the_seed_alone_decides_the_start(tiny_folder):
+def test_the_seed_alone_decides_the_start(fresh):
     def start(seed, noise):
         torch.manual_seed(noise)
         before = torch.random.get_rng_state()
-        state = Policy(load_unet(ModelConfig(path=str(tiny_folder)), CPU), 4, TARGETS, seed).lora_state()
+        state = fresh(seed=seed).lora_state()
         assert torch.equal(torch.random.get_rng_state(), before)
         return state
 
@@ -206,24 +209,23 @@ def test_the_seed_alone_decides_the_start(tiny_folder):
     assert not any(torch.equal(first[name], other[name]) for name in first if "lora_A" in name)
 
 
-def test_a_narrow_base_keeps_its_lora_wide(tiny_folder, inputs):
-    policy = Policy(load_unet(ModelConfig(path=str(tiny_folder), dtype="bfloat16"), CPU), 4, TARGETS, seed=0)
+def test_a_narrow_base_keeps_its_lora_wide(policy, fresh, inputs):
+    wide, policy = policy.eps(*inputs), fresh(dtype="bfloat16")
     assert {p.dtype for p in policy.parameters} == {torch.float32}
     assert {p.dtype for p in policy.unet.parameters() if not p.requires_grad} == {torch.bfloat16}
     x, t, cond = inputs
     found = policy.eps(x, t, Conditioning(cond.text.bfloat16(), cond.null.bfloat16()))
     assert found.dtype == torch.float32
-    wide = Policy(load_unet(ModelConfig(path=str(tiny_folder)), CPU), 4, TARGETS, seed=0).eps(x, t, cond)
     assert ((found - wide).norm() / wide.norm()).item() < 0.05
 
 
 @pytest.mark.parametrize("form", ["own", "kohya"])
 @torch.no_grad()
-def test_a_saved_lora_is_loaded_again(policy, inputs, tiny_folder, tmp_path, form):
+def test_a_saved_lora_is_loaded_again(policy, inputs, fresh, tmp_path, form):
     expected = trained(policy).eps(*inputs)
     policy.save_lora(tmp_path / "lora")
     file = tmp_path / "lora" if form == "own" else write(policy.lora(), tmp_path / "kohya.safetensors", "kohya")
-    again = Policy(load_unet(ModelConfig(path=str(tiny_folder)), CPU), 4, TARGETS, seed=9)
+    again = fresh(seed=9)
     again.load_lora(file)
     assert torch.equal(again.eps(*inputs), expected)
     assert all(torch.equal(value, policy.lora_state()[name]) for name, value in again.lora_state().items())
