@@ -50,11 +50,11 @@ def test_rows_that_teach_nothing_are_left_out(tmp_path, pair_files):
 def test_parquet_files_by_pattern_and_without_the_columns_that_may_lack(tmp_path, pair_files):
     folder = pair_files.parquet(tmp_path / "pairs", pair_files.rows(10))
     assert len(opened(folder / "train-*1.parquet")) == 5
-    kept = parquet.read_table(folder / "train-00000.parquet").select(
+    lean = parquet.read_table(folder / "train-00000.parquet").select(
         ["jpg_0", "jpg_1", "label_0", "label_1", "caption"]
     )
     (tmp_path / "lean").mkdir()
-    parquet.write_table(pa.concat_tables([kept, kept]), tmp_path / "lean" / "a.parquet")
+    parquet.write_table(pa.concat_tables([lean, lean]), tmp_path / "lean" / "a.parquet")
     assert opened(tmp_path / "lean").num_examples == [4, 2, 2, 2, 4] * 2
 
 

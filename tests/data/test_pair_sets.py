@@ -138,13 +138,13 @@ def test_pairs_of_files_hold_what_was_asked_for(tmp_path, pair_files):
     assert torch.equal(live[1]["image_1"], resized(source.images(2)[1], 8, 12))
 
     entries = Entries(PairCache(tmp_path / "cache"), "vae", "encoders", "judge")
-    kept = FilePairs(source, labels, (8, 12), images=False, entries=entries)
+    cached = FilePairs(source, labels, (8, 12), images=False, entries=entries)
     entries.cache.write(entries.latents(source, 2, (8, 12)), {"mean": torch.ones(2, 4, 1, 1), "std": torch.ones(1)})
     entries.cache.write(entries.text("c e"), {"text": torch.full((3, 2), 5.0)})
-    assert kept[1].keys() == {"caption", "num_examples", "label_0", "label_1", "mean", "std", "text"}
-    assert kept[1]["text"].sum() == 30
+    assert cached[1].keys() == {"caption", "num_examples", "label_0", "label_1", "mean", "std", "text"}
+    assert cached[1]["text"].sum() == 30
     with pytest.raises(UserError, match=r"^data\.cache: "):
-        kept[0]
+        cached[0]
 
 
 def one_pair(**changes):

@@ -14,7 +14,7 @@ def test_a_judge_of_noisy_latents_costs_no_decode_and_no_look_ahead_after_severa
     config = RolloutConfig(k=4, num_steps=10, t_range=(0, 701), inner_steps=2, threshold=0)
     rows, judge = [], SimpleNamespace(score=lambda candidates, cond: candidates.x.flatten(2).mean(-1))
     eps = policy.eps
-    policy.eps = lambda x, *given: rows.append(len(x)) or eps(x, *given)
+    policy.eps = lambda x, *others: rows.append(len(x)) or eps(x, *others)
     rollout = Rollout(policy, None, judge, diffusion.schedule(10, 1.0, 5.0), config)
     pairs = rollout(diffusion.encode(["a b", "c", "d"]), torch.Generator().manual_seed(0)).pairs
     # of 3 prompts, a forward of the kept latents where the trunk walks or forks; of 4 branches where they walk alone

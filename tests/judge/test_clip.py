@@ -65,8 +65,8 @@ def test_text_features_and_timestep_embeddings_are_the_published_ones(trained, w
     close(trained.t_embedder(case2["in/timesteps"]), case2["spm/t_embedder_out"])
 
 
-def close(found, expected, atol=FEATURES):
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+def close(actual, expected, atol=FEATURES):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
 def sum_of_scores(clip, case2):
@@ -111,9 +111,9 @@ def test_a_fresh_one_has_the_published_initialisation(spm, golden, case2):
             assert state[name].shape == value.shape
             assert state[name].std() == pytest.approx(0.02, rel=0.05)
     assert not any(value.any() for name, value in state.items() if name.endswith("adaLN_modulation.1.weight"))
-    found = fresh.image_features(case2["in/pixel_values"], case2["in/timesteps"])
-    close(found, case2["spm_init/image_features"])
-    close(found, case2["plain_clip/image_features"])
+    actual = fresh.image_features(case2["in/pixel_values"], case2["in/timesteps"])
+    close(actual, case2["spm_init/image_features"])
+    close(actual, case2["plain_clip/image_features"])
 
 
 def test_reset_draws_from_its_generator_alone(spm):
@@ -210,9 +210,9 @@ def test_a_copy_keeps_what_is_its_own(counted, case2):
     clip, features, _ = counted
     before, other = features(), copy.deepcopy(clip)
     write_a_weight(other)
-    found = other.image_features(case2["in/pixel_values"], 501)
-    assert not torch.equal(found, before)
-    assert torch.equal(found, other.image_features(case2["in/pixel_values"], torch.tensor([501])))
+    actual = other.image_features(case2["in/pixel_values"], 501)
+    assert not torch.equal(actual, before)
+    assert torch.equal(actual, other.image_features(case2["in/pixel_values"], torch.tensor([501])))
     assert torch.equal(features(), before)
 
 
@@ -238,10 +238,10 @@ def test_parameters_at_full_size():
     """PickScore's own, and what the published one has beyond."""
     with torch.device("meta"):
         plain = CLIPModel(CLIPConfig(**PICKSCORE))
-        own = sum(p.numel() for p in plain.parameters())
+        pickscore = sum(p.numel() for p in plain.parameters())
         clip = TimeConditionedCLIP(plain)
-    assert own == 986_109_441
-    assert sum(p.numel() for p in clip.parameters()) == own + 320_066_560
+    assert pickscore == 986_109_441
+    assert sum(p.numel() for p in clip.parameters()) == pickscore + 320_066_560
     assert clip.vision_model.encoder.layers[31].adaLN_modulation[1].weight.shape == (7680, 1280)
 
 
@@ -253,5 +253,5 @@ def test_text_is_pooled_at_its_end_whichever_way_the_configuration_names_it(eos)
     tokens = {"bos_token_id": 0, "eos_token_id": eos, "pad_token_id": 1}
     tower = CLIPTextModel(CLIPConfig(text_config=PICKSCORE["text_config"] | small | tokens).text_config).eval()
     ids = torch.tensor([[49406, 320, 1929, 49407, 49407, 49407], [49406, 320, 1929, 2368, 518, 49407]])
-    found = tower(input_ids=ids)
-    assert torch.equal(found.pooler_output, found.last_hidden_state[[0, 1], [3, 5]])
+    actual = tower(input_ids=ids)
+    assert torch.equal(actual.pooler_output, actual.last_hidden_state[[0, 1], [3, 5]])

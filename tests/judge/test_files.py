@@ -31,11 +31,11 @@ def prefixed(state):
 
 
 def assert_holds(files, state):
-    found = files.clip.state_dict()
-    assert found.keys() == state.keys()
-    assert {value.device.type for value in [*found.values(), *files.clip.buffers()]} == {"cpu"}
+    actual = files.clip.state_dict()
+    assert actual.keys() == state.keys()
+    assert {value.device.type for value in [*actual.values(), *files.clip.buffers()]} == {"cpu"}
     for name, value in state.items():
-        assert torch.equal(found[name], value.float()), name
+        assert torch.equal(actual[name], value.float()), name
 
 
 def shard(state, folder, name):

@@ -52,8 +52,8 @@ def test_pixels_and_scores_are_the_published_ones(judge, text, case2, size):
 
 @pytest.mark.parametrize("t", [0, 1, 501, 951])
 def test_scores_at_one_timestep_are_the_published_ones(judge, text, case2, t):
-    found = judge.score_images(case2["in/image_64x64_f16"].float().unsqueeze(0), text, t)
-    torch.testing.assert_close(found, case2[f"spm/64x64_allt{t}/scores"].unsqueeze(0), rtol=0, atol=SCORES)
+    actual = judge.score_images(case2["in/image_64x64_f16"].float().unsqueeze(0), text, t)
+    torch.testing.assert_close(actual, case2[f"spm/64x64_allt{t}/scores"].unsqueeze(0), rtol=0, atol=SCORES)
 
 
 def test_scores_of_branches_are_the_published_ones(judge, text, case2):
@@ -69,9 +69,9 @@ def test_scores_of_branches_are_the_published_ones(judge, text, case2):
 def test_half_images_are_resized_in_half_precision_as_published(judge, text, case2):
     image = case2["in/image_64x96_f16"]
     assert image.dtype == torch.float16
-    found = judge.pixels(image)
-    torch.testing.assert_close(found, case2["spm/64x96_fp16input/pixel_values"], rtol=0, atol=2e-6)
-    scores = judge.compare(found, text, case2["in/timesteps"])
+    actual = judge.pixels(image)
+    torch.testing.assert_close(actual, case2["spm/64x96_fp16input/pixel_values"], rtol=0, atol=2e-6)
+    scores = judge.compare(actual, text, case2["in/timesteps"])
     torch.testing.assert_close(scores, case2["spm/64x96_fp16input/scores"], rtol=0, atol=SCORES)
 
 
@@ -85,19 +85,19 @@ def test_images_of_other_types_are_resized_in_float32(judge, case2, dtype):
 def test_nothing_overflows_in_half_images_of_full_size(judge, text, size):
     """White, black and values past the ends, as a decoder gives them."""
     image = torch.empty(1, 1, 3, *size).uniform_(-1, 1, generator=torch.Generator().manual_seed(0)).sign() * 1.2
-    found = judge.score_images(image.half(), text[:1], 1)
-    assert found.isfinite().all()
-    torch.testing.assert_close(found, judge.score_images(image, text[:1], 1), rtol=0, atol=0.02)
+    actual = judge.score_images(image.half(), text[:1], 1)
+    assert actual.isfinite().all()
+    torch.testing.assert_close(actual, judge.score_images(image, text[:1], 1), rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("side, left", [(57, 0), (85, 14), (87, 16), (89, 16)])
 def test_the_crop_is_centred_and_rounded_half_to_even(judge, side, left):
     """At a short side of 56 nothing is resized, so the pixels are those of the image."""
     image = torch.linspace(-1, 1, side).expand(1, 3, 56, side)
-    kept = judge.pixels(image) * judge.std + judge.mean
-    torch.testing.assert_close(kept, image[..., left : left + 56] / 2 + 0.5, rtol=0, atol=1e-6)
-    kept = judge.pixels(image.mT) * judge.std + judge.mean
-    torch.testing.assert_close(kept, image.mT[..., left : left + 56, :] / 2 + 0.5, rtol=0, atol=1e-6)
+    cropped = judge.pixels(image) * judge.std + judge.mean
+    torch.testing.assert_close(cropped, image[..., left : left + 56] / 2 + 0.5, rtol=0, atol=1e-6)
+    cropped = judge.pixels(image.mT) * judge.std + judge.mean
+    torch.testing.assert_close(cropped, image.mT[..., left : left + 56, :] / 2 + 0.5, rtol=0, atol=1e-6)
 
 
 def test_compare_carries_gradients_to_the_pixels(judge, text, case2):
@@ -110,11 +110,11 @@ def test_compare_carries_gradients_to_the_pixels(judge, text, case2):
 def test_prompts_are_encoded_to_unit_features_padded_and_cut(judge):
     prompts = ["a red dog", "", "an extraordinarily long prompt of many letters"]
     ids = torch.tensor([[0, 27, 18, 5, 30, 4, 15, 33, *[63] * 8], [0, *[63] * 15]])
-    found = judge.encode(prompts)
-    assert found.shape == (3, 32)
-    torch.testing.assert_close(found.norm(dim=-1), torch.ones(3))
+    actual = judge.encode(prompts)
+    assert actual.shape == (3, 32)
+    torch.testing.assert_close(actual.norm(dim=-1), torch.ones(3))
     expected = F.normalize(judge.clip.text_features(ids), dim=-1)
-    torch.testing.assert_close(found[:2], expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(actual[:2], expected, rtol=0, atol=1e-6)
 
 
 def test_many_prompts_are_encoded_in_parts(judge, monkeypatch):
@@ -123,7 +123,7 @@ def test_many_prompts_are_encoded_in_parts(judge, monkeypatch):
     parts = []
     monkeypatch.setattr(preference, "ENCODE_BATCH", 2)
     with judge.clip.text_model.register_forward_pre_hook(
-        lambda module, args, given: parts.append(len(given["input_ids"])), with_kwargs=True
+        lambda module, args, options: parts.append(len(options["input_ids"])), with_kwargs=True
     ):
         torch.testing.assert_close(judge.encode(prompts), whole, rtol=0, atol=1e-6)
     assert parts == [2, 2, 1]
@@ -152,8 +152,8 @@ def test_scoring_embeds_each_timestep_once(judge, text, case2):
     embedded = []
     fresh.clip.t_embedder.register_forward_pre_hook(lambda module, args: embedded.append(args[0].tolist()))
     for t in (951, 501, 501, 951, 0, 0.5, 501.0):
-        found = fresh.score_images(image, text, t)
-        assert torch.equal(found[0], judge.compare(judge.pixels(image[0]), text, torch.tensor([t])))
+        actual = fresh.score_images(image, text, t)
+        assert torch.equal(actual[0], judge.compare(judge.pixels(image[0]), text, torch.tensor([t])))
     assert embedded == [[951], [501], [0], [0.5]]
 
 

@@ -37,10 +37,10 @@ def relative(got, expected):
 @pytest.mark.parametrize("precision", ["f32", "f64"])
 def test_loss_and_gradients_are_those_published(golden, scale, precision):
     case, dtype = golden("case4_spm_criterion"), {"f32": torch.float32, "f64": torch.float64}[precision]
-    found, stats = criterion(case, scale, dtype)
+    actual, stats = criterion(case, scale, dtype)
     tolerance = 2e-5 if precision == "f32" else 2e-7  # the weights are float32 here
-    assert len(found) == 5
-    for name, value in found.items():
+    assert len(actual) == 5
+    for name, value in actual.items():
         assert relative(value, case[f"{precision}/neg0/scale{scale}/{name}"]) < tolerance, name
     assert stats["decided"] == (case["in/label_0"] != 0.5).sum()
 

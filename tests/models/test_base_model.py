@@ -37,10 +37,10 @@ def edit(file, **changes):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def assert_same_networks(found, expected):
+def assert_same_networks(actual, expected):
     for part in WEIGHTS:
         theirs = expected.part(part, torch.float32).state_dict()
-        ours = found.part(part, torch.float32).state_dict()
+        ours = actual.part(part, torch.float32).state_dict()
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs), part
 
@@ -79,10 +79,10 @@ def test_only_one_set_of_weights_is_downloaded(folder, tmp_path, monkeypatch):
         return local
 
     monkeypatch.setattr("strop.engine.models.hub.snapshot_download", download)
-    found = BaseModel.find(settings("owner/tiny"))
+    actual = BaseModel.find(settings("owner/tiny"))
     assert not [name for name in fetched if name.endswith((".safetensors", ".bin"))]
     for part in WEIGHTS:
-        found.part(part, torch.float32)
+        actual.part(part, torch.float32)
     weights = {name for name in fetched if name.endswith((".safetensors", ".bin"))}
     assert weights == {f"{part}/{stem}.safetensors" for part, stem in WEIGHTS.items()}
 
@@ -142,11 +142,11 @@ def test_every_form_of_a_model_is_the_same_model(folder, tiny_sdxl_folder, tiny_
     FORMS[form](folder)
     as_hub(folder, offline)
     model = {"hub": settings("owner/tiny"), "checkpoint file": settings(tiny_sdxl_file, components=folder)}
-    found = BaseModel.find(model.get(form, settings(folder)))
+    actual = BaseModel.find(model.get(form, settings(folder)))
     expected = BaseModel.find(settings(tiny_sdxl_folder))
-    assert found.family.name == "sdxl"
-    assert_same_networks(found, expected)
-    for ours, theirs in zip(found.tokenizers(), expected.tokenizers(), strict=True):
+    assert actual.family.name == "sdxl"
+    assert_same_networks(actual, expected)
+    for ours, theirs in zip(actual.tokenizers(), expected.tokenizers(), strict=True):
         same = {"padding": "max_length", "max_length": 16}
         assert ours("a red cat", **same).input_ids == theirs("a red cat", **same).input_ids
 

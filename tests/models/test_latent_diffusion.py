@@ -49,8 +49,8 @@ def load(folder, dtype="float32"):
 def test_the_golden_text_embeddings(diffusion, golden):
     """They were made from token ids, which the tokenizer here cannot spell; so the encoder is asked directly."""
     case6 = golden("case6_sd15_k4_b3")
-    found = diffusion.text_encoders[0](case6["in/prompt_ids"]).last_hidden_state
-    torch.testing.assert_close(found, case6["in/prompt_embeds"], rtol=0, atol=2e-6)
+    actual = diffusion.text_encoders[0](case6["in/prompt_ids"]).last_hidden_state
+    torch.testing.assert_close(actual, case6["in/prompt_embeds"], rtol=0, atol=2e-6)
 
 
 @torch.no_grad()
@@ -61,8 +61,8 @@ def test_the_golden_text_embeddings_of_sdxl(sdxl, golden):
         encoder(case6[f"in/prompt_ids{suffix}"], output_hidden_states=True)
         for encoder, suffix in zip(sdxl.text_encoders, ("", "_2"), strict=True)
     )
-    found = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-    torch.testing.assert_close(found, case6["in/prompt_embeds"], rtol=0, atol=2e-6)
+    actual = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+    torch.testing.assert_close(actual, case6["in/prompt_embeds"], rtol=0, atol=2e-6)
     torch.testing.assert_close(second.text_embeds, case6["in/pooled_prompt_embeds"], rtol=0, atol=2e-6)
     null = sdxl.encode(["a"])
     assert torch.equal(null.null, case6["in/negative_prompt_embeds"][:1])
@@ -96,9 +96,9 @@ def test_many_prompts_are_encoded_as_few(sdxl, monkeypatch):
     prompts = [f"{letter} cat" for letter in "abcdefg"]
     expected = sdxl.encode(prompts)
     monkeypatch.setattr("strop.engine.models.latent_diffusion.BATCH", 3)
-    found = sdxl.encode(prompts)
-    torch.testing.assert_close(found.text, expected.text, rtol=0, atol=1e-6)
-    torch.testing.assert_close(found.pooled, expected.pooled, rtol=0, atol=1e-6)
+    actual = sdxl.encode(prompts)
+    torch.testing.assert_close(actual.text, expected.text, rtol=0, atol=1e-6)
+    torch.testing.assert_close(actual.pooled, expected.pooled, rtol=0, atol=1e-6)
 
 
 def test_a_prompt_that_is_too_long_is_cut_with_one_warning(diffusion, capsys):
@@ -132,9 +132,9 @@ def test_decoded_latents_are_the_vaes_images(diffusion, vae, shape):
     images = diffusion.decode(latents)
     assert images.abs().max() > 1.5
     assert images.shape == (*shape, 3, 16, 16)
-    for found, latent in zip(images.flatten(0, -4), latents.flatten(0, -4), strict=True):
+    for actual, latent in zip(images.flatten(0, -4), latents.flatten(0, -4), strict=True):
         expected = vae.decode(latent.unsqueeze(0) / 0.18215).sample[0]
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_scale_of_latents_is_that_of_the_vae_in_use(sdxl, tiny_folder, tiny_sdxl_folder):

@@ -38,9 +38,9 @@ def pipeline(family, folder):
     """pipeline() -> a fresh diffusers pipeline of the family."""
 
     def load():
-        made = PIPELINES[family].from_pretrained(folder, safety_checker=None)
-        made.set_progress_bar_config(disable=True)
-        return made
+        pipeline = PIPELINES[family].from_pretrained(folder, safety_checker=None)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
     return load
 
@@ -163,9 +163,9 @@ def test_any_layers_at_rank_64(pipeline, form, tmp_path):
     names = policy.lora().down
     assert all(any(name.endswith(target) for name in names) for target in BEYOND)
     other.load_lora_weights(saved(policy, form, tmp_path), adapter_name="a")
-    lora, found = policy.lora(), deltas(other.unet, "a")
-    assert found.keys() == lora.down.keys()
-    for name, delta in found.items():
+    lora, actual = policy.lora(), deltas(other.unet, "a")
+    assert actual.keys() == lora.down.keys()
+    for name, delta in actual.items():
         torch.testing.assert_close(delta, lora.delta(name), rtol=1e-5, atol=1e-6)
 
 
@@ -196,9 +196,9 @@ def test_another_scale_and_mixed_ranks_survive(pipeline, form, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_narrow_file_is_the_rounded_lora(policy, form, dtype, tmp_path):
     lora = trained(UNet2DConditionModel.from_config(policy.unet.config)).lora()
-    found = read(write(lora, tmp_path / "a.safetensors", form, dtype))
-    assert_same(found.state(), {name: value.to(dtype) for name, value in lora.state().items()})
-    assert found.alpha == lora.alpha
+    actual = read(write(lora, tmp_path / "a.safetensors", form, dtype))
+    assert_same(actual.state(), {name: value.to(dtype) for name, value in lora.state().items()})
+    assert actual.alpha == lora.alpha
 
 
 def test_delta_in_float64(policy):
@@ -222,8 +222,8 @@ def config(tmp_path):
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_header_says_where_it_comes_from(policy, config, form, tmp_path):
     file = write(policy.lora(facts(config, family_named("sdxl"), 7)), tmp_path / "mine.safetensors", form)
-    found = header(file)
-    assert Config.model_validate_json(found["strop.config"]) == config
+    actual = header(file)
+    assert Config.model_validate_json(actual["strop.config"]) == config
     expected = {
         "strop.base_model": "somebody/a-model",
         "strop.family": "sdxl",
@@ -239,10 +239,10 @@ def test_the_header_says_where_it_comes_from(policy, config, form, tmp_path):
         "modelspec.title": "mine",
         "modelspec.resolution": "768x1024",
     }
-    assert {name: found[name] for name in expected} == expected
-    assert (LORA_ADAPTER_METADATA_KEY in found) == (form == "diffusers"), "diffusers refuses kohya's alphas beside it"
+    assert {name: actual[name] for name in expected} == expected
+    assert (LORA_ADAPTER_METADATA_KEY in actual) == (form == "diffusers"), "diffusers refuses kohya's alphas beside it"
     if form == "diffusers":
-        adapter = json.loads(found[ADAPTER])
+        adapter = json.loads(actual[ADAPTER])
         assert (adapter["unet.r"], adapter["unet.lora_alpha"]) == (4, 4)
         assert set(adapter["unet.target_modules"]) == policy.lora().down.keys()
     assert (ADAPTER, LORA_FILE) == (LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE)

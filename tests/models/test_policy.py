@@ -55,9 +55,9 @@ def test_the_recorded_unet_outputs(policy, inputs, golden):
     case6, cond = golden("case6_sd15_k4_b3"), inputs[2]
     for i, t in enumerate(case6["schedule/timesteps"]):
         x = case6[f"f32/unet/{i:02}/latent_model_input_first_half"]
-        found = policy.eps(x, t.repeat(len(x)), cond.repeat(len(x) // 3))
+        actual = policy.eps(x, t.repeat(len(x)), cond.repeat(len(x) // 3))
         expected = case6[f"f32/unet/{i:02}/noise_pred_uncond_text"].unflatten(0, (2, len(x)))
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
@@ -74,9 +74,9 @@ def test_the_recorded_unet_outputs_of_sdxl(tiny_sdxl_folder, golden):
     unet = load_unet(ModelConfig(path=str(tiny_sdxl_folder)), CPU)
     for i, t in enumerate(case6["schedule/timesteps"]):
         x = case6[f"f32/unet/{i:02}/latent_model_input_first_half"]
-        found = unet_eps(unet, x, t.repeat(len(x)), cond.repeat(len(x) // 2), guided=True)
+        actual = unet_eps(unet, x, t.repeat(len(x)), cond.repeat(len(x) // 2), guided=True)
         expected = case6[f"f32/unet/{i:02}/noise_pred_uncond_text"].unflatten(0, (2, len(x)))
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
         for half, which in enumerate((cond.repeat(len(x) // 2).unprompted(), cond.repeat(len(x) // 2))):
             alone = unet_eps(unet, x, t.repeat(len(x)), which, guided=False)
             torch.testing.assert_close(alone[0], expected[half], rtol=0, atol=1e-5)
@@ -86,13 +86,13 @@ def test_the_recorded_unet_outputs_of_sdxl(tiny_sdxl_folder, golden):
 def test_eps_is_each_half_by_itself(policy, inputs):
     x, t, cond = inputs
     trained(policy)
-    found = policy.eps(x, t, cond)
-    assert found.shape == (2, 3, 4, 8, 8)
-    torch.testing.assert_close(policy.eps(x, t, cond, guided=False), found[1:], rtol=0, atol=1e-5)
+    actual = policy.eps(x, t, cond)
+    assert actual.shape == (2, 3, 4, 8, 8)
+    torch.testing.assert_close(policy.eps(x, t, cond, guided=False), actual[1:], rtol=0, atol=1e-5)
     for i in range(3):
         for half, text in enumerate((cond.null, cond.text[i : i + 1])):
             expected = policy.unet(x[i : i + 1], t[i], encoder_hidden_states=text).sample[0]
-            torch.testing.assert_close(found[half, i], expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(actual[half, i], expected, rtol=0, atol=1e-5)
 
 
 def test_the_reference_is_the_base_model_bit_for_bit(policy, base, inputs):
@@ -118,10 +118,10 @@ def test_the_rows_of_a_forward_are_bounded_while_sampling(policy, inputs, rows, 
     expected, seen = policy.eps(x, t, cond), []
     policy.unet.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     with policy.sampling(cond, text_kv=False) as known:
-        found = policy.eps(x, t, known)
+        actual = policy.eps(x, t, known)
     assert seen == forwards
-    assert not found.requires_grad
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert not actual.requires_grad
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
     policy.eps(x, t, cond)
     assert seen[len(forwards) :] == [6]
 
@@ -214,9 +214,9 @@ def test_a_narrow_base_keeps_its_lora_wide(policy, fresh, inputs):
     assert {p.dtype for p in policy.parameters} == {torch.float32}
     assert {p.dtype for p in policy.unet.parameters() if not p.requires_grad} == {torch.bfloat16}
     x, t, cond = inputs
-    found = policy.eps(x, t, Conditioning(cond.text.bfloat16(), cond.null.bfloat16()))
-    assert found.dtype == torch.float32
-    assert ((found - wide).norm() / wide.norm()).item() < 0.05
+    actual = policy.eps(x, t, Conditioning(cond.text.bfloat16(), cond.null.bfloat16()))
+    assert actual.dtype == torch.float32
+    assert ((actual - wide).norm() / wide.norm()).item() < 0.05
 
 
 @pytest.mark.parametrize("form", ["own", "kohya"])

@@ -22,9 +22,9 @@ def load(file, folder, part, family, dtype=torch.float32):
 def test_every_tensor_comes_back_bit_for_bit(tiny_checkpoints, family, part):
     file, folder = tiny_checkpoints[family]
     expected = network_kind(family_named(family), part).from_pretrained(folder / part).state_dict()
-    found = load(file, folder, part, family).state_dict()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    actual = load(file, folder, part, family).state_dict()
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder_2"])
@@ -74,8 +74,8 @@ def test_a_vae_file_of_any_form(tiny_checkpoints, tmp_path, form):
     if form == "diffusers":
         (file,) = (folder / "vae").glob("*.safetensors")
     expected = AutoencoderKL.from_pretrained(folder / "vae").state_dict()
-    found = vae_of_file(file, folder, torch.float32, "model.vae").state_dict()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    actual = vae_of_file(file, folder, torch.float32, "model.vae").state_dict()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 def test_a_file_without_a_vae_is_refused_as_one(tmp_path, tiny_checkpoints):

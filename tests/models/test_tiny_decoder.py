@@ -32,11 +32,11 @@ def test_it_decodes_as_many_rows_at_once_as_the_recipe_says(tiny_decoder_folder,
     whole, parts = TinyDecoder.load(str(tiny_decoder_folder), "float32", diffusion), []
     cut = TinyDecoder(whole.network, decode_rows=4)
     latents = drawn(2, 3)
-    hook = whole.network.decoder.register_forward_hook(lambda module, given, made: parts.append(len(made)))
-    found = cut.decode(latents)
+    hook = whole.network.decoder.register_forward_hook(lambda module, latents, images: parts.append(len(images)))
+    actual = cut.decode(latents)
     hook.remove()
     assert parts == [4, 2]
-    torch.testing.assert_close(found, whole.decode(latents), rtol=0, atol=1e-6)
+    torch.testing.assert_close(actual, whole.decode(latents), rtol=0, atol=1e-6)
 
 
 def test_it_runs_in_the_type_of_the_base_model(tiny_decoder_folder, diffusion):

@@ -74,9 +74,9 @@ def test_log_prob_and_log_ratio_are_the_kernels_with_each_rows_step(schedule, co
     eps = draw(halves, separate, 3, 4, 2, 5, seed=2)
     uncond, text = (None, eps[0]) if halves == 1 else eps
     expected = ddim_log_prob(x_prev, x_t, uncond, text, 5.0, coefficients.table[:, [7, 0, 19]])
-    found = schedule.log_prob(x_prev, x_t, eps, torch.tensor([7, 0, 19]))
-    assert found.shape == (2, 3)
-    assert torch.equal(found, expected)
+    actual = schedule.log_prob(x_prev, x_t, eps, torch.tensor([7, 0, 19]))
+    assert actual.shape == (2, 3)
+    assert torch.equal(actual, expected)
     wide = [value.double() for value in (x_prev, x_t, eps, draw(*eps.shape, seed=4))]
     step = torch.tensor([7, 0, 19])
     expected = schedule.log_prob(*wide[:3], step) - schedule.log_prob(*wide[:2], wide[3], step)

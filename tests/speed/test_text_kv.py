@@ -41,10 +41,10 @@ def test_unprompted_rows_are_the_guided_forwards_other_half(model):
         p.mul_(0.5)
     both = policy.eps(x, t, cond.repeat(K))
     with policy.sampling(cond, text_kv=True) as known:
-        kept = policy.eps(x, t, known.repeat(K).unprompted(), guided=False)
+        cached = policy.eps(x, t, known.repeat(K).unprompted(), guided=False)
     plain = policy.eps(x, t, cond.repeat(K).unprompted(), guided=False)
-    for found in (kept, plain):
-        torch.testing.assert_close(found, both[:1], rtol=0, atol=ROUNDING)
+    for actual in (cached, plain):
+        torch.testing.assert_close(actual, both[:1], rtol=0, atol=ROUNDING)
     assert (both[1] - both[0]).abs().max() > 100 * ROUNDING
 
 
@@ -55,12 +55,12 @@ def test_no_step_computes_keys_and_values_of_the_text(model):
     x, t = branches(1)
     with FlopCounterMode(display=False) as plain:
         policy.eps(x, t, cond)
-    with policy.sampling(cond, text_kv=True) as known, FlopCounterMode(display=False) as kept:
+    with policy.sampling(cond, text_kv=True) as known, FlopCounterMode(display=False) as cached:
         policy.eps(x, t, known)
     rows, length, width = 2 * len(x), *cond.text.shape[1:]
     layers = cross_attentions(policy.unet, width)
     each = [2 * (width * m.inner_dim + 4 * (width + m.inner_dim)) * rows * length for m in layers]
-    assert plain.get_total_flops() - kept.get_total_flops() == 2 * sum(each)
+    assert plain.get_total_flops() - cached.get_total_flops() == 2 * sum(each)
 
 
 @pytest.mark.parametrize("family, layers", [("sd15", 16), ("sdxl", 70)])
@@ -143,6 +143,6 @@ def test_a_unet_in_which_the_text_is_seen_elsewhere_is_left_as_it_is(keys):
     assert len(cross_attentions(plain, 6)) == 2
     unet = UNet2DConditionModel(cross_attention_dim=6, **small | kinds | keys)
     former = dict(unet.attn_processors)
-    with cached_text(unet, torch.zeros(2, 3, 6)) as kept:
-        assert not kept
+    with cached_text(unet, torch.zeros(2, 3, 6)) as cached:
+        assert not cached
         assert unet.attn_processors == former

@@ -27,16 +27,16 @@ def image(*shape):
 def test_it_is_the_plain_one(upsample, shape, order):
     x = image(*shape).to(memory_format=order)
     expected = upsample.double()(x.double())
-    found = FoldedUpsample(upsample.float()).to(memory_format=order)(x)
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-6)
+    actual = FoldedUpsample(upsample.float()).to(memory_format=order)(x)
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=2e-6)
 
 
 def test_its_gradient_is_the_plain_ones(upsample):
     x, weight = image(2, 6, 4, 4).requires_grad_(), image(2, 5, 8, 8)
-    expected, found = (
+    expected, actual = (
         torch.autograd.grad((module(x) * weight).sum(), x) for module in (upsample, FoldedUpsample(upsample))
     )
-    torch.testing.assert_close(found, expected, rtol=0, atol=5e-6)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=5e-6)
 
 
 def test_another_size_than_the_double_is_left_to_the_former(upsample):
@@ -58,9 +58,9 @@ def test_four_ninths_of_the_operations(upsample):
 def test_half_precision_rounds_the_sums_once(upsample, dtype, atol):
     x = image(1, 6, 4, 4).to(dtype)
     expected = upsample.to(dtype).double()(x.double())
-    found = FoldedUpsample(upsample.to(dtype))(x)
-    assert found.dtype == dtype
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=atol)
+    actual = FoldedUpsample(upsample.to(dtype))(x)
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=atol)
 
 
 def test_all_upsamplers_of_the_full_size_models_can_be_folded(architectures):

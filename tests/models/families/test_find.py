@@ -154,11 +154,11 @@ OTHER_FILES = [  # the family, what its checkpoint lacks, what it has besides; w
 ]
 
 
-@pytest.mark.parametrize("family, gone, more, found", OTHER_FILES, ids=lambda value: str(value)[:40])
-def test_other_files_are_refused_by_what_they_are(spoilt, family, gone, more, found):
+@pytest.mark.parametrize("family, gone, more, words", OTHER_FILES, ids=lambda value: str(value)[:40])
+def test_other_files_are_refused_by_what_they_are(spoilt, family, gone, more, words):
     more = more if isinstance(more, dict) else {name: torch.zeros(4) for name in more}
     file = spoilt(family or "sd15", lambda name: family and not (gone and name.startswith(gone)), **more)
-    assert f" is {found}" in refusal(family_of_file, file, own_vae=True)
+    assert f" is {words}" in refusal(family_of_file, file, own_vae=True)
 
 
 def test_no_other_file_tells_the_families_apart():
