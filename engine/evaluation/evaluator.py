@@ -16,7 +16,7 @@ from ..config.training import Config
 from ..data.embeddings import Embeddings
 from ..methods.online import OnlineModels
 from ..models.conditioning import Conditioning
-from ..runtime.ranks import Ranks, gather_rows, share
+from ..runtime.ranks import Ranks, gather_rows, rank_slice
 
 Examine = Callable[[Tensor, list[str]], dict[str, Tensor]]
 
@@ -46,7 +46,7 @@ class Evaluator:
         self.examine, self.embeddings, self.ranks = examine, embeddings, ranks
         self.config, self.text_kv = config.evaluate, config.rollout.text_kv
         self.schedule = self.diffusion.schedule(self.config.num_steps, eta=0.0, guidance=self.config.guidance)
-        self.rows = share(len(prompts), ranks)
+        self.rows = rank_slice(len(prompts), ranks)
         self.all_prompts, self.prompts = prompts, prompts[self.rows]
         self.pictures = min(self.config.pictures, len(self.prompts))
 
