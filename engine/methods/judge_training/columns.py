@@ -1,4 +1,4 @@
-"""What the training of a judge reports."""
+"""The columns that the training of a judge reports."""
 
 from ...judge.heldout import TIMESTEPS
 from ...runtime.columns import GRAD_NORM, PROMPTS, Column, Curve

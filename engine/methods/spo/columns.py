@@ -1,4 +1,4 @@
-"""What SPO reports: each quantity with its place on the terminal, its curve, and the signs of trouble in it."""
+"""The columns that SPO reports: each with its form on the terminal, its curve, and the signs of trouble in it."""
 
 from ...runtime.columns import GRAD_NORM, PROMPTS, Column, Curve, Heatmap, Sign
 
@@ -19,7 +19,7 @@ COLUMNS = (
         drawn=Curve("Pairs kept, of those possible", "healthy: steady and well above 0", percent=True, from_zero=True),
         signs=(
             Sign(
-                lambda kept: kept < 0.02,
+                lambda share: share < 0.02,
                 "Only {:.1%} of the possible pairs are kept at the end, so there is hardly anything to learn from: "
                 "try a smaller rollout.threshold.",
             ),
