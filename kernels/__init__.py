@@ -1,6 +1,6 @@
-"""The ops of strop as a library: functions on tensors, no parameters, no engine. README.md shows each of them at work.
+"""The ops of strop as a library of functions on tensors, without parameters or engine; README.md shows each at work.
 
-Where Triton is installed, importing this registers torch.ops.strop.*; which code then answers, backend.py decides.
+Where Triton is installed, importing this registers torch.ops.strop.*; backend.py decides which code answers a call.
 """
 
 from .adaln import adaln_modulate, gated_residual_adaln
