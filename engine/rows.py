@@ -30,7 +30,7 @@ class Rows:
     __slots__ = ()
 
     def __len__(self) -> int:
-        """The number of rows."""
+        """Returns the number of rows."""
         value, axis = next(iter(self._by_row().values()))
         return value.shape[axis]
 

@@ -98,10 +98,7 @@ def prompts_of(config: Config, ranks: Ranks) -> tuple[list[str], list[str]]:
         raise UserError(f"evaluate.prompts: found {count}, expected {ranks.size} (the processes) to {most} ({where})")
     both = set(prompts) & set(heldout)
     if both:
-        raise UserError(
-            f"prompts.heldout: found {len(both)} prompts that are training prompts too, such as {min(both)!r}; remove "
-            "them from one of the files"
-        )
+        raise UserError(f"prompts.heldout: remove the {len(both)} prompts that are trained on, such as {min(both)!r}")
     return prompts, heldout[:count]
 
 

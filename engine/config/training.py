@@ -56,10 +56,7 @@ class ModelConfig(Section):
         description="Whether the backward pass recomputes the UNet's activations: less memory, a third more time.",
     )
     decode_rows: int | None = Field(
-        None,
-        ge=1,
-        description="Most latents in one forward pass of a decoder; fewer take less memory. null decodes all branches "
-        "at once.",
+        None, ge=1, description="Most latents in one forward of a decoder; fewer take less memory. null decodes all."
     )
     unet_rows: int | None = Field(
         None,
@@ -169,7 +166,7 @@ class RolloutConfig(Section):
     inner_steps: int = Field(
         1,
         ge=1,
-        description="Steps that a branch walks before it is judged; more than 1 is MSPO, the paper's way for SDXL.",
+        description="Steps that a branch walks before it is judged; more than 1 is MSPO, as published for SDXL.",
     )
     merge_last: bool = Field(
         False,
@@ -201,9 +198,7 @@ class RolloutConfig(Section):
     )
     eta: float = Field(1.0, gt=0, le=1, description="DDIM eta; steps without noise, at 0, have no log-probability.")
     guidance: float = Field(5.0, ge=1, description="Classifier-free guidance scale; 1 switches guidance off.")
-    threshold: float = Field(
-        0.3, ge=0, lt=1, description="Difference p(winner) - p(loser) above which a pair is trained on."
-    )
+    threshold: float = Field(0.3, ge=0, lt=1, description="Pairs with p(winner) - p(loser) above this are trained on.")
     text_kv: bool = Field(
         True,
         description="Whether the cross-attention keys and values of a prompt are computed once per rollout (and "
@@ -242,9 +237,7 @@ class OptimConfig(Section):
         True,
         description="Whether the guided prediction (rollout.guidance) is trained, or the one with the prompt alone.",
     )
-    micro_batch: int = Field(
-        10, ge=1, description="Preference pairs per forward and backward pass and process; fewer take less memory."
-    )
+    micro_batch: int = Field(10, ge=1, description="Pairs per backward pass and process; fewer take less memory.")
     accumulate: int = Field(1, ge=1, description="Micro-batches per optimizer step.")
     passes: int = Field(
         1,

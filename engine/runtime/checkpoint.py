@@ -1,7 +1,7 @@
 """The run folder: opened without overwriting anything, and checkpoints from which a run goes on bit for bit.
 
 A checkpoint holds what is trained, the optimizer state (sharded as ZeRO has it), the generators' states and the
-iteration. Frozen models are not in it. How what is trained looks on disk is decided by its Trainable.
+iteration, but no frozen models. The Trainable decides which files its weights have.
 """
 
 from __future__ import annotations
@@ -155,7 +155,12 @@ def _open(config: Recipe, ranks: Ranks, trainable: Trainable) -> Path | None:
     checkpoint = _check(config, ranks)
     if checkpoint:
         trainable.check(checkpoint)
-    _write_config(config)
+    run_dir = Path(config.run.dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        dump(config, run_dir / "config.yaml")
+    except OSError as error:
+        raise UserError(f"run.dir: {run_dir} cannot be written ({error.strerror}); choose another folder") from None
     return checkpoint
 
 
@@ -173,15 +178,6 @@ def _check(config: Recipe, ranks: Ranks) -> Path | None:
             f"run.dir: {run_dir} is not empty; choose a new folder, or run.resume=true to go on with the run in it"
         )
     return None
-
-
-def _write_config(config: Recipe) -> None:
-    run_dir = Path(config.run.dir)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        dump(config, run_dir / "config.yaml")
-    except OSError as error:
-        raise UserError(f"run.dir: {run_dir} cannot be written ({error.strerror}); choose another folder") from None
 
 
 def _checkpoint_to_resume(config: Recipe, run_dir: Path, ranks: Ranks) -> Path:

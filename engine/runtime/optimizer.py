@@ -64,7 +64,7 @@ class LocalAdamW:
         (loss * (self.settings.loss_scale / self.settings.accumulate)).backward()
 
     def step(self) -> Tensor | float | None:
-        """Called after every backward: steps when `accumulate` micro-batches wait, and returns the gradient norm."""
+        """Takes an optimizer step if `accumulate` micro-batches wait, and returns its gradient norm, else None."""
         self.waiting += 1
         if self.waiting < self.settings.accumulate:
             return None

@@ -43,16 +43,11 @@ class Progress:
         yield "ETA", "-" if seconds is None else _remaining(seconds), 9
         for column in self._columns:
             value = record.get(column.name)
-            if column.labels:
-                yield from self._vector(column, value or {})
-            else:
+            for label in column.labels:
+                heading = column.heading.format(label)
+                yield heading, _written((value or {}).get(str(label)), column.form), max(6, len(heading) + 1)
+            if not column.labels:
                 yield column.heading, _written(value, column.form), max(8, len(column.heading) + 1)
-
-    @staticmethod
-    def _vector(column: Column, values: dict) -> Iterator[tuple[str, str, int]]:
-        for label in column.labels:
-            heading = column.heading.format(label)
-            yield heading, _written(values.get(str(label)), column.form), max(6, len(heading) + 1)
 
 
 class LiveLine:
