@@ -145,10 +145,10 @@ class BaseModel:
         tokenizer = _load_files(CLIPTokenizer, self.folder, part, self.key)
         # transformers makes a tokenizer of two words where there is no file of them, and one without a limit
         if not ((folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()):
-            raise UserError(f"{self.key}: {folder} has no vocabulary, expected tokenizer.json or vocab.json")
+            raise UserError(f"{self.key}: {folder} has neither tokenizer.json nor vocab.json")
         words = config.get("vocab_size", 49408)
         if len(tokenizer) > words:
-            raise UserError(f"{self.key}: {folder} has {len(tokenizer)} words, expected the {words} of {text_encoder}")
+            raise UserError(f"{self.key}: {folder} has {len(tokenizer)} words, and its {text_encoder} {words}")
         tokenizer.model_max_length = min(tokenizer.model_max_length, config.get("max_position_embeddings", 77))
         return tokenizer
 

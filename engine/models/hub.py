@@ -38,11 +38,11 @@ def fetch(path: str, revision: str | None, key: str, patterns: Sequence[str]) ->
         )
     except LocalEntryNotFoundError:
         raise UserError(
-            f"{key}: {path} is no file or folder here, and the hub cannot be reached; name a folder of this machine"
+            f"{key}: {path} is no file or folder here, and the hub, where it would be a repository, cannot be reached"
         ) from None
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise UserError(
-            f"{key}: {path} is no file or folder here, and the hub refuses it ({one_line(error)})"
+            f"{key}: {path} is no file or folder here, and the hub does not give it ({one_line(error)})"
         ) from None
     if file and not (Path(folder) / file).is_file():
         raise UserError(f"{key}: the hub's repository {hub_id['owner_name']} has no file {file}")

@@ -35,7 +35,7 @@ def read_run(run_dir: Path | str) -> Run:
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
-        raise UserError(f"{run_dir}: found no such folder, expected the folder of a run")
+        raise UserError(f"{run_dir}: found no such folder, expected a run folder")
     if not (run_dir / "metrics.jsonl").is_file():
         raise UserError(f"{run_dir}: there is no metrics.jsonl, expected the folder of a run that has begun")
     summary_file, config_file = run_dir / "summary.json", run_dir / "config.yaml"
