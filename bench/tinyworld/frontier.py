@@ -139,7 +139,7 @@ def finished(out: Path, name: str, seed: int) -> bool:
     ignored = [key for key in MAY_CHANGE if key != "run.iterations" and not key.startswith("evaluate.")]
     changed = differences(load(run / "config.yaml"), recipe(name, f"run.seed={seed}"), ignored)
     if changed:
-        raise UserError(f"{run}: found a run of another recipe ({changed[0]}); delete it, or choose another --out")
+        raise UserError(f"{run}: a run of another recipe ({changed[0]}); delete it, or choose another --out")
     return True
 
 
