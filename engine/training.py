@@ -1,4 +1,4 @@
-"""A post-training run on one page: build the parts, evaluate the base model, train, evaluate, report.
+"""Runs a post-training: builds the parts, evaluates the base model, trains, evaluates, reports.
 
 train.py is its command.
 """
@@ -35,7 +35,7 @@ from .runtime.session import Session
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Everything that a run is made of, loaded and checked."""
+    """The parts of a run, loaded and checked."""
 
     models: OnlineModels
     method: Method
@@ -44,7 +44,7 @@ class Parts:
 
 
 def run(config: Config) -> None:
-    """Trains by a recipe; the last lines on the terminal say what came out and where it lies."""
+    """Trains by a recipe; the last lines on the terminal give the results and the paths of the files."""
     quiet_libraries()
     with Session.start(config) as session:
         with session.clock("load"):
@@ -64,7 +64,7 @@ def run(config: Config) -> None:
 
 
 def build(session: Session) -> Parts:
-    """Loads and checks all parts. Raises UserError for whatever the user has to mend, before anything is written."""
+    """Loads and checks all parts. Raises UserError for whatever the user has to put right, before writing anything."""
     config, ranks = session.config, session.ranks
     prompts, heldout = prompts_of(config, ranks)
     models = OnlineModels.load(config, ranks.device)
@@ -88,7 +88,7 @@ def build(session: Session) -> Parts:
 
 
 def prompts_of(config: Config, ranks: Ranks) -> tuple[list[str], list[str]]:
-    """(training prompts, held-out prompts). Raises UserError where they overlap or do not suffice."""
+    """Returns (training prompts, held-out prompts). Raises UserError if they overlap or do not suffice."""
     prompts = read_prompts(config.prompts.train, "prompts.train")
     count = config.evaluate.prompts
     if config.prompts.heldout is None:
@@ -101,7 +101,7 @@ def prompts_of(config: Config, ranks: Ranks) -> tuple[list[str], list[str]]:
         raise UserError(f"evaluate.prompts: found {count}, expected {ranks.size} (the processes) to {most} ({where})")
     both = set(prompts) & set(heldout)
     if both:
-        raise UserError(f"prompts.heldout: {len(both)} prompts are training prompts too, such as {min(both)!r}")
+        raise UserError(f"prompts.heldout: remove the {len(both)} prompts that are trained on, such as {min(both)!r}")
     return prompts, heldout[:count]
 
 

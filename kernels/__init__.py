@@ -1,7 +1,7 @@
-"""The ops of strop as a library: functions on tensors, no parameters, no engine. README.md shows each of them at work.
+"""The ops of strop as a library of functions on tensors, without parameters or engine; README.md shows each at work.
 
-Where Triton is installed and can run, on a GPU or in its interpreter, importing this registers torch.ops.strop.*; which
-code then answers, backend.py decides. A build of PyTorch without CUDA is spared the seconds that registering takes.
+Where Triton is installed and can run, on a GPU or in its interpreter, importing this registers torch.ops.strop.*, and
+backend.py decides which code answers a call. Without CUDA, a start is spared the seconds that registering takes.
 """
 
 import torch

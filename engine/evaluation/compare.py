@@ -1,4 +1,4 @@
-"""Before and after in numbers: differences with their 95% intervals."""
+"""Computes differences between base and tuned model with their 95% intervals."""
 
 from __future__ import annotations
 

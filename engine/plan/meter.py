@@ -1,8 +1,8 @@
-"""Floating-point operations and peak memory of a computation, measured by running it on the meta device.
+"""Measures the floating-point operations and the peak memory of a computation by running it on the meta device.
 
 Nothing is computed and nothing allocated, so full-size networks are measured on any machine in seconds. The peak is of
-the tensors that live at once, with attention fused as on a GPU (it keeps no matrix of all queries by all keys); what
-libraries and the allocator take besides is not in it. Nothing of the process is replaced or set: PyTorch's modes see
+the tensors that live at once, with attention fused as on a GPU (it stores no matrix of all queries by all keys), and
+without the memory of libraries and the allocator. Nothing of the process is replaced or set: PyTorch's modes see
 the calls of this thread while the work runs.
 """
 
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
-# What PyTorch's counter has no formula for: addmm_, which adds (N, K) @ (K, M) to a tensor, and attention on a CPU.
+# Formulas that PyTorch's counter lacks: addmm_, which adds (N, K) @ (K, M) to a tensor, and attention on a CPU.
 EXTRA_FORMULAS = {
     torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1],
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
@@ -38,7 +38,7 @@ FORMULAS = flop_registry | {function: shape_wrapper(formula) for function, formu
 class Flops:
     """Operations of matrix products and convolutions, where a multiplication and an addition are two.
 
-    They are kept apart by the unit of a GPU that does them: half precision, TF32 (float32 tensors where TF32 is
+    They are counted by the unit of a GPU that does them: half precision, TF32 (float32 tensors where TF32 is
     allowed) and float32.
     """
 
@@ -62,14 +62,14 @@ class Flops:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """Operations, and `peak`, the most bytes at one time of tensors that the work has made."""
+    """The operations of some work, and the most bytes at one time of the tensors that it has made."""
 
     flops: Flops
     peak: float
 
 
 def measure(work: Callable[[], object], tf32: bool = False) -> Measurement:
-    """Returns what `work()` takes, which must use the meta device alone; its result counts while it lives.
+    """Measures `work()`, which must use the meta device alone; its result counts while it lives.
 
     tf32: whether TF32 is allowed, in matrix products and convolutions alike.
     """

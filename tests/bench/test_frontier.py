@@ -18,7 +18,7 @@ from strop.engine.errors import UserError
 from strop.engine.models.base_model import load_unet
 from strop.engine.models.latent_diffusion import LatentDiffusion
 from strop.engine.models.policy import Policy, Savings
-from strop.engine.speed.apply import make_lean
+from strop.engine.speed.apply import remove_idle_work
 
 
 @pytest.fixture(autouse=True)
@@ -210,7 +210,7 @@ def test_costs_are_those_of_the_networks_calls():
     model, cpu = frontier.recipe("exact").model, torch.device("cpu")
     policy = Policy(load_unet(model, cpu), 4, ("to_q",), seed=0, savings=Savings.of(model, 1))
     diffusion = LatentDiffusion.load(model, cpu)
-    make_lean(policy.unet, diffusion.vae, model.fold_upsample)
+    remove_idle_work(policy.unet, diffusion.vae, model.fold_upsample)
     x, t, cond = torch.zeros(1, *policy.latent_shape), torch.tensor([1]), diffusion.encode(["a"])
     with sdpa_kernel(SDPBackend.MATH), policy.reference():
         both, alone = (

@@ -10,7 +10,7 @@ from strop.engine.config.training import JudgeConfig
 from strop.engine.data.pair_cache import PairCache
 from strop.engine.data.pair_files import open_source, resized
 from strop.engine.data.pair_scan import Entries
-from strop.engine.data.pair_sets import FilePairs, check_labeller, choose, load_pairs, shares, split_by_caption
+from strop.engine.data.pair_sets import FilePairs, check_labeller, choose, load_pairs, rank_batches, split_by_caption
 from strop.engine.errors import UserError
 from strop.engine.judge.model import StepAwarePreferenceModel
 from strop.engine.runtime.ranks import Ranks
@@ -47,12 +47,12 @@ def test_a_split_keeps_every_caption_on_one_side():
 
 def test_shares_deal_every_pair_once_per_epoch():
     two = [Ranks(rank, 2, ALONE.device) for rank in (0, 1)]
-    dealt = [list(shares(8, 2, 4, seed=3, ranks=ranks)) for ranks in two]
+    dealt = [list(rank_batches(8, 2, 4, seed=3, ranks=ranks)) for ranks in two]
     for epoch in (slice(0, 2), slice(2, 4)):
         seen = [i for rank in dealt for batch in rank[epoch] for i in batch]
         assert sorted(seen) == list(range(8))
-    assert dealt[0] != list(shares(8, 2, 4, seed=4, ranks=two[0]))
-    assert [len(batch) for batch in shares(3, 5, 2, seed=0, ranks=ALONE)] == [5, 5]
+    assert dealt[0] != list(rank_batches(8, 2, 4, seed=4, ranks=two[0]))
+    assert [len(batch) for batch in rank_batches(3, 5, 2, seed=0, ranks=ALONE)] == [5, 5]
 
 
 def test_heldout_pairs_are_split_off_the_source(tmp_path, pair_files):

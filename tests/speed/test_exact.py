@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from strop.engine.config.training import ModelConfig
-from strop.engine.models.base_model import equip, load_unet
+from strop.engine.models.base_model import configure_unet, load_unet
 from strop.engine.models.latent_diffusion import LatentDiffusion
 from strop.engine.models.policy import Policy, Savings
 from strop.engine.speed.lora_linear import make_loras_lean
@@ -34,7 +34,7 @@ def channels_last(policy, vae):
 
 
 def checkpointing(policy, vae):
-    equip(policy.unet, ModelConfig(path="any", gradient_checkpointing=True))
+    configure_unet(policy.unet, ModelConfig(path="any", gradient_checkpointing=True))
     return [policy.unet.is_gradient_checkpointing, True, 0]
 
 
