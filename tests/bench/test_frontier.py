@@ -122,8 +122,8 @@ def test_nothing_is_compared_without_the_exact_recipe(exact):
 def test_what_has_been_run_is_collected(tmp_path, monkeypatch):
     for name, seed in (("exact", 42), ("exact", 43), ("control", 43)):
         made_up_run(tmp_path, name, seed)
-    prices = {"exact": Costs(prompt=100, policy=3, reference=1), "control": Costs(prompt=50, policy=3, reference=1)}
-    monkeypatch.setattr(frontier, "costs", lambda name: {"flop": prices[name], "seconds": prices[name]})
+    costs_of = {"exact": Costs(prompt=100, policy=3, reference=1), "control": Costs(prompt=50, policy=3, reference=1)}
+    monkeypatch.setattr(frontier, "costs", lambda name: {"flop": costs_of[name], "seconds": costs_of[name]})
     found = frontier.collect(tmp_path, range(42, 45))
     flops = {name: {seed: row["flop"] for seed, row in runs.items()} for name, runs in found.items()}
     assert flops == {"exact": {42: 2048, 43: 2048}, "control": {43: 10 * 50 + 48}}
