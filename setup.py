@@ -73,6 +73,7 @@ setup(
             "ruff>=0.12",
             "setuptools>=77",
         ],
+        "wandb": ["wandb>=0.31"],
         "bench": ["pytest>=8", "pytest-benchmark>=5"],
     },
 )

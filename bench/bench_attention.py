@@ -1,9 +1,9 @@
-"""Which attention is fastest for a recipe: `python -m strop.bench.bench_attention sd15`, or sdxl, or tinyworld.
+"""Measures which attention is fastest for a recipe: `python -m strop.bench.bench_attention sd15`, or sdxl, tinyworld.
 
 The attention calls of the UNet, of the VAE decoder and of the judge are read off a forward of each on the meta device,
 at the number of rows that the recipe has in one call, and timed with every backend of PyTorch's SDPA that this machine
 has and, where it is installed, xformers; those of the update with their backward pass. `auto` is what PyTorch chooses,
-which is what strop runs unless `model.attention` says otherwise. Written to bench/results/.
+which is what strop runs unless `model.attention` says otherwise. The record is written to bench/results/.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ BACKENDS = {
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """An attention call: `times` in one forward of a stage; learns: with its backward pass. Sizes are numbers."""
+    """An attention call that a forward of a stage makes `times` times; learns: whether with its backward pass."""
 
     stage: str
     rows: int
@@ -57,7 +57,7 @@ class Call:
     times: int
 
     def tensors(self, device: torch.device) -> list[Tensor]:
-        """Query, key, value (rows, heads, S or L, width) and the output's gradient, with the heads side by side."""
+        """Draws query, key, value (rows, heads, S or L, width) and the output's gradient, with heads side by side."""
         draw = lambda length: torch.randn(self.rows, length, self.heads, self.width, device=device).transpose(1, 2)
         tensors = [draw(self.queries), draw(self.keys), draw(self.keys), draw(self.queries)]
         tensors = [tensor.to(getattr(torch, self.dtype)) for tensor in tensors]
@@ -146,8 +146,8 @@ def seconds_of(call: Call, backend: str, device: torch.device) -> float | None:
         if call.learns:
             torch.autograd.grad(out, (query, key, value), grad)
 
-    only = BACKENDS.get(backend)
-    with sdpa_kernel(only) if only else nullcontext():
+    sdpa = BACKENDS.get(backend)
+    with sdpa_kernel(sdpa) if sdpa else nullcontext():
         return timed(work)
 
 
@@ -168,7 +168,7 @@ def of_xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def table(record: dict) -> str:
-    """The record in Markdown: microseconds of a call, the fastest in bold."""
+    """Writes the record in Markdown: microseconds of a call, the fastest in bold."""
     names = [*record["calls"][0]["seconds"]]
     lines = [
         f"{record['recipe']} on {record['machine']}, PyTorch {record['torch']}: microseconds of an attention call",

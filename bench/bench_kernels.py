@@ -1,8 +1,8 @@
-"""The ops of strop.kernels, forward and backward: plain PyTorch, torch.compile of it, and Triton, side by side.
+"""Times the ops of strop.kernels, forward and backward: plain PyTorch, torch.compile of it, and Triton, side by side.
 
 `make bench` runs this. On a GPU, LAUNCHES calls go into one CUDA graph, over copies of the inputs that together exceed
-the L2 cache, and the closing table gives the time of a call, GB/s of the bytes that the op must move at least, and
-these as a share of a device-to-device copy timed in the same way in the same run; bench/results/ keeps the table under
+the L2 cache, and the closing table gives the time of a call, GB/s of the fewest bytes that the op can move, and
+these as a share of a device-to-device copy timed in the same way in the same run; bench/results/ gets the table under
 the name of the card. Without a GPU the first two are compared on small shapes, and there is no bandwidth to give.
 Values are checked before anything is timed.
 """
@@ -24,18 +24,18 @@ from strop.kernels import adaln, ddim
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 LAUNCHES, ROUNDS = 48, 30
-COPY = 256 << 20  # bytes of the copy that is the measure
+COPY = 256 << 20  # bytes of the copy whose bandwidth the table compares with
 HEADER = "| case | what | code | us | GB/s | of copy |\n|---|---|---|---|---|---|"
 
 
 class Case(NamedTuple):
-    """One op at one size. inputs(seed) are its arguments, `wanted` the places of those that get a gradient; bytes are
+    """One op at one size. inputs(seed) are its arguments, `trained` the places of those that get a gradient; bytes are
     the fewest to move: every input read once and every output written once."""
 
     function: Callable
     reference: Callable
     inputs: Callable[[int], list]
-    wanted: tuple[int, ...]
+    trained: tuple[int, ...]
     forward_bytes: int
     backward_bytes: int
 
@@ -75,7 +75,7 @@ def branches(shape: tuple[int, int, int, int], k: int, dtype: torch.dtype) -> Ca
 
 
 def log_probs(shape: tuple[int, int, int, int], s: int, r: int, ratio: bool, dtype: torch.dtype) -> Case:
-    """S latents x_prev to a row, and x_t that they share (R = 1) or S of them (R = S)."""
+    """Makes a case of S latents x_prev to a row, with one x_t that they share (r = 1) or S of them (r = s)."""
 
     def inputs(seed: int) -> list:
         latents = [draw(seed + i, dtype, r, *shape) for i in range(5 if ratio else 3)]
@@ -92,27 +92,27 @@ def cases() -> dict[str, Case]:
     half, single = torch.bfloat16 if GPU else torch.float32, torch.float32
     rows = [(40, 257, 1280), (8, 257, 1280)] if GPU else [(2, 17, 64)]
     latents = {"SD-1.5": (10, 4, 64, 64), "SDXL": (10, 4, 128, 128)} if GPU else {"tiny": (2, 4, 8, 8)}
-    found = {f"adaln_modulate {shape}": modulated(shape, False, half) for shape in rows}
-    found |= {f"gated_residual_adaln {shape}": modulated(shape, True, half) for shape in rows}
+    by_name = {f"adaln_modulate {shape}": modulated(shape, False, half) for shape in rows}
+    by_name |= {f"gated_residual_adaln {shape}": modulated(shape, True, half) for shape in rows}
     for name, shape in latents.items():
-        found |= {f"ddim_branch {name} k={k}": branches(shape, k, single) for k in (2, 4, 8)}
+        by_name |= {f"ddim_branch {name} k={k}": branches(shape, k, single) for k in (2, 4, 8)}
         for s, r in ((1, 1), (2, 1), (2, 2)):  # a trajectory, a pair from one x_t, a pair of trajectories
-            found |= {f"ddim_log_prob {name} S={s} R={r}": log_probs(shape, s, r, False, single)}
-            found |= {f"ddim_log_ratio {name} S={s} R={r}": log_probs(shape, s, r, True, single)}
-    return found
+            by_name |= {f"ddim_log_prob {name} S={s} R={r}": log_probs(shape, s, r, False, single)}
+            by_name |= {f"ddim_log_ratio {name} S={s} R={r}": log_probs(shape, s, r, True, single)}
+    return by_name
 
 
 CASES = cases()
-WHAT = [(name, what) for name, case in CASES.items() for what in ("forward", "backward")[: 1 + bool(case.wanted)]]
+WHAT = [(name, what) for name, case in CASES.items() for what in ("forward", "backward")[: 1 + bool(case.trained)]]
 
 
 def several(size: int) -> int:
-    """Copies of inputs of this many bytes that together are twice the L2 cache; one on the CPU."""
+    """Returns how many copies of inputs of this many bytes are twice the L2 cache; one on the CPU."""
     return min(LAUNCHES, math.ceil(2 * torch.cuda.get_device_properties(0).L2_cache_size / size)) if GPU else 1
 
 
 def seconds(benchmark, make: Callable[[int], Callable], count: int) -> float:
-    """Median time of one call, of the calls make(0) to make(count - 1) taken in turn."""
+    """Returns the median seconds of one call, of the calls make(0) to make(count - 1) taken in turn."""
     if not GPU:
         benchmark.pedantic(make(0), rounds=ROUNDS, iterations=10, warmup_rounds=2)
         return benchmark.stats.stats.median
@@ -136,39 +136,39 @@ def seconds(benchmark, make: Callable[[int], Callable], count: int) -> float:
 
 
 def prepared(case: Case, run: Callable, what: str, seed: int) -> Callable:
-    """A call without arguments: the forward, or the backward of a forward that is done."""
-    given = case.inputs(seed)
+    """Returns a call without arguments: the forward, or the backward after a forward."""
+    arguments = case.inputs(seed)
     if what == "forward":
-        return lambda: run(*given)
-    wanted = [given[i].detach().requires_grad_() for i in case.wanted]
-    for place, tensor in zip(case.wanted, wanted, strict=True):
-        given[place] = tensor
-    results = run(*given)
+        return lambda: run(*arguments)
+    leaves = [arguments[i].detach().requires_grad_() for i in case.trained]
+    for place, tensor in zip(case.trained, leaves, strict=True):
+        arguments[place] = tensor
+    results = run(*arguments)
     results = results if isinstance(results, tuple) else (results,)
     grads = [draw(seed + 50 + i, result.dtype, *result.shape) for i, result in enumerate(results)]
-    return lambda: torch.autograd.grad(results, wanted, grads, retain_graph=True)
+    return lambda: torch.autograd.grad(results, leaves, grads, retain_graph=True)
 
 
 def check(case: Case, run: Callable, what: str) -> None:
-    """Raises where this code and the reference disagree."""
-    found, expected = (prepared(case, each, what, 0)() for each in (run, case.reference))
-    for ours, theirs in zip(*(r if isinstance(r, tuple) else (r,) for r in (found, expected)), strict=True):
+    """Raises AssertionError where this code and the op's `_ref` disagree."""
+    results, expected = (prepared(case, code, what, 0)() for code in (run, case.reference))
+    for ours, theirs in zip(*(r if isinstance(r, tuple) else (r,) for r in (results, expected)), strict=True):
         off = (ours.double() - theirs.double()).norm() / theirs.double().norm()
         assert off < 4 * torch.finfo(ours.dtype).eps + 1e-5, f"differs from the reference by {off:.1e}"
 
 
 @pytest.fixture(scope="module")
 def lines(request):
-    """Lines of the closing table, and the bandwidth of the copy under "copy"."""
-    found = {"rows": []}
-    yield found
-    text = "\n".join([HEADER, *found["rows"]])
+    """Collects the lines of the closing table, and the bandwidth of the copy in bytes/s under "copy"."""
+    lines = {"rows": []}
+    yield lines
+    text = "\n".join([HEADER, *lines["rows"]])
     request.config.pluginmanager.get_plugin("terminalreporter").write_line(f"\n{text}")
     if GPU:
         name = torch.cuda.get_device_name()
         folder = Path(__file__).parent / "results"
         folder.mkdir(exist_ok=True)
-        head = f"{name}, torch {torch.__version__}, copy {found['copy'] / 1e9:.0f} GB/s (read and written)"
+        head = f"{name}, torch {torch.__version__}, copy {lines['copy'] / 1e9:.0f} GB/s (read and written)"
         (folder / f"kernels-{name.replace(' ', '-')}.md").write_text(f"{head}\n\n{text}\n")
 
 

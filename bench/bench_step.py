@@ -1,12 +1,12 @@
-"""Strop against the published recipe in one process: `python -m strop.bench.bench_step tinyworld`, or sd15, or sdxl.
+"""Times strop against the published recipe: `python -m strop.bench.bench_step tinyworld`, or sd15, or sdxl.
 
-The baseline (published.py), the exact recipe and the fast one take turns, an iteration each, on the same networks and
-prompts. Per side and stage: seconds, operations, and the share of the rate that matrix products reach in the same run;
-peak memory, pairs per second; how many times faster a prompt is done, and the whole run with its prompts, of which
-the fast recipe has fewer; last the operations that the exact recipe spends most time in. Networks that are not on this
-machine get random weights at full size, as what an iteration costs does not depend on them. Every pair is kept, as
-plan counts, unless --threshold says otherwise. Prompts are encoded anew in each iteration, as if none came twice.
-Quality is the matter of bench/tinyworld/frontier.py.
+The baseline (published.py), the exact recipe and the fast one take turns in one process, an iteration each, on the same
+networks and prompts. The record has, per side and stage, seconds, operations, and the share of the rate that matrix
+products reach in the same run; peak memory and pairs per second; how many times faster a prompt is done, and the whole
+run, for which the fast recipe has fewer prompts; and the operations in which the exact recipe spends most time.
+Networks that are not on this machine get random weights at full size, because the cost of an iteration does not depend
+on them. Every pair is trained on, as plan counts, unless --threshold is set. Prompts are encoded anew in each
+iteration, as if none came twice. Quality is measured by bench/tinyworld/frontier.py.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from strop.engine.config.training import Config, load
 from strop.engine.data.prompts import read_prompts
 from strop.engine.errors import UserError, exit_on_user_error
 from strop.engine.judge.model import StepAwarePreferenceModel
-from strop.engine.models.base_model import DTYPES, equip, load_unet, quiet_libraries
+from strop.engine.models.base_model import DTYPES, configure_unet, load_unet, quiet_libraries
 from strop.engine.models.latent_diffusion import LatentDiffusion
 from strop.engine.plan.gpus import GPUS, gpu_of_cuda_name
 from strop.engine.plan.meta_models import ModelBuilder
@@ -70,7 +70,7 @@ class Side:
 
 @exit_on_user_error
 def main(argv: Sequence[str]) -> None:
-    """Times the published recipe, strop's and the fast one in turn, and says what each takes."""
+    """Times the published recipe, strop's and the fast one in turn, and prints the seconds and operations of each."""
     parser = argparse.ArgumentParser(prog="python -m strop.bench.bench_step", description=main.__doc__)
     parser.add_argument("recipe", help="tinyworld, sd15 or sdxl: of configs/, NAME.yaml and NAME_fast.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all sides, such as model.compile=true")
@@ -141,7 +141,7 @@ def measure(exact: Config, fast: Config, recipe: str, rounds: int, device: torch
 
 
 def at_peak(side: Side, device: torch.device) -> dict[str, str | float]:
-    """Returns what plan reads of a measurement: the key of the GPU, and the share of its peak that this side reached.
+    """Returns the entries that plan reads: the key of the GPU, and the share of its peak that this side reached.
 
     The result is empty on a CPU and for a GPU that plan's list does not have.
     """
@@ -149,7 +149,7 @@ def at_peak(side: Side, device: torch.device) -> dict[str, str | float]:
     if gpu is None:
         return {}
     peak = seconds_on(gpu, side.config, side.models.diffusion.family)
-    key = next(key for key, known in GPUS.items() if known is gpu)
+    key = next(key for key, candidate in GPUS.items() if candidate is gpu)
     seconds = statistics.median(one["total"] for one in side.rounds)
     return {
         "gpu": key,
@@ -180,13 +180,13 @@ def run_prompts(config: Config) -> int:
 
 
 def build(kind: type, config: Config, device: torch.device) -> published.Published | ours.Ours:
-    """Builds the models of one side, its own copies, since each side changes them in its own way."""
+    """Builds copies of the models for one side, since each side changes them in another way."""
     if Path(config.model.path).exists():
         judge = StepAwarePreferenceModel.load(config.judge, device)
         return kind(load_unet(config.model, device), LatentDiffusion.load(config.model, device), judge, config)
     torch.manual_seed(0)
     builder = ModelBuilder.of(config, device=device)
-    unet, diffusion = equip(builder.unet(), config.model), builder.diffusion()
+    unet, diffusion = configure_unet(builder.unet(), config.model), builder.diffusion()
     if kind is published.Published:
         return kind(unet, diffusion, builder.judge(), config)
     return kind(unet, diffusion, builder.judge(), config, builder.decoder())
@@ -202,8 +202,8 @@ def time_one(side: Side, prompts: Sequence[str], device: torch.device) -> None:
         side.run(prompts, clock)
     side.rounds.append(clock.seconds())
     if device.type == "cuda":
-        grown = torch.cuda.max_memory_allocated(device) - before
-        side.peak = max(side.peak or 0, grown + bytes_of(side.models))
+        increase = torch.cuda.max_memory_allocated(device) - before
+        side.peak = max(side.peak or 0, increase + bytes_of(side.models))
 
 
 def bytes_of(models: published.Published | ours.Ours) -> int:
@@ -229,7 +229,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def summary(side: Side, rate: float) -> dict:
-    """Returns what the record says of a side; seconds are medians of the rounds. rate: FLOP/s of matrix products."""
+    """Returns a side's entries of the record; seconds are medians of the rounds. rate: FLOP/s of matrix products."""
     seconds = {name: statistics.median(one.get(name, 0.0) for one in side.rounds) for name in (*STAGES, "total")}
     tflop = {name: side.flops.get(name, 0.0) / 1e12 for name in STAGES}
     tflop["update"] += tflop["update/optimizer"]
@@ -310,7 +310,7 @@ class Meter(TorchDispatchMode):
 
     @contextmanager
     def clock(self, stage: str) -> Iterator[None]:
-        """Takes the place of a Stopwatch."""
+        """Counts the operations inside as those of `stage`; it stands in for a Stopwatch."""
         self.stages.append(stage)
         yield
         self.stages.pop()

@@ -1,8 +1,8 @@
-"""What sharing one forward between winner and loser saves: an update on tinyworld both ways, in one run.
+"""Times an update on tinyworld with one forward for winner and loser, and with two, in one run.
 
 `make bench` runs this; the bracketed factors of its table are the ratio. "shared" has x_t (1, N, ...), as the pairs of
-SPO do; "apart" has the same x_t twice, (2, N, ...), as published implementations run it. Pairs are made up, since an
-update costs the same whatever they are.
+SPO do; "apart" has the same x_t twice, (2, N, ...), as published implementations run it. Pairs are random, since an
+update of any pairs costs the same.
 """
 
 from pathlib import Path

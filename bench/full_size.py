@@ -1,9 +1,9 @@
-"""One iteration of SD-1.5 or SDXL at full size: `python -m strop.bench.full_size sdxl --dtype bfloat16`, on a GPU.
+"""Times an iteration of SD-1.5 or SDXL at full size on a GPU: `python -m strop.bench.full_size sdxl --dtype bfloat16`.
 
-Weights are random and made on the device, so nothing is downloaded; what an iteration costs does not depend on them.
-Printed, and kept in bench/results/: seconds by stage, peak memory, and how far the log-ratio in this dtype is from that
-in float32 on the same weights and pairs, which decides whether margin and implicit accuracy mean anything in it. Text
-encoders, which run once per prompt and run, are left out. Images are noise; quality is bench/tinyworld's matter.
+Weights are drawn on the device, so nothing is downloaded; the cost of an iteration does not depend on them. It prints
+and writes to bench/results/: seconds by stage, peak memory, and how far the log-ratio in this dtype is from that in
+float32 on the same weights and pairs, which decides whether margin and implicit accuracy mean anything in it. Text
+encoders, which run once per prompt and run, are left out. Images are noise; bench/tinyworld measures quality.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from strop.engine.judge.model import StepAwarePreferenceModel
 from strop.engine.judge.pickscore import PICKSCORE
 from strop.engine.methods.spo.rollout import Rollout
 from strop.engine.methods.spo.update import Learner
-from strop.engine.models.base_model import DTYPES, equip
+from strop.engine.models.base_model import DTYPES, configure_unet
 from strop.engine.models.conditioning import Conditioning
 from strop.engine.models.families.base import Family
 from strop.engine.models.families.find import FAMILIES, family_named
@@ -41,7 +41,7 @@ from strop.engine.runtime.stopwatch import Stopwatch
 from strop.engine.speed.apply import prepare
 
 ROOT = Path(__file__).parents[1]
-# Text features are drawn, not made: one layer stands for the text tower.
+# Text features are drawn at random, so one layer stands for the text tower.
 JUDGE = PICKSCORE | {"text_config": PICKSCORE["text_config"] | {"num_hidden_layers": 1}}
 NOISE_PAIRS = 16
 
@@ -66,12 +66,12 @@ def main(argv: Sequence[str]) -> None:
 
 
 def measure(config: Config, family: Family, architecture: dict, device: torch.device) -> dict:
-    """The record of one warm iteration and of the log-ratio's noise; every pair is kept, as if the judge were sure."""
+    """Returns the record of one warm iteration and of the log-ratio's noise; all pairs are trained on."""
     config = varied(config, {"rollout.threshold": 0.0})
     model, lora = config.model, config.lora
     torch.manual_seed(0)
     with device:
-        unet = equip(UNet2DConditionModel.from_config(architecture["unet"]), model)
+        unet = configure_unet(UNet2DConditionModel.from_config(architecture["unet"]), model)
     precise = Policy(unet, lora.rank, lora.target_modules, seed=0)
     move(precise)
     policy = copy.deepcopy(precise)
@@ -91,8 +91,8 @@ def measure(config: Config, family: Family, architecture: dict, device: torch.de
         rollout = Rollout(policy, diffusion, judge, schedule, config.rollout, clock)
         if warm and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        with clock("rollout"), policy.sampling(cond, config.rollout.text_kv) as known:
-            pairs = rollout(known, rng).pairs
+        with clock("rollout"), policy.sampling(cond, config.rollout.text_kv) as sampling_cond:
+            pairs = rollout(sampling_cond, rng).pairs
         with clock("update"):
             for batch in learner.batches(pairs.shuffle(rng), cond, rng):
                 optimizer.backward(learner.loss(batch)[0])
@@ -113,7 +113,7 @@ def measure(config: Config, family: Family, architecture: dict, device: torch.de
 
 
 def move(policy: Policy) -> None:
-    """Takes the LoRA's B away from zero, so that policy and reference differ about as after some optimizer steps."""
+    """Sets the LoRA's B to small random numbers, so that the policy differs about as after some optimizer steps."""
     rng = torch.Generator().manual_seed(1)
     for name, parameter in policy.unet.named_parameters():
         if ".lora_B." in name:
@@ -123,7 +123,7 @@ def move(policy: Policy) -> None:
 def surroundings(
     config: Config, family: Family, architecture: dict, device: torch.device
 ) -> tuple[LatentDiffusion, StepAwarePreferenceModel]:
-    """VAE, noise schedule and judge."""
+    """Builds the VAE with its noise schedule, and the judge, with random weights."""
     dtype = DTYPES[config.model.dtype]
     with device:
         vae = AutoencoderKL.from_config(architecture["vae"]).to(dtype)
@@ -137,17 +137,17 @@ def surroundings(
 
 
 def conditioning(architecture: dict, diffusion: LatentDiffusion, prompts: int, dtype: torch.dtype) -> Conditioning:
-    """Random embeddings of the right shapes."""
+    """Draws random embeddings of the right shapes."""
     unet, device = architecture["unet"], diffusion.device
     rng = torch.Generator(device).manual_seed(2)
-    made = lambda *shape: torch.randn(shape, generator=rng, device=device).to(dtype)
+    draw = lambda *shape: torch.randn(shape, generator=rng, device=device).to(dtype)
     width, features = unet["cross_attention_dim"], architecture["judge"]["projection_dim"]
-    judge = torch.nn.functional.normalize(made(prompts, features).float(), dim=-1)
-    cond = Conditioning(made(prompts, 77, width), made(1, 77, width), judge)
+    judge = torch.nn.functional.normalize(draw(prompts, features).float(), dim=-1)
+    cond = Conditioning(draw(prompts, 77, width), draw(1, 77, width), judge)
     pooled = diffusion.family.pooled_width(unet)
     time_ids = diffusion.family.time_ids(*(side * diffusion.factor for side in diffusion.latent_shape[1:]))
     if pooled is not None:
-        cond = replace(cond, pooled=made(prompts, pooled), null_pooled=made(1, pooled))
+        cond = replace(cond, pooled=draw(prompts, pooled), null_pooled=draw(1, pooled))
     if time_ids is not None:
         cond = replace(cond, time_ids=torch.tensor([time_ids], dtype=dtype, device=device))
     return cond

@@ -1,4 +1,4 @@
-"""Where the time of a call goes: its longest operations, by PyTorch's profiler. On a GPU these are its kernels."""
+"""Finds the longest operations of a call by PyTorch's profiler; on a GPU these are its kernels."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ NAME_LENGTH = 80  # a kernel's name has all of its template arguments
 def longest(device: torch.device, call: Callable, *arguments) -> dict:
     """Profiles call(*arguments), which should be warm.
 
-    Returns {"seconds": of all operations together, "longest": of SHOWN, {"name", "calls", "seconds"}}. An operation's
-    seconds are those spent in it and not in others that it calls. On a GPU they are the device's: what of the call's
-    own time they leave over, the device waited.
+    Returns {"seconds": of all operations together, "longest": the first SHOWN, each {"name", "calls", "seconds"}}. An
+    operation's seconds leave out those of others that it calls. On a GPU they are the device's, so that their sum is
+    less than the time of the call by the time that the device waited.
     """
     on_gpu = device.type == "cuda"
     kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
@@ -33,7 +33,7 @@ def longest(device: torch.device, call: Callable, *arguments) -> dict:
 
 
 def table(record: dict) -> str:
-    """What `longest` returns, in Markdown."""
+    """Writes the result of `longest` in Markdown."""
     lines = ["| operation | calls | seconds | share |", "|---|---|---|---|"]
     for row in record["longest"]:
         share = row["seconds"] / record["seconds"]

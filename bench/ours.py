@@ -1,4 +1,4 @@
-"""One iteration of engine/train.py on networks that are given, with the interface of published.py: its counterpart."""
+"""Runs one iteration of engine/train.py on loaded networks, with the interface of published.py."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Ours:
         config: Config,
         decoder: TinyDecoder | None = None,
     ):
-        """Takes `unet` for the policy, whose LoRA starts from run.seed; decoder: that of rollout.decoder if given."""
+        """Takes `unet` for the policy, whose LoRA starts from run.seed; decoder: in place of rollout.decoder's."""
         self.models = OnlineModels.of(config, unet, diffusion, judge, decoder)
         self.policy, self.diffusion, self.judge, self.config = self.models.policy, diffusion, judge, config
         self.ranks = Ranks(0, 1, diffusion.device)
@@ -44,17 +44,17 @@ class Ours:
 
 
 def roll(ours: Ours, cond: Conditioning, rng: torch.Generator, clock: Clock = nullcontext) -> PreferencePairs:
-    """The pairs of a rollout of the prompts of `cond`."""
+    """Returns the pairs of a rollout of the prompts of `cond`."""
     models, config = ours.models, ours.config.rollout
     rollout = Rollout(models.policy, models.decoder, models.judge, models.schedule, config, clock)
-    with models.policy.sampling(cond, config.text_kv) as known:
-        return rollout(known, rng).pairs
+    with models.policy.sampling(cond, config.text_kv) as sampling_cond:
+        return rollout(sampling_cond, rng).pairs
 
 
 def learn(
     ours: Ours, pairs: PreferencePairs, cond: Conditioning, rng: torch.Generator, clock: Clock = nullcontext
 ) -> None:
-    """All passes over the shuffled pairs."""
+    """Trains on all passes over the shuffled pairs."""
     for batch in ours.learner.batches(pairs, cond, rng):
         loss, _ = ours.learner.loss(batch)
         ours.optimizer.backward(loss)
@@ -69,7 +69,7 @@ def iteration(
     shuffle: torch.Generator,
     clock: Clock = nullcontext,
 ) -> PreferencePairs:
-    """Rollout, shuffle and all passes over the pairs, which are returned, shuffled.
+    """Rolls out, shuffles and trains on all passes over the pairs; returns them, shuffled.
 
     Prompts are encoded here, as if none came twice in a run; train.py encodes each once, before the loop.
     """

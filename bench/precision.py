@@ -1,8 +1,8 @@
-"""What half precision does to the log-ratio, which decides the dtype of the recipes: `python -m strop.bench.precision`.
+"""Measures the error of the log-ratio in half precision, which decides the recipes' dtype: `-m strop.bench.precision`.
 
 Some iterations of tinyworld move the policy away from its base; on the pairs of one more rollout, the margin that the
 loss sees and the gradient of the LoRA are then computed in float32, float16 and bfloat16. On a CPU, in a few minutes.
-full_size.py asks the same of SD-1.5 and SDXL on a GPU, with random weights.
+full_size.py measures the same of SD-1.5 and SDXL on a GPU, with random weights.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def measure(config: Config, iterations: int) -> dict:
-    """The record: noise by dtype, on the pairs of a rollout after so many iterations."""
+    """Returns the record: noise by dtype, on the pairs of a rollout after so many iterations."""
     networks = load_unet(config.model, CPU), LatentDiffusion.load(config.model, CPU)
     models = ours.Ours(*networks, StepAwarePreferenceModel.load(config.judge, CPU), config)
     count = config.rollout.prompts
@@ -85,7 +85,7 @@ def table(record: dict) -> str:
 
 
 def halve(policy: Policy, dtype: torch.dtype) -> None:
-    """Casts the frozen weights alone; the LoRA stays in float32."""
+    """Casts the frozen weights to `dtype`; the LoRA stays in float32."""
     trained = {name: p.data for name, p in policy.unet.named_parameters() if p.requires_grad}
     policy.unet.to(dtype)
     for name, parameter in policy.unet.named_parameters():
@@ -94,7 +94,7 @@ def halve(policy: Policy, dtype: torch.dtype) -> None:
 
 
 def noise(learner: Learner, precise: Learner, pairs: PreferencePairs, cond: Conditioning) -> dict[str, float]:
-    """How far the margin and the LoRA's gradient in the policy's dtype are from those in float32, on some pairs.
+    """Measures how far the margin and the LoRA's gradient in the policy's dtype are from those in float32.
 
     precise: the same policy in float32; cond: in the policy's dtype. noise_to_signal: root mean square of the error of
     log_ratio[winner] - log_ratio[loser], over that of itself; same_sign: share of pairs for which implicit accuracy is
@@ -113,7 +113,7 @@ def noise(learner: Learner, precise: Learner, pairs: PreferencePairs, cond: Cond
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """Switches TF32 off in this process for as long as the block lasts."""
+    """Opens a context in which TF32 is off in this process."""
     backends = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [backend.allow_tf32 for backend in backends]
     try:
@@ -126,15 +126,15 @@ def without_tf32() -> Iterator[None]:
 
 
 def margin_and_gradient(learner: Learner, pairs: PreferencePairs, cond: Conditioning) -> tuple[Tensor, Tensor]:
-    """(log_ratio of the winners minus that of the losers (N,), gradient of its mean by the LoRA), in float64."""
+    """Returns (log_ratio of the winners minus that of the losers (N,), gradient of its mean by the LoRA) in float64."""
     margins, parameters = [], learner.policy.parameters
     scale = FLOAT16_SCALE  # a power of two, so that it changes no digit where it is not needed
     for parameter in parameters:
         parameter.grad = None
     for batch in micro_batches(pairs, learner.config.micro_batch, cond):
         eps, eps_ref = learner.predict(batch), learner.predict_reference(batch)
-        each = batch.pairs
-        log_ratio = learner.schedule.log_ratio(each.x_prev, each.x_t, eps, eps_ref, each.step)
+        part = batch.pairs
+        log_ratio = learner.schedule.log_ratio(part.x_prev, part.x_t, eps, eps_ref, part.step)
         margin = log_ratio[0] - log_ratio[1]
         (scale * margin.sum() / len(pairs)).backward()
         margins.append(margin.detach().double())

@@ -1,6 +1,6 @@
-"""The published recipe as a baseline: the same SPO as strop's, run in the way of its authors' code.
+"""Runs the published recipe as a baseline: the same SPO as strop's, in the way of its authors' code.
 
-What strop saves is spent here: a second UNet as reference; winner and loser in separate calls, four UNet calls for a
+It has all the work that strop saves: a second UNet as reference; winner and loser in separate calls, four UNet calls a
 minibatch; the LoRA in float32 under autocast; prompts encoded in every iteration, and by the judge's text tower for
 every candidate at every event; the judge's modulation for every image; a copy of its prompt's embedding with every
 pair, gathered and indexed with it; four separate log-probabilities; means read by the host for every minibatch; the
@@ -32,7 +32,7 @@ Clock = Callable[[str], AbstractContextManager]
 
 
 class Published:
-    """Policy, reference and what surrounds them, with the optimizer of the policy's LoRA."""
+    """Policy, reference, base model and judge, with the optimizer of the policy's LoRA."""
 
     def __init__(
         self, unet: UNet2DConditionModel, diffusion: LatentDiffusion, judge: StepAwarePreferenceModel, config: Config
@@ -58,14 +58,14 @@ class Published:
         self.waiting = 0  # minibatches since the last optimizer step
 
     def eps(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """The policy's guided output (N, C, h, w) in float32. x (N, C, h, w); t (N,); cond of N prompts."""
+        """Computes the policy's guided output (N, C, h, w) in float32. x (N, C, h, w); t (N,); cond of N prompts."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             halves = both_halves(self.policy.unet, x, t, cond)
         return self._guided(halves.float())
 
     @torch.no_grad()
     def reference_eps(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """As eps, of the reference: no autocast, and guidance in the type of the UNet."""
+        """Does as `eps` with the reference: no autocast, and guidance in the type of the UNet."""
         return self._guided(both_halves(self.reference, x, t, cond))
 
     def _guided(self, halves: Tensor) -> Tensor:
@@ -73,14 +73,14 @@ class Published:
         return null + self.config.rollout.guidance * (text - null)
 
     def numbers(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """alpha_t, alpha_prev and sigma of each row's timestep, (N, 1, 1, 1), gathered from the schedule anew."""
+        """Gathers alpha_t, alpha_prev and sigma of each row's timestep, (N, 1, 1, 1), from the schedule anew."""
         prev = (t - len(self.alphas) // self.config.rollout.num_steps).clamp(0, len(self.alphas) - 1)
         alpha, alpha_prev = self.alphas[t].view(-1, 1, 1, 1), self.alphas[prev].view(-1, 1, 1, 1)
         variance = (1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)
         return alpha, alpha_prev, self.config.rollout.eta * variance.sqrt()
 
     def x0_and_mean(self, x: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Predicted clean latent, and mean and sigma of the DDIM step (formulas 12 and 16 of arXiv 2010.02502)."""
+        """Computes clean latent, mean and sigma of the DDIM step (formulas 12 and 16 of arXiv 2010.02502)."""
         alpha, alpha_prev, sigma = self.numbers(t)
         if self.diffusion.scheduler.config.prediction_type == "v_prediction":
             x0 = alpha.sqrt() * x - (1 - alpha).sqrt() * eps
@@ -90,14 +90,14 @@ class Published:
         return x0, alpha_prev.sqrt() * x0 + (1 - alpha_prev - sigma**2).sqrt() * eps, sigma
 
     def log_prob(self, x_prev: Tensor, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """Mean log-density (N,) of drawing x_prev (N, C, h, w) from x (N, C, h, w)."""
+        """Computes the mean log-density (N,) of drawing x_prev (N, C, h, w) from x (N, C, h, w)."""
         _, mean, sigma = self.x0_and_mean(x, eps, t)
         density = -((x_prev - mean) ** 2) / (2 * sigma**2) - sigma.log() - math.log(math.sqrt(2 * math.pi))
         return density.mean((1, 2, 3))
 
 
 def both_halves(unet: UNet2DConditionModel, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-    """Output (2N, C, h, w) of one forward: without the prompt, then with it."""
+    """Computes the output (2N, C, h, w) of one forward: without the prompt, then with it."""
     text, added = torch.cat([cond.null.expand_as(cond.text), cond.text]), None
     if cond.pooled is not None:  # SDXL
         pooled = torch.cat([cond.null_pooled.expand_as(cond.pooled), cond.pooled])
@@ -113,7 +113,7 @@ def iteration(
     shuffle: torch.Generator,
     clock: Clock = nullcontext,
 ) -> tuple[Pairs, list[list[float]]]:
-    """Rollout, shuffle and one pass over the pairs. Returns these, shuffled, and per minibatch what is logged."""
+    """Runs rollout, shuffle and one pass. Returns the shuffled pairs, and the logged means of each minibatch."""
     with clock("text"), torch.no_grad():
         cond, ids = models.diffusion.encode(prompts), token_ids(models.judge, prompts)
     pairs = rollout(models, cond, ids, rng, clock)
@@ -132,12 +132,12 @@ def iteration(
 
 @torch.no_grad()
 def rollout(models: Published, cond: Conditioning, ids: Tensor, rng: torch.Generator, clock: Clock) -> Pairs:
-    """Both published samplers: of SD-1.5 with segments of one step, of SDXL with longer ones.
+    """Samples as both published samplers do: SD-1.5's with segments of one step, SDXL's with longer ones.
 
-    ids: the judge's tokens (B, L). Draws per step: which candidate goes on, where they are judged, and then the noise.
+    ids: the judge's tokens (B, L). Each step draws which candidate goes on, where they are judged, then the noise.
     """
     config, starts, device = models.config.rollout, models.starts, models.device
-    rows, kept, path = cond, [], []
+    rows, pairs, path = cond, [], []
     draw = lambda count: torch.randn(
         (count, *models.diffusion.latent_shape), generator=rng, device=device, dtype=cond.text.dtype
     )
@@ -148,7 +148,7 @@ def rollout(models: Published, cond: Conditioning, ids: Tensor, rng: torch.Gener
             eps = models.eps(x, t, rows)
         if step in starts[1:]:
             x0 = models.x0_and_mean(x, eps, t)[0]
-            kept += winners_and_losers(models, path, score(models, x0, ids, t, clock), cond, step - len(path) + 1)
+            pairs += winners_and_losers(models, path, score(models, x0, ids, t, clock), cond, step - len(path) + 1)
             choice = torch.randint(0, config.k, (len(cond),), generator=rng, device=device)
             candidate = choice * len(cond) + torch.arange(len(cond), device=device)
             x, eps = x[candidate], eps[candidate]
@@ -159,15 +159,15 @@ def rollout(models: Published, cond: Conditioning, ids: Tensor, rng: torch.Gener
         x = (mean + sigma * draw(len(x))).to(x.dtype)
         path.append(x)
     t = torch.zeros(len(x), dtype=torch.int64, device=device)
-    kept += winners_and_losers(models, path, score(models, x, ids, t, clock), cond, len(models.t) - len(path) + 1)
-    return {name: torch.cat([part[name] for part in kept]) for name in kept[0]}
+    pairs += winners_and_losers(models, path, score(models, x, ids, t, clock), cond, len(models.t) - len(path) + 1)
+    return {name: torch.cat([part[name] for part in pairs]) for name in pairs[0]}
 
 
 def token_ids(judge: StepAwarePreferenceModel, prompts: Sequence[str]) -> Tensor:
-    """(B, L) token ids of the prompts as the judge reads them."""
+    """Returns the token ids (B, L) of the prompts for the judge."""
     length = judge.clip.config.text_config.max_position_embeddings
-    given = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
-    return judge.tokenizer(list(prompts), **given).input_ids.to(judge.device)
+    options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+    return judge.tokenizer(list(prompts), **options).input_ids.to(judge.device)
 
 
 def score(models: Published, latents: Tensor, ids: Tensor, t: Tensor, clock: Clock) -> Tensor:
@@ -184,35 +184,35 @@ def score(models: Published, latents: Tensor, ids: Tensor, t: Tensor, clock: Clo
 def winners_and_losers(
     models: Published, path: list[Tensor], scores: Tensor, cond: Conditioning, first: int
 ) -> list[Pairs]:
-    """The pairs of a segment, of prompts whose best and worst candidate differ enough, each with its embedding.
+    """Returns a segment's pairs of the prompts whose best and worst candidate differ enough, with their embeddings.
 
     path: states (K*B, C, h, w) from step `first`, at which they are the same for all candidates, to the segment's end.
     """
     values, order = scores.sort(dim=0, descending=True)
     probability = values[[0, -1]].softmax(0)
     valid = probability[0] - probability[1] > models.config.rollout.threshold  # (B,)
-    every = torch.arange(scores.shape[1], device=scores.device)
-    of_both = lambda states: states.unflatten(0, scores.shape)[order[[0, -1]], every].transpose(0, 1)[valid]
-    kept = []
+    prompts = torch.arange(scores.shape[1], device=scores.device)
+    of_both = lambda states: states.unflatten(0, scores.shape)[order[[0, -1]], prompts].transpose(0, 1)[valid]
+    pairs = []
     for step, (before, after) in enumerate(pairwise(path), first):
         x_t, x_prev = of_both(before), of_both(after)  # (N, 2, C, h, w)
         x_t = x_t if models.config.rollout.inner_steps > 1 else x_t[:, :1]
         t = torch.full((len(x_t),), models.t[step], device=scores.device)
-        kept.append({"t": t, "x_t": x_t, "x_prev": x_prev, "text": cond.text[valid]})
+        pairs.append({"t": t, "x_t": x_t, "x_prev": x_prev, "text": cond.text[valid]})
         if cond.pooled is not None:
-            kept[-1]["pooled"] = cond.pooled[valid]
-    return kept
+            pairs[-1]["pooled"] = cond.pooled[valid]
+    return pairs
 
 
 def update(models: Published, batch: Pairs, cond: Conditioning, clock: Clock) -> list[float]:
-    """One minibatch: loss, backward, perhaps an optimizer step. Returns the means of loss and of both ratios."""
+    """Trains on a minibatch, perhaps with an optimizer step. Returns the means of the loss and of both ratios."""
     optim, t = models.config.optim, batch["t"]
-    own = Conditioning(batch["text"], cond.null, None, batch.get("pooled"), cond.null_pooled, cond.time_ids)
+    batch_cond = Conditioning(batch["text"], cond.null, None, batch.get("pooled"), cond.null_pooled, cond.time_ids)
     ratios = []
     for side in (0, 1):
         x, x_prev = batch["x_t"][:, min(side, batch["x_t"].shape[1] - 1)], batch["x_prev"][:, side]
-        log_prob = models.log_prob(x_prev, x, models.eps(x, t, own), t)
-        log_prob_ref = models.log_prob(x_prev, x, models.reference_eps(x, t, own), t)
+        log_prob = models.log_prob(x_prev, x, models.eps(x, t, batch_cond), t)
+        log_prob_ref = models.log_prob(x_prev, x, models.reference_eps(x, t, batch_cond), t)
         low, high = (1 - optim.clip, 1 + optim.clip) if optim.clip else (0.0, math.inf)
         ratios.append((log_prob - log_prob_ref).exp().clamp(low, high))
     loss = -F.logsigmoid(optim.beta * (ratios[0].log() - ratios[1].log())).mean()
@@ -223,7 +223,7 @@ def update(models: Published, batch: Pairs, cond: Conditioning, clock: Clock) ->
 
 
 def learn(models: Published, optim: OptimConfig) -> None:
-    """An optimizer step once enough minibatches wait."""
+    """Takes an optimizer step once `accumulate` minibatches wait."""
     models.waiting += 1
     if models.waiting < optim.accumulate:
         return

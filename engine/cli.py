@@ -1,4 +1,4 @@
-"""`strop COMMAND ...`: the programs of this package under one name. Each is a module with a `main(argv)` of its own."""
+"""`strop COMMAND ...`: the programs of this package under one name. Each is a module with its own `main(argv)`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .errors import UserError, exit_on_user_error
 COMMANDS = {  # name: (module, what it does)
     "train": (".train", "post-train a model by a recipe"),
     "train-judge": (".train_judge", "train a step-aware judge from preference pairs"),
-    "plan": (".plan.__main__", "what a recipe costs, before anything runs"),
-    "export": (".export", "a LoRA for diffusers, ComfyUI or A1111, or merged"),
+    "plan": (".plan.__main__", "print what a recipe costs, before anything runs"),
+    "export": (".export", "write a LoRA for diffusers, ComfyUI or A1111, or merge it"),
     "report": (".report.__main__", "remake the report of a run"),
     "study": (".user_study", "people compare images: the page, the analysis"),
 }

@@ -1,4 +1,4 @@
-"""Mistakes that a user can mend: one sentence on stderr and exit code 2, never a traceback; and warnings, one line."""
+"""Errors that a user can put right, as one sentence on stderr with exit code 2, never a traceback; and warnings."""
 
 import functools
 import sys
@@ -6,16 +6,16 @@ from collections.abc import Callable, Sequence
 
 
 class UserError(Exception):
-    """One clear sentence: the file or key, what was found, what was expected and, where possible, the mend."""
+    """Says in one sentence the file or key, what was found, what was expected and, where possible, what to do."""
 
 
 def warn(sentence: str) -> None:
-    """One line on stderr, for what a user should know of and a run goes on in spite of."""
+    """Prints one line on stderr that a user should know of; the run goes on."""
     print(f"strop: {sentence}", file=sys.stderr)
 
 
 def one_line(error: BaseException) -> str:
-    """The message of a library's error with its lines joined to one, for a UserError that quotes it."""
+    """Joins the lines of a library's error message to one, for a UserError that quotes it."""
     return " ".join(str(error).split())
 
 

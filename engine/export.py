@@ -1,4 +1,4 @@
-"""`python -m strop.engine.export CHECKPOINT --format diffusers|kohya|merged --out PATH`: a LoRA for where it is used.
+"""`python -m strop.engine.export CHECKPOINT --format diffusers|kohya|merged --out PATH`: writes a LoRA for its use.
 
 CHECKPOINT is a run folder, one of its checkpoints, a folder with a LoRA, or a LoRA file of either format. Nothing is
 overwritten, and nothing is trained.
@@ -57,39 +57,39 @@ def main(argv: Sequence[str]) -> None:
 
 
 def target_of(out: Path, form: str) -> Path:
-    """The file or folder to be written. Raises UserError where it is there already."""
+    """Returns the file or folder to be written. Raises UserError if it exists already."""
     is_file = out.suffix == ".safetensors"
     if form == "merged" and is_file:
         raise UserError(f"--out: found the file {out}, expected a folder, in which merged weights get a folder unet/")
     inside = {"diffusers": LORA_FILE, "kohya": f"{out.resolve().name}.safetensors", "merged": "unet"}[form]
     target = out if is_file else out / inside
     if target.exists():
-        raise UserError(f"--out: {target} is there already; choose another place, nothing is overwritten")
+        raise UserError(f"--out: {target} exists already and is not overwritten; choose another place")
     return target
 
 
 def find_lora(path: Path) -> tuple[Path, Lora]:
-    """The LoRA file meant by a path, and what is in it; of a run the later one of its lora/ and its newest checkpoint.
+    """Finds the LoRA file that a path means, and reads it. Raises UserError if there is none.
 
-    Raises UserError where there is none.
+    In a run folder it is the later of lora/ and the newest checkpoint.
     """
     if not path.exists():
-        raise UserError(f"no file or folder {path}; expected a run, a checkpoint or a LoRA")
+        raise UserError(f"{path}: found no such file or folder, expected a run, a checkpoint or a LoRA")
     if path.is_file():
         return path, read(path)
     checkpoint = newest(path)
     files = [path / LORA_FILE, path / "lora" / LORA_FILE, *([checkpoint / LORA_FILE] if checkpoint else [])]
     candidates = [file for file in files if file.is_file()] or list(path.glob("*.safetensors"))
     if not candidates:
-        raise UserError(f"{path} holds no LoRA and no finished checkpoint; expected {files[0]} or {files[1]}")
+        raise UserError(f"{path}: found no LoRA and no finished checkpoint, expected {files[0]} or {files[1]}")
     if candidates[0] not in files and len(candidates) > 1:
-        raise UserError(f"{path} holds {len(candidates)} .safetensors files, expected one LoRA; name the file")
+        raise UserError(f"{path}: found {len(candidates)} .safetensors files, expected one LoRA; name the file")
     loras = [(file, read(file)) for file in candidates]
     return max(loras, key=lambda pair: int(pair[1].facts.get("strop.iteration", 0)))
 
 
 def base_of(lora: Lora, source: Path, base: str | None, components: str | None) -> ModelConfig:
-    """The model named by `base`, else the one that the LoRA was trained on. Raises UserError where neither is known."""
+    """Returns the model `base`, or that on which the LoRA was trained. Raises UserError if neither is known."""
     if base is None and "strop.config" not in lora.facts:
         raise UserError(f"{source} does not say which model it was trained on; name it with --base")
     trained_on = json.loads(lora.facts.get("strop.config", "{}")).get("model", {})
@@ -101,7 +101,7 @@ def base_of(lora: Lora, source: Path, base: str | None, components: str | None) 
 
 
 def merged(lora: Lora, source: Path, base: ModelConfig, dtype: torch.dtype) -> torch.nn.Module:
-    """The base model's UNet with the LoRA added to its weights: summed in float32, then rounded to `dtype`.
+    """Loads the base model's UNet and adds the LoRA to its weights, in float32 and then rounded to `dtype`.
 
     Raises UserError where the LoRA does not fit.
     """
@@ -111,11 +111,11 @@ def merged(lora: Lora, source: Path, base: ModelConfig, dtype: torch.dtype) -> t
         raise UserError(f"{error}; --base names the model to merge into") from None
     weights = {name.removesuffix(".weight"): value for name, value in unet.named_parameters()}
     shapes = {layer: (len(up), *lora.down[layer].shape[1:]) for layer, up in lora.up.items()}
-    odd = [layer for layer, shape in shapes.items() if layer not in weights or weights[layer].shape != shape]
-    if odd:
+    misfits = [layer for layer, shape in shapes.items() if layer not in weights or weights[layer].shape != shape]
+    if misfits:
         raise UserError(
             f"{source} ({lora.facts.get('strop.family', 'of unknown family')}) does not fit the UNet of {base.path}: "
-            f"{len(odd)} of its {len(shapes)} layers are not there or have another shape, such as {odd[0]}; "
+            f"{len(misfits)} of its {len(shapes)} layers are not there or have another shape, such as {misfits[0]}; "
             "name a model of the LoRA's own family with --base"
         )
     with torch.no_grad():
@@ -127,17 +127,17 @@ def merged(lora: Lora, source: Path, base: ModelConfig, dtype: torch.dtype) -> t
 
 
 def closing(lora: Lora, source: Path, target: Path, form: str, dtype: str) -> str:
-    """What was written, and how to load it."""
+    """Returns lines that say what was written and how to load it."""
     files = [target] if target.is_file() else sorted(target.iterdir())
     ranks = " and ".join(str(rank) for rank in sorted(set(lora.ranks.values())))
-    trained = lora.facts.get("strop.iteration")
+    iteration = lora.facts.get("strop.iteration")
     load = {
         "diffusers": f"pipeline.load_lora_weights({str(target)!r})",
         "kohya": "copy it to models/loras of ComfyUI or models/Lora of A1111",
         "merged": f"as a pipeline's unet: UNet2DConditionModel.from_pretrained({str(target)!r})",
     }[form]
     rows = {
-        "from": f"{source}{f', iteration {trained}' if trained else ''}",
+        "from": f"{source}{f', iteration {iteration}' if iteration else ''}",
         "wrote": target,
         "holds": f"{'UNet merged with ' if form == 'merged' else ''}{len(lora.down)} layers of rank {ranks}, {dtype}, "
         f"{sum(file.stat().st_size for file in files) / 2**20:,.1f} MiB",

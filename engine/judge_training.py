@@ -1,6 +1,6 @@
-"""The training of a judge on one page: build the parts, train, report.
+"""Trains a judge: builds the parts, trains, reports.
 
-Makes a step-aware preference model of a PickScore in the same loop as every method. train_judge.py is its command.
+A PickScore becomes a step-aware preference model in the same loop as every method. train_judge.py is its command.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from .runtime.optimizer import AdamWSettings, Optimizer, build_optimizer
 from .runtime.session import Session
 from .speed.apply import prepare
 
-NAMED = 3  # broken pairs that the terminal and the summary name; broken.txt has all
+NAMED = 3  # broken pairs that the summary names; broken.txt has all
 
 
 def run(config: JudgeTrainingConfig) -> None:
-    """Trains a judge by a recipe; the last lines on the terminal say what came out and where it lies."""
+    """Trains a judge by a recipe; the last lines on the terminal give the results and the paths of the files."""
     quiet_libraries()
     with Session.start(config) as session:
         method, optimizer = build(session)
@@ -40,9 +40,9 @@ def run(config: JudgeTrainingConfig) -> None:
 
 
 def build(session: Session) -> tuple[JudgeTraining, Optimizer]:
-    """Loads and checks all parts, and makes what is made once. Nothing but the cache is written.
+    """Loads and checks all parts; writes nothing but the cache.
 
-    Raises UserError for whatever the user has to mend.
+    Raises UserError for whatever the user has to put right.
     """
     config, ranks = session.config, session.ranks
     model, optim = config.model, config.optim
@@ -69,7 +69,7 @@ def build(session: Session) -> tuple[JudgeTraining, Optimizer]:
 
 
 def announce(session: Session, sets: PairSets) -> None:
-    """Says what there is to train on, and writes broken.txt where pairs are broken."""
+    """Prints how many pairs there are, and writes broken.txt if some are broken."""
     print(f"{len(sets.train):,} training pairs, {len(sets.heldout):,} held-out pairs, {sets.left_out:,} rows left out")
     if sets.broken:
         path = session.dir / "broken.txt"

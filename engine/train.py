@@ -14,7 +14,7 @@ from .errors import exit_on_user_error
 
 @exit_on_user_error
 def main(argv: Sequence[str]) -> None:
-    """Trains by a recipe; the last lines on the terminal say what came out and where it lies."""
+    """Trains by a recipe; the last lines on the terminal give the results and the paths of the files."""
     config = recipe_of(argv, "train.py", main.__doc__, "configs/tinyworld.yaml", Config)
     from . import training  # torch and diffusers take seconds: what is wrong with a recipe has been said by now
 

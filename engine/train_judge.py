@@ -14,7 +14,7 @@ from .errors import exit_on_user_error
 
 @exit_on_user_error
 def main(argv: Sequence[str]) -> None:
-    """Trains a judge by a recipe; the last lines on the terminal say what came out and where it lies."""
+    """Trains a judge by a recipe; the last lines on the terminal give the results and the paths of the files."""
     config = recipe_of(argv, "train_judge.py", main.__doc__, "configs/judge_tinyworld.yaml", JudgeTrainingConfig)
     from . import judge_training  # torch and diffusers take seconds: what is wrong with a recipe has been said by now
 

@@ -1,4 +1,4 @@
-"""A post-training run on one page: build the parts, evaluate the base model, train, evaluate, report.
+"""Runs a post-training: builds the parts, evaluates the base model, trains, evaluates, reports.
 
 train.py is its command.
 """
@@ -23,6 +23,7 @@ from .methods.spo.rollout import check_steps
 from .models.base_model import quiet_libraries
 from .models.latent_diffusion import BATCH
 from .models.lora_file import write
+from .models.policy import Policy
 from .plan.peak import seconds_at_peak
 from .report.model_card import write_model_card
 from .report.pictures import before_after
@@ -34,7 +35,7 @@ from .runtime.session import Session
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Everything that a run is made of, loaded and checked."""
+    """The parts of a run, loaded and checked."""
 
     models: OnlineModels
     method: Method
@@ -43,12 +44,14 @@ class Parts:
 
 
 def run(config: Config) -> None:
-    """Trains by a recipe; the last lines on the terminal say what came out and where it lies."""
+    """Trains by a recipe; the last lines on the terminal give the results and the paths of the files."""
     quiet_libraries()
     with Session.start(config) as session:
         with session.clock("load"):
             parts = build(session)
             session.open(parts.models.trainable)
+            if session.ranks.first:
+                announce(session, parts.models.policy)
             session.ledger.at_peak = seconds_at_peak(config, parts.models.policy.family, session.ranks.device)
         with session.clock("evaluate"), parts.models.policy.reference():
             base = parts.evaluator("base model")  # first, so that whatever the examiner cannot do shows at once
@@ -61,7 +64,7 @@ def run(config: Config) -> None:
 
 
 def build(session: Session) -> Parts:
-    """Loads and checks all parts. Raises UserError for whatever the user has to mend, before anything is written."""
+    """Loads and checks all parts. Raises UserError for whatever the user has to put right, before writing anything."""
     config, ranks = session.config, session.ranks
     prompts, heldout = prompts_of(config, ranks)
     models = OnlineModels.load(config, ranks.device)
@@ -85,7 +88,7 @@ def build(session: Session) -> Parts:
 
 
 def prompts_of(config: Config, ranks: Ranks) -> tuple[list[str], list[str]]:
-    """(training prompts, held-out prompts). Raises UserError where they overlap or do not suffice."""
+    """Returns (training prompts, held-out prompts). Raises UserError if they overlap or do not suffice."""
     prompts = read_prompts(config.prompts.train, "prompts.train")
     count = config.evaluate.prompts
     if config.prompts.heldout is None:
@@ -98,8 +101,27 @@ def prompts_of(config: Config, ranks: Ranks) -> tuple[list[str], list[str]]:
         raise UserError(f"evaluate.prompts: found {count}, expected {ranks.size} (the processes) to {most} ({where})")
     both = set(prompts) & set(heldout)
     if both:
-        raise UserError(f"prompts.heldout: {len(both)} prompts are training prompts too, such as {min(both)!r}")
+        raise UserError(f"prompts.heldout: remove the {len(both)} prompts that are trained on, such as {min(both)!r}")
     return prompts, heldout[:count]
+
+
+def announce(session: Session, policy: Policy) -> None:
+    """Says what is about to run, in lines of at most 80 characters: of a long path its end is shown."""
+    config = session.config
+    trained = sum(p.numel() for p in policy.unet.parameters() if p.requires_grad)
+    rollout, ranks = config.rollout, session.ranks.size
+    prompts = f"{rollout.prompts} prompts" if ranks == 1 else f"{ranks} x {rollout.prompts} prompts"
+    facts = {
+        "model": f"{config.model.path}, {policy.family.name}",
+        "judge": config.judge.path,
+        "LoRA": f"{trained:,} parameters, rank {config.lora.rank}, learning rate {config.optim.lr:g}",
+        "run": f"{config.iterations} iterations of {prompts}, {rollout.k} branches, {rollout.num_steps} steps",
+        "device": f"{session.device_name}, {config.model.dtype}",
+        "folder": str(session.dir),
+    }
+    for name, fact in facts.items():
+        print(f"{name:<10}{fact if len(fact) <= 70 else f'...{fact[-67:]}'}")
+    print(flush=True)
 
 
 def close(config: Config, parts: Parts, base: Evaluation, tuned: Evaluation, summary: dict) -> None:

@@ -1,4 +1,4 @@
-"""LayerNorm modulated by a time embedding (adaLN), and the residual that stands before it.
+"""Computes LayerNorm modulated by a time embedding (adaLN), and the gated residual before it.
 
     adaln_modulate:        y = LayerNorm(x) * (1 + scale) + shift
     gated_residual_adaln:  h = residual + gate * branch;  y = LayerNorm(h) * (1 + scale) + shift
@@ -83,15 +83,15 @@ def adaln_backward_ref(
         dbranch, dgate = dx * gate.to(inside).unsqueeze(1), (dx * branch.to(inside)).sum(1)
     sum_dy_n, sum_dy = (dy * n).sum(1), dy.sum(1)  # (B, D) each
     dweight, dbias, dscale = (scale * sum_dy_n).sum(0), (scale * sum_dy).sum(0), weight * sum_dy_n + bias * sum_dy
-    found = (dx, dbranch, dgate, dweight, dbias, sum_dy, dscale)
-    return tuple(each if each is None else each.to(dtype) for each in found)
+    gradients = (dx, dbranch, dgate, dweight, dbias, sum_dy, dscale)
+    return tuple(grad if grad is None else grad.to(dtype) for grad in gradients)
 
 
 def adaln_modulate(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-5) -> Tensor:
-    """LayerNorm(x) * (1 + scale) + shift (DiT, arXiv 2212.09748, section 3.2).
+    """Computes LayerNorm(x) * (1 + scale) + shift (DiT, arXiv 2212.09748, section 3.2).
 
     x (B, L, D); weight, bias (D,) of the LayerNorm; shift, scale (B, D), of any stride between rows; all of one type
-    and on one device. Under autocast the arguments are taken in float32, as F.layer_norm takes its own.
+    and on one device. Under autocast the arguments are cast to float32, as F.layer_norm does.
     Returns (B, L, D) in the type of x. Differentiable in every tensor, once on CUDA.
     With shift = scale = 0 the reference equals F.layer_norm bit for bit.
     Raises ValueError naming the argument that does not fit, what it was and what it should be.
@@ -114,7 +114,7 @@ def gated_residual_adaln(
     scale: Tensor,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """The step between two sub-layers of a modulated block: gated residual, then modulated LayerNorm.
+    """Computes the step between two sub-layers of a modulated block: gated residual, then modulated LayerNorm.
 
     residual, branch (B, L, D); gate, shift, scale (B, D); weight, bias (D,); otherwise as for adaln_modulate. Returns
     (h, y), both (B, L, D), with h = residual + gate * branch and y = LayerNorm(h) * (1 + scale) + shift, where h is
@@ -123,12 +123,12 @@ def gated_residual_adaln(
     _check_rows(residual, "residual", weight=weight, bias=bias, gate=gate, shift=shift, scale=scale)
     if branch.shape != residual.shape:
         raise ValueError(f"branch has shape {tuple(branch.shape)}, expected that of residual, {tuple(residual.shape)}")
-    given = outside_autocast(residual, branch, gate, weight, bias, shift, scale)
-    residual, branch, gate, weight, bias, shift, scale = given
+    tensors = outside_autocast(residual, branch, gate, weight, bias, shift, scale)
+    residual, branch, gate, weight, bias, shift, scale = tensors
     check_alike(residual, "residual", branch=branch, gate=gate, weight=weight, bias=bias, shift=shift, scale=scale)
     if on_triton(residual):
-        return torch.ops.strop.gated_residual_adaln(*given, eps)[:2]
-    return gated_residual_adaln_ref(*given, eps)
+        return torch.ops.strop.gated_residual_adaln(*tensors, eps)[:2]
+    return gated_residual_adaln_ref(*tensors, eps)
 
 
 def _check_rows(x: Tensor, name: str, weight: Tensor, bias: Tensor, **modulation: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Triton kernels and torch ops of adaln.py, where the formulas, the shapes and the references stand.
+"""Triton kernels and torch ops of adaln.py, which has the formulas, the shapes and the `_ref` functions.
 
 Forward, rows x (B, L, D) with mean m and reciprocal deviation r of their own:
 
@@ -195,14 +195,14 @@ def _adaln_sum_kernel(
 
 
 def tiling(width: int, elements: int, most: int) -> dict[str, int]:
-    """ROWS, BLOCK and num_warps of a program that holds about `elements` elements and no more than `most` rows."""
+    """Returns ROWS, BLOCK and num_warps of a program that holds about `elements` elements and at most `most` rows."""
     block = triton.next_power_of_2(width)
     rows = max(1, min(most, elements // block))
     return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, min(16, rows * block // 256))}
 
 
 def chunk_of(batch: int, length: int) -> int:
-    """Rows of one b whose sums a program holds: enough programs for a large card, few sums. Depends on shapes only."""
+    """Returns how many rows of one b a program sums: enough programs for a large card, few sums; by shapes alone."""
     for chunk in (8, 16, 32):
         if batch * triton.cdiv(length, chunk) <= 1024:
             return chunk
@@ -219,7 +219,7 @@ def _forward(
     scale: Tensor,
     eps: float,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """(h if gated, y, stats)."""
+    """Returns (h or None if not gated, y, stats)."""
     gated = gate is not None
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     shift, scale = rows_of(shift), rows_of(scale)
@@ -246,7 +246,7 @@ def _backward(
     scale: Tensor,
     stats: Tensor,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
-    """dx (dresidual if gated), dbranch, dgate, dweight, dbias, dshift, dscale."""
+    """Returns dx (dresidual if gated), dbranch, dgate, dweight, dbias, dshift, dscale."""
     gated = gate is not None
     dy, h, weight, bias, scale = dy.contiguous(), h.contiguous(), weight.contiguous(), bias.contiguous(), rows_of(scale)
     dh, branch, gate = (dh.contiguous(), branch.contiguous(), rows_of(gate)) if gated else (dy, h, scale)
@@ -276,7 +276,7 @@ def _backward(
 def adaln_modulate_op(
     x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """(y, stats): stats (2, B, L) for the backward."""
+    """Returns (y, stats); stats (2, B, L) are for the backward."""
     forward = _forward if on_triton(x) else adaln_forward_ref
     return forward(x, None, None, weight, bias, shift, scale, eps)[1:]
 
@@ -285,10 +285,10 @@ def adaln_modulate_op(
 def adaln_modulate_backward_op(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, stats: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, dweight, dbias, dshift, dscale."""
+    """Returns dx, dweight, dbias, dshift, dscale."""
     backward = _backward if on_triton(x) else adaln_backward_ref
-    dx, _, _, *rest = backward(dy, None, x, None, None, weight, bias, scale, stats)
-    return dx, *rest
+    dx, _, _, *parameter_grads = backward(dy, None, x, None, None, weight, bias, scale, stats)
+    return dx, *parameter_grads
 
 
 @triton_op("strop::gated_residual_adaln", mutates_args=())
@@ -302,7 +302,7 @@ def gated_residual_adaln_op(
     scale: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(h, y, stats): stats (2, B, L) for the backward."""
+    """Returns (h, y, stats); stats (2, B, L) are for the backward."""
     forward = _forward if on_triton(residual) else adaln_forward_ref
     return forward(residual, branch, gate, weight, bias, shift, scale, eps)
 
@@ -319,7 +319,7 @@ def gated_residual_adaln_backward_op(
     scale: Tensor,
     stats: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dresidual, dbranch, dgate, dweight, dbias, dshift, dscale."""
+    """Returns dresidual, dbranch, dgate, dweight, dbias, dshift, dscale."""
     backward = _backward if on_triton(h) else adaln_backward_ref
     return backward(dy, dh, h, branch, gate, weight, bias, scale, stats)
 

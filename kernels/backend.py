@@ -1,7 +1,7 @@
-"""Which code answers a call: Triton's kernels for CUDA tensors, the plain PyTorch reference for all others.
+"""Decides which code answers a call: Triton's kernels for CUDA tensors, the op's `_ref` in plain PyTorch for others.
 
-This is the one place that decides, and the only one that touches torch's and Triton's launching. Triton is optional:
-without it every call goes to the reference. Under TRITON_INTERPRET=1 (read when this is imported) the kernels run on
+No other file decides that, or touches torch's and Triton's launching. Triton is optional:
+without it every call goes to the `_ref`. Under TRITON_INTERPRET=1 (read when this is imported) the kernels run on
 CPU tensors too, in Triton's interpreter, which is slow and meant for tests.
 """
 
@@ -37,7 +37,7 @@ class Launch(NamedTuple):
 
 
 def use_reference(forced: bool) -> None:
-    """From now on and in this process, answer every call with the reference (True), or by the rule again (False)."""
+    """Makes every later call in this process go to the `_ref` (True), or again by the rule above (False)."""
     _choice.reference = forced
 
 
@@ -50,7 +50,7 @@ def on_triton(*tensors: Tensor) -> bool:
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Within it, kernels are not launched but noted in the list that it gives, in order: for reports, on any device."""
+    """Opens a context in which kernels are not launched but appended to the list that it yields; on any device."""
     _choice.record = launches = []
     try:
         yield launches
@@ -67,7 +67,7 @@ class _Recorder:
 
 
 def launch(kernel):
-    """The kernel, ready for `launch(kernel)[grid](*args, **constants)`, in eager mode and within torch.compile."""
+    """Prepares a kernel for `launch(kernel)[grid](*args, **constants)`, in eager mode and within torch.compile."""
     if _choice.record is not None:
         return _Recorder(kernel, _choice.record)
     return kernel if INTERPRETED else wrap_triton(kernel)
@@ -85,18 +85,18 @@ def check_alike(like: Tensor, name: str, **others: Tensor | None) -> None:
 
 
 def rows_of(tensor: Tensor) -> Tensor:
-    """The tensor itself if its last dimension is dense, else a dense copy: kernels take any stride between rows."""
+    """Returns the tensor if its last dimension is dense, else a dense copy; kernels take any stride between rows."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def wide(*tensors: Tensor | None) -> torch.dtype:
-    """The type in which a reference computes: float32, or float64 where a tensor is."""
+    """Returns the type in which a `_ref` computes: float32, or float64 where a tensor is."""
     types = [tensor.dtype for tensor in tensors if tensor is not None]
     return torch.float64 if torch.float64 in types else torch.float32
 
 
 def outside_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, the tensors in float32, as F.layer_norm has its own; else the tensors as they are."""
+    """Casts the tensors to float32 under autocast, as F.layer_norm does; returns them unchanged otherwise."""
     device = tensors[0].device.type
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         return tuple(tensor.float() for tensor in tensors)

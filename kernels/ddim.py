@@ -1,4 +1,4 @@
-"""The stochastic DDIM step with classifier-free guidance, its k branches, and its log-probability.
+"""Computes the stochastic DDIM step with classifier-free guidance, its k branches, and its log-probability.
 
     m       = eps_uncond + guidance * (eps_text - eps_uncond)          model output, epsilon or v
     x0_hat  = x0_from_x * x_t + x0_from_m * m
@@ -26,7 +26,7 @@ from .backend import check_alike, on_triton, wide
 
 @dataclass(frozen=True, slots=True)
 class DDIMCoefficients:
-    """The table of one schedule, a row a number, a column a step (index 0 is the noisiest).
+    """The table of one schedule: a row for each number, a column for each step (index 0 is the noisiest).
 
     t: training timesteps, `num_steps` of them and then 0, the timestep of the clean latent. Those of DDIM are whole
     numbers; those of a rectified flow are 1000 sigma, and need not be.
@@ -40,10 +40,11 @@ class DDIMCoefficients:
     def build(
         cls, alphas_cumprod: Tensor, num_steps: int, eta: float, prediction_type: str = "epsilon", steps_offset: int = 1
     ) -> "DDIMCoefficients":
-        """alphas_cumprod (1000,) in (0, 1); "leading" spacing; prediction_type "epsilon" or "v_prediction".
+        """Builds the table from alphas_cumprod (1000,) in (0, 1), with "leading" spacing.
 
         As published, the step after the last one ends at alphas_cumprod[0], not at 1 (formula 12 of DDIM,
-        arXiv 2010.02502, with sigma from formula 16). Raises ValueError for an unknown prediction_type.
+        arXiv 2010.02502, with sigma from formula 16). prediction_type: "epsilon" or "v_prediction". Raises ValueError
+        for another one, and for num_steps out of range.
         """
         train_steps = len(alphas_cumprod)
         if not 1 <= num_steps <= train_steps:
@@ -76,7 +77,7 @@ def guide_ref(eps_uncond: Tensor | None, eps_text: Tensor, guidance: float) -> T
 
 
 def away_ref(x_prev: Tensor, x_t: Tensor, model_output: Tensor, from_x: Tensor, from_m: Tensor) -> Tensor:
-    """x_prev - mean. from_x is nearly 1: taking x_t off first keeps the digits that a small sigma needs."""
+    """Computes x_prev - mean. from_x is nearly 1: subtracting x_t first keeps the digits that a small sigma needs."""
     x_prev, x_t = x_prev.to(from_x), x_t.to(from_x)
     return x_prev - x_t - (from_x - 1) * x_t - from_m * model_output
 
@@ -146,21 +147,21 @@ def ddim_log_prob_backward_ref(
 def ddim_x0_hat(
     x_t: Tensor, eps_uncond: Tensor | None, eps_text: Tensor, guidance: float, coefficients: Tensor
 ) -> Tensor:
-    """Predicted clean latent of each row (formula 12 of DDIM, its first term).
+    """Predicts the clean latent of each row (formula 12 of DDIM, its first term).
 
     Arguments and errors as for ddim_branch. Returns (N, C, H, W), float32 or wider.
     """
     _check_step(x_t, eps_uncond, eps_text, guidance, coefficients, "(N, C, H, W)")
     if on_triton(x_t, eps_text):  # a step with no branches
-        nothing = x_t.new_empty((0, *x_t.shape))
-        return torch.ops.strop.ddim_branch(x_t, eps_uncond, eps_text, float(guidance), coefficients, nothing)[1]
+        no_noise = x_t.new_empty((0, *x_t.shape))
+        return torch.ops.strop.ddim_branch(x_t, eps_uncond, eps_text, float(guidance), coefficients, no_noise)[1]
     return ddim_x0_hat_ref(x_t, eps_uncond, eps_text, guidance, coefficients)
 
 
 def ddim_branch(
     x_t: Tensor, eps_uncond: Tensor | None, eps_text: Tensor, guidance: float, coefficients: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """K stochastic DDIM steps from each row, and the row's predicted clean latent.
+    """Draws K stochastic DDIM steps from each row, and predicts the row's clean latent.
 
     x_t, eps_* (N, C, H, W), eps_uncond None without guidance; noise (K, N, C, H, W) standard normal, of the type of
     x_t; coefficients (5, N) float32, the columns of a DDIMCoefficients.table that belong to the rows. eps_* are of one
@@ -179,7 +180,7 @@ def ddim_branch(
 def ddim_log_prob(
     x_prev: Tensor, x_t: Tensor, eps_uncond: Tensor | None, eps_text: Tensor, guidance: float, coefficients: Tensor
 ) -> Tensor:
-    """Log-density of drawing x_prev from x_t, as published the mean over C, H, W instead of the sum.
+    """Computes the log-density of drawing x_prev from x_t, as published the mean over C, H, W instead of the sum.
 
     x_prev (S, N, C, H, W), S >= 1; x_t, eps_* (R, N, C, H, W) with R = 1 where all S share x_t, else R = S;
     coefficients (5, N) float32, the same for all S. S is 1 for a trajectory, 2 for winner and loser. x_prev and x_t are
@@ -203,7 +204,7 @@ def ddim_log_ratio(
     guidance: float,
     coefficients: Tensor,
 ) -> Tensor:
-    """log p(x_prev | x_t) of the policy's eps_* minus that of the reference's ref_*, in one pass.
+    """Computes log p(x_prev | x_t) of the policy's eps_* minus that of the reference's ref_*, in one pass.
 
     Arguments as for ddim_log_prob, ref_* like eps_*. Computed from the difference of the predictions, and therefore
     exact to rounding where the two agree, while ddim_log_prob twice loses the digits that both have in common.
@@ -213,18 +214,18 @@ def ddim_log_ratio(
     _check_constant(x_prev=x_prev, x_t=x_t, ref_uncond=ref_uncond, ref_text=ref_text)
     if (ref_uncond is None) != (eps_uncond is None):
         raise ValueError("ref_uncond and eps_uncond: expected both or neither to be None")
-    for name, given in (("ref_uncond", ref_uncond), ("ref_text", ref_text)):
-        if given is not None and given.shape != x_t.shape:
-            raise ValueError(f"{name} has shape {tuple(given.shape)}, expected that of x_t, {tuple(x_t.shape)}")
+    for name, eps in (("ref_uncond", ref_uncond), ("ref_text", ref_text)):
+        if eps is not None and eps.shape != x_t.shape:
+            raise ValueError(f"{name} has shape {tuple(eps.shape)}, expected that of x_t, {tuple(x_t.shape)}")
     check_alike(eps_text, "eps_text", ref_uncond=ref_uncond, ref_text=ref_text)
-    given = (x_prev, x_t, eps_uncond, eps_text, ref_uncond, ref_text)
+    tensors = (x_prev, x_t, eps_uncond, eps_text, ref_uncond, ref_text)
     if on_triton(x_t, eps_text):
-        return torch.ops.strop.ddim_log_ratio(*given, float(guidance), coefficients)
-    return ddim_log_ratio_ref(*given, guidance, coefficients)
+        return torch.ops.strop.ddim_log_ratio(*tensors, float(guidance), coefficients)
+    return ddim_log_ratio_ref(*tensors, guidance, coefficients)
 
 
 def per_row(numbers: Tensor, *tensors: Tensor) -> Tensor:
-    """(..., N) -> (..., N, 1, 1, 1), so that each number meets its row of (N, C, H, W), as wide as the tensors ask."""
+    """Shapes (..., N) to (..., N, 1, 1, 1), to broadcast over rows (N, C, H, W), in the type `wide` of the tensors."""
     return numbers[..., None, None, None].to(wide(*tensors))
 
 
@@ -254,14 +255,14 @@ def _check_step(
     if isinstance(guidance, Tensor):
         raise ValueError(f"guidance is a tensor of shape {tuple(guidance.shape)}, expected a number")
     check_alike(eps_text, "eps_text", eps_uncond=eps_uncond)
-    for name, given in (("eps_text", eps_text), ("coefficients", coefficients)):
-        if given.device != x_t.device:
-            raise ValueError(f"{name} is on {given.device}, expected {x_t.device} like x_t")
+    for name, tensor in (("eps_text", eps_text), ("coefficients", coefficients)):
+        if tensor.device != x_t.device:
+            raise ValueError(f"{name} is on {tensor.device}, expected {x_t.device} like x_t")
     if coefficients.dtype != torch.float32:
         raise ValueError(f"coefficients is {coefficients.dtype}, expected torch.float32")
 
 
-def _check_constant(**given: Tensor | None) -> None:
-    for name, tensor in given.items():
+def _check_constant(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
         if tensor is not None and tensor.requires_grad:
             raise ValueError(f"{name} requires a gradient, but only eps_uncond and eps_text get one; detach it")

@@ -1,4 +1,4 @@
-"""Triton kernel and torch op of ddim_branch and ddim_x0_hat; ddim.py has the formulas, the shapes and the reference.
+"""Triton kernel and torch op of ddim_branch and ddim_x0_hat; ddim.py has formulas, shapes and `_ref` functions.
 
 E = C H W numbers to a row; the model output m = eps_uncond + guidance (eps_text - eps_uncond) is formed on the way.
 Per number of x_t, with s the size of the types: reads (3 + K) s, without guidance (2 + K) s, and writes K s + 4.
@@ -19,7 +19,7 @@ BLOCK = 1024  # numbers of a row to a program
 
 @triton.jit
 def guided(uncond, text, guidance, GUIDED: tl.constexpr):
-    """guide_ref of loaded numbers."""
+    """Does as guide_ref with loaded numbers."""
     return uncond + guidance * (text - uncond) if GUIDED else text
 
 
@@ -85,7 +85,7 @@ def _branch(
 def ddim_branch_op(
     x_t: Tensor, eps_uncond: Tensor | None, eps_text: Tensor, guidance: float, coefficients: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(branches, x0_hat)."""
+    """Returns (branches, x0_hat)."""
     branch = _branch if on_triton(x_t, eps_text) else ddim_branch_ref
     return branch(x_t, eps_uncond, eps_text, guidance, coefficients, noise)
 
@@ -97,7 +97,7 @@ def _save_branch(ctx, inputs, output) -> None:
 
 
 def _backward_branch(ctx, dbranches: Tensor, dx0: Tensor) -> tuple[Tensor | None, ...]:
-    """The step is linear in its tensors: a few multiplications, for which PyTorch will do."""
+    """Computes the gradients in PyTorch: the step is linear in its tensors, so they are a few multiplications."""
     x0_from_x, x0_from_m, from_x, from_m, sigma = per_row(ctx.saved_tensors[0], dx0)
     dmean, (latents, outputs) = dbranches.to(dx0.dtype).sum(0), ctx.dtypes
     dm = x0_from_m * dx0 + from_m * dmean

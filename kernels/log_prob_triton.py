@@ -1,4 +1,4 @@
-"""Triton kernels and torch ops of ddim_log_prob and ddim_log_ratio; ddim.py has formulas, shapes and references.
+"""Triton kernels and torch ops of ddim_log_prob and ddim_log_ratio; ddim.py has formulas, shapes and `_ref`s.
 
 E = C H W numbers to a row. Per number of (N, E), with s the size of the types: ddim_log_prob reads (S + 3 R) s bytes,
 ddim_log_ratio (S + 5 R) s, and both write 4 S / BLOCK; their common backward reads as much as ddim_log_prob and writes
@@ -101,10 +101,10 @@ def _ddim_log_prob_sum_kernel(
     sigma = tl.load(table_ptr + (mine % rows) * table_col + 4 * table_row)
     mean = tl.sum(total, axis=0) / size / (sigma * sigma)
     if RATIO:
-        found = mean
+        log_value = mean
     else:
-        found = -0.5 * mean - tl.log(sigma) - HALF_LOG_TWO_PI
-    tl.store(out_ptr + mine, found)
+        log_value = -0.5 * mean - tl.log(sigma) - HALF_LOG_TWO_PI
+    tl.store(out_ptr + mine, log_value)
 
 
 @triton.jit
@@ -153,7 +153,7 @@ def _ddim_log_prob_bwd_kernel(
 
 
 def _draws(x_prev: Tensor, x_t: Tensor) -> int:
-    """Rows of x_prev to a row of x_t. Where each has its own x_t, (S, N) is nothing but S N rows."""
+    """Returns the rows of x_prev to a row of x_t. Where each has its own x_t, (S, N) is treated as S N rows."""
     return int(x_prev.shape[0]) if x_t.shape[0] == 1 else 1
 
 
@@ -167,7 +167,7 @@ def _log_prob(
     guidance: float,
     coefficients: Tensor,
 ) -> Tensor:
-    """(S, N): the log-ratio if ref_text is given, else the log-density."""
+    """Returns the log-ratio (S, N) if ref_text is not None, else the log-density (S, N)."""
     guided, ratio = eps_uncond is not None, ref_text is not None
     x_prev, x_t, text = x_prev.contiguous(), x_t.contiguous(), eps_text.contiguous()
     uncond = eps_uncond.contiguous() if guided else text
@@ -181,11 +181,11 @@ def _log_prob(
         x_prev, x_t, uncond, text, ref_uncond, ref_text, coefficients, sums, *coefficients.stride(), guidance,
         size, rows, GUIDED=guided, RATIO=ratio, DRAWS=_draws(x_prev, x_t), BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
-    found = sums.new_empty((many, rows))
+    out = sums.new_empty((many, rows))
     launch(_ddim_log_prob_sum_kernel)[(many * rows,)](
-        sums, coefficients, found, *coefficients.stride(), size, rows, blocks, RATIO=ratio, PARTS=PARTS, num_warps=1
+        sums, coefficients, out, *coefficients.stride(), size, rows, blocks, RATIO=ratio, PARTS=PARTS, num_warps=1
     )
-    return found
+    return out
 
 
 def _log_prob_backward(
@@ -215,7 +215,7 @@ def _log_prob_backward(
 def ddim_log_prob_op(
     x_prev: Tensor, x_t: Tensor, eps_uncond: Tensor | None, eps_text: Tensor, guidance: float, coefficients: Tensor
 ) -> Tensor:
-    """Log-densities (S, N)."""
+    """Returns log-densities (S, N)."""
     if on_triton(x_t, eps_text):
         return _log_prob(x_prev, x_t, eps_uncond, eps_text, None, None, guidance, coefficients)
     return ddim_log_prob_ref(x_prev, x_t, eps_uncond, eps_text, guidance, coefficients)
@@ -232,7 +232,7 @@ def ddim_log_ratio_op(
     guidance: float,
     coefficients: Tensor,
 ) -> Tensor:
-    """Log-ratios (S, N)."""
+    """Returns log-ratios (S, N)."""
     log_ratio = _log_prob if on_triton(x_t, eps_text) else ddim_log_ratio_ref
     return log_ratio(x_prev, x_t, eps_uncond, eps_text, ref_uncond, ref_text, guidance, coefficients)
 
@@ -247,7 +247,7 @@ def ddim_log_prob_backward_op(
     guidance: float,
     coefficients: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients in eps_uncond (empty without it) and eps_text, of ddim_log_prob and ddim_log_ratio alike."""
+    """Returns the gradients in eps_uncond (empty without it) and eps_text, of ddim_log_prob and ddim_log_ratio."""
     backward = _log_prob_backward if on_triton(x_t, eps_text) else ddim_log_prob_backward_ref
     return backward(grad, x_prev, x_t, eps_uncond, eps_text, guidance, coefficients)
 
@@ -259,9 +259,9 @@ def _save_log_prob(ctx, inputs, output) -> None:
 
 
 def _backward_log_prob(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    *given, coefficients = ctx.saved_tensors
-    duncond, dtext = torch.ops.strop.ddim_log_prob_backward(grad, *given, ctx.guidance, coefficients)
-    return None, None, None if given[2] is None else duncond, dtext, *[None] * ctx.constants
+    *tensors, coefficients = ctx.saved_tensors
+    duncond, dtext = torch.ops.strop.ddim_log_prob_backward(grad, *tensors, ctx.guidance, coefficients)
+    return None, None, None if tensors[2] is None else duncond, dtext, *[None] * ctx.constants
 
 
 ddim_log_prob_op.register_autograd(_backward_log_prob, setup_context=_save_log_prob)

@@ -1,8 +1,8 @@
-"""What the compiler makes of every kernel, on any machine: `python -m strop.kernels.report`, no GPU needed.
+"""Reports how every kernel is compiled, on any machine without a GPU: `python -m strop.kernels.report`.
 
 It asks the launchers for the launches that they would make at the shapes of SHAPES, compiles each one ahead of time for
 sm_80 (A100) and sm_90 (H100, H200) as Triton would at the first call, and reads registers, spills and shared memory
-from the machine code and the widest access to global memory from the PTX. It runs nothing, and says nothing of speed.
+from the machine code and the widest access to global memory from the PTX. It runs no kernel and measures no time.
 """
 
 from __future__ import annotations

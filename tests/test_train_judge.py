@@ -271,11 +271,11 @@ def test_clean_pairs_are_read_beside_the_cache(file_recipe, tmp_path):
 
 def test_the_encoders_leave_the_device_once_all_is_kept(file_recipe, tmp_path):
     method, _ = built(file_recipe("parquet"))
-    assert method.sets.kept
+    assert method.sets.cached
     assert method.denoiser.diffusion.text_encoders == []
     assert {p.device.type for p in method.denoiser.diffusion.vae.encoder.parameters()} == {"cpu"}
     live, _ = built(file_recipe("parquet", "data.cache=null"))
-    assert not live.sets.kept
+    assert not live.sets.cached
     assert len(live.denoiser.diffusion.text_encoders) == 1
 
 

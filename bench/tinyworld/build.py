@@ -1,6 +1,6 @@
 """Builds tinyworld: `python -m strop.bench.tinyworld.build [stage ...] [--out DIR]`; without stages, all in order.
 
-Each stage draws from a seed of its own and reads what earlier stages saved, so that stages can be run one by one, with
+Each stage has a separate seed and reads the files of earlier stages, so that stages can be run one by one, with
 the same result. One CPU thread unless --threads says otherwise; bit-equal results need the same threads and machine.
 """
 
@@ -34,12 +34,12 @@ HERE = Path(__file__).parent
 
 
 def prompts(weights: Path) -> None:
-    """prompts/train.txt and prompts/heldout.txt, beside the weights folder."""
+    """Writes prompts/train.txt and prompts/heldout.txt, beside the weights folder."""
     write_prompts(weights.parent / "prompts", stage_seed("prompts"))
 
 
 def judge(weights: Path) -> None:
-    """weights/judge: the step-aware preference model, fine-tuned from weights/pickscore by the engine itself."""
+    """Fine-tunes weights/judge, the step-aware preference model, from weights/pickscore by engine/train_judge.py."""
     with tempfile.TemporaryDirectory() as run:
         overrides = [f"model.path={weights / 'sd'}", f"judge.path={weights / 'pickscore'}", f"run.dir={run}"]
         recipe = HERE.parents[1] / "configs" / "judge_tinyworld.yaml"
@@ -54,7 +54,7 @@ def judge(weights: Path) -> None:
 
 
 def base(weights: Path) -> None:
-    """How well the base model follows held-out captions, and the quality it draws, as the examiners see it."""
+    """Measures by the examiners how well the base model follows held-out captions, and the quality of its images."""
     record(weights, "base", train_unet.evaluate(weights))
 
 

@@ -49,12 +49,12 @@ not perfect (see below), so that alignment figures carry its errors.
 
 
 def _size(folder: Path) -> float:
-    """MB (10^6 bytes) of all safetensors under a folder."""
+    """Returns the MB (10^6 bytes) of all safetensors under a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 1e6
 
 
 def write(weights: Path) -> None:
-    """weights/README.md."""
+    """Writes weights/README.md."""
     figures = json.loads((weights / "figures.json").read_text())
     lines = [_HEAD, "## Figures reached", ""]
     for stage, title in _TITLES.items():

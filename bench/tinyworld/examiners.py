@@ -1,6 +1,6 @@
-"""The examiners: they grade what a tuned model draws, and no judge or trainer ever sees them.
+"""Loads the examiners, which grade the images of a tuned model, and which no judge or trainer ever sees.
 
-One CNN reads the quality q off an image, another reads the attributes that the caption names. Weights and data are
+One CNN predicts the quality q of an image, another the attributes that the caption names. Weights and data are
 independent of PickScore's; see train_examiners.py.
 """
 
@@ -16,7 +16,7 @@ from strop.bench.tinyworld import models
 from strop.bench.tinyworld.world import BACKGROUNDS, LAYOUTS, OBJECT_COLOURS, SHAPES, Scene, parse
 
 WEIGHTS = Path(__file__).parent / "weights"
-IGNORED = -100  # what a caption does not say
+IGNORED = -100  # the class of an attribute that a caption does not name
 
 HEADS = {
     "layout": LAYOUTS,
@@ -30,7 +30,7 @@ HEADS = {
 
 
 def attributes(scenes: list[Scene]) -> torch.Tensor:
-    """(n, 7) class indices in the order of HEADS, IGNORED where the caption does not say."""
+    """Returns class indices (n, 7) in the order of HEADS, IGNORED where the caption does not name the attribute."""
     rows = []
     for scene in scenes:
         named = [(getattr(scene, head), options) for head, options in HEADS.items()]
@@ -43,9 +43,9 @@ def head_sizes() -> dict[str, int]:
 
 
 def attributes_right(logits: dict[str, torch.Tensor], wanted: torch.Tensor) -> torch.Tensor:
-    """(n, 7) bool: right, or not named."""
-    seen = torch.stack([logits[name].argmax(1) for name in HEADS], 1)
-    return (seen == wanted) | (wanted == IGNORED)
+    """Returns whether each attribute is right or not named, (n, 7) bool."""
+    predicted = torch.stack([logits[name].argmax(1) for name in HEADS], 1)
+    return (predicted == wanted) | (wanted == IGNORED)
 
 
 def load(device: str | torch.device, weights: Path = WEIGHTS) -> Callable[..., dict[str, torch.Tensor]]:

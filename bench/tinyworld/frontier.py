@@ -1,12 +1,11 @@
-"""What each approximation costs in quality and buys in compute: `python -m strop.bench.tinyworld.frontier`.
+"""Measures each approximation's quality and compute: `python -m strop.bench.tinyworld.frontier`.
 
-From the root of the repository. Every variant is a whole run of engine/train.py on one thread, for each seed, with the
-keys below changed. Gains are those on held-out prompts, as the examiners of tinyworld see them. Compute is that of the
-loop, rollouts and updates; evaluation, loading, and the texts, which are encoded before the loop, are left out of it.
-What a saving is worth shows beside the control, which spends less by asking for fewer prompts and nothing else.
+It is run from the root of the repository. Every variant is a whole run of engine/train.py on one thread, for each seed,
+with the keys below changed. Gains are those on held-out prompts, by the examiners of tinyworld. Compute is that of the
+loop, rollouts and updates, without evaluation, loading, and the texts, which are encoded before the loop. A saving has
+to beat the control, which spends less by having fewer prompts and nothing else.
 
-Finished runs are kept, and not run again. Written are bench/results/frontier_tinyworld.json and .png, of all the runs
-that are there.
+Finished runs are not run again. bench/results/frontier_tinyworld.json and .png are written of all runs in the folder.
 """
 
 from __future__ import annotations
@@ -73,27 +72,26 @@ VARIANTS = {
     "decoder": Variant("tiny decoder", (TINY,)),
     "recipe_decoder": Variant("fast recipe, tiny decoder", (TINY,), FAST),
 }
-# seconds are of one thread, from iterations timed apart; wall_seconds the run's own, with whatever ran beside it.
+# seconds: on one thread, from iterations timed separately; wall_seconds: of the run, with other programs beside it.
 COLUMNS = ("quality", "alignment", "optimizer_steps", "flop", "seconds", "wall_seconds")
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """FLOP or seconds of the training loop: of a prompt's rollout, and of a pair in the policy (forward and backward)
-    and in the reference."""
+    """FLOP or seconds of a prompt's rollout, and of a pair in the policy (forward, backward) and in the reference."""
 
     prompt: float
     policy: float
     reference: float
 
     def of_run(self, prompts: int, pairs: int, passes: int) -> float:
-        """prompts rolled out, pairs trained on."""
+        """Returns the cost of a run that rolls out `prompts` and trains on `pairs`."""
         return prompts * self.prompt + pairs * (passes * self.policy + self.reference)
 
 
 @exit_on_user_error
 def main(argv: Sequence[str]) -> None:
-    """Runs what has not been run, writes the figures and the plot, and prints the table."""
+    """Runs the missing runs, writes the record and the plot, and prints the table."""
     parser = argparse.ArgumentParser(prog="python -m strop.bench.tinyworld.frontier", description=main.__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant, from seed 42 on")
     parser.add_argument("--out", type=Path, default=Path("runs/frontier"), help="folder of the runs")
@@ -104,8 +102,8 @@ def main(argv: Sequence[str]) -> None:
     torch.set_num_threads(1)
     seeds = range(42, 42 + args.seeds)
     run_all([(name, seed) for name in VARIANTS if name in args.only for seed in seeds], args.out, args.jobs)
-    found = collect(args.out, seeds)
-    record = summarise(found)
+    measured = collect(args.out, seeds)
+    record = summarise(measured)
     target = ROOT / "bench" / "results" / "frontier_tinyworld.json"
     target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(record, indent=2) + "\n")
@@ -114,18 +112,18 @@ def main(argv: Sequence[str]) -> None:
 
 
 def collect(out: Path, seeds: Sequence[int]) -> dict[str, dict[int, dict[str, float]]]:
-    """variant -> seed -> COLUMNS, of the runs that are there."""
-    found = {}
+    """Returns variant -> seed -> COLUMNS of the finished runs."""
+    measured = {}
     for name in VARIANTS:
         done = [folder(out, name, seed) for seed in seeds if finished(out, name, seed)]
         if done:
             cost = costs(name)
-            found[name] = {load(run / "config.yaml").run.seed: measure(run, cost) for run in done}
-    return found
+            measured[name] = {load(run / "config.yaml").run.seed: measure(run, cost) for run in done}
+    return measured
 
 
 def recipe(name: str, *more: str) -> Config:
-    """The configuration of a variant."""
+    """Loads the configuration of a variant."""
     return load(VARIANTS[name].recipe, [*VARIANTS[name].changes, *more])
 
 
@@ -134,19 +132,19 @@ def folder(out: Path, name: str, seed: int) -> Path:
 
 
 def finished(out: Path, name: str, seed: int) -> bool:
-    """Whether this run is there. Raises UserError where the folder has a run of another recipe."""
+    """Whether this run is finished. Raises UserError where the folder has a run of another recipe."""
     run = folder(out, name, seed)
     if not (run / "summary.json").exists():
         return False
     ignored = [key for key in MAY_CHANGE if key != "run.iterations" and not key.startswith("evaluate.")]
-    odd = differences(load(run / "config.yaml"), recipe(name, f"run.seed={seed}"), ignored)
-    if odd:
-        raise UserError(f"{run}: a run of another recipe ({odd[0]}); delete it, or choose another --out")
+    changed = differences(load(run / "config.yaml"), recipe(name, f"run.seed={seed}"), ignored)
+    if changed:
+        raise UserError(f"{run}: a run of another recipe ({changed[0]}); delete it, or choose another --out")
     return True
 
 
 def run_all(runs: Sequence[tuple[str, int]], out: Path, jobs: int) -> None:
-    """Trains every (variant, seed) that is not there yet; says after each how long the rest will take."""
+    """Trains every (variant, seed) that is not finished; prints after each how many minutes are left."""
     missing = [run for run in runs if not finished(out, *run)]
     begun = time.perf_counter()
     with ThreadPoolExecutor(jobs) as pool:
@@ -157,7 +155,7 @@ def run_all(runs: Sequence[tuple[str, int]], out: Path, jobs: int) -> None:
 
 
 def run_one(name: str, seed: int, out: Path) -> Path:
-    """One run of engine/train.py on one thread; what an interrupted one left is removed. Returns its folder."""
+    """Runs engine/train.py on one thread, after removing an interrupted run. Returns its folder."""
     run = folder(out, name, seed)
     shutil.rmtree(run, ignore_errors=True)
     run.parent.mkdir(parents=True, exist_ok=True)
@@ -176,7 +174,7 @@ def run_one(name: str, seed: int, out: Path) -> Path:
 
 
 def costs(name: str) -> dict[str, Costs]:
-    """FLOP and seconds of a variant's prompts and pairs, while the engine does a few iterations of it."""
+    """Measures FLOP and seconds of a variant's prompts and pairs by running a few iterations of it."""
     once = ("rollout.threshold=0", "run.iterations=1", "optim.passes=1", "optim.keep_pairs=1.0")
     config, cpu = recipe(name, *once), torch.device("cpu")
     judge = StepAwarePreferenceModel.load(config.judge, cpu)
@@ -189,7 +187,7 @@ def costs(name: str) -> dict[str, Costs]:
 
 
 def iteration(models: ours.Ours, prompts: Sequence[str], measured: Callable) -> Costs:
-    """One iteration as engine/train.py makes it, in three parts; measured(part) gives its result and what it took."""
+    """Runs an iteration of engine/train.py in three parts; measured(part) returns (the part's result, its cost)."""
     rng = torch.Generator().manual_seed(models.config.run.seed)
     cond = Embeddings(models.diffusion, models.judge, [list(prompts)])[prompts]
     pairs, rolled = measured(lambda: ours.roll(models, cond, rng))
@@ -199,21 +197,21 @@ def iteration(models: ours.Ours, prompts: Sequence[str], measured: Callable) -> 
 
 
 def flop_of(work: Callable) -> tuple[Any, float]:
-    """Result of `work()` and the operations of its matrix products and convolutions."""
+    """Returns the result of `work()` and the operations of its matrix products and convolutions."""
     with FlopCounterMode(display=False, custom_mapping=EXTRA_FORMULAS) as mode:
         result = work()
     return result, mode.get_total_flops()
 
 
 def seconds_of(work: Callable) -> tuple[Any, float]:
-    """Result of `work()` and the seconds of this process, which do not count those given to others."""
+    """Returns the result of `work()` and the CPU seconds that this process spent on it."""
     begun = time.process_time()
     result = work()
     return result, time.process_time() - begun
 
 
 def measure(run: Path, cost: dict[str, Costs]) -> dict[str, float]:
-    """COLUMNS of a finished run."""
+    """Returns COLUMNS of a finished run."""
     summary, optim = json.loads((run / "summary.json").read_text()), load(run / "config.yaml").optim
     so_far = [0, *(record["pairs"] for record in read_records(run / "metrics.jsonl"))]
     trained = sum(math.ceil(optim.keep_pairs * (now - before)) for before, now in pairwise(so_far))
@@ -226,22 +224,22 @@ def measure(run: Path, cost: dict[str, Costs]) -> dict[str, float]:
     }
 
 
-def summarise(found: dict[str, dict[int, dict[str, float]]]) -> dict:
-    """The figures by variant: of each seed, their means, and both relative to the exact recipe of the same seeds.
+def summarise(measured: dict[str, dict[int, dict[str, float]]]) -> dict:
+    """Returns the record by variant: values of each seed, their means, and both relative to the exact recipe's.
 
-    found: variant -> seed -> COLUMNS. Raises UserError without the exact recipe, to which all is relative.
+    measured: variant -> seed -> COLUMNS. Raises UserError if the exact recipe lacks one of the seeds.
     """
-    exact, variants = found.get("exact", {}), {}
-    for name, runs in found.items():
+    exact, variants = measured.get("exact", {}), {}
+    for name, runs in measured.items():
         if not runs.keys() <= exact.keys():
             raise UserError(f"{name} has seeds that the exact recipe has not; run that first, with --only exact")
         rows = {seed: row | relative(row, exact[seed]) for seed, row in runs.items()}
-        own = mean(runs.values())
+        means = mean(runs.values())
         variants[name] = {
             "title": VARIANTS[name].title,
             "recipe": VARIANTS[name].recipe,
             "changes": list(VARIANTS[name].changes),
-            "mean": own | relative(own, mean([exact[seed] for seed in runs])),
+            "mean": means | relative(means, mean([exact[seed] for seed in runs])),
             "seeds": rows,
         }
     machine = f"cpu, {os.cpu_count()} cores, 1 thread a run"
@@ -249,7 +247,7 @@ def summarise(found: dict[str, dict[int, dict[str, float]]]) -> dict:
 
 
 def relative(row: dict[str, float], exact: dict[str, float]) -> dict[str, dict[str, float]]:
-    """Under that name, what of the exact recipe's gain and costs a row has."""
+    """Returns {"relative": a row's gain and costs over those of the exact recipe}."""
     return {"relative": {name: round(row[name] / exact[name], 4) for name in ("quality", "flop", "seconds")}}
 
 
@@ -258,16 +256,17 @@ def mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def table(record: dict) -> str:
-    """The means by variant as a table of Markdown, the quality of each seed in brackets."""
+    """Writes the means by variant as a table of Markdown, the quality of each seed in brackets."""
     head = "| variant | optimizer steps | quality | of the exact | alignment | FLOP | seconds |"
     lines = [head, "|---|---|---|---|---|---|---|"]
     for variant in record["variants"].values():
         row, seeds = variant["mean"], variant["seeds"].values()
         each = " ".join(f"{seed['quality']:.3f}" for seed in seeds)
-        share = row["relative"]
+        relative_row = row["relative"]
         lines.append(
             f"| {variant['title']} | {row['optimizer_steps']:.0f} | {row['quality']:+.3f} ({each}) | "
-            f"{share['quality']:.2f} | {row['alignment']:+.3f} | {share['flop']:.2f} | {share['seconds']:.2f} |"
+            f"{relative_row['quality']:.2f} | {row['alignment']:+.3f} | {relative_row['flop']:.2f} | "
+            f"{relative_row['seconds']:.2f} |"
         )
     return "\n".join(lines)
 

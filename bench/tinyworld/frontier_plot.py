@@ -1,4 +1,4 @@
-"""The picture of bench/tinyworld/frontier.py: compute against quality gain, every seed a small dot beside the means."""
+"""Draws the picture of bench/tinyworld/frontier.py: compute against quality gain, seeds as small dots beside means."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONTROL = ("control", "half")  # less of the same: what any saving has to beat
 
 
 def plot(record: dict, path: Path) -> None:
-    """record: what frontier.summarise returns. Writes a PNG."""
+    """Draws the record of frontier.summarise into a PNG."""
     figure = Figure(figsize=(9, 6), dpi=130, facecolor="white", layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -28,10 +28,10 @@ def plot(record: dict, path: Path) -> None:
     seeds = []
     for name, variant in record["variants"].items():
         colour = FAINT if name in ("exact", *CONTROL) else LIMIT if name.startswith("recipe") else LINE
-        each = [place(row) for row in variant["seeds"].values()]
-        axes.scatter(*zip(*each, strict=True), s=12, color=colour, alpha=0.45, linewidths=0)
+        dots = [place(row) for row in variant["seeds"].values()]
+        axes.scatter(*zip(*dots, strict=True), s=12, color=colour, alpha=0.45, linewidths=0)
         axes.scatter(*points[name], s=60, color=colour, edgecolors="white", zorder=3)
-        seeds += each
+        seeds += dots
     for name in CONTROL:
         if name in points:
             ends = zip(points[name], points["exact"], strict=True)
@@ -51,14 +51,14 @@ def plot(record: dict, path: Path) -> None:
 
 
 def titled(variant: dict) -> str:
-    """Its title, which says so where there is but one seed."""
+    """Returns a variant's title, which says so where there is only one seed."""
     return variant["title"] + (" (one seed)" if len(variant["seeds"]) == 1 else "")
 
 
 def label(axes: Axes, points: dict[str, Point], titles: dict[str, str], others: Sequence[Point] = ()) -> None:
-    """Writes each point's title as near to it as it finds room, with a thin line where that is not beside it.
+    """Writes each point's title where there is room near it, with a thin line to a title that is not beside it.
 
-    others: points that are not written over, and have no title.
+    others: points without a title, over which nothing is written.
     """
     pixels = {name: axes.transData.transform(point) for name, point in points.items()}
     taken = [Bbox.from_bounds(x - 9, y - 9, 18, 18) for x, y in pixels.values()]

@@ -1,7 +1,7 @@
-"""How good tinyworld's judge is: `python -m strop.bench.tinyworld.judge_figures [FOLDER]` prints what `evaluate` finds.
+"""Measures how good tinyworld's judge is: `python -m strop.bench.tinyworld.judge_figures [FOLDER]`.
 
-Beside the share of labels it agrees with, by timestep: does it still read the caption? A judge that looks at quality
-alone would agree with most labels, and SPO would trade alignment for gloss.
+The figures are the share of labels that it agrees with, by timestep, and whether it still reads the caption: a judge
+that looks at quality alone would agree with most labels, and SPO would trade alignment for gloss.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ CPU = torch.device("cpu")
 
 @torch.no_grad()
 def evaluate(weights: Path, judge: Path | None = None, count: int = 512) -> dict[str, float]:
-    """Figures of the judge in weights/judge (or another folder), with those of weights/pickscore under `pickscore_`.
+    """Returns figures of the judge in weights/judge (or another folder), and of weights/pickscore under `pickscore_`.
 
     accuracy_t: share of labels agreed with, ties left out, on `count` fresh pairs shown at timestep t (0: clean);
     accuracy_t_broken: where one image of the two breaks the caption; faithful_t: how often, of two images of equal
-    quality, the one that keeps the caption scores above the one with an attribute changed.
+    quality, the one that follows the caption scores above the one with an attribute changed.
     """
     rng = generator("judge/evaluate")
     judges = {
@@ -74,18 +74,18 @@ def _first_scores_higher(
     t: int,
     rng: torch.Generator,
 ) -> dict[str, Tensor]:
-    """By model, (n,) bool: of two (n, 3, 64, 64) uint8 images the first scores higher, shown at timestep t."""
-    found = {prefix: [] for prefix in models}
-    for at in range(0, len(captions), 64):
-        part = torch.stack([to_float(side[at : at + 64]) for side in images])  # (2, n, 3, 64, 64)
-        names = captions[at : at + 64]
+    """Returns by model whether the first of two uint8 images (n, 3, 64, 64) scores higher at timestep t, (n,) bool."""
+    higher = {prefix: [] for prefix in models}
+    for start in range(0, len(captions), 64):
+        part = torch.stack([to_float(side[start : start + 64]) for side in images])  # (2, n, 3, 64, 64)
+        names = captions[start : start + 64]
         steps = torch.full((len(names),), t)
         shown = denoiser(part, denoiser.diffusion.encode(names), steps, rng) if t else part
         for prefix, model in models.items():
             pixels = model.pixels(shown.flatten(0, 1)).unflatten(0, shown.shape[:2])
             scores = preference_scores(model, pixels, model.encode(names), steps)
-            found[prefix].append(scores[0] > scores[1])
-    return {prefix: torch.cat(parts) for prefix, parts in found.items()}
+            higher[prefix].append(scores[0] > scores[1])
+    return {prefix: torch.cat(parts) for prefix, parts in higher.items()}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Shapes and vocabulary of tinyworld's models: the classes of the real thing, made small, with random weights.
+"""Builds tinyworld's models with random weights: the classes of Stable Diffusion and CLIP, made small.
 
-Every constructor draws its initial weights from a seed of its own, in a forked global RNG, because diffusers and
+Every constructor draws its initial weights from the seed it gets, in a forked global RNG, because diffusers and
 transformers take no torch.Generator.
 """
 
@@ -30,7 +30,7 @@ def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 
 def _pieces(word: str, merges: list[tuple[str, str]]) -> list[str]:
-    """The word under BPE: the earliest merge first, until none fits."""
+    """Splits a word by BPE: the earliest merge first, until none fits."""
     pieces = [*word[:-1], word[-1] + "</w>"]
     while fitting := [pair for pair in pairwise(pieces) if pair in merges]:
         first = min(fitting, key=merges.index)
@@ -40,8 +40,8 @@ def _pieces(word: str, merges: list[tuple[str, str]]) -> list[str]:
 
 
 def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """CLIP-style BPE in which every word of the world is one token. Word by word: what earlier merges leave in pieces
-    is joined by new ones; as those rank last, they cannot break up an earlier word."""
+    """Builds a CLIP-style BPE in which every word of the world is one token. Word by word, new merges join the pieces
+    that earlier ones leave; because new ones rank last, they cannot break up an earlier word."""
     tokens = [*LETTERS, *(letter + "</w>" for letter in LETTERS)]
     merges: list[tuple[str, str]] = []
     for word in WORDS:
@@ -53,7 +53,7 @@ def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def tokenizer() -> CLIPTokenizer:
-    """A CLIPTokenizer over the world's words; other words fall apart into pieces and letters."""
+    """Builds a CLIPTokenizer over the world's words; other words fall apart into pieces and letters."""
     vocabulary, merges = _vocabulary()
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "vocab.json").write_text(json.dumps(vocabulary))
@@ -63,7 +63,7 @@ def tokenizer() -> CLIPTokenizer:
 
 
 def tokenize(tokens: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
-    """Token ids (n, 16) int64, padded and cut to 16."""
+    """Returns token ids (n, 16) int64, padded and cut to 16."""
     return tokens(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt").input_ids
 
 
@@ -82,12 +82,12 @@ def _text_config(width: int, layers: int, tokens: CLIPTokenizer) -> dict:
 
 
 def text_encoder(tokens: CLIPTokenizer, seed: int) -> CLIPTextModel:
-    """2 layers of width 64."""
+    """Builds a text encoder of 2 layers of width 64."""
     return _seeded(lambda: CLIPTextModel(CLIPTextConfig(**_text_config(TEXT_WIDTH, 2, tokens))), seed)
 
 
 def vae(seed: int) -> AutoencoderKL:
-    """f = 4: (n, 3, 64, 64) images to (n, 4, 16, 16) latents."""
+    """Builds an autoencoder with f = 4: (n, 3, 64, 64) images to (n, 4, 16, 16) latents."""
     return _seeded(
         lambda: AutoencoderKL(
             block_out_channels=(16, 32, 64),
@@ -103,7 +103,7 @@ def vae(seed: int) -> AutoencoderKL:
 
 
 def tiny_decoder(seed: int) -> AutoencoderTiny:
-    """(n, 4, 16, 16) latents to (n, 3, 64, 64) images; of the encoder as little as the class allows."""
+    """Builds a decoder of (n, 4, 16, 16) latents to (n, 3, 64, 64) images, with the smallest encoder allowed."""
     return _seeded(
         lambda: AutoencoderTiny(
             encoder_block_out_channels=(4, 4, 4),
@@ -116,7 +116,7 @@ def tiny_decoder(seed: int) -> AutoencoderTiny:
 
 
 def unet(seed: int) -> UNet2DConditionModel:
-    """2.7 M parameters on (n, 4, 16, 16) latents; cross-attention at 8x8 and 4x4."""
+    """Builds a UNet of 2.7 M parameters on (n, 4, 16, 16) latents; cross-attention at 8x8 and 4x4."""
     return _seeded(
         lambda: UNet2DConditionModel(
             sample_size=16,
@@ -133,7 +133,7 @@ def unet(seed: int) -> UNet2DConditionModel:
 
 
 def scheduler() -> DDIMScheduler:
-    """Stable Diffusion's betas."""
+    """Builds a DDIM scheduler with Stable Diffusion's betas."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -147,7 +147,7 @@ def scheduler() -> DDIMScheduler:
 
 
 def pipeline(vae: AutoencoderKL, unet: UNet2DConditionModel, text: CLIPTextModel) -> StableDiffusionPipeline:
-    """The parts as one StableDiffusionPipeline without safety checker."""
+    """Joins the parts to a StableDiffusionPipeline without safety checker."""
     return StableDiffusionPipeline(
         vae=vae,
         unet=unet,
@@ -161,14 +161,14 @@ def pipeline(vae: AutoencoderKL, unet: UNet2DConditionModel, text: CLIPTextModel
 
 
 def load_as_float32(folder: Path) -> None:
-    """Notes in a transformers model folder that its fp16 weights are to be loaded as fp32 unless another dtype is asked
-    for: transformers goes by config.json, diffusers always loads fp32, and a pipeline must not mix the two."""
+    """Writes into a transformers model folder that its fp16 weights are loaded as fp32 unless another dtype is asked
+    for: transformers reads that in config.json, diffusers always loads fp32, and a pipeline must not mix the two."""
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
 
 
 def clip(tokens: CLIPTokenizer, seed: int) -> CLIPModel:
-    """0.48 M parameters: ViT with patches of 8 on 64x64, width 96, 3 layers; text of width 64, 2 layers; 64 shared."""
+    """Builds a CLIP of 0.48 M parameters: ViT with patches of 8, width 96, 3 layers; text of width 64, 2 layers."""
     vision = {
         "image_size": 64,
         "patch_size": 8,
@@ -228,10 +228,10 @@ def _block(inputs: int, outputs: int, stride: int) -> nn.Sequential:
 
 
 def checker(heads: dict[str, int], seed: int) -> Checker:
-    """Caption checker, about 0.6 M parameters."""
+    """Builds the caption checker of about 0.6 M parameters."""
     return _seeded(lambda: Checker(heads, width=24), seed)
 
 
 def regressor(seed: int) -> Regressor:
-    """Quality regressor, about 0.15 M parameters."""
+    """Builds the quality regressor of about 0.15 M parameters."""
     return _seeded(lambda: Regressor(width=20), seed)

@@ -1,8 +1,8 @@
-"""Generic preferences: labelled pairs of images, as Pick-a-Pic has them, from a judge who weighs caption and quality.
+"""Makes labelled pairs of images, as Pick-a-Pic has them, by a rule that weighs caption and quality.
 
-P(first preferred) is a Bradley-Terry model of utility = ALIGNMENT * (caption kept) + QUALITY * q. The two images share
-a caption and have random qualities; in a third of the pairs at least one of them breaks the caption in one attribute;
-a few pairs are ties. Images are kept as uint8.
+P(first preferred) is a Bradley-Terry model of utility = ALIGNMENT * (follows caption) + QUALITY * q. Both images have
+one caption and random qualities; in a third of the pairs at least one of them breaks the caption in one attribute;
+a few pairs are ties. Images are stored as uint8.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from strop.bench.tinyworld.render import to_float
 from strop.bench.tinyworld.train_vae import render_uint8
 from strop.bench.tinyworld.world import break_scene, caption, sample_quality, sample_scenes
 
-QUALITY, ALIGNMENT = 6.0, 5.0  # utility of q from 0 to 1, and of a caption kept
+QUALITY, ALIGNMENT = 6.0, 5.0  # utility of q from 0 to 1, and of following the caption
 BROKEN, BOTH, TIES = 1 / 3, 0.1, 0.05  # share of pairs; of the broken ones, both images; share of ties
 
 
@@ -40,7 +40,7 @@ class PreferencePairs(Dataset):
         return len(self.captions)
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor | str | float]:
-        """One pair: image_0, image_1 (3, 64, 64) floats in [-1, 1], caption, label_0, label_1."""
+        """Returns a pair: image_0, image_1 (3, 64, 64) floats in [-1, 1], caption, label_0, label_1."""
         label = float(self.label_0[i])
         return {
             "image_0": to_float(self.images_0[i]),
@@ -51,19 +51,19 @@ class PreferencePairs(Dataset):
         }
 
     def bayes_accuracy(self, rows: torch.Tensor) -> float:
-        """The accuracy no judge can beat on average, over `rows` (n,) bool, ties left out."""
+        """Returns the accuracy no judge can beat on average, over `rows` (n,) bool, ties left out."""
         rows = rows & (self.label_0 != 0.5)
         return torch.maximum(self.chance, 1 - self.chance)[rows].mean().item()
 
 
 def preference_pairs(n: int, rng: torch.Generator) -> PreferencePairs:
-    """n labelled pairs."""
+    """Draws n labelled pairs."""
     scenes = sample_scenes(n, rng)
     broken = torch.zeros(n, 2, dtype=torch.bool)
-    hit = torch.rand(n, generator=rng) < BROKEN
+    any_broken = torch.rand(n, generator=rng) < BROKEN
     both = torch.rand(n, generator=rng) < BOTH
     side = torch.rand(n, generator=rng) < 0.5
-    broken[:, 0], broken[:, 1] = hit & (side | both), hit & (~side | both)
+    broken[:, 0], broken[:, 1] = any_broken & (side | both), any_broken & (~side | both)
     shown = [
         [break_scene(scene, rng) if bad else scene for scene, bad in zip(scenes, column, strict=True)]
         for column in broken.T.tolist()
@@ -78,5 +78,5 @@ def preference_pairs(n: int, rng: torch.Generator) -> PreferencePairs:
 
 
 def load(seed: int, size: int) -> PreferencePairs:
-    """The factory behind the entry point "strop.bench.tinyworld.pairs:load"."""
+    """Makes `size` pairs, as the factory that data.source names "strop.bench.tinyworld.pairs:load"."""
     return preference_pairs(size, torch.Generator().manual_seed(seed))

@@ -39,14 +39,14 @@ class Objects:
 
 
 def _colours(names: list[str], rng: torch.Generator) -> torch.Tensor:
-    """(n, 3) palette colours with a small jitter: brightness, then each channel."""
+    """Draws palette colours (n, 3) with a small jitter: brightness, then each channel."""
     base = torch.tensor([PALETTE[name or "grey"] for name in names])
     tone = 1 + 0.05 * (2 * torch.rand(len(names), 1, generator=rng) - 1)
     return base * tone + 0.015 * (2 * torch.rand(len(names), 3, generator=rng) - 1)
 
 
 def _place(scenes: list[Scene], rng: torch.Generator) -> Objects:
-    """Random positions and sizes that agree with the captions."""
+    """Draws positions and sizes that agree with the captions."""
     n = len(scenes)
     u = torch.rand(n, 8, generator=rng)
     layout = torch.tensor([LAYOUTS.index(s.layout) for s in scenes])
@@ -68,7 +68,7 @@ def _place(scenes: list[Scene], rng: torch.Generator) -> Objects:
 
 
 def _distance(dx: torch.Tensor, dy: torch.Tensor, radius: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
-    """Signed distance in pixels to the edge of a shape, negative inside. dx, dy (n, 64, 64); radius, shape (n,)."""
+    """Computes the signed distance in pixels to a shape's edge, from dx, dy (n, 64, 64) and radius, shape (n,)."""
     r = radius[:, None, None]
     circle = (dx * dx + dy * dy).sqrt() - r
     square = torch.maximum(dx.abs(), dy.abs()) - 0.88 * r
@@ -80,7 +80,7 @@ def _distance(dx: torch.Tensor, dy: torch.Tensor, radius: torch.Tensor, shape: t
 
 
 def _noise(n: int, channels: int, cells: int, rng: torch.Generator) -> torch.Tensor:
-    """(n, channels, 64, 64) smooth noise of `cells` x `cells` cells, zero mean and unit deviation in each image."""
+    """Draws smooth noise (n, channels, 64, 64) of `cells` x `cells` cells, with zero mean and unit deviation."""
     field = torch.randn(n, channels, cells, cells, generator=rng)
     field = F.interpolate(field, size=(SIZE, SIZE), mode="bicubic", align_corners=False)
     field = field - field.mean((2, 3), keepdim=True)
@@ -88,18 +88,18 @@ def _noise(n: int, channels: int, cells: int, rng: torch.Generator) -> torch.Ten
 
 
 def _centred(field: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`field` less its mean under `weight`, both (n, 64, 64)."""
+    """Subtracts from `field` its mean under `weight`, both (n, 64, 64)."""
     total = weight.sum((1, 2), keepdim=True).clamp(min=1e-3)
     return field - (field * weight).sum((1, 2), keepdim=True) / total
 
 
 def _tone(colour: torch.Tensor) -> torch.Tensor:
-    """What shading adds or takes: the colour itself, with a little grey so that black can be graded. (n, 3)."""
+    """Returns the colour (n, 3, 1, 1) that shading adds or takes, with a little grey so that black can be graded."""
     return (colour + 0.06)[:, :, None, None]
 
 
 def _background(colour, shadow, outside, q, rng) -> torch.Tensor:
-    """(n, 3, 64, 64): smooth grading and shadows by q, banding by 1 - q; zero mean over the free background."""
+    """Draws (n, 3, 64, 64): smooth grading and shadows by q, banding by 1 - q; zero mean over the free background."""
     n = len(colour)
     line = torch.linspace(-1, 1, SIZE)
     angle = math.pi * (1.25 + 0.25 * (2 * torch.rand(n, 1, 1, generator=rng) - 1))  # light from the upper left
@@ -113,7 +113,7 @@ def _background(colour, shadow, outside, q, rng) -> torch.Tensor:
 
 
 def _surface(colour, dx, dy, radius, mask, q) -> torch.Tensor:
-    """(n, 3, 64, 64): an object's colour with shading and a highlight by q, zero mean over its mask."""
+    """Draws (n, 3, 64, 64): an object's colour with shading and a highlight by q, zero mean over its mask."""
     u, v = dx / radius[:, None, None], dy / radius[:, None, None]
     slope = -(0.62 * u + 0.70 * v) - 0.55 * (u * u + v * v)
     shading = (q * SHADING * _centred(slope, mask))[:, None] * _tone(colour)
@@ -123,7 +123,7 @@ def _surface(colour, dx, dy, radius, mask, q) -> torch.Tensor:
 
 
 def render(scenes: list[Scene], q: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """Images (n, 3, 64, 64) in [-1, 1] of n scenes with qualities q (n,) in [0, 1.5]. Deterministic given rng."""
+    """Draws images (n, 3, 64, 64) in [-1, 1] of n scenes with qualities q (n,) in [0, 1.5]; rng decides the rest."""
     n = len(scenes)
     q = q.float().reshape(n, 1, 1)
     rough = (1 - q).clamp(min=0)
@@ -159,17 +159,17 @@ def render(scenes: list[Scene], q: torch.Tensor, rng: torch.Generator) -> torch.
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """[-1, 1] floats to 0..255, for storing."""
+    """Converts floats in [-1, 1] to 0..255, for storing."""
     return ((images + 1) * 127.5).round().to(torch.uint8)
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
-    """0..255 to [-1, 1] floats."""
+    """Converts 0..255 to floats in [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
 def contact_sheet(images: torch.Tensor, columns: int, scale: int = 2) -> torch.Tensor:
-    """(n, 3, h, w) in [-1, 1] as one uint8 image (H, W, 3), row by row, enlarged `scale` times, with a white gap."""
+    """Joins images (n, 3, h, w) in [-1, 1] to a uint8 image (H, W, 3), row by row, enlarged, with a white gap."""
     tiles = F.pad(F.interpolate(images.clamp(-1, 1), scale_factor=scale, mode="nearest"), (1, 1, 1, 1), value=1.0)
     rows = [torch.cat(list(row), 2) for row in tiles.split(columns) if len(row) == columns]
     return to_uint8(torch.cat(rows, 1)).permute(1, 2, 0).contiguous()

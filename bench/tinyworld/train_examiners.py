@@ -1,4 +1,4 @@
-"""Trains the two examiners on renders seen as a diffusion model's samples are seen: decoded by the VAE, with a little
+"""Trains the two examiners on renders that look like a diffusion model's samples: decoded by the VAE, with a little
 noise in the latent, sometimes blurred.
 
 A quarter of the renders exaggerate q up to 1.5 and count as 1, so that shading and shadows beyond the renderer's range
@@ -26,22 +26,22 @@ LATENT_NOISE = 0.2  # the largest deviation, against latents of deviation 1
 
 
 def _qualities(count: int, rng: torch.Generator) -> torch.Tensor:
-    """(count,): three quarters uniform in [0, 1], the rest in [1, 1.5]."""
+    """Draws qualities (count,): three quarters uniform in [0, 1], the others in [1, 1.5]."""
     u = torch.rand(count, generator=rng)
     return torch.where(torch.rand(count, generator=rng) < 0.75, u, 1 + 0.5 * u)
 
 
 def _data(vae: AutoencoderKL, count: int, clean: float, rng: torch.Generator) -> tuple[torch.Tensor, ...]:
-    """(uint8 images, q, attributes): the first `clean` share as rendered, the rest through the VAE."""
+    """Returns (uint8 images, q, attributes): the first `clean` share as rendered, the others through the VAE."""
     scenes, q = sample_scenes(count, rng), _qualities(count, rng)
     images = render_uint8(scenes, q, rng)
-    kept = int(clean * count)
-    images = torch.cat([images[:kept], roundtrip(vae, images[kept:], LATENT_NOISE, rng)])
+    as_rendered = int(clean * count)
+    images = torch.cat([images[:as_rendered], roundtrip(vae, images[as_rendered:], LATENT_NOISE, rng)])
     return images, q, examiners.attributes(scenes)
 
 
 def _augment(images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """A third of the images slightly blurred, half of them slightly noisy, all slightly shifted in brightness."""
+    """Blurs a third of the images slightly, and shifts all slightly in brightness."""
     n = len(images)
     blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     amount = 0.6 * torch.rand(n, 1, 1, 1, generator=rng) * (torch.rand(n, 1, 1, 1, generator=rng) < 0.33)
@@ -50,7 +50,7 @@ def _augment(images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 
 
 def _fit(model: nn.Module, stage: str, loss_of, data: tuple[torch.Tensor, ...], steps: int, peak: float) -> None:
-    """AdamW over `data` in batches of 64; loss_of(outputs, q, attributes) -> scalar."""
+    """Trains with AdamW over `data` in batches of 64; loss_of(outputs, q, attributes) -> scalar."""
     rng = generator(stage)
     images, q, wanted = data
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.02)
@@ -105,19 +105,19 @@ def train(weights: Path, count: int = 28672, steps: int = 1800) -> None:
 
 @torch.no_grad()
 def evaluate(vae: AutoencoderKL, checker: nn.Module, regressor: nn.Module, count: int = 1024) -> dict[str, float]:
-    """Both examiners on fresh renders decoded by the VAE: q uniform in [0, 1], and q in [1, 1.5]."""
+    """Evaluates both examiners on fresh renders decoded by the VAE: q uniform in [0, 1], and q in [1, 1.5]."""
     rng = generator("examiners/evaluate")
     scenes, q = sample_scenes(count, rng), torch.rand(count, generator=rng)
     wanted = examiners.attributes(scenes)
     images = to_float(roundtrip(vae, render_uint8(scenes, q, rng), 0.0, rng))
     noisy = to_float(roundtrip(vae, render_uint8(scenes, q, rng), LATENT_NOISE, rng))
     beyond = to_float(roundtrip(vae, render_uint8(scenes[:256], 1 + 0.5 * q[:256], rng), 0.0, rng))
-    seen = torch.cat([regressor(part) for part in images.split(128)]).clamp(0, 1)
+    predicted = torch.cat([regressor(part) for part in images.split(128)]).clamp(0, 1)
     right = _right(checker, images, wanted)
     per_head = {f"checker_{name}": right[:, i].float().mean().item() for i, name in enumerate(examiners.HEADS)}
     return {
-        "quality_r2": 1 - ((seen - q).square().mean() / q.var()).item(),
-        "quality_mean_error": (seen - q).mean().item(),
+        "quality_r2": 1 - ((predicted - q).square().mean() / q.var()).item(),
+        "quality_mean_error": (predicted - q).mean().item(),
         "quality_beyond_range": regressor(beyond).clamp(0, 1).mean().item(),
         "checker_accuracy": right.all(1).float().mean().item(),
         "checker_accuracy_noisy_latents": _right(checker, noisy, wanted).all(1).float().mean().item(),

@@ -1,9 +1,9 @@
-"""PickScore in small: a CLIP trained first on captions and renders, then on generic preferences.
+"""Trains PickScore in small: a CLIP, first on captions and renders, then on generic preferences.
 
-Warm start: contrastive, every image against all captions of the batch and one hard negative, its own caption with one
-attribute changed. Then cross-entropy on softmax(exp(logit_scale) * cos) over the two images of a pair (PickScore's
-loss), with the contrastive loss kept beside it so that the model goes on knowing the caption. Almost half of the images
-have been through the VAE, as the images will be that it is to judge.
+The warm start is contrastive: every image against all captions of the batch and one hard negative, its caption with one
+attribute changed. Then it is cross-entropy on softmax(exp(logit_scale) * cos) over both images of a pair (PickScore's
+loss), with the contrastive loss beside it so that the model still reads the caption. Almost half of the images
+have been through the VAE, as the images that it will judge.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Data:
 
 
 def _data(pairs: PreferencePairs, vae: AutoencoderKL, decoded: float, rng: torch.Generator) -> Data:
-    """Tokenised pairs; both images of the first `decoded` share of pairs go through the VAE."""
+    """Tokenises pairs; both images of the first `decoded` share of pairs go through the VAE."""
     count = int(decoded * len(pairs))
     images = torch.stack([pairs.images_0, pairs.images_1])
     for side in images:
@@ -67,20 +67,20 @@ def _data(pairs: PreferencePairs, vae: AutoencoderKL, decoded: float, rng: torch
 
 
 def embed_images(model: CLIPModel, images: torch.Tensor) -> torch.Tensor:
-    """Unit vectors (n, 64) of images (n, 3, 64, 64) in [-1, 1], the range that mean and deviation 0.5 normalise to."""
+    """Returns unit vectors (n, 64) of images (n, 3, 64, 64) in [-1, 1], which is PREPROCESSOR's normalisation."""
     return F.normalize(model.get_image_features(images).pooler_output, dim=-1)
 
 
 def embed_texts(model: CLIPModel, ids: torch.Tensor) -> torch.Tensor:
-    """Unit vectors (n, 64) of token ids (n, 16)."""
+    """Returns unit vectors (n, 64) of token ids (n, 16)."""
     return F.normalize(model.get_text_features(ids).pooler_output, dim=-1)
 
 
 def _contrastive(
     scale: torch.Tensor, images: torch.Tensor, texts: torch.Tensor, negatives: torch.Tensor, ids: torch.Tensor
 ) -> torch.Tensor:
-    """InfoNCE both ways over (n, d) unit vectors; each image also against its own hard negative. Equal captions in a
-    batch are no negatives of each other."""
+    """Computes InfoNCE both ways over (n, d) unit vectors; each image also against its hard negative. Equal captions in
+    a batch are no negatives of each other."""
     n = len(images)
     same = (ids[:, None] == ids[None]).all(-1) & ~torch.eye(n, dtype=torch.bool)
     logits = (scale * images @ texts.T).masked_fill(same, -1e4)
@@ -90,7 +90,7 @@ def _contrastive(
 
 
 def _losses(model: CLIPModel, data: Data, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(preference, contrastive) losses of a batch of pairs."""
+    """Computes (preference, contrastive) losses of a batch of pairs."""
     n = len(row)
     images = embed_images(model, to_float(data.images[:, row].flatten(0, 1))).unflatten(0, (2, n))  # (2, n, d)
     ids = data.ids[row]
@@ -135,7 +135,7 @@ def train(weights: Path, count: int = 24576, warm_steps: int = 900, steps: int =
 
 
 def save(model: CLIPModel, folder: Path) -> None:
-    """A CLIPModel folder with tokenizer and preprocessor_config.json."""
+    """Writes a CLIPModel folder with tokenizer and preprocessor_config.json."""
     model.save_pretrained(folder)
     models.load_as_float32(folder)
     models.tokenizer().save_pretrained(folder)
@@ -144,8 +144,8 @@ def save(model: CLIPModel, folder: Path) -> None:
 
 @torch.no_grad()
 def evaluate(weights: Path, vae: AutoencoderKL, count: int = 2048) -> dict[str, float]:
-    """Label accuracy (ties left out) beside the best possible, on fresh pairs: clean, decoded, and by kind of pair; and
-    how often, at equal quality, a faithful image scores above one with an attribute changed."""
+    """Measures label accuracy (ties left out) and the best possible on fresh pairs: clean, decoded, and by kind of
+    pair; and how often, at equal quality, a faithful image scores above one with an attribute changed."""
     rng = generator("pickscore/evaluate")
     model = CLIPModel.from_pretrained(weights / "pickscore").eval()
     pairs = preference_pairs(count, rng)
@@ -168,12 +168,12 @@ def evaluate(weights: Path, vae: AutoencoderKL, count: int = 2048) -> dict[str, 
 
 
 def _twins(model: CLIPModel, vae: AutoencoderKL, rng: torch.Generator, count: int = 1024) -> dict[str, float]:
-    """Decoded images of equal q, one faithful, one with an attribute broken: how often the former scores higher."""
+    """Measures how often a faithful decoded image scores above one of equal q with an attribute broken."""
     scenes, q = sample_scenes(count, rng), torch.rand(count, generator=rng)
-    kept = roundtrip(vae, render_uint8(scenes, q, rng), 0.0, rng)
+    faithful = roundtrip(vae, render_uint8(scenes, q, rng), 0.0, rng)
     broken = roundtrip(vae, render_uint8([break_scene(s, rng) for s in scenes], q, rng), 0.0, rng)
     texts = embed_texts(model, models.tokenize(models.tokenizer(), [caption(s) for s in scenes]))
-    better = (_embed_all(model, kept) * texts).sum(-1) > (_embed_all(model, broken) * texts).sum(-1)
+    better = (_embed_all(model, faithful) * texts).sum(-1) > (_embed_all(model, broken) * texts).sum(-1)
     return {"faithful_preferred_at_equal_quality": better.float().mean().item()}
 
 

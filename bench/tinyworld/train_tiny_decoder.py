@@ -1,7 +1,7 @@
-"""The tiny decoder: an AutoencoderTiny that imitates the autoencoder's decoder on what a judge is shown in rollouts.
+"""Trains the tiny decoder, an AutoencoderTiny that imitates the autoencoder's decoder on the latents of rollouts.
 
 Those are predictions x0_hat of the base model, blurred ones from early steps too, and clean latents at the end. Its
-encoder is a stub that nothing trains and nobody uses: the class has no decoder alone.
+encoder is neither trained nor used: the class has no decoder alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FIRST, STEPS, GUIDANCE = 4, 20, 3.0  # of rollouts in configs/tinyworld.yaml: ju
 
 @torch.no_grad()
 def shown(weights: Path, count: int, rng: torch.Generator, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(latents (n, 4, 16, 16), images (n, 3, 64, 64) fp16 that the decoder of weights/sd/vae makes of them).
+    """Returns (latents (n, 4, 16, 16), images (n, 3, 64, 64) fp16 that the decoder of weights/sd/vae makes of them).
 
     n is `count` rounded down to whole batches of 64. name: of the progress lines.
     """
@@ -53,7 +53,7 @@ def shown(weights: Path, count: int, rng: torch.Generator, name: str) -> tuple[t
 
 
 def train(weights: Path, steps: int = 4000, batch: int = 16, count: int = 4096) -> None:
-    """Trains it on `count` latents for the models in weights/sd and saves it to weights/tiny_decoder."""
+    """Trains the decoder on `count` latents of the models in weights/sd and saves it to weights/tiny_decoder."""
     start = time.monotonic()
     rng = generator("tiny_decoder")
     latents, images = shown(weights, count, rng, "tiny_decoder/latents")
@@ -79,7 +79,7 @@ def train(weights: Path, steps: int = 4000, batch: int = 16, count: int = 4096) 
 
 @torch.no_grad()
 def evaluate(weights: Path, tiny: AutoencoderTiny, count: int = 512) -> dict[str, float | int]:
-    """PSNR to the images of the autoencoder's decoder, on fresh latents, and the size of the decoder."""
+    """Measures the PSNR to the images of the autoencoder's decoder, on fresh latents, and the size of the decoder."""
     latents, images = shown(weights, count, generator("tiny_decoder/evaluate"), "tiny_decoder/evaluate")
     decoded = torch.cat([tiny.decode(part).sample for part in latents.split(64)])
     return {"parameters": parameters(tiny.decoder), "psnr": psnr(decoded, images.float())}

@@ -1,8 +1,8 @@
-"""The base model: UNet and text encoder, trained jointly on latents of renders of every quality (mean q 0.45).
+"""Trains the base model, UNet and text encoder, jointly on latents of renders of every quality (mean q 0.45).
 
-Noise prediction with captions dropped one time in ten (for guidance). Timesteps are drawn more often from the noisy
-half, and weigh more there, because layout and colours, and with them the caption, are decided there. What is
-saved is the EMA.
+It predicts the noise, with captions dropped one time in ten (for guidance). Timesteps are drawn more often from the
+noisy half, and weigh more there, because layout and colours, and with them the caption, are decided there. The EMA is
+saved.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from strop.bench.tinyworld import models
 from strop.bench.tinyworld.render import contact_sheet, to_float
@@ -35,7 +34,7 @@ CAPTION_DROPOUT = 0.1
 
 
 def make_latents(vae: AutoencoderKL, count: int, rng: torch.Generator) -> tuple[torch.Tensor, list[str]]:
-    """`count` latents (count, 4, 16, 16) in fp16 and their captions, in slices to bound memory."""
+    """Returns `count` latents (count, 4, 16, 16) in fp16 and their captions, made in slices to bound memory."""
     latents, captions = [], []
     progress = Progress("unet/latents", count // 1024, every=8)
     for step in range(count // 1024):
@@ -49,7 +48,7 @@ def make_latents(vae: AutoencoderKL, count: int, rng: torch.Generator) -> tuple[
 
 
 def _timesteps(count: int, rng: torch.Generator) -> torch.Tensor:
-    """(count,) int64 training timesteps, denser towards 999: mean 600."""
+    """Draws training timesteps (count,) int64, denser towards 999: mean 600."""
     return (1000 * (1 - torch.rand(count, generator=rng) ** 1.5)).long().clamp(0, 999)
 
 
@@ -94,7 +93,7 @@ def train(weights: Path, steps: int = 7000, batch: int = 32, count: int = 32768,
 
 
 def save(weights: Path, vae: AutoencoderKL, average: torch.nn.ModuleDict) -> None:
-    """weights/sd as an fp16 StableDiffusionPipeline folder; the models themselves stay fp32."""
+    """Writes weights/sd as an fp16 StableDiffusionPipeline folder; the models themselves stay fp32."""
     unet, text = models.unet(0), models.text_encoder(models.tokenizer(), 0)
     unet.load_state_dict(average["unet"].state_dict())
     text.load_state_dict(average["text"].state_dict())
@@ -106,48 +105,45 @@ def save(weights: Path, vae: AutoencoderKL, average: torch.nn.ModuleDict) -> Non
 
 
 def load_pipeline(weights: Path) -> StableDiffusionPipeline:
-    """weights/sd in fp32, quiet."""
+    """Loads weights/sd in fp32, without progress bars."""
     pipe = StableDiffusionPipeline.from_pretrained(weights / "sd")
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def _embed(text: CLIPTextModel, tokens: CLIPTokenizer, prompts: list[str]) -> torch.Tensor:
-    return text(models.tokenize(tokens, prompts)).last_hidden_state
 
 
 @torch.no_grad()
 def sample(
     pipe: StableDiffusionPipeline, prompts: list[str], guidance: float, rng: torch.Generator, steps: int = 20
 ) -> torch.Tensor:
-    """Images (n, 3, 64, 64) in [-1, 1]: DDIM, eta 0, classifier-free guidance, 64 prompts at a time."""
+    """Samples images (n, 3, 64, 64) in [-1, 1]: DDIM, eta 0, classifier-free guidance, 64 prompts at a time."""
     pipe.scheduler.set_timesteps(steps)
     images = []
     for i in range(0, len(prompts), 64):
         part = prompts[i : i + 64]
-        states = _embed(pipe.text_encoder, pipe.tokenizer, [""] * len(part) + part)
+        ids = models.tokenize(pipe.tokenizer, [""] * len(part) + part)
+        states = pipe.text_encoder(ids).last_hidden_state
         x = torch.randn(len(part), 4, 16, 16, generator=rng)
         for t in pipe.scheduler.timesteps:
-            without, given = pipe.unet(torch.cat([x, x]), t, states).sample.chunk(2)
-            x = pipe.scheduler.step(without + guidance * (given - without), t, x).prev_sample
+            null, text = pipe.unet(torch.cat([x, x]), t, states).sample.chunk(2)
+            x = pipe.scheduler.step(null + guidance * (text - null), t, x).prev_sample
         images.append(decode(pipe.vae, x))
     return torch.cat(images)
 
 
 def evaluate(weights: Path, guidance: float = 4.0, count: int = 384) -> dict[str, float]:
-    """Alignment and quality of samples for held-out prompts, by the examiners; saves a contact sheet."""
+    """Measures alignment and quality of samples for held-out prompts by the examiners; saves a contact sheet."""
     from PIL import Image
 
     from strop.bench.tinyworld import examiners
 
     prompts = (Path(__file__).parent / "prompts" / "heldout.txt").read_text().splitlines()[:count]
     images = sample(load_pipeline(weights), prompts, guidance, generator("unet/evaluate"))
-    seen = examiners.load("cpu", weights)(images, prompts)
+    scores = examiners.load("cpu", weights)(images, prompts)
     Image.fromarray(contact_sheet(images[:48], 12).numpy()).save(weights / "samples.png")
-    quality = seen["quality"]
+    quality = scores["quality"]
     return {
         "guidance": guidance,
-        "alignment": seen["alignment"].float().mean().item(),
+        "alignment": scores["alignment"].float().mean().item(),
         "quality_mean": quality.mean().item(),
         "quality_std": quality.std().item(),
         "quality_10th": quality.quantile(0.1).item(),

@@ -1,4 +1,4 @@
-"""The autoencoder: f = 4, squared error with a little absolute error, and a light KL term, in bf16 autocast.
+"""Trains the autoencoder: f = 4, squared error with a little absolute error, and a light KL term, in bf16 autocast.
 
 After training the latents are standardised channel by channel; the factors are folded into the two 1x1 convolutions
 around the latent, so that `scaling_factor` is 1 and a diffusion model sees zero mean and unit deviation.
@@ -23,7 +23,7 @@ KL_WEIGHT = 1e-3  # against squared error, both summed over an image
 
 
 def _loss(vae: AutoencoderKL, images: torch.Tensor, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss, squared error) of (n, 3, 64, 64) images."""
+    """Computes (loss, squared error) of images (n, 3, 64, 64)."""
     with torch.autocast("cpu", torch.bfloat16):
         posterior = vae.encode(images).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=rng)
@@ -36,28 +36,28 @@ def _loss(vae: AutoencoderKL, images: torch.Tensor, rng: torch.Generator) -> tup
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: torch.Tensor, batch: int = 64) -> torch.Tensor:
-    """Latents (n, 4, 16, 16), the mode, times scaling_factor."""
+    """Encodes to latents (n, 4, 16, 16), the mode times scaling_factor."""
     latents = [vae.encode(part).latent_dist.mode() for part in images.split(batch)]
     return torch.cat(latents) * vae.config.scaling_factor
 
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: torch.Tensor, batch: int = 64) -> torch.Tensor:
-    """Images (n, 3, 64, 64) in [-1, 1] from latents (n, 4, 16, 16)."""
+    """Decodes latents (n, 4, 16, 16) to images (n, 3, 64, 64) in [-1, 1]."""
     parts = (latents / vae.config.scaling_factor).split(batch)
     return torch.cat([vae.decode(part).sample.clamp(-1, 1) for part in parts])
 
 
 def render_uint8(scenes: list[Scene], q: torch.Tensor, rng: torch.Generator, batch: int = 256) -> torch.Tensor:
-    """render() in batches, stored as uint8 (n, 3, 64, 64)."""
+    """Renders in batches, to uint8 (n, 3, 64, 64)."""
     parts = [render(scenes[i : i + batch], q[i : i + batch], rng) for i in range(0, len(scenes), batch)]
     return torch.cat([to_uint8(part) for part in parts])
 
 
 @torch.no_grad()
 def roundtrip(vae: AutoencoderKL, images: torch.Tensor, noise: float, rng: torch.Generator) -> torch.Tensor:
-    """uint8 images (n, 3, 64, 64) through the autoencoder and back, as uint8; each latent gets Gaussian noise of its
-    own deviation, uniform in [0, noise]."""
+    """Encodes and decodes uint8 images (n, 3, 64, 64), to uint8; each latent gets Gaussian noise of a deviation drawn
+    uniformly from [0, noise]."""
     decoded = []
     for part in images.split(32):
         with torch.autocast("cpu", torch.bfloat16):
@@ -85,7 +85,7 @@ def standardise(vae: AutoencoderKL, images: torch.Tensor) -> None:
 
 
 def psnr(decoded: torch.Tensor, images: torch.Tensor) -> float:
-    """Decibels, over images in [-1, 1]."""
+    """Computes the PSNR in decibels, over images in [-1, 1]."""
     return 10 * math.log10(4 / F.mse_loss(decoded, images).item())
 
 
@@ -116,7 +116,7 @@ def train(weights: Path, steps: int = 5000, batch: int = 8) -> None:
 
 
 def evaluate(vae: AutoencoderKL, count: int = 512) -> dict[str, float | int]:
-    """PSNR over all q and by thirds of q, and the deviation of the latents, on fresh renders."""
+    """Measures PSNR over all q and by thirds of q, and the deviation of the latents, on fresh renders."""
     rng = generator("vae/evaluate")
     q = torch.rand(count, generator=rng)
     images = to_float(render_uint8(sample_scenes(count, rng), q, rng))

@@ -1,4 +1,4 @@
-"""What every training stage of tinyworld shares: seeds, learning rates, progress lines, EMA, the file of figures."""
+"""The common parts of tinyworld's training stages: seeds, learning rates, progress lines, EMA, the file of figures."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ ROOT_SEED = 2024
 
 
 def stage_seed(stage: str) -> int:
-    """The seed of a stage; it depends on nothing but its name, so that stages can run alone or in any order."""
+    """Returns a stage's seed, which depends on its name alone, so that stages can run alone or in any order."""
     return zlib.crc32(f"{ROOT_SEED}/{stage}".encode())
 
 
 def generator(stage: str) -> torch.Generator:
-    """A CPU generator for a stage (or a named part of one)."""
+    """Returns a CPU generator for a stage (or a named part of one)."""
     return torch.Generator().manual_seed(stage_seed(stage))
 
 
 def cosine(step: int, steps: int, peak: float, warmup: int = 100) -> float:
-    """Learning rate: linear warm-up, then a half cosine down to 1 % of the peak."""
+    """Returns the learning rate: a linear warm-up, then a half cosine down to 1 % of the peak."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
@@ -60,7 +60,7 @@ class Progress:
 
 
 class EMA:
-    """An exponential moving average of a model's parameters, kept in a second copy of the model."""
+    """Averages a model's parameters exponentially over the steps, in a second copy of the model."""
 
     def __init__(self, model: nn.Module, average: nn.Module, decay: float) -> None:
         self.model, self.average, self.decay = model, average.requires_grad_(False).eval(), decay
@@ -75,7 +75,7 @@ class EMA:
 
 
 def batches(count: int, size: int, rng: torch.Generator) -> Iterator[torch.Tensor]:
-    """Endless index batches (size,) over `count` items, reshuffled every epoch, the ragged tail dropped."""
+    """Yields endless index batches (size,) over `count` items, reshuffled every epoch, without the ragged tail."""
     while True:
         for rows in torch.randperm(count, generator=rng).split(size):
             if len(rows) == size:
@@ -85,11 +85,11 @@ def batches(count: int, size: int, rng: torch.Generator) -> Iterator[torch.Tenso
 def record(weights: Path, stage: str, figures: dict[str, float | int | str]) -> None:
     """Replaces a stage's entry in weights/figures.json."""
     path = weights / "figures.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    known[stage] = {name: round(v, 4) if isinstance(v, float) else v for name, v in figures.items()}
+    stages = json.loads(path.read_text()) if path.exists() else {}
+    stages[stage] = {name: round(v, 4) if isinstance(v, float) else v for name, v in figures.items()}
     weights.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
-    print(f"{stage}: {known[stage]}", flush=True)
+    path.write_text(json.dumps(stages, indent=2, sort_keys=True) + "\n")
+    print(f"{stage}: {stages[stage]}", flush=True)
 
 
 def parameters(*models: nn.Module) -> int:

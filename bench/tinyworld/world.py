@@ -1,4 +1,4 @@
-"""The grammar of tinyworld: what a caption can say, and nothing about how it looks (see render.py).
+"""Defines the grammar of tinyworld: what a caption can say; render.py says how it looks.
 
 A scene is one object with an optional size ("a large red circle on a yellow background") or two objects in a relation
 ("a blue square left of a green triangle on a white background"). A background that is not named is grey, so that the
@@ -57,7 +57,7 @@ class Scene:
 
 
 def caption(scene: Scene) -> str:
-    """The one sentence for a scene."""
+    """Returns the only caption of a scene."""
     words = ["a", scene.size, scene.colour_a, scene.shape_a] if scene.size else ["a", scene.colour_a, scene.shape_a]
     if scene.layout != "single":
         words += [scene.layout, "a", scene.colour_b, scene.shape_b]
@@ -67,19 +67,19 @@ def caption(scene: Scene) -> str:
 
 
 def parse(text: str) -> Scene:
-    """The scene of a caption; the inverse of `caption`. Raises ValueError outside the grammar."""
-    found = _GRAMMAR.fullmatch(text)
-    if found is None or (found["size"] and found["relation"]):
+    """Returns the scene of a caption, as the inverse of `caption`. Raises ValueError outside the grammar."""
+    match = _GRAMMAR.fullmatch(text)
+    if match is None or (match["size"] and match["relation"]):
         raise ValueError(f"not a tinyworld caption: {text!r}")
     scene = Scene(
-        layout=found["relation"] or "single",
-        colour_a=found["colour_a"],
-        shape_a=found["shape_a"],
-        background=found["background"] or "grey",
-        size=found["size"] or "",
-        colour_b=found["colour_b"] or "",
-        shape_b=found["shape_b"] or "",
-        named=found["background"] is not None,
+        layout=match["relation"] or "single",
+        colour_a=match["colour_a"],
+        shape_a=match["shape_a"],
+        background=match["background"] or "grey",
+        size=match["size"] or "",
+        colour_b=match["colour_b"] or "",
+        shape_b=match["shape_b"] or "",
+        named=match["background"] is not None,
     )
     if not is_valid(scene):
         raise ValueError(f"not a tinyworld caption, two of its colours are the same: {text!r}")
@@ -87,7 +87,7 @@ def parse(text: str) -> Scene:
 
 
 def is_valid(scene: Scene) -> bool:
-    """Both objects stand out from the background and from each other by colour."""
+    """Whether both objects differ in colour from the background and from each other."""
     if scene.colour_a == scene.background or scene.colour_b == scene.background:
         return False
     return scene.colour_a != scene.colour_b
@@ -98,7 +98,7 @@ def _choice(options: tuple[str, ...], rng: torch.Generator) -> str:
 
 
 def sample_scene(rng: torch.Generator) -> Scene:
-    """One random scene: 40 % singles, 60 % pairs, three backgrounds in four named."""
+    """Draws a scene: 40 % singles, 60 % pairs, three backgrounds in four named."""
     u = torch.rand(2, generator=rng).tolist()
     named = u[1] < 0.75
     background = _choice(BACKGROUNDS, rng) if named else "grey"
@@ -112,17 +112,17 @@ def sample_scene(rng: torch.Generator) -> Scene:
 
 
 def sample_scenes(n: int, rng: torch.Generator) -> list[Scene]:
-    """n independent scenes."""
+    """Draws n independent scenes."""
     return [sample_scene(rng) for _ in range(n)]
 
 
 def sample_quality(n: int, rng: torch.Generator) -> torch.Tensor:
-    """(n,) qualities over all of [0, 1] with mean 0.45: the base model must leave room above its mean."""
+    """Draws qualities (n,) over all of [0, 1] with mean 0.45: the base model must leave room above its mean."""
     return torch.rand(n, generator=rng) ** 1.2
 
 
 def break_scene(scene: Scene, rng: torch.Generator) -> Scene:
-    """The scene with one attribute changed, so that its picture no longer fits the caption of `scene`."""
+    """Returns the scene with one attribute changed, so that its picture no longer fits the caption of `scene`."""
     fields = ["colour_a", "shape_a", "background"]
     if scene.layout != "single":
         fields += ["colour_b", "shape_b", "layout"]
@@ -140,7 +140,7 @@ def break_scene(scene: Scene, rng: torch.Generator) -> Scene:
 
 
 def write_prompts(folder: Path, seed: int, n_train: int = 600, n_heldout: int = 512) -> None:
-    """train.txt and heldout.txt, one caption a line, all of them different."""
+    """Writes train.txt and heldout.txt, one caption a line, all of them different."""
     rng = torch.Generator().manual_seed(seed)
     captions: dict[str, None] = {}
     while len(captions) < n_train + n_heldout:

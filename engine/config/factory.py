@@ -1,6 +1,6 @@
-"""Entry points named in a configuration as `module:attribute`: a data set's factory, an examiner's factory.
+"""Finds callables that a configuration names as `module:attribute`: the factory of a data set or of an examiner.
 
-Nothing here calls what it finds, nor knows what the callable should take: whoever asked for it does.
+The callable is not called here, and its parameters are not checked.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 
 
 def resolve(spec: str, key: str) -> Callable:
-    """The callable that `spec`, such as "package.module:factory" or "package.module:Class.method", names.
+    """Returns the callable that `spec` names, such as "package.module:factory" or "package.module:Class.method".
 
-    key: where in the configuration it stands, for the message. Raises UserError naming the key and what was found: no
+    key: the configuration key of `spec`, for the message. Raises UserError naming the key and what was found: no
     colon, no such module, a module that does not import, no such attribute, or something that is not callable.
     """
     module_name, colon, attribute = spec.partition(":")
@@ -24,8 +24,8 @@ def resolve(spec: str, key: str) -> Callable:
         value = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise UserError(_no_module(key, module_name, error)) from None
-    except Exception as error:  # whatever a module of the user's raises while it is imported
-        message = " ".join(f"{type(error).__name__}: {error}".split())
+    except Exception as error:  # the user's module may raise anything
+        message = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{key}: module {module_name} does not import ({message})") from error
     for name in attribute.split("."):
         if not hasattr(value, name):
@@ -37,7 +37,7 @@ def resolve(spec: str, key: str) -> Callable:
 
 
 def _no_module(key: str, module_name: str, error: ModuleNotFoundError) -> str:
-    """Tells a module that is not there from one that is there and imports another that is not."""
+    """Says whether the module itself is missing, or one that it imports."""
     missing = error.name or module_name
     if module_name == missing or module_name.startswith(missing + "."):
         return f"{key}: no module {missing}; it must be importable from here (installed, or on PYTHONPATH)"

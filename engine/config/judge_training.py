@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from .settings import Section
-from .training import KERNELS, Device, JudgeConfig, Kernels, ModelConfig, ZeroConfig
+from .training import KERNELS, TRACKER, Device, JudgeConfig, Kernels, ModelConfig, Tracker, ZeroConfig
 
 
 class JudgeTrainingDataConfig(Section):
@@ -24,26 +24,26 @@ class JudgeTrainingDataConfig(Section):
         "pairs off data.source by caption, or asks a factory with another seed.",
     )
     train: int | None = Field(
-        None, ge=1, description="Training pairs, at most; null takes all that the run can see. A factory needs it."
+        None, ge=1, description="Most training pairs; null takes all that the run can see. A factory needs a number."
     )
-    heldout: int = Field(512, ge=1, description="Held-out pairs, at most.")
+    heldout: int = Field(512, ge=1, description="Most held-out pairs; accuracy is measured on them.")
     labels: Literal["given", "pickscore"] = Field(
         "given",
-        description="Where labels come from: given takes those of the data; pickscore has judge.path, a plain "
-        "PickScore, make them.",
+        description="Where labels come from: given takes those of the data; pickscore lets judge.path, which is then a "
+        "plain PickScore, make them.",
     )
     tie: float = Field(
         0.1,
         ge=0,
         lt=1,
-        description="Where labels is pickscore, pairs whose two probabilities differ by no more than this are ties.",
+        description="Difference of the two probabilities up to which labels by pickscore are ties.",
     )
     max_broken: float = Field(
         0.01, ge=0, lt=1, description="Share of broken pairs above which the run stops; fewer are named and left out."
     )
     cache: str | None = Field(
         "auto",
-        description="Folder where VAE latents, text embeddings (both in float16) and PickScore's scores are kept for "
+        description="Folder where VAE latents, text embeddings (both in float16) and PickScore's scores are stored for "
         "every later run: 130 KB a pair at 512 pixels, 520 KB at 1024, and 120 or 320 KB a caption. auto is "
         "`pair-cache` beside run.dir; null computes them in every step, and reads a row group of parquet for every "
         "pair. Pairs of a factory are not cached.",
@@ -58,10 +58,10 @@ class JudgeTrainingOptimConfig(Section):
     lr: float = Field(3e-6, gt=0, description="Peak AdamW learning rate.")
     weight_decay: float = Field(0.3, ge=0, description="AdamW weight decay.")
     warmup: int = Field(
-        0, ge=0, description="Optimizer steps over which the learning rate rises; a linear decay to zero follows."
+        0, ge=0, description="Optimizer steps over which the learning rate rises, before it falls linearly to zero."
     )
     warmup_shape: Literal["linear", "log"] = Field(
-        "linear", description="How the learning rate rises; log is the rule of DeepSpeed's WarmupDecayLR, as published."
+        "linear", description="Shape of the rise; log is the rule of DeepSpeed's WarmupDecayLR, as published."
     )
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm above which gradients are scaled down.")
     clean_share: float = Field(
@@ -81,14 +81,15 @@ class JudgeTrainingOptimConfig(Section):
 
 class JudgeTrainingRunConfig(Section):
     dir: str = Field(
-        description="Run folder; must be new or empty, unless run.resume is set. The judge is written to its subfolder "
+        description="Run folder, which must be new or empty unless run.resume is set. The judge goes to its subfolder "
         "`judge`."
     )
     seed: int = Field(42, ge=0, description="Seed of everything random in the run; process r uses seed + r.")
     device: Device = Field("auto", description="Where the run computes; auto takes a GPU where there is one.")
     kernels: Kernels = Field("auto", description=KERNELS)
     log_every: int = Field(20, ge=1, description="Steps per line of metrics.jsonl and of the terminal.")
-    save_every: int = Field(500, ge=1, description="Steps per checkpoint; the newest two are kept.")
+    tracker: Tracker = Field("tensorboard", description=TRACKER)
+    save_every: int = Field(500, ge=1, description="Steps per checkpoint; the newest two stay, older ones are deleted.")
     resume: bool = Field(False, description="Whether the run goes on from the newest checkpoint in run.dir.")
 
 
@@ -104,5 +105,5 @@ class JudgeTrainingConfig(Section):
 
     @property
     def iterations(self) -> int:
-        """How many the run has: each is one optimizer step."""
+        """The number of iterations of the run, each of which is one optimizer step."""
         return self.optim.steps

@@ -1,6 +1,6 @@
-"""Frozen settings from a YAML file plus `key=value` overrides, checked in full before anything is loaded.
+"""Reads frozen settings from a YAML file and `key=value` overrides, and checks them all before anything is loaded.
 
-The machinery alone: what the keys of a recipe are stands in config/training.py and config/judge_training.py.
+The keys of the recipes are in config/training.py and config/judge_training.py.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 
 
 class Section(BaseModel):
+    """A frozen section of a recipe; unknown keys, NaN, infinity, and true or false for a number are errors."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
-    def _truth_is_no_number(cls, values: Any) -> Any:
+    def _bool_is_no_number(cls, values: Any) -> Any:
         for name, value in values.items() if isinstance(values, dict) else ():
             field = cls.model_fields.get(name)
             if isinstance(value, bool) and field and field.annotation in (int, float):
@@ -35,9 +37,9 @@ RECIPES = Path(__file__).parents[2] / "configs"  # beside engine/, in a checkout
 
 
 def load(path: str | Path, overrides: Sequence[str], cls: type[C]) -> C:
-    """Reads a YAML recipe, applies `section.key=value` overrides (values are YAML) and checks the whole.
+    """Reads a YAML recipe, applies `section.key=value` overrides (values are YAML) and checks the result.
 
-    path: a file, or the name of a recipe that comes with strop. Raises UserError with one sentence that names the file
+    path: a file, or the name of a recipe in configs/ without .yaml. Raises UserError, one sentence that names the file
     and the key.
     """
     tree = _read_yaml(_recipe_file(path))
@@ -55,7 +57,7 @@ def dump(config: Section, path: Path) -> None:
 
 
 def keys(cls: type[BaseModel], prefix: str = "") -> list[str]:
-    """All dotted keys of a configuration class."""
+    """Lists the dotted keys of a configuration class."""
     dotted = []
     for name, field in cls.model_fields.items():
         nested = field.annotation
@@ -67,7 +69,7 @@ def keys(cls: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def differences(old: Section, new: Section, ignore: Sequence[str] = ()) -> list[str]:
-    """`key: old -> new` for every dotted key outside `ignore` whose values differ."""
+    """Lists `key: old -> new` for every dotted key outside `ignore` whose values differ."""
 
     def value(config: Any, dotted: str) -> Any:
         for part in dotted.split("."):
@@ -82,7 +84,7 @@ def differences(old: Section, new: Section, ignore: Sequence[str] = ()) -> list[
 
 
 def varied(config: C, values: Mapping[str, Any]) -> C:
-    """The same configuration with other values of some dotted keys, checked like any other."""
+    """Returns a copy of a configuration with other values of some dotted keys, checked like any other."""
     tree = config.model_dump()
     for key, value in values.items():
         *sections, last = key.split(".")
@@ -91,12 +93,12 @@ def varied(config: C, values: Mapping[str, Any]) -> C:
 
 
 def recipes() -> list[str]:
-    """The names of the recipes that come with strop, such as tinyworld."""
+    """Lists the names of the recipes that come with strop, such as tinyworld."""
     return sorted(file.stem for file in RECIPES.glob("*.yaml"))
 
 
 def _recipe_file(path: str | Path) -> Path:
-    """A recipe's file: a path, or the name of a recipe that comes with strop."""
+    """Returns the file of a recipe, which is named by a path or by its name in configs/ without .yaml."""
     named = RECIPES / f"{path}.yaml"
     return named if Path(path).name == str(path) and not Path(path).exists() and named.is_file() else Path(path)
 
@@ -109,7 +111,7 @@ def _read_yaml(path: Path) -> dict:
             f"{path}: cannot be read ({error.strerror}); give the path of a recipe, or one of {', '.join(recipes())}"
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+        raise UserError(f"{path}: not valid YAML ({one_line(error)})") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: found {type(tree).__name__}, expected sections such as `model:` and `run:`")
     return tree
@@ -125,15 +127,15 @@ def _apply(tree: dict, override: str) -> None:
             tree[section] = {}
         tree = tree[section]
         if not isinstance(tree, dict):
-            raise UserError(f"override {override!r}: {section} is not a section")
+            raise UserError(f"override {override!r}: {section} is a key, expected a section; write section.key=value")
     try:
         tree[last] = yaml.safe_load(value)
     except yaml.YAMLError:
-        raise UserError(f"override {override!r}: the value is not valid YAML") from None
+        raise UserError(f"override {override!r}: {value!r} is not valid YAML; put text in quotes") from None
 
 
 def _sentence(cls: type[BaseModel], error: ValidationError) -> str:
-    """The first of pydantic's complaints, as a sentence a person can act on."""
+    """Writes the first of pydantic's complaints as a sentence that a person can act on."""
     first = error.errors(include_url=False)[0]
     key = ".".join(str(part) for part in first["loc"])
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
@@ -155,7 +157,7 @@ def _sentence(cls: type[BaseModel], error: ValidationError) -> str:
 
 
 def _nearest(cls: type[BaseModel], key: str) -> str | None:
-    """The key that was probably meant: the same word in another section, else the most similar."""
+    """Returns the key that was probably meant: the same word in another section, else the most similar, else None."""
     word = key.rsplit(".", 1)[-1]
     elsewhere = [known for known in keys(cls) if known.rsplit(".", 1)[-1] == word]
     similar = difflib.get_close_matches(key, keys(cls) + ([] if "." in key else list(cls.model_fields)), n=1)

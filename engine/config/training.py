@@ -1,7 +1,7 @@
 """The recipe of engine/train.py: every key with its meaning, its default and its bounds.
 
 Defaults are the paper's for Stable Diffusion 1.5. The classes do not know what the keys do: the modules that receive a
-section do. docs/configuration.md is generated from here and from config/judge_training.py.
+section do. docs/configuration.md is generated from this file and config/judge_training.py.
 """
 
 from __future__ import annotations
@@ -18,8 +18,14 @@ from .settings import C, Section
 Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 Kernels = Literal["auto", "reference"]
+Tracker = Literal["tensorboard", "wandb", "none"]
 KERNELS = (
-    "auto runs the Triton kernels of strop.kernels on a GPU; reference runs plain PyTorch everywhere, for debugging."
+    "Which code computes the ops of strop.kernels: auto takes Triton's on a GPU, reference plain PyTorch everywhere, "
+    "which is slower and helps to find errors."
+)
+TRACKER = (
+    "Where the lines of metrics.jsonl are shown as well: TensorBoard (files in run.dir/tensorboard), Weights & Biases, "
+    "or nowhere. wandb needs the extra strop[wandb], and stays offline where it has no login."
 )
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
@@ -35,17 +41,17 @@ class ModelConfig(Section):
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
     components: str | None = Field(
         None,
-        description="For a .safetensors checkpoint: folder or hub id of a model with the same architecture, whose "
-        "configuration and tokenizers are used; null takes those of the original model from the hub.",
+        description="Folder or hub id of a model with the architecture of a .safetensors checkpoint, whose "
+        "configuration and tokenizers go with it; null takes those of the original model from the hub.",
     )
     vae: str | None = Field(
-        None, description="VAE that replaces the model's own: a folder, a .safetensors file, or a hub id."
+        None, description="VAE in place of the model's: a folder, a .safetensors file, or a hub id."
     )
     dtype: Dtype = Field(
         "float32",
-        description="Type of the frozen weights; the LoRA is kept in float32 and multiplied in this type. float16 puts "
+        description="Type of the frozen weights; the LoRA is in float32 and multiplied in this type. float16 puts "
         "an eighth of the noise on the log-ratio that bfloat16 does (`python -m strop.bench.precision`). With float16, "
-        "a VAE that overflows in it (SDXL's own) stays in float32, and gradients pass through the UNet scaled up.",
+        "a VAE that overflows in it (SDXL's) stays in float32, and gradients pass through the UNet scaled up.",
     )
     attention: Literal["auto", "sdpa", "xformers"] = Field(
         "auto", description="Attention of the UNet. auto is PyTorch's SDPA; xformers needs the extra strop[cuda]."
@@ -55,19 +61,19 @@ class ModelConfig(Section):
         description="Whether the backward pass recomputes the UNet's activations: less memory, a third more time.",
     )
     decode_rows: int | None = Field(
-        None, ge=1, description="Most latents in one forward pass of a decoder; null decodes all branches at once."
+        None, ge=1, description="Most latents in one forward of a decoder; fewer take less memory. null decodes all."
     )
     unet_rows: int | None = Field(
         None,
         ge=2,
-        description="Most rows in one forward pass of the UNet in rollout and evaluation. A latent under guidance "
-        "takes two rows, with the prompt and without. null computes all branches in one pass.",
+        description="Most rows in one forward pass of the UNet in rollout and evaluation; fewer take less memory. A "
+        "guided latent takes two rows, with the prompt and without. null computes all branches in one pass.",
     )
     merge_lora: bool | None = Field(
         None,
         description="Whether rollout and evaluation add the LoRA to the UNet's weights instead of computing it "
-        "beside them; these weights are then kept twice. In float32 the numbers are the same but for rounding; in "
-        "float16 and bfloat16 the sums are rounded to that type, which is an approximation. null does it in float32 "
+        "beside them, which needs a second copy of them. In float32 the numbers are the same but for rounding; in "
+        "float16 and bfloat16 the sums are rounded to that type, which is an approximation. null adds in float32 "
         "alone.",
     )
     share_halves: bool = Field(
@@ -100,17 +106,17 @@ class ModelConfig(Section):
         description="Whether a GPU multiplies float32 matrices, such as the judge's, in TF32, as published. null does "
         "so unless dtype is float32, because that is chosen for its precision.",
     )
-    height: Pixels | None = Field(None, description="Height of the images in pixels; null takes the model's own.")
-    width: Pixels | None = Field(None, description="Width of the images in pixels; null takes the model's own.")
+    height: Pixels | None = Field(None, description="Height of the images in pixels; null takes the model's.")
+    width: Pixels | None = Field(None, description="Width of the images in pixels; null takes the model's.")
 
     @property
     def uses_tf32(self) -> bool:
-        """What tf32 comes to for this dtype."""
+        """Whether TF32 is on: tf32, or where that is null whether dtype is not float32."""
         return self.dtype != "float32" if self.tf32 is None else self.tf32
 
     @property
     def merges_lora(self) -> bool:
-        """What merge_lora comes to for this dtype."""
+        """Whether the LoRA is merged: merge_lora, or where that is null whether dtype is float32."""
         return self.dtype == "float32" if self.merge_lora is None else self.merge_lora
 
 
@@ -122,8 +128,8 @@ class JudgeConfig(Section):
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
     components: str | None = Field(
         None,
-        description="Folder or hub id of the CLIP whose config.json, preprocessor and tokenizer go with judge.path, "
-        "where it has none itself; null for a folder that has them.",
+        description="Folder or hub id of the CLIP whose config.json, preprocessor and tokenizer go with judge.path; "
+        "null if judge.path has its own.",
     )
     kind: Literal["spm", "spm_no_step", "pickscore"] = Field(
         "spm",
@@ -139,31 +145,33 @@ class PromptsConfig(Section):
     )
     heldout: str | None = Field(
         None,
-        description="Prompts kept for the evaluation, in the same forms; none may be a training prompt. null takes "
+        description="File of prompts for the evaluation, in the same forms; none may be a training prompt. null takes "
         "evaluate.prompts of the training prompts, which are then not trained on.",
     )
 
 
 class LoraConfig(Section):
-    rank: int = Field(4, ge=1, description="Rank of the LoRA; alpha equals the rank, so its scale is 1.")
+    rank: int = Field(4, ge=1, description="Rank of the LoRA; its alpha is equal, so that its scale is 1.")
     target_modules: tuple[str, ...] = Field(
         ("to_q", "to_k", "to_v", "to_out.0"),
         min_length=1,
-        description="UNet layers that get a LoRA (PEFT name suffixes).",
+        description="UNet layers that get a LoRA, by the endings of their names, as in PEFT.",
     )
 
 
 class RolloutConfig(Section):
-    prompts: int = Field(10, ge=1, description="Prompts per iteration and process.")
+    prompts: int = Field(10, ge=1, description="Prompts per iteration and process; each gets one trajectory.")
     k: int = Field(4, ge=2, description="Branches drawn from one noisy latent at each fork.")
     num_steps: int = Field(20, ge=2, le=1000, description="DDIM steps of a rollout.")
     t_range: tuple[Timestep, Timestep] = Field(
         (0, 751),
         description="Lowest and highest training timestep whose steps are judged and trained (the paper's kappa). "
-        "Steps above the highest are walked on one branch, the trunk.",
+        "Steps above the highest are walked on one branch, the trunk; those below the lowest are not walked.",
     )
     inner_steps: int = Field(
-        1, ge=1, description="Steps that a branch walks before it is judged; more than 1 is MSPO, the paper's for SDXL."
+        1,
+        ge=1,
+        description="Steps that a branch walks before it is judged; more than 1 is MSPO, as published for SDXL.",
     )
     merge_last: bool = Field(
         False,
@@ -178,8 +186,8 @@ class RolloutConfig(Section):
     look_ahead: Literal["full", "text"] = Field(
         "full",
         description="How the image of a branch is predicted for the judge. full is the guided prediction. text is an "
-        "approximation: it predicts with the prompt alone and adds what guidance added at the step before. What is "
-        "trained is exact either way, because the branch that goes on gets its missing prediction.",
+        "approximation: it predicts with the prompt alone and adds what guidance added one step earlier. The "
+        "training is exact either way, because the branch that goes on gets its missing prediction.",
     )
     decoder: str | None = Field(
         None,
@@ -191,11 +199,11 @@ class RolloutConfig(Section):
         "random", description="The branch from which the trajectory goes on."
     )
     pair: Literal["best_worst", "random"] = Field(
-        "best_worst", description="Which two branches make a pair; of two random ones, the better is the winner."
+        "best_worst", description="The two branches that make a pair; of two random ones, the better is the winner."
     )
-    eta: float = Field(1.0, gt=0, le=1, description="DDIM eta; 0 has no log-probability and is not allowed here.")
+    eta: float = Field(1.0, gt=0, le=1, description="DDIM eta; steps without noise, at 0, have no log-probability.")
     guidance: float = Field(5.0, ge=1, description="Classifier-free guidance scale; 1 switches guidance off.")
-    threshold: float = Field(0.3, ge=0, lt=1, description="A pair is kept when p(winner) - p(loser) exceeds this.")
+    threshold: float = Field(0.3, ge=0, lt=1, description="Pairs with p(winner) - p(loser) above this are trained on.")
     text_kv: bool = Field(
         True,
         description="Whether the cross-attention keys and values of a prompt are computed once per rollout (and "
@@ -220,11 +228,11 @@ class OptimConfig(Section):
     lr: float = Field(6e-5, gt=0, description="AdamW learning rate, constant.")
     betas: tuple[Momentum, Momentum] = Field((0.9, 0.999), description="AdamW betas.")
     eps: float = Field(1e-8, gt=0, description="AdamW epsilon.")
-    weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay.")
+    weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay, which pulls the LoRA towards 0.")
     max_grad_norm: float | None = Field(
         1.0,
         gt=0,
-        description="Gradient norm above which gradients are scaled down; null never does, as the published code.",
+        description="Gradient norm above which gradients are scaled down; null leaves them, as the published code.",
     )
     beta: float = Field(10.0, gt=0, description="DPO beta: weight of the difference of the log-ratios.")
     clip: float | None = Field(
@@ -234,7 +242,7 @@ class OptimConfig(Section):
         True,
         description="Whether the guided prediction (rollout.guidance) is trained, or the one with the prompt alone.",
     )
-    micro_batch: int = Field(10, ge=1, description="Preference pairs per forward and backward pass and process.")
+    micro_batch: int = Field(10, ge=1, description="Pairs per backward pass and process; fewer take less memory.")
     accumulate: int = Field(1, ge=1, description="Micro-batches per optimizer step.")
     passes: int = Field(
         1,
@@ -262,9 +270,9 @@ class EvaluateConfig(Section):
     prompts: int = Field(64, ge=1, description="Held-out prompts, from the top of prompts.heldout.")
     num_steps: int = Field(20, ge=1, le=1000, description="Deterministic DDIM steps (eta 0) per image.")
     guidance: float = Field(5.0, ge=1, description="Classifier-free guidance scale of the evaluation.")
-    batch: int = Field(32, ge=1, description="Images per forward pass.")
-    seed: int = Field(0, ge=0, description="Seed of the initial noise: base and tuned model get the same.")
-    pictures: int = Field(10, ge=1, description="Number of prompts whose images before_after.png shows.")
+    batch: int = Field(32, ge=1, description="Images per forward pass; fewer take less memory.")
+    seed: int = Field(0, ge=0, description="Seed of the initial noise, which is the same for base and tuned model.")
+    pictures: int = Field(10, ge=1, description="Prompts whose images before_after.png shows.")
     examiner: str | None = Field(
         None,
         description="Examiner that scores images independently of the judge, as `module:factory`: factory(device) "
@@ -273,18 +281,19 @@ class EvaluateConfig(Section):
 
 
 class RunConfig(Section):
-    dir: str = Field(description="Run folder; must be new or empty, unless run.resume is set.")
+    dir: str = Field(description="Run folder, which must be new or empty unless run.resume is set.")
     iterations: int = Field(ge=1, description="Rollouts, each followed by optim.passes over its preference pairs.")
     seed: int = Field(42, ge=0, description="Seed of everything random in the run; process r uses seed + r.")
     device: Device = Field("auto", description="Where the run computes; auto takes a GPU where there is one.")
     kernels: Kernels = Field("auto", description=KERNELS)
     log_every: int = Field(1, ge=1, description="Iterations per line of metrics.jsonl and of the terminal.")
+    tracker: Tracker = Field("tensorboard", description=TRACKER)
     save_every: int = Field(10, ge=1, description="Iterations per checkpoint; one more is written at the end.")
     resume: bool = Field(False, description="Whether the run goes on from the newest checkpoint in run.dir.")
     share_of_peak: bool = Field(
         False,
-        description="On a GPU that plan knows, report the share of its peak that rollout and update reach. For it, "
-        "another process counts the operations of the recipe at the start, which takes about half a minute.",
+        description="Whether a run on a GPU that plan knows reports the share of its peak that rollout and update "
+        "reach. Another process then counts the operations of the recipe at the start, for about half a minute.",
     )
 
 
@@ -303,15 +312,15 @@ class Config(Section):
 
     @property
     def iterations(self) -> int:
-        """How many the run has."""
+        """The number of iterations of the run."""
         return self.run.iterations
 
     @property
     def guided_update(self) -> bool:
-        """Whether the update has both guidance halves."""
+        """Whether the update computes both guidance halves."""
         return self.optim.guided and self.rollout.guidance != 1
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), cls: type[C] = Config) -> C:
-    """A recipe of `cls` from a YAML file and `section.key=value` overrides; see settings.load."""
+    """Reads a recipe of `cls` from a YAML file and `section.key=value` overrides, as settings.load does."""
     return settings.load(path, overrides, cls)

@@ -1,4 +1,4 @@
-"""Embeddings of all prompts of a run, computed once and stored on the host, so text encoders can leave the device."""
+"""Computes the embeddings of all prompts of a run once and stores them on the host, so that text encoders can go."""
 
 from __future__ import annotations
 
@@ -44,22 +44,22 @@ class Embeddings:
 
 @dataclass(frozen=True, slots=True)
 class TrainingPrompts:
-    """The training prompts of each iteration, `each` per rank, with their embeddings."""
+    """Deals the training prompts of each iteration, `per_rank` to each rank, with their embeddings."""
 
     prompts: list[str]
     embeddings: Embeddings
-    each: int
+    per_rank: int
     seed: int
     ranks: Ranks
 
     def mine(self, iteration: int) -> Conditioning:
-        """The Conditioning of this rank's prompts of an iteration."""
-        begin = self.ranks.rank * self.each
-        return self.embeddings[self._of_all(iteration)[begin : begin + self.each]]
+        """Returns the Conditioning of this rank's prompts of an iteration."""
+        begin = self.ranks.rank * self.per_rank
+        return self.embeddings[self._of_all(iteration)[begin : begin + self.per_rank]]
 
     def everyone(self, iteration: int) -> Conditioning:
-        """The Conditioning of all ranks' prompts of an iteration, in rank order."""
+        """Returns the Conditioning of all ranks' prompts of an iteration, in rank order."""
         return self.embeddings[self._of_all(iteration)]
 
     def _of_all(self, iteration: int) -> list[str]:
-        return batch_of(self.prompts, iteration, self.each * self.ranks.size, self.seed)
+        return batch_of(self.prompts, iteration, self.per_rank * self.ranks.size, self.seed)

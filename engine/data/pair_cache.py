@@ -1,4 +1,4 @@
-"""A cache on disk of what frozen models compute from preference pairs, shared by runs.
+"""Stores on disk what frozen models compute from preference pairs, for all runs.
 
 An entry is a small file, a checksum followed by safetensors. Its name is a hash of everything that it depends on, so no
 entry is out of date: a changed model, resolution, image or caption has another name. pair_scan.py recomputes entries
@@ -41,7 +41,7 @@ class PairCache:
             ) from None
 
     def path(self, kind: str, *depends: object) -> Path:
-        """The path of the entry of this kind that depends on all of `depends`, which must be JSON values."""
+        """Returns the path of the entry of this kind that depends on all of `depends`, which must be JSON values."""
         key = json.dumps([FORMAT, kind, *depends], ensure_ascii=False)
         name = hashlib.blake2b(key.encode(), digest_size=20).hexdigest()
         return self.folder / kind / name[:2] / f"{name[2:]}.entry"

@@ -55,18 +55,18 @@ class PairSource(ABC):
 
     @abstractmethod
     def name(self, row: int) -> str:
-        """The row's file and place in it, for messages."""
+        """Returns the row's file and place in it, for messages."""
 
     @abstractmethod
     def group(self, row: int) -> tuple[int, int]:
-        """The group of neighbouring rows to which this row belongs; one process should read a group in order."""
+        """Returns the group of neighbouring rows that this row is in; one process should read a group in order."""
 
     def images(self, row: int) -> list[Image.Image]:
         """Reads both images in RGB. Raises BrokenPair."""
         return self._or_raise_broken(self._images, row)
 
     def identity(self, row: int) -> list:
-        """JSON values that identify this row's images; they change if the files change.
+        """Returns JSON values that identify this row's images; they change if the files change.
 
         Raises BrokenPair if a file is missing.
         """
@@ -169,10 +169,11 @@ class ParquetPairs(PairSource):
 
     def _images(self, row: int) -> list[Image.Image]:
         number, group, place = self.places[row]
-        here = (os.getpid(), number, group)
-        if self._read_group is None or self._read_group[:3] != here:
+        place_of_group = (os.getpid(), number, group)
+        if self._read_group is None or self._read_group[:3] != place_of_group:
             with parquet.ParquetFile(self.files[number]) as file:
-                self._read_group = (*here, file.read_row_group(group, columns=list(IMAGES), use_threads=False))
+                table = file.read_row_group(group, columns=list(IMAGES), use_threads=False)
+            self._read_group = (*place_of_group, table)
         return [_decoded(self._read_group[3].column(name)[place].as_py(), name) for name in IMAGES]
 
 
@@ -304,13 +305,13 @@ def _decoded(content: bytes | dict | None, name: str) -> Image.Image:
 
 
 def _stamp(path: Path) -> list:
-    """A file's size and time of last change, which differ if its content was replaced."""
+    """Returns a file's size and time of last change, which differ if its content was replaced."""
     state = path.stat()
     return [state.st_size, state.st_mtime_ns]
 
 
 def _reason(error: Exception) -> str:
-    """The message of an error in one line; of an OSError, the file and what went wrong without the error number."""
+    """Returns an error's message in one line; of an OSError, the file and what went wrong without the error number."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return one_line(error)

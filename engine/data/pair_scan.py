@@ -57,15 +57,15 @@ class Entries:
         )
 
     def latents(self, source: PairSource, row: int, size: tuple[int, int]) -> Path:
-        """The entry of the VAE's posteriors of a row's images at size (height, width)."""
+        """Returns the entry of the VAE's posteriors of a row's images at size (height, width)."""
         return self.cache.path("latents", self.vae, size, source.identity(row))
 
     def scores(self, source: PairSource, row: int) -> Path:
-        """The entry of PickScore's scores of a row's images."""
+        """Returns the entry of PickScore's scores of a row's images."""
         return self.cache.path("scores", self.judge, source.captions[row], source.identity(row))
 
     def text(self, caption: str) -> Path:
-        """The entry of a caption's text embeddings."""
+        """Returns the entry of a caption's text embeddings."""
         return self.cache.path("text", self.encoders, caption)
 
 
@@ -116,10 +116,10 @@ class PairScan:
 
     def encode_captions(self, captions: Sequence[str]) -> None:
         """Computes the text embeddings of those captions that the cache lacks, split over the ranks."""
-        own_captions = sorted(set(captions))[self.ranks.rank :: self.ranks.size]
-        progress = ProgressLine("captions", len(own_captions), self.ranks.first)
-        for begin in range(0, len(own_captions), CAPTION_BATCH):
-            batch = own_captions[begin : begin + CAPTION_BATCH]
+        rank_captions = sorted(set(captions))[self.ranks.rank :: self.ranks.size]
+        progress = ProgressLine("captions", len(rank_captions), self.ranks.first)
+        for begin in range(0, len(rank_captions), CAPTION_BATCH):
+            batch = rank_captions[begin : begin + CAPTION_BATCH]
             missing = [caption for caption in batch if self.entries.cache.read(self.entries.text(caption)) is None]
             if missing:
                 cond = self.denoiser.diffusion.encode(missing)
@@ -240,10 +240,10 @@ def pickscore_labels(scores: Tensor, tie: float) -> Tensor:
     return torch.cat([first, 1 - first])
 
 
-def _gathered(own_result: ScanResult, ranks: Ranks) -> ScanResult:
+def _gathered(rank_result: ScanResult, ranks: Ranks) -> ScanResult:
     """Merges the results of all ranks."""
-    parts = [own_result] * ranks.size
+    parts = [rank_result] * ranks.size
     if ranks.size > 1:
-        dist.all_gather_object(parts, own_result)
+        dist.all_gather_object(parts, rank_result)
     scores = {row: pair for part in parts for row, pair in part.scores.items()}
     return ScanResult(dict(sorted(scores.items())), [line for part in parts for line in part.broken])

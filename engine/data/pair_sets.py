@@ -39,14 +39,14 @@ class PairSets:
     """The training pairs and the held-out pairs of a run.
 
     broken: "file row: why" of pairs that could not be used. left_out: how many rows have no label, equal images or a
-    caption of data.heldout_source. kept: the training pairs come from the cache, not as images.
+    caption of data.heldout_source. cached: the training pairs come from the cache, not as images.
     """
 
     train: Dataset
     heldout: Dataset
     broken: list[str] = field(default_factory=list)
     left_out: int = 0
-    kept: bool = False
+    cached: bool = False
 
 
 class FilePairs(Dataset):
@@ -64,7 +64,7 @@ class FilePairs(Dataset):
         images: bool,
         entries: Entries | None = None,
     ):
-        """labels: the labels of each row to use, by row; size: (height, width) of the images."""
+        """Chooses the rows of `labels`, which has the labels by row. size: (height, width) of the images."""
         self.source, self.rows, self.labels = source, list(labels), list(labels.values())
         self.size, self.images, self.entries = size, images, entries
 
@@ -201,7 +201,7 @@ def load_pairs(factory: Callable[[int, int], Dataset], spec: str, seed: int, siz
     return pairs
 
 
-def shares(count: int, batch: int, steps: int, seed: int, ranks: Ranks) -> Iterator[list[int]]:
+def rank_batches(count: int, batch: int, steps: int, seed: int, ranks: Ranks) -> Iterator[list[int]]:
     """Yields `steps` lists of `batch` indices for this rank, dealt from one shuffle of all `count` after the other."""
     rng = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.int64)
@@ -230,9 +230,9 @@ def _check_factory(config: JudgeTrainingConfig, ranks: Ranks) -> None:
     if data.heldout_source is not None:
         resolve(data.heldout_source, "data.heldout_source")
     if data.train is None:
-        raise UserError(f"data.train: say how many pairs {data.source} is to make")
+        raise UserError(f"data.train: found null, expected the number of pairs that {data.source} shall make")
     if data.labels == "pickscore":
-        raise UserError(f"data.labels: {data.source} gives its own labels; pickscore is for pairs in files")
+        raise UserError(f"data.labels: found pickscore, expected given, as {data.source} makes pairs with labels")
 
 
 def _cache_entries(

@@ -41,7 +41,7 @@ def paired_delta(base: Tensor | Sequence[float], tuned: Tensor | Sequence[float]
 
 
 def rate_delta(before: float, after: float, count: int) -> dict:
-    """Returns two rates of right answers to the same `count` questions, their difference, its interval and p-value.
+    """Computes two rates of right answers to the same `count` questions, their difference, its interval and p-value.
 
     The two are taken for independent, which gives a wider interval than paired answers that agree more often than by
     chance: the interval is Newcombe's (1998), of Wilson's for each rate, and p that of the pooled score test. Both are

@@ -1,6 +1,6 @@
-"""Base and tuned model on held-out prompts: the same noise, deterministic DDIM, scored by the judge and the examiner.
+"""Evaluates base and tuned model on held-out prompts: same noise, deterministic DDIM, scores of judge and examiner.
 
-What is measured here never trains anything: the prompts are held out and the examiner is independent of the judge.
+Its scores never train anything: the prompts are held out and the examiner is independent of the judge.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from ..config.training import Config
 from ..data.embeddings import Embeddings
 from ..methods.online import OnlineModels
 from ..models.conditioning import Conditioning
-from ..runtime.ranks import Ranks, gather_rows, share
+from ..runtime.ranks import Ranks, gather_rows, rank_slice
 
 Examine = Callable[[Tensor, list[str]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """scores: per measure (N,) on the CPU, over all ranks; images (P, 3, H, W) of the first P prompts, on the CPU."""
+    """The scores (N,) of all ranks' prompts by name, and the images (P, 3, H, W) of the first P prompts; on the CPU."""
 
     scores: dict[str, Tensor]
     images: Tensor
 
 
 class Evaluator:
-    """An evaluator is made once per run; each call samples with whatever the policy is at that moment."""
+    """Samples and scores the held-out prompts at each call, with the policy as it is at that moment."""
 
     def __init__(
         self,
@@ -41,12 +41,12 @@ class Evaluator:
         config: Config,
         ranks: Ranks,
     ):
-        """prompts: held-out, the same on every rank, in `embeddings`; each rank takes a contiguous share of them."""
+        """Takes the held-out prompts, the same on every rank and in `embeddings`; each rank samples some of them."""
         self.policy, self.diffusion, self.judge = models.policy, models.diffusion, models.judge
         self.examine, self.embeddings, self.ranks = examine, embeddings, ranks
         self.config, self.text_kv = config.evaluate, config.rollout.text_kv
         self.schedule = self.diffusion.schedule(self.config.num_steps, eta=0.0, guidance=self.config.guidance)
-        self.rows = share(len(prompts), ranks)
+        self.rows = rank_slice(len(prompts), ranks)
         self.all_prompts, self.prompts = prompts, prompts[self.rows]
         self.pictures = min(self.config.pictures, len(self.prompts))
 
@@ -72,8 +72,8 @@ class Evaluator:
         for start in starts:
             prompts = self.prompts[start : start + self.config.batch]
             cond = self.embeddings[prompts]
-            with self.policy.sampling(cond, self.text_kv) as known:
-                batch = self._sample(noise[start : start + len(prompts)], known, bar)
+            with self.policy.sampling(cond, self.text_kv) as sampling_cond:
+                batch = self._sample(noise[start : start + len(prompts)], sampling_cond, bar)
             for name, values in self._score(batch, prompts, cond).items():
                 scores.setdefault(name, []).append(values)
             images.append(batch[: max(0, self.pictures - start)].cpu())

@@ -24,7 +24,7 @@ class Candidates:
     """
 
     def __init__(self, x: Tensor, t: float, look_ahead: LookAhead, decode: Callable[[Tensor], Tensor]):
-        """look_ahead: returns (eps (G, K, B, C, H, W) at x, x0_hat); decode: latents -> images, about [-1, 1]."""
+        """Takes look_ahead, which returns (eps (G, K, B, C, H, W) at x, x0_hat), and decode: latents -> images."""
         self.x, self.t = x, t
         self._look_ahead, self._decode = look_ahead, decode
 

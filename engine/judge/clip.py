@@ -183,7 +183,7 @@ class TimeConditionedCLIP(nn.Module):
         super()._load_from_state_dict(*args)
 
     def __getstate__(self) -> dict:
-        """The state of copies and pickles, which are frozen as this network is and have an empty cache."""
+        """Returns the state of copies and pickles, which are frozen as this network is and have an empty cache."""
         return self.__dict__ | {"_cache": None if self._cache is None else {}, "_cache_source": []}
 
     def _empty_cache(self) -> None:

@@ -20,7 +20,7 @@ class Denoiser:
     """Noises images to timestep t and lets the frozen base model predict them clean."""
 
     def __init__(self, diffusion: LatentDiffusion, unet: UNet2DConditionModel, guidance: float):
-        """guidance: the scale of classifier-free guidance; 1 switches it off."""
+        """Freezes the UNet. guidance: the scale of classifier-free guidance; 1 switches it off."""
         self.diffusion = diffusion
         self.unet = unet.eval().requires_grad_(False)
         self.alphas = diffusion.scheduler.alphas_cumprod.float().to(diffusion.device)

@@ -35,7 +35,7 @@ class StepAwarePreferenceModel:
         std: Sequence[float],
         kind: str = "spm",
     ):
-        """mean, std: per channel, of images in [0, 1], as in the CLIP's preprocessor_config.json; kind: judge.kind."""
+        """Takes mean and std per channel of images in [0, 1], as in preprocessor_config.json, and judge.kind."""
         self.clip = clip
         self.tokenizer = tokenizer
         self.kind = kind

@@ -1,4 +1,4 @@
-"""The loop over iterations, the same for every method: collect rows, learn from them, log, measure and save."""
+"""Runs the iterations of every method: collects rows, learns from them, measures, logs and saves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .protocol import Method
 
 
 def train(session: Session, method: Method, optimizer: Optimizer) -> None:
-    """Runs the iterations that a session has still to do, up to its last record and checkpoint; every rank calls it."""
+    """Runs a session's remaining iterations, up to its last record and checkpoint. Every rank calls it."""
     session.begin(Training(method.trainable, optimizer, method.rngs), method.columns, method.stage)
     if session.done == 0:
         measure(session, method, 0)
@@ -29,11 +29,10 @@ def train(session: Session, method: Method, optimizer: Optimizer) -> None:
                     session.note({"grad_norm": norm})
         measure(session, method, iteration + 1)
         session.save(iteration + 1)
-    session.metrics.close()
 
 
 def measure(session: Session, method: Method, done: int) -> None:
-    """Measures what is due after `done` iterations, and logs the record that is due then."""
+    """Measures what is due after `done` iterations, and logs the record if one is due then."""
     with session.clock("evaluate"):
         measured = method.measure(done)
     session.note(measured)

@@ -1,4 +1,4 @@
-"""The models of a method that draws its own samples: policy, base model, judge, and what decodes for the judge."""
+"""Loads the models of a method that draws its own samples: policy, base model, judge, and the judge's decoder."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from ..speed.apply import prepare
 
 @dataclass(frozen=True, slots=True)
 class OnlineModels:
-    """The models of a run. decoder makes the judge's images: the VAE or a smaller one. schedule is that of rollouts
-    and updates."""
+    """The models of a run. decoder: makes the judge's images; schedule: of rollout and update."""
 
     policy: Policy
     diffusion: LatentDiffusion
@@ -31,7 +30,7 @@ class OnlineModels:
 
     @classmethod
     def load(cls, config: Config, device: torch.device) -> OnlineModels:
-        """Loads the models that a recipe names. Raises UserError for whatever the user has to mend."""
+        """Loads the models that a recipe names. Raises UserError for whatever the user has to put right."""
         diffusion = LatentDiffusion.load(config.model, device)
         unet = load_unet(config.model, device)
         judge = StepAwarePreferenceModel.load(config.judge, device)

@@ -1,4 +1,4 @@
-"""What a training method is: all that the loop of loop.py asks of one."""
+"""The protocol of a training method: all that the loop of loop.py calls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Measured = Mapping[str, Value | tuple[Value, Value]]  # by the names of columns;
 
 
 class Method(Protocol[Rows, Batch]):
-    """A method collects rows and says what there is to learn from them.
+    """A method collects rows and computes a loss from them.
 
     stage: the clock's name for collecting. columns: all that the method reports. rngs: the generators that it draws
     from, whose states are in checkpoints. trainable: what it trains.
@@ -33,7 +33,7 @@ class Method(Protocol[Rows, Batch]):
         """Returns the learning rate of an iteration's optimizer steps; iterations are counted from 0."""
 
     def collect(self, iteration: int) -> tuple[Rows, Measured]:
-        """Returns this rank's rows of an iteration (a rollout, or rows of a data set) and what was measured of them."""
+        """Returns this rank's rows of an iteration (a rollout, or rows of a data set) and their measurements."""
 
     def batches(self, rows: Rows) -> Iterator[Batch]:
         """Yields micro-batches, as many on every rank; the loop asks for each after the step of the one before."""
@@ -42,4 +42,4 @@ class Method(Protocol[Rows, Batch]):
         """Returns the mean loss of a micro-batch, with gradients, and its stats, which are means over the batch."""
 
     def measure(self, done: int) -> Measured:
-        """Returns what is measured on held-out data after `done` iterations; empty where nothing is due."""
+        """Returns measurements on held-out data after `done` iterations; {} where none is due."""

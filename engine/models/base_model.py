@@ -103,7 +103,7 @@ class BaseModel:
         return [self._tokenizer(name) for name in self.family.text_encoders]
 
     def scheduler(self) -> DDIMScheduler:
-        """A DDIM scheduler with the betas and the prediction type of the model's training, whatever its sampler.
+        """Returns a DDIM scheduler with the betas and the prediction type of the model's training.
 
         The sampler's other settings are ignored: timesteps are spaced as DDIMCoefficients says.
         """
@@ -132,7 +132,7 @@ class BaseModel:
         return self.family.zero_null(read_index(self.folder, self.key))
 
     def latent_shape(self, factor: int) -> tuple[int, int, int]:
-        """Shape (C, h, w) of one latent for model.height and model.width, or for the model's own size.
+        """Returns the shape (C, h, w) of a latent for model.height and model.width, or for the model's default size.
 
         factor: image pixels per latent pixel along a side. Raises UserError if the UNet cannot halve that size often
         enough.
@@ -165,7 +165,7 @@ class BaseModel:
 
 
 def latent_shape(model: ModelConfig, unet: dict, factor: int, source: Path | str) -> tuple[int, int, int]:
-    """BaseModel.latent_shape for the UNet configuration `unet`; source: the model it belongs to, for messages."""
+    """Computes BaseModel.latent_shape for the UNet configuration `unet`; source: its model, for messages."""
     default_sides, blocks = unet.get("sample_size"), len(unet.get("block_out_channels", range(4)))
     default_sides = default_sides if isinstance(default_sides, list) else [default_sides] * 2
     multiple = factor * 2 ** (blocks - 1)
@@ -187,10 +187,10 @@ def load_unet(model: ModelConfig, device: torch.device) -> UNet2DConditionModel:
     """
     if model.attention == "xformers":
         _check_xformers(device)
-    return equip(BaseModel.find(model).part("unet", DTYPES[model.dtype]).to(device), model)
+    return configure_unet(BaseModel.find(model).part("unet", DTYPES[model.dtype]).to(device), model)
 
 
-def equip(unet: UNet2DConditionModel, model: ModelConfig) -> UNet2DConditionModel:
+def configure_unet(unet: UNet2DConditionModel, model: ModelConfig) -> UNet2DConditionModel:
     """Sets model.attention and model.gradient_checkpointing on a UNet in place, and returns it. Raises UserError."""
     if model.attention == "xformers":
         try:
@@ -205,7 +205,7 @@ def equip(unet: UNet2DConditionModel, model: ModelConfig) -> UNet2DConditionMode
 
 
 def network_kind(family: Family, part: str) -> type[torch.nn.Module]:
-    """The class of a part of a base model: unet, vae or one of the family's text encoders."""
+    """Returns the class of a part of a base model: unet, vae or one of the family's text encoders."""
     return KINDS[part] if part in KINDS else getattr(transformers, family.text_encoders[part])
 
 
@@ -299,6 +299,6 @@ def _refuse_pickled(file: Path, key: str) -> None:
 
 def _check_xformers(device: torch.device) -> None:
     if importlib.util.find_spec("xformers") is None:
-        raise UserError("model.attention: xformers is not installed; `pip install strop[cuda]` brings it")
+        raise UserError("model.attention: found xformers, which is not installed; run `pip install strop[cuda]`")
     if device.type != "cuda":
-        raise UserError("model.attention: xformers needs a GPU, and there is none; expected sdpa or auto")
+        raise UserError("model.attention: found xformers, which needs a GPU, and there is none; expected sdpa or auto")

@@ -1,4 +1,4 @@
-"""The frozen parts of a latent diffusion model around its UNet: text encoders, VAE and noise schedule.
+"""Runs the frozen parts of a latent diffusion model around its UNet: text encoders, VAE and noise schedule.
 
 families/ says how each family of base models uses them, base_model.py finds and loads them. The UNet is in policy.py.
 """
@@ -49,7 +49,7 @@ class LatentDiffusion:
         latent_shape: tuple[int, int, int],
         decode_rows: int | None = None,
     ):
-        """decode_rows: how many latents are decoded at once; None means all."""
+        """Freezes the parts. decode_rows: how many latents are decoded at once; None means all."""
         self.family = family
         self.tokenizers = list(text.tokenizers)
         self.text_encoders = [encoder.eval().requires_grad_(False) for encoder in text.encoders]
@@ -142,5 +142,5 @@ def decode_in_parts(decoder: AutoencoderKL | AutoencoderTiny, latents: Tensor, r
 
 
 def pixels_per_latent(vae: AutoencoderKL) -> int:
-    """Image pixels per latent pixel along a side: 8 in the full-size models."""
+    """Returns the image pixels per latent pixel along a side, which are 8 in the full-size models."""
     return 2 ** (len(vae.config.block_out_channels) - 1)

@@ -2,9 +2,9 @@
 
 diffusers: `unet.<layer>.lora.down.weight`, for `pipeline.load_lora_weights`; alpha stands in the header.
 kohya: `lora_unet_<layer with _ for .>.lora_down.weight` with an `.alpha` beside it, for ComfyUI, A1111 and diffusers.
-Both name the layers of a UNet as diffusers does; ComfyUI and A1111 know these names beside their own.
+Both name the layers of a UNet as diffusers does; ComfyUI and A1111 know these names too.
 (One exception: add_embedding, which attention LoRAs do not touch, goes by kohya's name in ComfyUI alone.)
-Which layers have a LoRA and how it trains is policy.py's business.
+policy.py decides which layers have a LoRA and trains it.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Lora:
 
 
 def facts(config: Config, family: Family, iteration: int) -> dict[str, str]:
-    """Header entries that say which base model, recipe and iteration a LoRA comes from; family: of the base model.
+    """Returns header entries that name a LoRA's base model, recipe and iteration; family: of the base model.
 
     Besides strop's own keys these are the keys by which user interfaces sort LoRAs: kohya's `ss_` and Stability's
     `modelspec.` (github.com/Stability-AI/ModelSpec).
@@ -111,7 +111,7 @@ def read(file: Path) -> Lora:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
         adapter = json.loads(header.pop(ADAPTER, "{}"))
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as a LoRA ({one_line(error)}); expected a safetensors file") from None
+        raise UserError(f"{file}: cannot be read as a LoRA ({one_line(error)}); expected a safetensors file") from None
     down, up, alpha = {}, {}, {}
     for name, value in tensors.items():
         layer, part = _layer_and_part(name)
@@ -188,7 +188,7 @@ def _layer_and_part(name: str) -> tuple[str, str]:
 
 
 def _alpha(layer: str, adapter: Mapping, rank: int) -> float:
-    """A layer's alpha in diffusers' header, whose patterns are PEFT's; without a header, the rank (a scale of 1)."""
+    """Returns a layer's alpha by diffusers' header, whose patterns are PEFT's; without a header, its rank (scale 1)."""
     patterns = adapter.get("unet.alpha_pattern", {}).items()
     matching = (value for pattern, value in patterns if re.fullmatch(rf"(.*\.)?({pattern})", layer))
     return float(next(matching, adapter.get("unet.lora_alpha", rank)))

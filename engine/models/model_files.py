@@ -1,4 +1,4 @@
-"""Reads what a model's files say without their weights: JSON configurations and the header of a checkpoint."""
+"""Reads a model's JSON configurations and the header of a checkpoint, without the weights."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class Savings:
 
     @classmethod
     def of(cls, model: ModelConfig, micro_batch: int) -> Savings:
-        """The settings that section `model` asks for; micro_batch: pairs per forward of the update."""
+        """Takes the settings of section `model`; micro_batch: pairs per forward of the update."""
         return cls(model.unet_rows, model.merges_lora, model.share_halves, micro_batch if model.compile else 1)
 
 
@@ -112,7 +112,7 @@ class Policy:
 
     @contextmanager
     def sampling(self, cond: Conditioning, text_kv: bool) -> Iterator[Conditioning]:
-        """A context for sampling latents of the prompts of `cond`: no gradients, at most unet_rows rows a forward.
+        """Opens a context to sample latents of the prompts of `cond`: no gradients, at most unet_rows rows a forward.
 
         It yields the Conditioning to sample with. text_kv: keys and values of its text are computed here once, if the
         UNet's layers allow it; the policy's weights must then not change inside the context.
@@ -133,7 +133,7 @@ class Policy:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """A context in which the policy is the frozen base model: adapters off, no gradients."""
+        """Opens a context in which the policy is the frozen base model: adapters off, no gradients."""
         self.unet.disable_adapters()
         self.is_reference = True
         try:
@@ -149,11 +149,11 @@ class Policy:
         return family_of_unet(self.unet.config)
 
     def lora_state(self) -> dict[str, Tensor]:
-        """The LoRA's tensors under PEFT names."""
+        """Returns the LoRA's tensors under PEFT names."""
         return get_peft_model_state_dict(self.unet)
 
     def lora(self, facts: Mapping[str, str] | None = None) -> Lora:
-        """The LoRA as a file holds it; facts: entries of its header."""
+        """Returns the LoRA as a file holds it; facts: entries of its header."""
         return Lora.of_state(self.lora_state(), self.rank, facts or {})
 
     def save_lora(self, folder: Path, facts: Mapping[str, str] | None = None) -> Path:
@@ -216,7 +216,7 @@ class TrainedLora:
         return self.policy.save_lora(folder, self.facts(iteration))
 
     def facts(self, iteration: int) -> dict[str, str]:
-        """The entries of a LoRA file's header after `iteration` iterations."""
+        """Returns the entries of a LoRA file's header after `iteration` iterations."""
         return facts(self.config, self.policy.family, iteration)
 
     def load(self, folder: Path) -> None:

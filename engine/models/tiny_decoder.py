@@ -21,7 +21,7 @@ class TinyDecoder:
     """A frozen AutoencoderTiny with the `decode` of LatentDiffusion."""
 
     def __init__(self, network: AutoencoderTiny, decode_rows: int | None = None):
-        """decode_rows: how many latents are decoded at once; None means all."""
+        """Freezes the network. decode_rows: how many latents are decoded at once; None means all."""
         self.network = network.eval().requires_grad_(False)
         self.decode_rows = decode_rows
 

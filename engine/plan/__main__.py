@@ -1,4 +1,4 @@
-"""Says what a recipe costs before it runs: `python -m strop.engine.plan RECIPE [key=value ...] --gpu a100 --gpus 4`."""
+"""Prints what a recipe costs before it runs: `python -m strop.engine.plan RECIPE [key=value ...] --gpu a100`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--prompts", type=int, help="of the whole run, in place of run.iterations")
     parser.add_argument("--share", type=float, help=f"of the GPU's peak; {ASSUMED_SHARE} where none was measured")
     parser.add_argument("--family", help="of a model that is not on this machine, such as sd15")
-    parser.add_argument("--json", metavar="FILE", help="write all of it there as well")
+    parser.add_argument("--json", metavar="FILE", help="write the plan there as JSON, too")
     args = parser.parse_intermixed_args(argv)
     config = load(args.recipe, args.overrides)
     for name, value in (("--gpus", args.gpus), ("--prompts", args.prompts)):
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
     if args.share is not None and not 0 < args.share <= 1:
         raise UserError(f"--share: found {args.share:g}, expected a share of the peak above 0 and at most 1")
     if args.json and not Path(args.json).parent.is_dir():
-        raise UserError(f"--json: found {args.json}, expected a file in a folder that there is")
+        raise UserError(f"--json: found {args.json}, expected a file in a folder that exists")
     find_gpu(args.gpu)
     # torch and diffusers take seconds to import: a wrong command line has been refused by now
     from ..models.base_model import quiet_libraries

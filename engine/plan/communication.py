@@ -1,8 +1,7 @@
-"""Bytes that the processes of a run receive from each other in an iteration: gradients, parameters, and the pairs that
-`balance` gathers.
+"""Counts the bytes that the processes of a run receive from each other in an iteration: gradients, parameters, pairs.
 
-The counts hold for exchanges that go round in a ring, as NCCL's do: in an all-gather a process receives what the others
-have, in an all-reduce twice that. Scalars (numbers of pairs, norms) are left out.
+The counts hold for exchanges that go round in a ring, as NCCL's do: in an all-gather a process receives the rows of the
+others, in an all-reduce twice that. Scalars (numbers of pairs, norms) are left out.
 """
 
 from __future__ import annotations
@@ -32,6 +31,5 @@ def pair_bytes(counts: RowCounts, latent: int) -> float:
 
 
 def balance_bytes(counts: RowCounts, latent: int, ranks: int) -> float:
-    """Returns the bytes that one process receives when the pairs of an iteration, of which every process makes as
-    many, are gathered and shared out."""
+    """Returns the bytes that a process receives when `balance` gathers all pairs; every process makes as many."""
     return (ranks - 1) * counts.rollout_pairs * pair_bytes(counts, latent)

@@ -1,8 +1,8 @@
-"""What a recipe costs before it runs.
+"""Estimates what a recipe costs before it runs.
 
-A plan has operations per prompt by stage, of strop and of the published code; memory by part, and what makes it fit;
+A plan has operations per prompt by stage, of strop and of the published code; memory by part, and keys to make it fit;
 hours and energy at a stated share of the GPU's peak; and how all of it scales. Everything is counted on meta tensors,
-in less than a minute, on any machine and without a download. Hours are an estimate: nothing is timed here.
+in half a minute, on any machine and without a download. Hours are an estimate: nothing is timed here.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ RESULTS = Path(__file__).parents[2] / "bench" / "results"
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything that is printed.
+    """All numbers that are printed.
 
     share: of the GPU's peak; share_source: where that number comes from. published: the authors' code with its own
-    rollout; published_same_rollout: with this recipe's, None where they are the same. fixes: what makes the recipe fit;
-    fixed_memory: what it takes with them. memory_without_checkpointing: None for a recipe without gradient
+    rollout; published_same_rollout: with this recipe's, None where they are the same. fixes: keys that make it fit;
+    fixed_memory: the memory with them. memory_without_checkpointing: None for a recipe without gradient
     checkpointing. evaluation_hours: of drawing the held-out prompts twice. k, inner_steps, resolution, by_gpus: rows of
     scaling.py.
     """
@@ -87,7 +87,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class PlanOptions:
-    """What the command line may say beside the recipe and its GPUs; None leaves it to the plan.
+    """Options of the command line beside the recipe and its GPUs; None leaves them to the plan.
 
     prompts: of the whole run; share: of the GPU's peak; family: of a model that is not on this machine.
     """
@@ -110,7 +110,7 @@ def make_plan(config: Config, recipe: str, gpu_key: str, gpus: int, options: Pla
     share, share_source = _share(options.share, gpu_key, recipe)
     throughput = Throughput(gpu, share)
     prompts = options.prompts or config.run.iterations * config.rollout.prompts * gpus
-    published, same_rollout = (published_flops(each, costs) for each in (published_recipe(builder), builder))
+    published, same_rollout = (published_flops(recipe, costs) for recipe in (published_recipe(builder), builder))
 
     def measure(changed: Config) -> MemoryUse:
         return memory_use(replace(builder, config=changed), count_rows(changed, schedule), costs, gpus)

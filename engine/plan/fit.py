@@ -1,4 +1,4 @@
-"""What makes a recipe fit into a GPU's memory: keys that change its numbers by rounding at most, tried one by one.
+"""Finds keys that make a recipe fit into a GPU's memory, and that change its numbers by rounding at most.
 
 Keys that change what is trained (k, prompts, the LoRA's rank, the resolution) are left alone.
 """
@@ -27,7 +27,7 @@ class Fix:
 
 
 def find_fixes(config: Config, measure: Measure, available: float) -> tuple[list[Fix], MemoryUse]:
-    """Returns what makes the recipe fit into `available` bytes, as far as anything does, and the memory used then."""
+    """Returns the fixes that make the recipe fit into `available` bytes, or almost, and the memory used with them."""
     memory, fixes = measure(config), []
     while memory.peak > available:
         fix = _best_fix(config, memory, measure, available)

@@ -1,7 +1,7 @@
-"""Floating-point operations of an iteration by stage: rows (row_counts.py) times what a row costs (unit_costs.py).
+"""Computes the floating-point operations of an iteration by stage: rows (row_counts.py) times costs (unit_costs.py).
 
 The same is counted for the published code. Only matrix products and convolutions count. A prompt is taken to be encoded
-once for every time it is used, and the judge's modulation, which strop keeps for a whole run, not at all.
+once for every time it is used, and the judge's modulation, which strop caches for a whole run, is left out.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class StageFlops:
 
 @dataclass(frozen=True, slots=True)
 class OtherWork:
-    """What an iteration computes besides the forwards of its rollout.
+    """Work of an iteration besides the forwards of its rollout.
 
     text: by the text encoders, the judge's included. text_kv, text_kv_base: keys and values of the text and merging the
     LoRA into the weights, with and without the LoRA. images: decoding. scores: by the judge. train, reference: UNet
@@ -68,15 +68,15 @@ class OtherWork:
 def stage_flops(builder: ModelBuilder, counts: RowCounts, costs: UnitCosts) -> StageFlops:
     """Returns the operations of a recipe as strop runs it, where every pair is sure enough to be trained on."""
     unet, config = costs.unet, builder.config
-    kept_texts = counts.prompts + 1 if config.rollout.text_kv else 0
+    cached_texts = counts.prompts + 1 if config.rollout.text_kv else 0
     other = OtherWork(
         text=costs.text * encoded_prompts(builder) + costs.judge_text * counts.prompts,
         images=costs.decode * counts.total("decode"),
         scores=costs.judge * counts.total("judge"),
         train=counts.total("train"),
         reference=counts.total("reference"),
-        text_kv=unet.text_kv * kept_texts + unet.merge,
-        text_kv_base=unet.text_kv_base * kept_texts,
+        text_kv=unet.text_kv * cached_texts + unet.merge,
+        text_kv_base=unet.text_kv_base * cached_texts,
         recompute=unet.recompute if config.model.gradient_checkpointing else None,
     )
     return _stage_flops(counts, unet, other)

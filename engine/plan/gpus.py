@@ -1,6 +1,6 @@
-"""The GPUs that plan knows, by their datasheets, and what share of one was measured where bench/results has it.
+"""Lists the GPUs that plan knows, by their datasheets, and reads measured shares of their peaks from bench/results.
 
-Public figures of the makers, dense (without sparsity) and with sums in float32, as PyTorch has them: SXM modules for
+Rates are the makers', dense (without sparsity) and with sums in float32, as PyTorch has them: those of SXM modules for
 the A100, H100, H200 and V100, PCIe boards for the others. The V100 has no TF32 and does such convolutions in float32.
 Nothing here was measured.
 """
@@ -79,7 +79,7 @@ def find_gpu(key: str) -> Gpu:
 
 
 def gpu_of_cuda_name(name: str) -> Gpu | None:
-    """Returns the GPU that CUDA calls so, such as "NVIDIA A100-SXM4-80GB"; None where GPUS does not have it."""
+    """Returns the GPU with CUDA's name, such as "NVIDIA A100-SXM4-80GB"; None if GPUS lacks it."""
     key = re.sub(r"nvidia|tesla|geforce|sxm\d*|hbm3e?|\d+gb|[^a-z0-9]", "", name.lower())
     return GPUS.get("a100" if key == "a100pcie" else key)  # whose peak is that of the module
 

@@ -1,7 +1,7 @@
-"""Memory that a run takes on a GPU: the parts that stay, and the peak of each phase, those parts included.
+"""Computes the memory that a run takes on a GPU: the parts that stay, and the peak of each phase, with those parts.
 
-Tensors are counted as meter.py does. RESERVE is an unmeasured allowance for what the CUDA context, the allocator's gaps
-and the workspaces of libraries take besides.
+Tensors are counted as meter.py does. RESERVE is an unmeasured allowance for the CUDA context, the allocator's gaps
+and the workspaces of libraries.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ RESERVE = 1.5e9  # bytes
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
-    """Bytes. parts: what stays through the training. phases: the peak of each phase, the parts it needs included."""
+    """Bytes of the parts that stay through the training, and at the peak of each phase with the parts it needs."""
 
     parts: dict[str, float]
     phases: dict[str, float]

@@ -1,28 +1,28 @@
-"""Floating-point operations and peak memory of a computation, measured by running it on the meta device.
+"""Measures the floating-point operations and the peak memory of a computation by running it on the meta device.
 
 Nothing is computed and nothing allocated, so full-size networks are measured on any machine in seconds. The peak is of
-the tensors that live at once, with attention fused as on a GPU (it keeps no matrix of all queries by all keys); what
-libraries and the allocator take besides is not in it. Nothing of the process is replaced or set: PyTorch's modes see
+the tensors that live at once, with attention fused as on a GPU (it stores no matrix of all queries by all keys), and
+without the memory of libraries and the allocator. Nothing of the process is replaced or set: PyTorch's modes see
 the calls of this thread while the work runs.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
-# What PyTorch's counter has no formula for: addmm_, which adds (N, K) @ (K, M) to a tensor, and attention on a CPU.
+# Formulas that PyTorch's counter lacks: addmm_, which adds (N, K) @ (K, M) to a tensor, and attention on a CPU.
 EXTRA_FORMULAS = {
     torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1],
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
@@ -30,6 +30,7 @@ EXTRA_FORMULAS = {
         lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
     ),
 }
+IN_PLACE, VIEW = "the first argument", "a view of an argument, made by the function itself"  # in place of a layout
 FORMULAS = flop_registry | {function: shape_wrapper(formula) for function, formula in EXTRA_FORMULAS.items()}
 
 
@@ -37,7 +38,7 @@ FORMULAS = flop_registry | {function: shape_wrapper(formula) for function, formu
 class Flops:
     """Operations of matrix products and convolutions, where a multiplication and an addition are two.
 
-    They are kept apart by the unit of a GPU that does them: half precision, TF32 (float32 tensors where TF32 is
+    They are counted by the unit of a GPU that does them: half precision, TF32 (float32 tensors where TF32 is
     allowed) and float32.
     """
 
@@ -61,14 +62,14 @@ class Flops:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """Operations, and `peak`, the most bytes at one time of tensors that the work has made."""
+    """The operations of some work, and the most bytes at one time of the tensors that it has made."""
 
     flops: Flops
     peak: float
 
 
 def measure(work: Callable[[], object], tf32: bool = False) -> Measurement:
-    """Returns what `work()` takes, which must use the meta device alone; its result counts while it lives.
+    """Measures `work()`, which must use the meta device alone; its result counts while it lives.
 
     tf32: whether TF32 is allowed, in matrix products and convolutions alike.
     """
@@ -86,12 +87,30 @@ def checkpointed(function: Callable[..., object], *args: object) -> object:
     return checkpoint(function, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _FusedAttention()))
 
 
+class Layout(NamedTuple):
+    """What tells one tensor of the meta device from another."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Call(NamedTuple):
+    """What a call of a function with such arguments does. layout: of its result, or how else the result comes about."""
+
+    layout: object
+    operations: float
+
+
 class _Meter(TorchDispatchMode):
     """Counts operations, and the bytes of storages made inside that are alive: `now` and at the `peak`.
 
     The formulas are FlopCounterMode's. That mode is not used because it follows modules by hooks, which keep tensors
-    alive too long.
+    alive too long. calls: what all meters know of calls. On the meta device most functions are decompositions in
+    Python, so that making a known result anew takes a hundredth of the time of computing it.
     """
+
+    calls: ClassVar[dict[tuple, Call]] = {}
 
     def __init__(self, tf32: bool):
         super().__init__()
@@ -101,13 +120,19 @@ class _Meter(TorchDispatchMode):
         self.alive: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if formula := FORMULAS.get(function._overloadpacket):
-            self.flops += Flops(**{self._unit(args): formula(*args, **(kwargs or {}), out_val=result)})
-        outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        inputs = {t.untyped_storage()._cdata for t in tree_leaves(args) if isinstance(t, Tensor)} if outputs else ()
-        for tensor in outputs:
-            if tensor.untyped_storage()._cdata not in inputs:  # no view of a tensor that was there before
+        kwargs = kwargs or {}
+        key = (function, _signature(args), _signature(kwargs))
+        call = self.calls.get(key)
+        if call is None or call.layout is VIEW:
+            result = function(*args, **kwargs)
+        else:
+            result = args[0] if call.layout is IN_PLACE else _made(call.layout)
+        if call is None:
+            call = self.calls[key] = _described(function, args, kwargs, result)
+        if call.operations:
+            self.flops += Flops(**{self._unit(args): call.operations})
+        if call.layout is not VIEW and call.layout is not IN_PLACE:
+            for tensor in _tensors(result):
                 self._add(tensor.untyped_storage())
         return result
 
@@ -146,3 +171,48 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = 
     causal = options.get("is_causal", more[1] if len(more) > 1 else False)
     scale = options.get("scale")
     return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scale)[0]
+
+
+def _described(function, args: tuple, kwargs: dict, result: object) -> Call:
+    """Returns what is to be known of a call that gave this result."""
+    formula = FORMULAS.get(function._overloadpacket)
+    operations = formula(*args, **kwargs, out_val=result) if formula else 0
+    before = {tensor.untyped_storage()._cdata for tensor in _tensors((args, tuple(kwargs.values())))}
+    shared = {tensor.untyped_storage()._cdata in before for tensor in _tensors(result)}
+    if True not in shared:
+        return Call(_layout(result), operations)
+    return Call(IN_PLACE if args and result is args[0] else VIEW, operations)
+
+
+def _signature(value: object) -> object:
+    """Returns all that a result on the meta device depends on, hashable: of a tensor its layout."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_signature, value))
+    if isinstance(value, dict):
+        return tuple((name, _signature(item)) for name, item in value.items())
+    return type(value), value
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """Yields the tensors of a value, or of nested lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _layout(result: object) -> object:
+    """Returns the layout of a tensor, those of a tuple of tensors, or what the result is where it holds no tensors."""
+    if isinstance(result, Tensor):
+        return Layout(result.shape, result.stride(), result.dtype)
+    return tuple(map(_layout, result)) if isinstance(result, (list, tuple)) else result
+
+
+def _made(layout: object) -> object:
+    """Returns new tensors of the meta device that have this layout."""
+    if isinstance(layout, Layout):
+        return torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype, device="meta")
+    return tuple(map(_made, layout)) if isinstance(layout, tuple) else layout

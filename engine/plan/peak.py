@@ -1,4 +1,4 @@
-"""Seconds that a GPU at its peak would take for the work of a run; the ledger says which share of it was reached.
+"""Computes the seconds that a GPU at its peak would take for the work of a run, for the ledger's share of the peak.
 
 They follow from the operations that plan counts and from its list of GPUs, without the texts, which a run encodes once.
 Nothing is timed. For a run, this file counts in a process of its own: the recipe comes on standard input, the seconds

@@ -1,6 +1,6 @@
-"""How many rows an iteration puts through each network, counted by running rollout, balance and update themselves.
+"""Counts the rows that an iteration puts through each network, by running rollout, balance and update themselves.
 
-They run on stand-ins: latents of one number, a policy that counts the rows it is given and computes nothing, and a
+They run on stand-ins: latents of one number, a policy that counts its rows and computes nothing, and a
 judge that is sure of every pair. The order of an iteration is thus written down once, where it is run.
 """
 
@@ -70,7 +70,7 @@ def count_rows(config: Config, schedule: Schedule) -> RowCounts:
 
 
 class _CountingModels:
-    """Stands in for policy, decoder and judge; each only counts the rows that it is given."""
+    """Stands in for policy, decoder and judge, and only counts their rows."""
 
     latent_shape = (1, 1, 1)
 

@@ -1,4 +1,4 @@
-"""How the cost of a run scales: with k, with the inner steps, with the resolution, and with the number of GPUs."""
+"""Computes how the cost of a run scales with k, the inner steps, the resolution, and the number of GPUs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan of estimate.py as text: the answers first, then tables in which every number has its unit."""
+"""Writes the plan of estimate.py as text: the answers first, then tables in which every number has its unit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operations and memory of one row of each network, measured on the meta device with the functions of a run.
+"""Measures operations and memory of one row of each network on the meta device, with the functions of a run.
 
 Both are proportional to the number of rows, which tests/plan/test_unit_costs.py checks, so that one row is enough.
 """
@@ -19,7 +19,7 @@ from ..models.conditioning import Conditioning
 from ..models.latent_diffusion import BATCH, LatentDiffusion
 from ..models.policy import Policy, Savings
 from ..models.tiny_decoder import TinyDecoder
-from ..speed.apply import make_lean
+from ..speed.apply import remove_idle_work
 from .meta_models import ModelBuilder
 from .meter import Flops, Measurement, checkpointed, measure
 
@@ -57,7 +57,7 @@ class UNetCosts:
 class UnitCosts:
     """Costs of one row of every network.
 
-    unet: under the keys of this recipe; published_unet: of the UNet as it is loaded, where no text is kept. By latent:
+    unet: under the keys of this recipe; published_unet: of the UNet as loaded, where no text is cached. By latent:
     decode in the rollout, evaluation_decode, and decode_published, where upsampling is not folded. By image: judge, and
     modulation, which the judge computes of a timestep. By prompt: text, judge_text. Bytes: the peaks of one row, those
     of the texts of a batch; image_bytes, of a decoded latent; weights.
@@ -110,12 +110,12 @@ class Networks:
 
 
 def unit_costs(builder: ModelBuilder, networks: Networks) -> UnitCosts:
-    """Measures each network on one row, as it is loaded and then as speed/apply.py leaves it; changes `networks`."""
+    """Measures each network on one row, as loaded and then after speed/apply.py, which changes `networks`."""
     config, shape = builder.config, builder.latent_shape
     tf32 = config.model.uses_tf32
     published_unet = unet_costs(builder, networks.policy, modes=(False,), as_published=True)
     decode_published = measure_decode(networks.diffusion, shape, tf32).flops
-    make_lean(networks.policy.unet, networks.diffusion.vae, config.model.fold_upsample)
+    remove_idle_work(networks.policy.unet, networks.diffusion.vae, config.model.fold_upsample)
     image = torch.empty(1, 3, *builder.size, device="meta", dtype=builder.vae_dtype)
     return UnitCosts(
         **resolution_costs(builder, networks),
@@ -155,19 +155,19 @@ def resolution_costs(
 def unet_costs(
     builder: ModelBuilder, policy: Policy, modes: Sequence[bool] = (False, True), as_published: bool = False
 ) -> UNetCosts:
-    """Measures a policy on one row. as_published: no text is kept, no LoRA merged and no half shared.
+    """Measures a policy on one row. as_published: no text is cached, no LoRA merged and no half shared.
 
     modes: for each measurement of an update, whether it has gradient checkpointing. After (False, True), `recompute` is
     the difference of the two; with one mode it is 0, and `train` is all that this mode computes.
     """
     config, cond = builder.config, builder.conditioning(1)
     x = torch.empty(1, *builder.latent_shape, device="meta")
-    keep_text = config.rollout.text_kv and not as_published
+    cache_text = config.rollout.text_kv and not as_published
     model = config.model
     policy.savings = Savings() if as_published else Savings(None, model.merges_lora, model.share_halves)
-    merge, text_kv, guided, unguided = measure_sampling(policy, x, cond, keep_text, model.uses_tf32)
+    merge, text_kv, guided, unguided = measure_sampling(policy, x, cond, cache_text, model.uses_tf32)
     with policy.reference():
-        _, text_kv_base, guided_base, unguided_base = measure_sampling(policy, x, cond, keep_text, model.uses_tf32)
+        _, text_kv_base, guided_base, unguided_base = measure_sampling(policy, x, cond, cache_text, model.uses_tf32)
     row = guided_base.flops * 0.5 if config.guided_update else unguided_base.flops
     reference = row + text_kv_base.flops * 0.5  # in the update, each row computes its own keys and values
     updates = [measure_update(builder, policy, x, cond, checkpointing) for checkpointing in modes]
@@ -192,7 +192,7 @@ def unet_costs(
 
 
 def measure_sampling(
-    policy: Policy, x: Tensor, cond: Conditioning, keep_text: bool, tf32: bool = False
+    policy: Policy, x: Tensor, cond: Conditioning, cache_text: bool, tf32: bool = False
 ) -> tuple[Measurement, Measurement, Measurement, Measurement]:
     """Measures four things: merging the LoRA; the keys and values of two prompts, the one of `cond` and the empty one;
     a guided forward of x (1, C, h, w), which is two rows; and one without guidance, which is one row."""
@@ -200,7 +200,7 @@ def measure_sampling(
         merge = measure(lambda: stack.enter_context(policy.sampling(cond, text_kv=False)), tf32)
     with ExitStack() as stack:
         conds = []
-        entering = measure(lambda: conds.append(stack.enter_context(policy.sampling(cond, keep_text))), tf32)
+        entering = measure(lambda: conds.append(stack.enter_context(policy.sampling(cond, cache_text))), tf32)
         guided = measure(lambda: policy.eps(x, _t(), conds[0]), tf32)
         unguided = measure(lambda: policy.eps(x, _t(), conds[0], guided=False), tf32)
     text_kv = Measurement(entering.flops - merge.flops, entering.peak - merge.peak)
@@ -236,7 +236,7 @@ def measure_decode(
 
 
 def judge_costs(judge: StepAwarePreferenceModel, image: Tensor, tf32: bool = False) -> dict[str, Flops | float]:
-    """Returns the fields of UnitCosts that tell of judging one image (1, 3, H, W)."""
+    """Returns the fields of UnitCosts for judging one image (1, 3, H, W)."""
     modulations = []
     modulate = lambda: modulations.append(judge.clip.modulation(_t()) if judge.clip.modulated else None)
     modulation = measure(modulate, tf32)
@@ -248,7 +248,7 @@ def judge_costs(judge: StepAwarePreferenceModel, image: Tensor, tf32: bool = Fal
 def text_costs(
     diffusion: LatentDiffusion, judge: StepAwarePreferenceModel, tf32: bool = False
 ) -> dict[str, Flops | float]:
-    """Returns the fields of UnitCosts that tell of the text encoders: FLOPs of one prompt, peaks of BATCH of them."""
+    """Returns the fields of UnitCosts for the text encoders: FLOPs of one prompt, peaks of BATCH of them."""
     prompts = [""] * BATCH
     text = measure(lambda: diffusion.encode(prompts), tf32)
     with torch.no_grad():

@@ -13,7 +13,7 @@ from .verdict import headline, verdict
 
 @exit_on_user_error
 def main(argv: Sequence[str]) -> None:
-    """Remake curves.png and report.html of a run, finished or not, and print its verdict and closing table."""
+    """Remakes curves.png and report.html of a run, finished or not, and prints its verdict and closing table."""
     parser = argparse.ArgumentParser(prog="python -m strop.engine.report", description=main.__doc__)
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="folder of a run")
     path = make_report(parser.parse_args(argv).run_dir)

@@ -1,7 +1,7 @@
-"""report.html: one file that opens offline, with its pictures inside; readable on a phone, light or dark.
+"""Makes report.html: one file that opens offline, with its pictures inside; readable on a phone, light or dark.
 
-Takes what run_folder.py read and only lays it out; sentences are verdict.py's, rows are tables.py's. No scripts,
-nothing fetched from anywhere.
+It lays out what run_folder.py has read; sentences come from verdict.py, rows from tables.py. There are no scripts, and
+nothing is fetched from anywhere.
 """
 
 import base64
@@ -54,7 +54,7 @@ summary { cursor: pointer; font-size: 1.1rem; font-weight: 700; margin-top: 2.6r
 
 
 def page(run: Run) -> str:
-    """The HTML of a run's report. Pictures are those of the run folder; one that is missing is said to be."""
+    """Returns the HTML of a run's report, with the pictures of the run folder; it says which of them are missing."""
     run_dir, summary, config = run.dir, run.summary, run.config
     notes = " ".join(column.not_drawn for column in run.columns if column.not_drawn)
     sections = [
@@ -125,7 +125,7 @@ def _before_and_after(run_dir: Path) -> str:
 
 
 def _snippet(run: Run) -> str:
-    """Five lines of diffusers that draw a picture with the LoRA of this run."""
+    """Returns five lines of diffusers code that draw a picture with the LoRA of a run."""
     summary = run.summary
     base = (run.recipe.get("model") or {}).get("path", "BASE_MODEL")
     lora = (summary.get("paths") or {}).get("lora", "LORA")
@@ -144,7 +144,7 @@ def _snippet(run: Run) -> str:
 
 def _paths(run_dir: Path, summary: dict) -> list[tuple[str, Path | str]]:
     named = {"run": run_dir.resolve()} | (summary.get("paths") or {})
-    files = ("metrics.jsonl", "summary.json", "config.yaml", "tensorboard")
+    files = ("metrics.jsonl", "summary.json", "config.yaml", "tensorboard", "wandb")
     return [*named.items(), *((name, name + " in the run folder") for name in files if (run_dir / name).exists())]
 
 

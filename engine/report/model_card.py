@@ -1,4 +1,4 @@
-"""A model card beside a run's LoRA: what it was trained on, what it changed, and how to load it."""
+"""Writes the model card beside a run's LoRA: what it was trained on, what it changed, and how to load it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def write_model_card(run: Run, folder: Path) -> Path:
 
 
 def model_card(run: Run) -> str:
-    """The card as Markdown. Figures are those of summary.json."""
+    """Returns the card as Markdown; its numbers are those of summary.json."""
     recipe, summary = run.recipe, run.summary
     base = Path(str(recipe["model"]["path"]).rstrip("/")).name if Path(recipe["model"]["path"]).exists() else None
     base = base or recipe["model"]["path"]
@@ -33,7 +33,7 @@ def model_card(run: Run) -> str:
         f"strop {summary['version']}.",
         f"**{headline(verdict(run))}**",
         "![base model above, tuned model below](../before_after.png)",
-        "## Figures\n\n" + _figures(summary),
+        "## Figures\n\n" + _scores(summary),
         "## Training\n\n" + _training(recipe, summary, base),
         "## Use\n\n" + _use(lora, kohya, base),
         f"## Licence\n\n{LICENCE}",
@@ -41,7 +41,7 @@ def model_card(run: Run) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _figures(summary: dict) -> str:
+def _scores(summary: dict) -> str:
     rows = "\n".join(f"| {' | '.join(row)} |" for row in score_rows(summary))
     count = summary.get("heldout_prompts")
     return (

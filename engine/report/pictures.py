@@ -1,6 +1,6 @@
-"""The two pictures of a run: curves.png from the records, before_after.png from held-out images.
+"""Draws the two pictures of a run: curves.png from the records, before_after.png from held-out images.
 
-They show what was measured and what would be healthy; the judgement in words is verdict.py's. No loss panel: the loss
+They show what was measured and how it looks in a good run; verdict.py judges it in words. The loss has no curve: that
 of SPO stays near ln 2 in good runs and in bad ones.
 """
 
@@ -21,15 +21,13 @@ from ..runtime.columns import Column, Curve, Heatmap
 
 INK, FAINT, LINE, LIMIT = "#22262b", "#6b7280", "#1f6f8b", "#b4532a"
 SHADES = colormaps["viridis"]  # of the lines of one curve
-
-
 COLUMNS_OF_CURVES = 3
 
 
 def curves(
     records: Sequence[dict], columns: Sequence[Column], path: Path | str, t_range: tuple[int, int] = (0, 999)
 ) -> None:
-    """Draw a run's records over its iterations into a PNG: small curves, and below them heatmaps over timesteps.
+    """Draws a run's records over its iterations into a PNG: small curves, and below them heatmaps over timesteps.
 
     columns: of the run's method. t_range: lowest and highest timestep that is judged (rollout.t_range); heatmaps leave
     the others out. Thin lines are the values as logged; where there are enough of them, a thick line is their running
@@ -51,17 +49,17 @@ def curves(
 
 
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """Mean of the up to `width` measured values around each of values (N,); NaN means not measured."""
+    """Returns the mean of the up to `width` measured values around each of values (N,); NaN means not measured."""
     half = width // 2
     windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return np.array([np.nanmean(w) if np.isfinite(w).any() else np.nan for w in windows])
 
 
 def before_after(base: Tensor, tuned: Tensor, prompts: Sequence[str], path: Path | str) -> None:
-    """Two rows of pictures into a PNG, base above tuned; column n shows prompt n from the same noise in both.
+    """Draws two rows of pictures into a PNG, base above tuned; column n shows prompt n from the same noise in both.
 
     base, tuned: (N, 3, H, W) in [-1, 1], on any device. Images are brought to 160 to 288 pixels of width so that small
-    ones can be looked at. ValueError when the three do not belong together.
+    ones can be looked at. Raises ValueError if the shapes or the number of prompts differ.
     """
     if base.shape != tuned.shape or base.dim() != 4 or base.shape[1] != 3 or len(prompts) != len(base) or not prompts:
         raise ValueError(
@@ -106,7 +104,7 @@ def _curve(axes: Axes, records: Sequence[dict], column: Column) -> None:
         _line(axes, iterations, values, color, label)
     if len(lines) > 1:
         axes.legend(fontsize=8, frameon=False, labelcolor=FAINT)
-    if curve.share:
+    if curve.percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     if curve.from_zero:
         axes.set_ylim(0, max(axes.get_ylim()[1], 0.1))
@@ -114,7 +112,7 @@ def _curve(axes: Axes, records: Sequence[dict], column: Column) -> None:
 
 
 def _lines(records: Sequence[dict], column: Column) -> dict[str, np.ndarray]:
-    """What is drawn of a column: its values (N,), or those of each label; NaN where nothing was measured."""
+    """Returns the lines to draw of a column, (N,) by name: its values or those of each label, NaN if not measured."""
     values = [record.get(column.name) for record in records]
     if not column.labels:
         return {"": np.array(values, dtype=float)}  # None becomes NaN
@@ -123,17 +121,17 @@ def _lines(records: Sequence[dict], column: Column) -> dict[str, np.ndarray]:
 
 
 def _line(axes: Axes, iterations: np.ndarray, values: np.ndarray, color: object, label: str) -> None:
-    """Values as logged, where they are finite, and a running mean where there are many."""
-    there = np.isfinite(values)
-    smooth = there.sum() >= 15
-    axes.plot(iterations[there], values[there], color=color, linewidth=1 if smooth else 1.8, label=label,
-              alpha=0.35 if smooth else 1, marker="o" if there.sum() < 30 else None, markersize=3)  # fmt: skip
+    """Draws values as logged, where they are finite, and a running mean where there are many."""
+    finite = np.isfinite(values)
+    smooth = finite.sum() >= 15
+    axes.plot(iterations[finite], values[finite], color=color, linewidth=1 if smooth else 1.8, label=label,
+              alpha=0.35 if smooth else 1, marker="o" if finite.sum() < 30 else None, markersize=3)  # fmt: skip
     if smooth:
         axes.plot(iterations, running_mean(values, max(3, len(values) // 12)), color=color, linewidth=2.2)
 
 
 def _heatmap(figure: Figure, axes: Axes, records: Sequence[dict], column: Column, t_range: tuple[int, int]) -> None:
-    """A vector over training timesteps (noise at the top) against iterations."""
+    """Draws a vector over training timesteps (noise at the top) against iterations."""
     _headline(axes, column.drawn.title, column.drawn.healthy)
     rows = [record for record in records if record.get(column.name)]
     low, high = t_range
@@ -173,13 +171,13 @@ def _say_not_measured(axes: Axes) -> None:
 
 
 def _pictures(images: Tensor) -> list[Image.Image]:
-    """(N, 3, H, W) in [-1, 1] as RGB pictures; what is NaN becomes black."""
+    """Converts images (N, 3, H, W) in [-1, 1] to RGB pictures; NaN becomes black."""
     pixels = ((images.detach().float().nan_to_num(-1.0).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]  # (N, H, W, 3)
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int) -> str:
-    """The text broken into at most `max_lines` lines of at most `width` pixels; an ellipsis stands for the rest."""
+    """Breaks a text into at most `max_lines` lines of at most `width` pixels; an ellipsis stands for what is cut."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -1,4 +1,4 @@
-"""A run as its report sees it: what was read of its folder, and what its method says of its columns."""
+"""A run as its report reads it: the files of its folder, and the columns of its method."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..runtime.columns import Column
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run folder as read: records of metrics.jsonl; {} for a summary.json not yet written, "" for no config.yaml."""
+    """The files of a run folder: metrics.jsonl, summary.json ({} before it is written), config.yaml ("" for none)."""
 
     dir: Path
     records: list[dict]
@@ -24,26 +24,26 @@ class Run:
 
     @property
     def recipe(self) -> dict:
-        """The configuration as a tree; empty where there is none."""
+        """The configuration as a tree; {} where there is none."""
         return yaml.safe_load(self.config) or {}
 
     @property
     def t_range(self) -> tuple[int, int]:
-        """Lowest and highest timestep that is judged, all when the configuration does not say."""
+        """Lowest and highest timestep that is judged; (0, 999) where the configuration does not say."""
         low, high = (self.recipe.get("rollout") or {}).get("t_range", (0, 999))
         return low, high
 
     @property
     def trains_judge(self) -> bool:
-        """Whether it is a judge that is trained: the recipe names preference pairs."""
+        """Whether the run trains a judge: the recipe then names preference pairs."""
         return "data" in self.recipe
 
     @property
     def heldout(self) -> str:
-        """What was held out to measure on."""
+        """The items that were held out: "pairs" where a judge is trained, else "prompts"."""
         return "pairs" if self.trains_judge else "prompts"
 
     @property
     def columns(self) -> Sequence[Column]:
-        """What the run's method reports."""
+        """The columns that the run's method reports."""
         return judge_training.COLUMNS if self.trains_judge else spo.COLUMNS

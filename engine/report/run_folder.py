@@ -1,7 +1,7 @@
-"""The report of a run: curves.png and report.html, made from the run folder alone, at any time and again.
+"""Makes the report of a run, curves.png and report.html, from the run folder alone, at any time and again.
 
-A report holds only numbers that were measured; the others read "not measured".
-What they say is verdict.py's, the page is report/html.py's, the pictures are report/pictures.py's.
+A report holds only numbers that were measured; in place of others it says "not measured". Its sentences come from
+verdict.py, its page from report/html.py, its pictures from report/pictures.py.
 """
 
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..runtime.metrics import finite, read_records, write_atomically
 from .html import page
 from .pictures import curves
@@ -18,9 +18,9 @@ from .tables import closing_table
 
 
 def make_report(run_dir: Path | str) -> Path:
-    """Write curves.png and report.html from what lies in the run folder, and return the path of report.html.
+    """Writes curves.png and report.html from the files of the run folder, and returns the path of report.html.
 
-    UserError as `read_run`.
+    Raises UserError as `read_run`.
     """
     run = read_run(run_dir)
     curves(run.records, run.columns, run.dir / "curves.png", run.t_range)
@@ -29,15 +29,15 @@ def make_report(run_dir: Path | str) -> Path:
 
 
 def read_run(run_dir: Path | str) -> Run:
-    """Read a run folder. Only metrics.jsonl must be there; its last line may be cut off, as a killed run leaves it.
+    """Reads a run folder. Only metrics.jsonl must be there; its last line may be cut off, as a killed run leaves it.
 
-    UserError, in one sentence, when the folder or metrics.jsonl is missing, or when a file in it is broken.
+    Raises UserError if the folder or metrics.jsonl is missing, or if a file in it is broken.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
-        raise UserError(f"{run_dir}: there is no such run folder")
+        raise UserError(f"{run_dir}: found no such folder, expected a run folder")
     if not (run_dir / "metrics.jsonl").is_file():
-        raise UserError(f"{run_dir}: there is no metrics.jsonl, so this is not the folder of a run that has begun")
+        raise UserError(f"{run_dir}: there is no metrics.jsonl, expected the folder of a run that has begun")
     summary_file, config_file = run_dir / "summary.json", run_dir / "config.yaml"
     try:
         records = finite(read_records(run_dir / "metrics.jsonl"))
@@ -47,7 +47,7 @@ def read_run(run_dir: Path | str) -> Run:
     except json.JSONDecodeError as error:
         raise UserError(f"{summary_file}: not valid JSON ({error}); delete it to see the report without it") from None
     except (ValueError, OSError, yaml.YAMLError) as error:
-        raise UserError(f"{run_dir}: cannot be read ({' '.join(str(error).split())})") from None
+        raise UserError(f"{run_dir}: cannot be read ({one_line(error)})") from None
     if not isinstance(summary, dict):
         raise UserError(f"{summary_file}: found {type(summary).__name__}, expected an object")
     if text and not isinstance(tree, dict):
@@ -56,7 +56,7 @@ def read_run(run_dir: Path | str) -> Run:
 
 
 def write_summary(run_dir: Path | str, summary: dict) -> Path:
-    """Write summary.json whole or not at all; NaN and infinity become null. Returns its path."""
+    """Writes summary.json whole or not at all; NaN and infinity become null. Returns its path."""
     path = Path(run_dir) / "summary.json"
     write_atomically(path, json.dumps(finite(summary), indent=2, allow_nan=False) + "\n")
     return path

@@ -1,4 +1,4 @@
-"""The numbers of a finished run as rows of text, for the terminal and for the page."""
+"""Writes the numbers of a finished run as rows of text, for the terminal and for the page."""
 
 import textwrap
 
@@ -6,7 +6,7 @@ from ..runtime.ledger import NOT_AVAILABLE
 from ..runtime.progress import duration
 from .verdict import NOT_MEASURED, examined, number
 
-LEDGER = {  # label: name in the summary's ledger, and how its value is written
+LEDGER = {  # label: (name in the summary's ledger, format of its value)
     "GPU-hours": ("gpu_hours", "{:,.3f}"),
     "energy": ("energy_kwh", "{:,.3f} kWh"),
     "share of peak": ("share_of_peak", "{:.1%} in rollout and update"),
@@ -24,7 +24,7 @@ COUNTS = {  # name in the summary: label
     "heldout_prompts": "held-out prompts",
     "world_size": "processes",
 }
-JUDGE_COUNTS = {  # of a run that trains a judge, where each prompt is that of a pair
+JUDGE_COUNTS = {  # the same for a run that trains a judge, where each prompt is that of a pair
     "iterations": "iterations",
     "pairs": "pairs shown",
     "optimizer_steps": "optimizer steps",
@@ -54,7 +54,7 @@ def closing_table(summary: dict) -> str:
 
 
 def score_rows(summary: dict) -> list[tuple[str, str, str, str, str]]:
-    """(name, base, tuned, change, 95% interval) as text, one row for each held-out comparison."""
+    """Returns (name, base, tuned, change, 95% interval) as text, one row for each held-out comparison."""
     rows = []
     for name, row in examined(summary).items():
         interval = row.get("ci95")
@@ -64,9 +64,9 @@ def score_rows(summary: dict) -> list[tuple[str, str, str, str, str]]:
 
 
 def stage_rows(seconds: dict) -> list[tuple[str, str, float | None]]:
-    """(stage, time, share of the total), parts such as "rollout/decode" after their stage, the total last.
+    """Returns (stage, time, share of the total), parts such as "rollout/decode" after their stage, the total last.
 
-    Times are in seconds, or all as h:mm:ss from ten minutes on. What the stages leave of the total is the row "other";
+    Times are in seconds, or all as h:mm:ss from ten minutes on. Time that is in no stage is the row "other";
     shares are None when no total was measured.
     """
     measured = {name: value for name, value in seconds.items() if name != "total" and value is not None}
@@ -85,15 +85,15 @@ def stage_rows(seconds: dict) -> list[tuple[str, str, float | None]]:
 
 
 def count_rows(summary: dict) -> list[tuple[str, str]]:
-    """(label, value) of what was done and with what."""
+    """Returns (label, value) of the counts of a run, its device, seed and version."""
     judge = "training_pairs" in summary
     counts = JUDGE_COUNTS if judge else COUNTS
     rows = [(label, summary.get(name)) for name, label in counts.items()]
     rows = [(label, NOT_MEASURED if value is None else f"{value:,}") for label, value in rows]
     pace = summary.get("prompts_per_second")
     if pace is not None:
-        what, collecting = ("pairs", "show") if judge else ("prompts", "rollout")
-        rows.insert(2, (f"{what} per second", f"{pace:.3g} in {collecting} and update"))
+        items, stage = ("pairs", "show") if judge else ("prompts", "rollout")
+        rows.insert(2, (f"{items} per second", f"{pace:.3g} in {stage} and update"))
     state = summary.get("optimizer_state_bytes_per_rank")
     if state is not None:
         rows.append(("optimizer state", f"{state / 2**20:,.1f} MiB per process"))
@@ -102,7 +102,7 @@ def count_rows(summary: dict) -> list[tuple[str, str]]:
 
 
 def ledger_rows(summary: dict) -> list[tuple[str, str]]:
-    """(label, value) of what the run cost its GPUs; the last row names what was not available."""
+    """Returns (label, value) of a run's ledger; the last row names the values that were not available."""
     ledger = summary.get("ledger")
     ledger = ledger if isinstance(ledger, dict) else {}
     rows, missing = [], []
@@ -123,5 +123,5 @@ def _line(name: str, base: str, tuned: str, change: str, interval: str) -> str:
 
 
 def _wrapped(row: str) -> str:
-    """Returns the row broken to 80 columns, what follows set under its value."""
+    """Breaks a row to 80 columns; further lines are indented to the value of the first."""
     return textwrap.fill(row, 80, subsequent_indent=16 * " ")

@@ -1,7 +1,7 @@
-"""What the numbers of a run say, in sentences a person can act on.
+"""Says what the numbers of a run mean, in sentences that a person can act on.
 
-Held-out scores count first: better or worse only when the whole 95% interval of the paired difference says so. The
-records of the training add the signs of trouble. What was not measured is said to be not measured.
+Held-out scores come first: they are better or worse only if the whole 95% interval of the paired difference is. The
+records of the training add the signs of trouble. Quantities without values are said to be not measured.
 """
 
 import math
@@ -16,7 +16,7 @@ NOT_MEASURED = "not measured"
 
 
 class Finding(NamedTuple):
-    """One sentence of the verdict; heldout: the score it compares on held-out prompts, "" when it compares none."""
+    """One sentence of the verdict; heldout: the held-out score that it compares, "" if it compares none."""
 
     kind: Literal["good", "bad", "open"]
     text: str
@@ -24,19 +24,19 @@ class Finding(NamedTuple):
 
 
 def examined(summary: dict) -> dict[str, dict]:
-    """The held-out comparisons in a summary, by examiner: {"quality": {"base", "tuned", "delta", "ci95"}, ...}."""
+    """Returns the held-out comparisons of a summary: {"quality": {"base", "tuned", "delta", "ci95"}, ...}."""
     return {name: value for name, value in summary.items() if isinstance(value, dict) and "delta" in value}
 
 
 def number(value: float | None, sign: str = "") -> str:
-    """Three decimals, two digits for small numbers; with sign "+" positive ones carry it."""
+    """Writes a number with three decimals, a small one with two digits; sign "+" puts it before positive numbers."""
     if value is None or not math.isfinite(value):
         return NOT_MEASURED
     return f"{value:{sign}.2g}" if 0 < abs(value) < 0.00995 else f"{value:{sign},.3f}"
 
 
 def verdict(run: Run) -> list[Finding]:
-    """The findings of a run from its records and its summary ({} for an unfinished run)."""
+    """Returns the findings of a run from its records and its summary ({} for an unfinished run)."""
     findings = list(_closing(run))
     if run.records:
         for column in run.columns:
@@ -46,7 +46,7 @@ def verdict(run: Run) -> list[Finding]:
 
 
 def headline(findings: Sequence[Finding], heldout: str = "prompts") -> str:
-    """The verdict in two sentences: what rose and fell, and is there anything to look at. heldout: as in Run."""
+    """Sums up the findings in two sentences: which scores rose or fell, and whether there are warning signs."""
     compared = [finding for finding in findings if finding.heldout]
     rose, fell = (_listed(finding.heldout for finding in compared if finding.kind == kind) for kind in ("good", "bad"))
     if rose or fell:
@@ -81,23 +81,23 @@ def _comparison(name: str, row: dict, run: Run) -> Finding:
     count = run.summary.get(f"heldout_{run.heldout}")
     where = f"on {f'{count:,} ' if count else ''}held-out {run.heldout}"
     score = "the judge's score" if name == "judge" else name
-    called = score[:1].upper() + score[1:]
+    subject = score[:1].upper() + score[1:]
     if row.get("delta") is None:
-        return Finding("open", f"{called} {where} is {NOT_MEASURED}.")
+        return Finding("open", f"{subject} {where} is {NOT_MEASURED}.")
     change = f"from {number(row.get('base'))} to {number(row.get('tuned'))}"
     if not row.get("ci95"):
-        return Finding("open", f"{called} went {change} {where}, too few for an interval.", score)
+        return Finding("open", f"{subject} went {change} {where}, too few for an interval.", score)
     low, high = (number(bound, "+") for bound in row["ci95"])
     detail = f"{change}, by {number(row['delta'], '+')} (95% interval {low} to {high})"
     direction = _direction(row)
     if direction == 0:
-        return Finding("open", f"{called} did not change beyond chance {where}: {detail}.", score)
+        return Finding("open", f"{subject} did not change beyond chance {where}: {detail}.", score)
     kind, verb = ("good", "rose") if direction > 0 else ("bad", "fell")
-    return Finding(kind, f"{called} {verb} {where} {detail}.", score)
+    return Finding(kind, f"{subject} {verb} {where} {detail}.", score)
 
 
 def _direction(row: dict) -> int:
-    """+1 or -1 when the whole interval lies above or below 0, else 0."""
+    """Returns +1 or -1 if the whole interval lies above or below 0, else 0."""
     low, high = row.get("ci95") or (0.0, 0.0)
     return (low > 0) - (high < 0)
 
@@ -108,7 +108,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _trend(records: Sequence[dict], column: Column) -> Iterator[Finding]:
-    """First against last fifth of the logged values; they are of different prompts, so chance has its say."""
+    """Compares the first and the last fifth of the logged values; their prompts differ, so chance is allowed for."""
     values = [record[column.name] for record in records if record.get(column.name) is not None]
     fifth = len(values) // 5
     if fifth < 2:
@@ -125,7 +125,7 @@ def _trend(records: Sequence[dict], column: Column) -> Iterator[Finding]:
 
 
 def _warnings(records: Sequence[dict], columns: Sequence[Column]) -> Iterator[Finding]:
-    """Numbers that are not finite, and the signs of trouble that the columns describe."""
+    """Yields a finding for numbers that are not finite, and for each sign of trouble that the columns describe."""
     broken = next((record for record in records if record.get("nonfinite")), None)
     if broken:
         names = ", ".join(broken["nonfinite"])

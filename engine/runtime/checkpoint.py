@@ -1,7 +1,7 @@
 """The run folder: opened without overwriting anything, and checkpoints from which a run goes on bit for bit.
 
 A checkpoint holds what is trained, the optimizer state (sharded as ZeRO has it), the generators' states and the
-iteration. Frozen models are not in it. What a trained thing looks like on disk is its own business (Trainable).
+iteration, but no frozen models. The Trainable decides which files its weights have.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ MAY_CHANGE = (  # on resume; everything else decides what the run computes
     "run.device",
     "run.kernels",
     "run.log_every",
+    "run.tracker",
     "run.save_every",
     "run.resume",
     "run.share_of_peak",
@@ -49,18 +50,18 @@ MAY_CHANGE = (  # on resume; everything else decides what the run computes
 
 
 class Trainable(Protocol):
-    """What is trained: a LoRA, a judge. keep: how many checkpoints may stay in a run folder; None keeps them all."""
+    """Weights that a run trains, a LoRA or a judge. keep: how many checkpoints stay in a run folder; None keeps all."""
 
     keep: int | None
 
     def save(self, folder: Path, iteration: int) -> None:
-        """Writes it into a folder, as it is after `iteration` iterations."""
+        """Writes the weights into a folder, as they are after `iteration` iterations."""
 
     def load(self, folder: Path) -> None:
-        """Reads it from a folder that `save` wrote. Raises as `check` does."""
+        """Reads the weights from a folder that `save` wrote. Raises as `check` does."""
 
     def check(self, folder: Path) -> None:
-        """Raises UserError where what the folder holds does not fit; changes nothing."""
+        """Raises UserError where the weights in the folder do not fit; changes nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +88,10 @@ def open_run(config: Recipe, ranks: Ranks, trainable: Trainable) -> Path | None:
 
 
 def save(training: Training, config: Recipe, iteration: int, ranks: Ranks, spent: Mapping[str, Any]) -> Path:
-    """Writes run.dir/checkpoints/<iteration>; it gets its name when it is complete. Every rank calls it.
+    """Writes the checkpoint run.dir/checkpoints/<iteration>, which gets its name when it is complete; returns its path.
 
-    spent: what the run has cost so far, for `spent_before`. Checkpoints that may not stay are removed.
+    spent: seconds and the ledger's totals so far, for `spent_before`. Checkpoints beyond `Trainable.keep` are removed.
+    Every rank calls it.
     """
     final = Path(config.run.dir) / "checkpoints" / f"{iteration:06d}"
     draft = final.with_name(f".{final.name}.draft")
@@ -108,14 +110,15 @@ def save(training: Training, config: Recipe, iteration: int, ranks: Ranks, spent
     if ranks.first:
         shutil.rmtree(final, ignore_errors=True)
         os.replace(draft, final)
-        for old in _finished(Path(config.run.dir))[: -training.trainable.keep if training.trainable.keep else 0]:
-            shutil.rmtree(old, ignore_errors=True)
+        keep = training.trainable.keep
+        for folder in _finished(Path(config.run.dir))[: -keep if keep else 0]:
+            shutil.rmtree(folder, ignore_errors=True)
     _wait(ranks)
     return final
 
 
 def restore(training: Training, checkpoint: Path, ranks: Ranks) -> int:
-    """Puts everything back as `save` found it; returns the number of iterations done."""
+    """Restores the weights, the optimizer and the generators of a checkpoint; returns how many iterations were done."""
     training.trainable.load(checkpoint)
     training.optimizer.load(checkpoint)
     states = load_file(checkpoint / f"generators-{ranks.rank}.safetensors")
@@ -125,7 +128,7 @@ def restore(training: Training, checkpoint: Path, ranks: Ranks) -> int:
 
 
 def spent_before(checkpoint: Path | None, name: str) -> dict[str, Any]:
-    """Returns what `save` was told under this name of `spent`; empty for a new run."""
+    """Returns the entry of `spent` that `save` wrote under this name, {} for a new run."""
     return _state(checkpoint).get(name, {}) if checkpoint else {}
 
 
@@ -135,7 +138,7 @@ def newest(run_dir: Path) -> Path | None:
 
 
 def _on_first(ranks: Ranks, action: Callable[[], Path | None]) -> Path | None:
-    """The first rank acts; every rank returns what it returned, or raises the UserError that it raised."""
+    """Calls the action on the first rank; every rank returns its result, or raises its UserError."""
     outcome: list = [None, None]  # result, error
     if ranks.first:
         try:
@@ -153,33 +156,29 @@ def _open(config: Recipe, ranks: Ranks, trainable: Trainable) -> Path | None:
     checkpoint = _check(config, ranks)
     if checkpoint:
         trainable.check(checkpoint)
-    _write_config(config)
-    return checkpoint
-
-
-def _check(config: Recipe, ranks: Ranks) -> Path | None:
-    """The checkpoint to go on from; None for a new run, whose folder is new or empty."""
-    run_dir = Path(config.run.dir)
-    if config.run.resume:
-        return _checkpoint_to_resume(config, run_dir, ranks)
-    try:
-        taken = run_dir.exists() and any(run_dir.iterdir())
-    except OSError as error:
-        raise UserError(f"run.dir: {run_dir} cannot be used ({error.strerror}); choose another folder") from None
-    if taken:
-        raise UserError(
-            f"run.dir: {run_dir} is not empty; choose a new folder, or run.resume=true to go on with the run in it"
-        )
-    return None
-
-
-def _write_config(config: Recipe) -> None:
     run_dir = Path(config.run.dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         dump(config, run_dir / "config.yaml")
     except OSError as error:
         raise UserError(f"run.dir: {run_dir} cannot be written ({error.strerror}); choose another folder") from None
+    return checkpoint
+
+
+def _check(config: Recipe, ranks: Ranks) -> Path | None:
+    """Returns the checkpoint to go on from, or None for a new run, whose folder must be new or empty."""
+    run_dir = Path(config.run.dir)
+    if config.run.resume:
+        return _checkpoint_to_resume(config, run_dir, ranks)
+    try:
+        holds_files = run_dir.exists() and any(run_dir.iterdir())
+    except OSError as error:
+        raise UserError(f"run.dir: {run_dir} cannot be used ({error.strerror}); choose another folder") from None
+    if holds_files:
+        raise UserError(
+            f"run.dir: {run_dir} is not empty; choose a new folder, or run.resume=true to go on with the run in it"
+        )
+    return None
 
 
 def _checkpoint_to_resume(config: Recipe, run_dir: Path, ranks: Ranks) -> Path:
@@ -197,7 +196,7 @@ def _checkpoint_to_resume(config: Recipe, run_dir: Path, ranks: Ranks) -> Path:
     size = _state(checkpoint)["ranks"]
     if size != ranks.size:
         raise UserError(
-            f"run.resume: {checkpoint} was written by {size} processes, found {ranks.size}; start as many as then"
+            f"run.resume: found {ranks.size} processes, expected {size}, as {checkpoint} was written by; start {size}"
         )
     return checkpoint
 

@@ -15,14 +15,14 @@ from typing import Literal
 class Curve:
     """How a quantity is drawn over the iterations; of a vector, a line for each of its labels.
 
-    healthy: in words, what a good run looks like. limit: a line to compare with. share: values lie in [0, 1] and are
-    shown in per cent. from_zero: the axis begins at 0.
+    healthy: in words, how the curve of a good run looks. limit: a level drawn as a line. percent: values lie in [0, 1]
+    and are shown in per cent. from_zero: the axis begins at 0.
     """
 
     title: str
     healthy: str
     limit: float | None = None
-    share: bool = False
+    percent: bool = False
     from_zero: bool = False
 
 
@@ -49,12 +49,12 @@ class Sign:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One quantity.
+    """A quantity that a method reports.
 
-    name: in metrics.jsonl and TensorBoard. kind: `mean`, weighted, over what was added since the last record; `sum` of
-    that; `total`, the sum since the run began. labels: of a vector, the keys of its values. heading, form: on the
-    terminal, where an empty form leaves it out. not_drawn: why a quantity that one would look for has no curve. trend:
-    what the verdict calls it when it says whether it rose.
+    name: in metrics.jsonl and TensorBoard. kind: weighted `mean` of the values added since the last record, their
+    `sum`, or the `total`, their sum since the run began. labels: of a vector, the keys of its values. heading, form: on
+    the terminal, which leaves out a column with an empty form. not_drawn: why a quantity that a reader expects has no
+    curve. trend: its name in the sentence of the verdict that says whether it rose.
     """
 
     name: str

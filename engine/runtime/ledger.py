@@ -1,9 +1,9 @@
-"""What a run costs its GPUs: hours, energy, utilisation, clocks, what slowed them, and the share of the peak reached.
+"""GPU-hours, energy, utilisation, clocks and throttling of a run's GPUs, and the share of their peak that it reaches.
 
-NVML is read by a thread of its own, about once a second, beside the computation: no stream is touched, nothing waits.
-Without a GPU or without NVML there is no thread and nothing else changes; what a card does not answer, or NVML of a
-part of one (MIG), stays open. Not here: seconds by stage (stopwatch.py), what work takes at the peak (plan/peak.py),
-the rows that a person reads (report/tables.py).
+A separate thread reads NVML about once a second beside the computation: no stream is touched, nothing waits. Without a
+GPU or without NVML there is no thread and nothing else changes; values that a card, or a part of one (MIG), does not
+report are None. Not here: seconds by stage (stopwatch.py), the seconds that the work would take at the peak
+(plan/peak.py), the rows that a person reads (report/tables.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .metrics import Metrics
 
 EVERY = 1.0  # seconds between two readings; NVML's utilisation covers 1/6 to 1 second
 NOT_AVAILABLE = "not available"
-REASONS = {  # why clocks are lower than they might be, of NVML's clocks event reasons; idling is none
+REASONS = {  # why clocks are lowered, as NVML's "clocks event reasons" have it; idling is not counted
     "power_cap": pynvml.nvmlClocksEventReasonSwPowerCap,
     "heat": pynvml.nvmlClocksEventReasonSwThermalSlowdown | pynvml.nvmlClocksEventReasonHwThermalSlowdown,
     "power_brake": pynvml.nvmlClocksEventReasonHwPowerBrakeSlowdown,
@@ -32,9 +32,9 @@ REASONS = {  # why clocks are lower than they might be, of NVML's clocks event r
 }
 MEANS = ("share_of_peak", "utilisation", "sm_mhz", "memory_mhz")
 NAMES = ("seconds", "joules", *MEANS, *REASONS)
-# Of a record: sums over the GPUs since the run began, then means over them since the record before. share_of_peak is of
-# the GPU's matrix arithmetic, utilisation the share of time in which a kernel ran, throttled the share of readings by
-# reason.
+# The columns of a record: sums over all GPUs since the run began, then means over them since the last record.
+# share_of_peak is that of the GPU's matrix arithmetic, utilisation the share of time in which a kernel ran, throttled
+# the share of readings by reason.
 COLUMNS = (
     Column("gpu_hours", "total"),
     Column("energy_wh", "total"),
@@ -45,7 +45,7 @@ SECONDS, SHARE = NAMES.index("seconds"), NAMES.index("share_of_peak")
 
 
 class Reading(NamedTuple):
-    """A GPU at one moment; None is what NVML did not answer."""
+    """The state of a GPU at one moment; a value that NVML did not report is None."""
 
     time: float  # s
     joules: float | None  # since the driver was loaded
@@ -57,21 +57,20 @@ class Reading(NamedTuple):
 
 
 class Ledger:
-    """The ledger of one process and its GPU: `with Ledger(device) as ledger:` around all that is to be counted.
+    """Measures the GPU of one process: `with Ledger(device) as ledger:` around all that is to be counted.
 
-    before: what `totals` had said when the checkpoint was written with which the run goes on. at_peak: seconds that
-    each prompt, pair or the like would take the GPU at its peak, by the column that counts them; empty where that is
-    not known.
+    before: `totals` of the checkpoint from which the run goes on, {} for a new run. at_peak: seconds that the GPU would
+    need at its peak for one prompt, pair or the like, by the name of the column that counts them; {} where unknown.
     """
 
     def __init__(self, device: torch.device):
         self.before: Mapping[str, list[float]] = {}
         self.at_peak: Mapping[str, float] = {}
-        self._work = 0.0  # seconds at the peak since the last record
-        self._share = torch.zeros(2, dtype=torch.float64)  # seconds at work, and at the peak, up to the last record
+        self._new_peak_seconds = 0.0  # seconds that the work since the last record would take at the peak
+        self._work = torch.zeros(2, dtype=torch.float64)  # seconds of work, and at the peak, up to the last record
         self._device, self._begun = device, time.perf_counter()
-        self._sums = torch.zeros(2, len(NAMES), dtype=torch.float64)  # how many readings, their sum; never in place
-        self._told = self._sums
+        self._sums = torch.zeros(2, len(NAMES), dtype=torch.float64)  # number of readings, their sum; never in place
+        self._at_last_record = self._sums
         self._last: Reading | None = None
         self._ended = Event()
         self._handle = gpu(device)
@@ -83,24 +82,24 @@ class Ledger:
         return self
 
     def __exit__(self, *_) -> None:
-        """Stops reading, whatever ended the run; a driver that no longer answers is not waited for."""
+        """Stops the thread; a driver that no longer answers is waited for at most 10 seconds."""
         self._ended.set()
         if self._thread:
             self._thread.join(timeout=10 * EVERY)
 
     def work(self, done: Mapping[str, Any]) -> None:
-        """Notes what was done: how many of each of the things that `at_peak` knows."""
-        self._work += sum(each * done.get(name, 0) for name, each in self.at_peak.items())
+        """Counts work; done: how many prompts, pairs and the like, by the names of `at_peak`; others are ignored."""
+        self._new_peak_seconds += sum(each * done.get(name, 0) for name, each in self.at_peak.items())
 
-    def add_to(self, metrics: Metrics, worked: float = 0.0) -> None:
-        """Adds what was measured since the last call to the next record; worked: seconds of what `work` was told of."""
+    def add_to(self, metrics: Metrics, work_seconds: float = 0.0) -> None:
+        """Adds the readings since the last call to the next record; work_seconds: how long the counted work took."""
         if self.at_peak:
-            self._share[0] += worked
-            self._share[1] += self._work
-            self._work = 0.0
+            self._work[0] += work_seconds
+            self._work[1] += self._new_peak_seconds
+            self._new_peak_seconds = 0.0
         sums = self._so_far()
-        counts, values = sums - self._told
-        self._told = sums
+        counts, values = sums - self._at_last_record
+        self._at_last_record = sums
         count, value = (dict(zip(NAMES, row.tolist(), strict=True)) for row in (counts, values))
         for name, column in (("seconds", "gpu_hours"), ("joules", "energy_wh")):
             if count[name]:
@@ -112,7 +111,7 @@ class Ledger:
             metrics.add({"throttled": (values / counts)[-len(REASONS) :]}, count[NAMES[-1]])
 
     def totals(self) -> dict[str, list[float]]:
-        """By name, [how many readings, their sum] of all processes and of the whole run. A collective call."""
+        """Returns [number of readings, their sum] by name, of all processes and the whole run. A collective call."""
         sums = self._so_far()
         if dist.is_initialized():
             sums = sums.to(self._device)
@@ -123,11 +122,11 @@ class Ledger:
         }
 
     def _so_far(self) -> Tensor:
-        """(2, N) in the order of NAMES: of this process since it began."""
+        """Returns the number of readings and their sums (2, N), N as in NAMES, of this process since it began."""
         sums = self._sums.clone()
         if self._device.type == "cuda":
             sums[:, SECONDS] = time.perf_counter() - self._begun
-        sums[:, SHARE] = self._share
+        sums[:, SHARE] = self._work
         return sums
 
     def _watch(self) -> None:
@@ -147,9 +146,9 @@ class Ledger:
 
 
 def gpu(device: torch.device) -> Any | None:
-    """NVML's handle of a CUDA device; None where there is none, and for a part of a card (MIG).
+    """Returns NVML's handle of a CUDA device; None where there is none, and for a part of a card (MIG).
 
-    Found by UUID: NVML counts all cards of the machine, CUDA those of CUDA_VISIBLE_DEVICES, and in another order.
+    The UUID matches them: NVML counts all cards of the machine, CUDA those of CUDA_VISIBLE_DEVICES, in another order.
     """
     if device.type != "cuda":
         return None
@@ -163,7 +162,7 @@ def gpu(device: torch.device) -> Any | None:
 
 
 def read(handle: Any) -> Reading:
-    """One reading of a GPU: energy in J, power in W, clocks in MHz, utilisation in [0, 1]."""
+    """Reads a GPU: energy in J, power in W, clocks in MHz, utilisation in [0, 1]."""
     joules = _ask(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle)  # mJ
     watts = _ask(pynvml.nvmlDeviceGetPowerUsage, handle)  # mW
     rates = _ask(pynvml.nvmlDeviceGetUtilizationRates, handle)  # .gpu in per cent
@@ -179,7 +178,7 @@ def read(handle: Any) -> Reading:
 
 
 def energy(before: Reading, after: Reading) -> float | None:
-    """Joules between two readings: by the card's own counter, else power over time (trapezoid), else None."""
+    """Returns the joules between two readings: by the card's counter, else power over time (trapezoid), else None."""
     if before.joules is not None and after.joules is not None:
         return max(0.0, after.joules - before.joules)  # smaller only where the counter began anew
     if before.watts is not None and after.watts is not None:
@@ -187,9 +186,9 @@ def energy(before: Reading, after: Reading) -> float | None:
     return None
 
 
-def figures(totals: Mapping[str, list[float]]) -> dict[str, Any] | str:
-    """For summary.json, from `Ledger.totals`: sums over GPUs, means over readings, None for what was not measured;
-    "not available" where there was no GPU at all."""
+def summarise(totals: Mapping[str, list[float]]) -> dict[str, Any] | str:
+    """Makes the ledger of summary.json from `Ledger.totals`: sums over GPUs, means over readings, None for values not
+    measured; "not available" where there was no GPU at all."""
     if not totals["seconds"][0]:
         return NOT_AVAILABLE
     mean = {name: value / count if count else None for name, (count, value) in totals.items()}
@@ -202,7 +201,7 @@ def figures(totals: Mapping[str, list[float]]) -> dict[str, Any] | str:
 
 
 def _ask(query: Callable[..., Any], *arguments: Any) -> Any | None:
-    """NVML's answer; None where the driver or the card has none."""
+    """Returns NVML's answer, None where the driver or the card has none."""
     try:
         return query(*arguments)
     except pynvml.NVMLError:

@@ -1,7 +1,7 @@
-"""What a run measures: sums kept on the device, and one JSON line per logged iteration.
+"""Collects what a run measures: sums on the device, and one JSON line per logged iteration.
 
-Numbers of the loop are kept as sums on the device and reach the host in one transfer when they are logged. What they
-mean stands in a method's columns (columns.py); what they say of a run is report/'s, from the lines written here.
+Numbers of the loop are added up on the device and reach the host in one transfer when they are logged. columns.py says
+what they mean, and report/ what they say of a run, from the lines written here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,15 +21,15 @@ from torch import Tensor
 from .columns import Column
 
 Value = Tensor | float
-# What every record has beside its columns: iterations done, optimizer steps of the whole run, and, since the record
-# before, seconds by stage and prompts per second. eta_seconds are those that the whole run has still to go at its pace.
+# The fields of every record beside its columns: iterations done, optimizer steps of the whole run, and, since the last
+# record, seconds by stage and prompts per second. eta_seconds is the remaining time of the whole run at its pace.
 FIELDS = ("iteration", "optimizer_steps", "seconds", "prompts_per_second", "eta_seconds")
 
 
 class Metrics:
-    """Sums on the device, over all ranks; each `flush` writes a line of metrics.jsonl and the scalars of TensorBoard.
+    """Sums on the device, over all ranks; each `flush` writes a line of metrics.jsonl.
 
-    Every rank adds and flushes; only the one with `enabled` writes. seconds_after_loop: what the run is expected to
+    Every rank adds and flushes; only the one with `enabled` writes. seconds_after_loop: how long the run is expected to
     take once its iterations are done; eta_seconds includes it.
     """
 
@@ -42,7 +42,7 @@ class Metrics:
         start: int,
         iterations: int,
     ):
-        """Make it just before the loop: the first `prompts_per_second` counts from here.
+        """Begins to measure, so it is called just before the loop: the first `prompts_per_second` counts from here.
 
         columns: all that will be added. start: iterations already done; lines after it are cut (see `rewind`), so 0
         begins the file anew. iterations: of the whole run, for the ETA.
@@ -57,12 +57,11 @@ class Metrics:
         for column in columns:
             self._slots[column.name] = slice(size, size := size + max(1, len(column.labels)))
         self._sums = torch.zeros(2, size, dtype=torch.float64, device=self._device)  # of weight * value, of weights
-        self._board = None
         self.seconds_after_loop = 0.0
         self.rewind(start)
 
     def add(self, values: Mapping[str, Value | tuple[Value, Value]], weight: Value = 1.0) -> None:
-        """Add to the columns of these names: sums for the kinds `sum` and `total`, else to weighted means.
+        """Adds to the columns of these names: to sums for the kinds `sum` and `total`, else to weighted means.
 
         A value is a scalar, or a vector with as many numbers as its column has labels; a pair (value, weight) has a
         weight of its own. weight: how many items a mean is of (micro-batches differ in size); with weight 0 the value
@@ -79,10 +78,10 @@ class Metrics:
             self._sums[1, slot] += value_weight
 
     def flush(self, iteration: int, **extra) -> dict:
-        """Write the record of the iterations since the last flush, begin new sums, and return the record.
+        """Writes the record of the iterations since the last flush, begins new sums, and returns the record.
 
         A collective call: every rank must make it. iteration: iterations done, counted from 1. extra: plain numbers and
-        dicts of numbers of this rank (optimizer_steps=..., seconds=stopwatch.lap()). What was not measured is None. A
+        dicts of numbers of this rank (optimizer_steps=..., seconds=stopwatch.lap()). A value not measured is None. A
         value that is NaN or infinite is None too, and its name stands in record["nonfinite"], so that a broken run is
         told from an idle one.
         """
@@ -93,13 +92,10 @@ class Metrics:
         if self._enabled:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record, allow_nan=False) + "\n")
-            for name, number in _scalars(record):
-                self._board.add_scalar(name, number, iteration)
-            self._board.flush()
         return record
 
     def rewind(self, iteration: int) -> None:
-        """Cut the lines after `iteration` from metrics.jsonl and go on from the totals of the last line that stays.
+        """Cuts the lines after `iteration` from metrics.jsonl and goes on from the totals of the last line that stays.
 
         Sums not yet flushed are dropped. Every rank may call it at once: the lines that stay read the same before and
         after the cut. ValueError when a line other than the last cannot be read.
@@ -108,28 +104,18 @@ class Metrics:
         self._sums.zero_()
         self._before = records[-1] if records else {}
         self._marks = deque([(iteration, time.perf_counter(), self._before.get("prompts") or 0)], maxlen=20)
-        if not self._enabled:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in records))
-        self.close()
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed on the other ranks
-
-        self._board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=iteration + 1)
-
-    def close(self) -> None:
-        """Close TensorBoard's file. metrics.jsonl is whole after every flush."""
-        if self._board is not None:
-            self._board.close()
+        if self._enabled:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in records))
 
     def _on_device(self, value: Value) -> Tensor:
-        """float64 on the device. A number becomes a fill, so nothing waits for the device."""
+        """Returns the value as float64 on the device. A number becomes a fill, so nothing waits for the device."""
         if isinstance(value, Tensor):
             return value.detach().to(self._device, torch.float64, non_blocking=True)
         return torch.full((), float(value), dtype=torch.float64, device=self._device)
 
     def _collect(self) -> dict[str, float | dict | None]:
-        """The values of the sums over all ranks, by one reduction and one transfer to the host; the sums begin anew."""
+        """Returns the columns' values over all ranks by one reduction and one transfer to the host; resets the sums."""
         sums = self._sums.clone()
         if dist.is_initialized():
             dist.all_reduce(sums)
@@ -154,7 +140,7 @@ class Metrics:
         return (before or 0) + (int(total) if total.is_integer() else total)
 
     def _pace(self, iteration: int, prompts: float | None) -> dict[str, float | None]:
-        """prompts_per_second since the last flush; eta_seconds from the pace of the last 20 flushes (wall clock)."""
+        """Returns prompts_per_second since the last flush, and eta_seconds by the pace of the last 20 (wall clock)."""
         now = time.perf_counter()
         first, begin, _ = self._marks[0]
         _, last, prompts_then = self._marks[-1]
@@ -167,7 +153,7 @@ class Metrics:
 
 
 def read_records(path: Path | str) -> list[dict]:
-    """The records of a metrics.jsonl, oldest first; none when there is no such file.
+    """Returns the records of a metrics.jsonl, oldest first; none when there is no such file.
 
     A last line cut off by a killed run is left out. ValueError names any other line that is not a record.
     """
@@ -180,7 +166,7 @@ def read_records(path: Path | str) -> list[dict]:
 
 
 def finite(value):
-    """The value with every NaN and infinity, at any depth of dicts and lists, replaced by None."""
+    """Returns the value with every NaN and infinity, at any depth of dicts and lists, replaced by None."""
     if isinstance(value, dict):
         return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -189,25 +175,16 @@ def finite(value):
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader, or a kill, finds either the old content or the new."""
+    """Writes a text file so that a reader, also after a kill, sees either the old content or the new."""
     draft = path.with_name(path.name + ".draft")
     draft.write_text(text, encoding="utf-8")
     os.replace(draft, path)
 
 
 def _record(line: str) -> dict | None:
-    """The record of a line, None when it is none."""
+    """Parses a line; returns None when it is no record."""
     try:
         record = json.loads(line)
     except ValueError:
         return None
     return record if isinstance(record, dict) and isinstance(record.get("iteration"), int) else None
-
-
-def _scalars(record: dict) -> Iterator[tuple[str, float]]:
-    """(TensorBoard tag, number) of a record: "train/loss", "seconds/rollout", "pairs_per_t/751"."""
-    for name, value in record.items():
-        if isinstance(value, dict):
-            yield from ((f"{name}/{key}", item) for key, item in value.items() if item is not None)
-        elif isinstance(value, int | float) and name != "iteration":
-            yield f"train/{name}", value

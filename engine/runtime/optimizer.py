@@ -26,7 +26,10 @@ NO_SCALARS = "self.dim() cannot be 0"  # PyTorch, of a scalar that is viewed as 
 
 @dataclass(frozen=True, slots=True)
 class AdamWSettings:
-    """As in torch.optim.AdamW; max_grad_norm clips (None: never); accumulate: micro-batches per optimizer step."""
+    """Settings of torch.optim.AdamW; max_grad_norm clips (None: never); accumulate: micro-batches per optimizer step.
+
+    stage: of ZeRO. micro_batch: rows per backward pass, which DeepSpeed asks for.
+    """
 
     lr: float
     weight_decay: float
@@ -40,14 +43,14 @@ class AdamWSettings:
 
     @classmethod
     def of(cls, optim: OptimConfig, stage: int, dtype: str) -> AdamWSettings:
-        """Those of a recipe's section `optim`; dtype: of the base model that the gradients pass through."""
+        """Takes the settings of a recipe's section `optim`; dtype: of the base model that gradients pass through."""
         names = [field.name for field in fields(cls) if field.name not in ("stage", "loss_scale")]
         settings = {name: getattr(optim, name) for name in names}
         return cls(**settings, stage=stage, loss_scale=FLOAT16_SCALE if dtype == "float16" else 1.0)
 
 
 class LocalAdamW:
-    """AdamW of one process."""
+    """AdamW of one process, with accumulation, clipping and loss scaling."""
 
     def __init__(self, module: nn.Module, settings: AdamWSettings):
         self.parameters = [p for p in module.parameters() if p.requires_grad]
@@ -61,7 +64,7 @@ class LocalAdamW:
         (loss * (self.settings.loss_scale / self.settings.accumulate)).backward()
 
     def step(self) -> Tensor | float | None:
-        """After every backward: an optimizer step when enough micro-batches wait; returns its gradient norm."""
+        """Takes an optimizer step if `accumulate` micro-batches wait, and returns its gradient norm, else None."""
         self.waiting += 1
         if self.waiting < self.settings.accumulate:
             return None
@@ -77,7 +80,7 @@ class LocalAdamW:
             group["lr"] = lr
 
     def state_bytes(self) -> int:
-        """Bytes of optimizer state held by this rank."""
+        """Returns the bytes of optimizer state on this rank."""
         return _bytes(self.optimizer)
 
     def save(self, folder: Path) -> None:
@@ -154,17 +157,16 @@ Optimizer = LocalAdamW | ZeroAdamW
 
 
 def build_optimizer(module: nn.Module, settings: AdamWSettings, ranks: Ranks) -> Optimizer:
-    """The optimizer for as many ranks as there are."""
+    """Builds LocalAdamW for one rank and ZeroAdamW for several. Raises UserError as ZeroAdamW does."""
     return LocalAdamW(module, settings) if ranks.size == 1 else ZeroAdamW(module, settings, ranks)
 
 
 @contextmanager
 def _scalars_not_broadcast(module: nn.Module) -> Iterator[None]:
-    """Inside, DeepSpeed passes over parameters without dimensions, such as CLIP's logit_scale: it cannot broadcast them
-    ("self.dim() cannot be 0"), and all ranks load the same.
+    """Makes DeepSpeed skip parameters without dimensions, such as CLIP's logit_scale, which all ranks load alike.
 
-    They are marked as the weights of its OptimizedLinear are, which is no public name. A version that does not know the
-    mark, and still cannot broadcast them, is a UserError.
+    DeepSpeed cannot broadcast them ("self.dim() cannot be 0"). They are marked as the weights of its OptimizedLinear
+    are, by a name that is not public. Raises UserError for a version that ignores the mark and cannot broadcast them.
     """
     scalars = [p for p in module.parameters() if p.dim() == 0]
     for p in scalars:
@@ -184,7 +186,7 @@ def _scalars_not_broadcast(module: nn.Module) -> Iterator[None]:
 
 
 def _unscale(parameters: list[nn.Parameter], scale: float) -> None:
-    """From now on each gradient of theirs is divided by the scale as it arrives; one that overflowed counts as zero."""
+    """Makes each gradient be divided by the scale as it arrives; one that overflowed becomes zero."""
 
     def unscaled(grad: Tensor) -> Tensor:
         return torch.where(grad.isfinite().all(), grad / scale, torch.zeros_like(grad))
@@ -195,7 +197,7 @@ def _unscale(parameters: list[nn.Parameter], scale: float) -> None:
 
 
 def _adamw(parameters: list[nn.Parameter], settings: AdamWSettings) -> torch.optim.AdamW:
-    """On a GPU a step is one kernel (`fused`); elsewhere it is PyTorch's plain one."""
+    """Builds PyTorch's AdamW, whose step on a GPU is one kernel (`fused`)."""
     return torch.optim.AdamW(
         parameters,
         lr=settings.lr,

@@ -1,4 +1,4 @@
-"""The terminal's view of a run: a line per record of metrics.jsonl, and one that moves within an iteration.
+"""Shows a run on the terminal: a line per record of metrics.jsonl, and one that moves within an iteration.
 
 Both fit into 80 columns. The lines of records are made from the method's columns; the moving one is for a person who
 waits, and nothing of it reaches a file.
@@ -13,13 +13,13 @@ from typing import TextIO, TypeVar
 
 from .columns import Column
 
-HEADED_EVERY = 20  # lines
+LINES_PER_HEADER = 20
 DAY = 86400  # seconds
 T = TypeVar("T")
 
 
 class Progress:
-    """`show(record)` prints one aligned line, with a header above every 20th."""
+    """Prints records as aligned lines, with a header above every 20th."""
 
     def __init__(self, iterations: int, columns: Sequence[Column], stream: TextIO | None = None):
         self._iterations = iterations
@@ -29,7 +29,7 @@ class Progress:
 
     def show(self, record: dict) -> None:
         """Prints the line of a record of `Metrics.flush`. Headers are bold on a terminal; a file gets no codes."""
-        if self._shown % HEADED_EVERY == 0:
+        if self._shown % LINES_PER_HEADER == 0:
             header = _aligned((heading, width) for heading, _, width in self._cells({}))
             print(f"\033[1m{header}\033[0m" if self._stream.isatty() else header, file=self._stream)
         line = _aligned((cell, width) for _, cell, width in self._cells(record))
@@ -43,23 +43,18 @@ class Progress:
         yield "ETA", "-" if seconds is None else _remaining(seconds), 9
         for column in self._columns:
             value = record.get(column.name)
-            if column.labels:
-                yield from self._vector(column, value or {})
-            else:
+            for label in column.labels:
+                heading = column.heading.format(label)
+                yield heading, _written((value or {}).get(str(label)), column.form), max(6, len(heading) + 1)
+            if not column.labels:
                 yield column.heading, _written(value, column.form), max(8, len(column.heading) + 1)
-
-    @staticmethod
-    def _vector(column: Column, values: dict) -> Iterator[tuple[str, str, int]]:
-        for label in column.labels:
-            heading = column.heading.format(label)
-            yield heading, _written(values.get(str(label)), column.form), max(6, len(heading) + 1)
 
 
 class LiveLine:
-    """One line of a terminal that says how far the iteration is: "3/14 rollout 7/16".
+    """Keeps one line of a terminal that says how far the iteration is: "3/14 rollout 7/16".
 
-    It is written anew at most twice a second. Where the stream is no terminal, or `enabled` is false, nothing is
-    written at all. iteration: what the line begins with.
+    It is written anew at most twice a second. If the stream is no terminal, or `enabled` is false, nothing is
+    written at all. iteration: the text with which the line begins.
     """
 
     EVERY = 0.5  # seconds
@@ -91,8 +86,8 @@ class LiveLine:
 
 def duration(seconds: float) -> str:
     """Returns h:mm:ss, with days in front when there are any: 65 -> "0:01:05"."""
-    days, rest = divmod(round(seconds), DAY)
-    clock = f"{rest // 3600}:{rest // 60 % 60:02}:{rest % 60:02}"
+    days, seconds = divmod(round(seconds), DAY)
+    clock = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
     return f"{days}d {clock}" if days else clock
 
 

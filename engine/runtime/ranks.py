@@ -1,4 +1,4 @@
-"""The processes of a run: who am I, how many are we, and how rows are exchanged. One process needs none."""
+"""The processes of a run: the rank of each, their number, and the exchange of rows between them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ R = TypeVar("R", bound=Rows)
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """rank of this process out of size, and its device."""
+    """The rank of this process among `size` processes, and its device."""
 
     rank: int
     size: int
@@ -58,13 +58,13 @@ def start(device: str) -> Ranks:
     return Ranks(rank, size, torch.device(kind, local) if kind == "cuda" else torch.device(kind))
 
 
-def share(count: int, ranks: Ranks) -> slice:
-    """This rank's rows of `count`: contiguous, in rank order, none empty where there are as many rows as ranks."""
+def rank_slice(count: int, ranks: Ranks) -> slice:
+    """Returns which of `count` rows are this rank's: contiguous, in rank order, empty only if count < ranks.size."""
     return slice(ranks.rank * count // ranks.size, (ranks.rank + 1) * count // ranks.size)
 
 
 def gather(rows: R, ranks: Ranks) -> R:
-    """All ranks' rows, in rank order, on every rank. How many each has may differ, and be 0."""
+    """Returns all ranks' rows, in rank order, on every rank. How many each has may differ, and be 0."""
     if ranks.size == 1:
         return rows
     counts: list[int] = []
@@ -72,17 +72,17 @@ def gather(rows: R, ranks: Ranks) -> R:
 
 
 def gather_rows(rows: Tensor, ranks: Ranks) -> Tensor:
-    """As `gather`, of one tensor (N_r, ...) -> (sum N_r, ...)."""
+    """Does as `gather` with one tensor: (N_r, ...) -> (sum of N_r, ...)."""
     return rows if ranks.size == 1 else _gather(rows, [], ranks)
 
 
 def _gather(rows: Tensor, counts: list[int], ranks: Ranks) -> Tensor:
-    """counts: rows of each rank, asked for and filled in where it is empty."""
+    """Gathers a tensor's rows. counts: how many each rank has; an empty list is filled in, by one more exchange."""
     if not counts:
         count = torch.tensor([len(rows)], device=rows.device)
-        each = [torch.zeros_like(count) for _ in range(ranks.size)]
-        dist.all_gather(each, count)
-        counts += torch.cat(each).tolist()
+        by_rank = [torch.zeros_like(count) for _ in range(ranks.size)]
+        dist.all_gather(by_rank, count)
+        counts += torch.cat(by_rank).tolist()
     padded = rows.new_zeros((max(counts), *rows.shape[1:]))
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in counts]

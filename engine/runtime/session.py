@@ -1,8 +1,8 @@
-"""A session: what every run has beside its method, from the run folder to what it cost.
+"""A session: all that a run has beside its method, from the run folder to the ledger.
 
 It joins the processes, opens the run folder, keeps the clock, the ledger and the metrics, writes records and
-checkpoints when they are due, and goes on from a checkpoint. What an iteration does is a method's (methods/), the loop
-over iterations is methods/loop.py's.
+checkpoints when they are due, and goes on from a checkpoint. A method (methods/) says what an iteration does; the loop
+over iterations is in methods/loop.py.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from .metrics import Metrics, Value, read_records
 from .progress import LiveLine, Progress
 from .ranks import Ranks, start
 from .stopwatch import Stopwatch
+from .tracker import Tracker, check_tracker, open_tracker
 
 
 class Session:
-    """One process's part of a run: `with Session.start(config) as session:`, then `open`, `begin` and the loop.
+    """Holds one process's part of a run: `with Session.start(config) as session:`, then `open`, `begin` and the loop.
 
-    metrics, training and progress are there from `begin` on. live: the line of the terminal that moves meanwhile.
+    metrics, training and progress exist from `begin` on. live: the line of the terminal that moves within an iteration.
     """
 
     metrics: Metrics
@@ -43,16 +44,18 @@ class Session:
         self.clock = Stopwatch(ranks.device)
         self.ledger = Ledger(ranks.device)
         self.live = LiveLine(ranks.first)
+        self.tracker: Tracker | None = None  # on the first rank, from `begin` on
         self.done = 0  # iterations
         self._begun = time.perf_counter()
         self._resumed: Path | None = None
         self._seconds_before: dict[str, float] = {}
-        self._worked = ""  # the stage whose seconds, with those of the update, are a method's work
+        self._collecting = ""  # the stage whose seconds, with those of the update, are a method's work
 
     @classmethod
     @contextmanager
     def start(cls, config: Recipe) -> Iterator[Session]:
-        """Joins the processes of the run and looks at its folder; nothing is written yet. Raises UserError."""
+        """Joins the processes of the run and checks its folder, writing nothing. Raises UserError as `check_run`."""
+        check_tracker(config.run.tracker)
         use_reference(config.run.kernels == "reference")
         session = cls(config, start(config.run.device))
         checkpoint.check_run(config, session.ranks)
@@ -61,6 +64,8 @@ class Session:
                 yield session
             finally:
                 session.live.erase()
+                if session.tracker:
+                    session.tracker.close()
 
     def open(self, trainable: checkpoint.Trainable) -> None:
         """Makes the run folder, or finds the checkpoint to go on from. Raises UserError before anything is written."""
@@ -69,18 +74,22 @@ class Session:
         self._seconds_before = checkpoint.spent_before(self._resumed, "seconds")
 
     def begin(self, training: Training, columns: Sequence[Column], stage: str) -> None:
-        """Puts everything back as the checkpoint has it, and begins to measure. It is called just before the loop.
+        """Restores the checkpoint, if there is one, and begins to measure. It is called just before the loop.
 
-        columns: what the method reports. stage: what collecting its rows is called by the clock. An evaluation before
-        the loop is taken as the measure of the one after it, which the remaining time of records then includes.
+        columns: those of the method. stage: the clock's name for the collection of its rows. An evaluation before
+        the loop is expected to take as long again after it, and the remaining time of records includes that.
         """
-        self.training, self._worked = training, stage
+        self.training, self._collecting = training, stage
         if self._resumed:
             self.done = checkpoint.restore(training, self._resumed, self.ranks)
+            if self.ranks.first:
+                print(f"going on after iteration {self.done}", flush=True)
         columns = (*columns, *ledger.COLUMNS)
         iterations = self.config.iterations
         self.metrics = Metrics(self.dir, self.ranks.device, self.ranks.first, columns, self.done, iterations)
         self.metrics.seconds_after_loop = self.clock.seconds().get("evaluate", 0.0)
+        if self.ranks.first:
+            self.tracker = open_tracker(self.run.tracker, self.dir, self.done, self.config.model_dump(mode="json"))
         self.progress = Progress(iterations, columns)
         self.clock.lap()
 
@@ -95,18 +104,20 @@ class Session:
         self.metrics.add(values, weight)
 
     def log(self, done: int, now: bool = False) -> None:
-        """Writes and shows the record after `done` iterations, where it is due or `now`. Every rank calls it."""
+        """Writes and shows the record after `done` iterations, if it is due or `now` is set. Every rank calls it."""
         if not (now or done == self.config.iterations or done % self.run.log_every == 0):
             return
         seconds = self.clock.lap()
-        self.ledger.add_to(self.metrics, seconds.get(self._worked, 0.0) + seconds.get("update", 0.0))
+        self.ledger.add_to(self.metrics, seconds.get(self._collecting, 0.0) + seconds.get("update", 0.0))
         record = self.metrics.flush(done, optimizer_steps=self.training.optimizer.steps, seconds=seconds)
         if self.ranks.first:
             self.live.erase()
             self.progress.show(record)
+            if self.tracker:
+                self.tracker.write(record)
 
     def save(self, done: int) -> None:
-        """Writes a checkpoint after `done` iterations, where it is due. Every rank calls it."""
+        """Writes a checkpoint after `done` iterations, if it is due. Every rank calls it."""
         self.done = done
         if done == self.config.iterations or done % self.run.save_every == 0:
             with self.clock("save"):
@@ -119,24 +130,30 @@ class Session:
         now = self.clock.seconds() | {"total": time.perf_counter() - self._begun}
         return {stage: before.get(stage, 0.0) + now.get(stage, 0.0) for stage in {**before, **now}}
 
+    @property
+    def device_name(self) -> str:
+        """What the device of this process is called: the name of a GPU, or "cpu"."""
+        device = self.ranks.device
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
     def summary(self) -> dict[str, Any]:
-        """Returns what summary.json says of every run, on the first rank. A collective call, after the loop."""
+        """Returns what summary.json has of every run, on other ranks {}. A collective call, after the loop."""
         totals = self.ledger.totals()
         if not self.ranks.first:
             return {}
         last, seconds, optimizer = read_records(self.metrics.path)[-1], self.seconds(), self.training.optimizer
-        worked = seconds[self._worked] + seconds["update"]
+        work_seconds = seconds[self._collecting] + seconds["update"]
         return {
             "seconds": seconds,
-            "ledger": ledger.figures(totals),
+            "ledger": ledger.summarise(totals),
             "iterations": self.config.iterations,
             "prompts": last["prompts"],
-            "prompts_per_second": last["prompts"] / worked,
+            "prompts_per_second": last["prompts"] / work_seconds,
             "pairs": last.get("pairs"),
             "optimizer_steps": optimizer.steps,
             "optimizer_state_bytes_per_rank": optimizer.state_bytes(),
             "world_size": self.ranks.size,
-            "device": torch.cuda.get_device_name(self.ranks.device) if self.ranks.device.type == "cuda" else "cpu",
+            "device": self.device_name,
             "seed": self.run.seed,
             "version": version("strop"),
             "paths": {

@@ -1,4 +1,4 @@
-"""Seconds by stage of a run, without ever waiting for the device while a stage runs."""
+"""Times the stages of a run, without ever waiting for the device while a stage runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class Stopwatch:
-    """Seconds by stage: `with clock("rollout"): ...`.
+    """Adds up seconds by stage: `with clock("rollout"): ...`.
 
     "rollout/decode" is a part of "rollout", whose seconds have those of its parts in them. Any other stage that begins
     inside an open one interrupts it: its seconds are its own alone. On CUDA a stage is timed by events on the current
@@ -27,7 +27,7 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Add the time inside the `with` to `stage`, also when it is left by an exception."""
+        """Adds the time inside the `with` to `stage`, also when it is left by an exception."""
         self._seconds.setdefault(stage, 0.0)  # at entry, so that a stage stands before its parts
         running = [outer for outer in self._open if outer[1] is not None]
         interrupted = [outer for outer in running if not stage.startswith(f"{outer[0]}/")]
@@ -45,14 +45,14 @@ class Stopwatch:
                 outer[1] = now
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of each stage since the stopwatch was made, waiting for stages that ended. Open ones do not count."""
+        """Returns the seconds of each stage since the stopwatch was made; waits for ended stages, omits open ones."""
         for stage, begin, end in self._pending:
             self._seconds[stage] += self._between(begin, end)
         self._pending.clear()
         return dict(self._seconds)
 
     def lap(self) -> dict[str, float]:
-        """Seconds of each stage since the last lap (or since the stopwatch was made)."""
+        """Returns the seconds of each stage since the last lap, or since the stopwatch was made."""
         seconds = self.seconds()
         lap = {stage: total - self._at_last_lap.get(stage, 0.0) for stage, total in seconds.items()}
         self._at_last_lap = seconds

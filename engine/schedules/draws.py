@@ -1,6 +1,6 @@
-"""Random draws of a rollout, from a torch.Generator or from a recording.
+"""Draws the random numbers of a rollout, from a torch.Generator or from a recording.
 
-Wherever a rollout takes `rng`, it takes either. Nothing else in strop uses this module.
+Wherever a rollout takes `rng`, it takes either of the two. Nothing else in strop uses this module.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ class Replay:
     """Recorded draws, used in place of a generator in the order of their recording; `len(replay)` are left."""
 
     def __init__(self, draws: Iterable[Tensor]):
-        """draws: floating-point tensors for normal draws, integer tensors for choices, in the order of the rollout."""
+        """Takes floating-point tensors for normal draws, integer tensors for choices, in the order of the rollout."""
         self.draws = list(draws)
 
     def __len__(self) -> int:

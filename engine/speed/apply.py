@@ -25,7 +25,7 @@ def prepare(model: ModelConfig, unet: nn.Module, vae: nn.Module, judge: nn.Modul
     TF32 is a setting of PyTorch for the whole process.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = model.uses_tf32
-    make_lean(unet, vae, model.fold_upsample)
+    remove_idle_work(unet, vae, model.fold_upsample)
     if model.channels_last:
         for network in (unet, vae):
             network.to(memory_format=torch.channels_last)
@@ -35,7 +35,7 @@ def prepare(model: ModelConfig, unet: nn.Module, vae: nn.Module, judge: nn.Modul
         judge.compile(dynamic=False)
 
 
-def make_lean(unet: nn.Module, vae: nn.Module, fold_upsample: bool) -> None:
+def remove_idle_work(unet: nn.Module, vae: nn.Module, fold_upsample: bool) -> None:
     """Removes work from networks in place; numbers change only by rounding. `strop plan` counts networks after this."""
     make_loras_lean(unet)
     for network in (unet, vae):

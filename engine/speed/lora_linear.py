@@ -68,7 +68,7 @@ def make_loras_lean(model: nn.Module) -> int:
 
 
 def can_be_lean(module: nn.Module) -> bool:
-    """Whether it is PEFT's layer with one LoRA of scale 1, without dropout, bias or variant such as DoRA."""
+    """Whether `module` is PEFT's layer with one LoRA of scale 1, without dropout, bias or variant such as DoRA."""
     if type(module) is not Linear or type(module.get_base_layer()) is not nn.Linear or len(module.lora_A) != 1:
         return False
     (name,) = module.lora_A

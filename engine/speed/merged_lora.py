@@ -20,7 +20,7 @@ from .lora_linear import LeanLora
 @contextmanager
 @torch.no_grad()
 def merged_lora(model: nn.Module) -> Iterator[bool]:
-    """A context in which every LoRA of the model is merged into its weight; afterwards the weights have their old bits.
+    """Opens a context in which every LoRA of the model is merged into its weight; on exit all weights are as before.
 
     It yields whether they are merged. If one LoRA cannot be merged or is switched off, the model is left unchanged.
     """

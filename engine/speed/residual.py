@@ -40,7 +40,7 @@ def make_residuals_lean(model: nn.Module) -> int:
 
 
 def can_be_lean(module: nn.Module) -> bool:
-    """Whether it is a plain ResnetBlock2D, as in Stable Diffusion's UNets and VAEs."""
+    """Whether `module` is a plain ResnetBlock2D, as in Stable Diffusion's UNets and VAEs."""
     if type(module) is not ResnetBlock2D or type(module.nonlinearity) is not nn.SiLU:
         return False
     resamples = module.upsample is not None or module.downsample is not None

@@ -22,7 +22,7 @@ class SharedHalves:
     """Hooks on a UNet's modules before the text; they do nothing outside of `shared`."""
 
     def __init__(self, unet: nn.Module):
-        """unet: diffusers' UNet2DConditionModel."""
+        """Puts the hooks on a UNet2DConditionModel of diffusers."""
         self._unet = unet
         self._on = False
         for module in before_text(unet):
@@ -31,7 +31,7 @@ class SharedHalves:
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """A context in which the second half of the rows of each forward repeats the first, except for the text.
+        """Opens a context in which the second half of each forward's rows repeats the first, except for the text.
 
         It has no effect with gradient checkpointing, whose recomputation happens outside of the context.
         """

@@ -36,7 +36,7 @@ class CachedText:
     """An attention processor that looks up keys and values of one cross-attention layer by row number."""
 
     def __init__(self, attn: Attention, text: Tensor):
-        """attn: a layer for which `is_plain` holds; text (P, L, D): states of P prompts."""
+        """Computes keys and values of text (P, L, D), states of P prompts, for a layer for which `is_plain` holds."""
         self.key = split_heads(attn.to_k(text), attn.heads)  # (P, H, L, d)
         self.value = split_heads(attn.to_v(text), attn.heads)
 
@@ -47,7 +47,7 @@ class CachedText:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """hidden_states (N, S, C); encoder_hidden_states (N,) int64: which of the P prompts each row has.
+        """Attends with hidden_states (N, S, C); encoder_hidden_states (N,) int64: which of the P prompts each row has.
 
         Returns (N, S, C). Raises ValueError for a mask, and for a text in place of row numbers.
         """
@@ -65,7 +65,7 @@ class CachedText:
 @contextmanager
 @torch.no_grad()
 def cached_text(unet: nn.Module, text: Tensor) -> Iterator[bool]:
-    """A context in which the UNet has cached text (P, L, D) of P prompts and takes each row's prompt, (N,) int64.
+    """Opens a context in which the UNet has cached text (P, L, D) of P prompts and takes each row's prompt, (N,) int64.
 
     It yields whether that is so: a UNet with layers that `cross_attentions` does not know is left unchanged and takes
     the text. The keys and values contain the LoRA as it is on entry; on exit the layers get their processors back.

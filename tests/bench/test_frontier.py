@@ -18,7 +18,7 @@ from strop.engine.errors import UserError
 from strop.engine.models.base_model import load_unet
 from strop.engine.models.latent_diffusion import LatentDiffusion
 from strop.engine.models.policy import Policy, Savings
-from strop.engine.speed.apply import make_lean
+from strop.engine.speed.apply import remove_idle_work
 
 
 @pytest.fixture(autouse=True)
@@ -122,8 +122,8 @@ def test_nothing_is_compared_without_the_exact_recipe(exact):
 def test_what_has_been_run_is_collected(tmp_path, monkeypatch):
     for name, seed in (("exact", 42), ("exact", 43), ("control", 43)):
         made_up_run(tmp_path, name, seed)
-    prices = {"exact": Costs(prompt=100, policy=3, reference=1), "control": Costs(prompt=50, policy=3, reference=1)}
-    monkeypatch.setattr(frontier, "costs", lambda name: {"flop": prices[name], "seconds": prices[name]})
+    costs_of = {"exact": Costs(prompt=100, policy=3, reference=1), "control": Costs(prompt=50, policy=3, reference=1)}
+    monkeypatch.setattr(frontier, "costs", lambda name: {"flop": costs_of[name], "seconds": costs_of[name]})
     found = frontier.collect(tmp_path, range(42, 45))
     flops = {name: {seed: row["flop"] for seed, row in runs.items()} for name, runs in found.items()}
     assert flops == {"exact": {42: 2048, 43: 2048}, "control": {43: 10 * 50 + 48}}
@@ -210,7 +210,7 @@ def test_costs_are_those_of_the_networks_calls():
     model, cpu = frontier.recipe("exact").model, torch.device("cpu")
     policy = Policy(load_unet(model, cpu), 4, ("to_q",), seed=0, savings=Savings.of(model, 1))
     diffusion = LatentDiffusion.load(model, cpu)
-    make_lean(policy.unet, diffusion.vae, model.fold_upsample)
+    remove_idle_work(policy.unet, diffusion.vae, model.fold_upsample)
     x, t, cond = torch.zeros(1, *policy.latent_shape), torch.tensor([1]), diffusion.encode(["a"])
     with sdpa_kernel(SDPBackend.MATH), policy.reference():
         both, alone = (

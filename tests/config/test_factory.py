@@ -7,25 +7,23 @@ from strop.engine.errors import UserError
 
 
 @pytest.mark.parametrize(
-    "spec, complaint",
+    "spec, words",
     [
-        ("strop.bench", "found 'strop.bench', expected module:factory"),
+        ("strop.bench", "'strop.bench', expected module:factory"),
         ("strop.nowhere:load", "no module strop.nowhere"),
-        ("math:nothing", "math has no attribute nothing"),
-        ("math:pi", "math:pi is a float"),
+        ("math:nothing", "math .*nothing"),
+        ("math:pi", "math:pi .*float"),
+        ("needs_more:load", "needs_more .*not_there_at_all"),
+        ("broken_pairs:load", "broken_pairs .*RuntimeError: no licence"),
     ],
 )
-def test_entry_points_that_are_none(spec, complaint):
-    with pytest.raises(UserError, match=f"^evaluate.examiner: {complaint}"):
-        resolve(spec, "evaluate.examiner")
-
-
-def test_entry_points_find_what_they_name(tmp_path, monkeypatch):
-    assert resolve("math:hypot", "data.source")(3, 4) == 5
+def test_entry_points_that_are_none(tmp_path, monkeypatch, spec, words):
     (tmp_path / "needs_more.py").write_text("import not_there_at_all")
     (tmp_path / "broken_pairs.py").write_text("raise RuntimeError('no licence')")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UserError, match="module needs_more needs not_there_at_all, which is not installed"):
-        resolve("needs_more:load", "data.source")
-    with pytest.raises(UserError, match=r"module broken_pairs does not import \(RuntimeError: no licence\)"):
-        resolve("broken_pairs:load", "data.source")
+    with pytest.raises(UserError, match=f"^evaluate.examiner: .*{words}"):
+        resolve(spec, "evaluate.examiner")
+
+
+def test_an_entry_point_is_what_it_names():
+    assert resolve("math:hypot", "data.source")(3, 4) == 5

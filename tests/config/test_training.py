@@ -49,23 +49,11 @@ def complaint(path, *overrides, cls=Config):
     return sentence.removeprefix(f"{path}: ")
 
 
-def test_a_recipe_gives_its_values_and_the_published_defaults(recipe):
+def test_a_recipe_gives_its_values(recipe):
+    """The defaults are those of docs/configuration.md."""
     config = load(recipe(SPO | {"optim": {"lr": "5e-4", "micro_batch": 7}}))
-    assert config.model.path == "models/sd"
+    assert (config.model.path, config.run.iterations, config.optim.micro_batch) == ("models/sd", 3, 7)
     assert config.optim.lr == 5e-4  # YAML itself takes 5e-4 for a word
-    assert config.optim.micro_batch == 7
-    assert config.run.iterations == 3
-    assert (config.rollout.k, config.rollout.num_steps, config.rollout.t_range) == (4, 20, (0, 751))
-    assert (config.rollout.eta, config.rollout.guidance, config.rollout.threshold) == (1.0, 5.0, 0.3)
-    assert (config.optim.beta, config.optim.clip, config.optim.weight_decay) == (10.0, 0.1, 1e-4)
-    assert config.lora.rank == 4
-    assert config.lora.target_modules == ("to_q", "to_k", "to_v", "to_out.0")
-    assert config.evaluate.examiner is None
-
-
-def test_a_recipe_for_the_judge(recipe):
-    config = load(recipe(JUDGE_TRAINING), cls=JudgeTrainingConfig)
-    assert (config.data.train, config.data.heldout, config.optim.steps, config.zero.stage) == (100, 512, 50, 2)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
@@ -99,67 +87,40 @@ def test_a_fast_recipe_changes_the_rollout_and_how_its_pairs_are_used(name):
     ],
 )
 def test_overrides_change_one_value(recipe, override, key, value):
-    config = load(recipe(), [override])
+    config = load(recipe(), [f"{key}=1", override])  # the last one wins
     section, name = key.split(".")
     assert getattr(getattr(config, section), name) == value
     assert {line.split(":")[0] for line in differences(load(recipe()), config)} <= {key}
 
 
-def test_the_last_override_wins_and_is_checked_together_with_the_others(recipe):
-    config = load(recipe(), ["rollout.t_range=[300, 990]", "rollout.num_steps=40", "rollout.k=2", "rollout.k=3"])
-    assert (config.rollout.t_range, config.rollout.num_steps, config.rollout.k) == ((300, 990), 40, 3)
-
-
-REFUSED = [  # override, words that the sentence holds: the key, what was found, what is allowed
+REFUSED = [  # override, words of the sentence; of each kind of rule a row, for docs/configuration.md has all bounds
     ("optim.lr=fast", "optim.lr", "'fast'", "number"),
     ("optim.lr=true", "lr", "true", "number"),
     ("optim.lr=0", "optim.lr", "found 0", "greater than 0"),
     ("optim.lr=.nan", "optim.lr", "nan", "finite"),
-    ("optim.lr=.inf", "optim.lr", "inf", "finite"),
     ("optim.lr=", "optim.lr", "None", "number"),
     ("optim.clip=1", "optim.clip", "found 1", "less than 1"),
-    ("optim.micro_batch=0", "optim.micro_batch", "found 0"),
     ("optim.betas=[0.9]", "optim.betas.1", "missing"),
     ("optim.betas=[0.9, 0.9, 0.9]", "optim.betas", "[0.9, 0.9, 0.9]"),
     ("optim.betas=[0.9, 1.5]", "optim.betas.1", "1.5"),
-    ("lora.target_modules=[]", "lora.target_modules", "[]"),
     ("lora.target_modules=to_q", "lora.target_modules", "'to_q'"),
     ("lora.target_modules=[1]", "lora.target_modules.0", "found 1", "string"),
-    ("lora.rank=0", "lora.rank", "found 0"),
     ("model.dtype=fp16", "model.dtype", "'fp16'", "'float32', 'bfloat16' or 'float16'"),
     ("model=3", "model", "found 3", "keys and values"),
     ("model.height=1001", "model.height", "1001", "multiple of 8"),
-    ("judge.kind=clip", "judge.kind", "'clip'", "'spm', 'spm_no_step' or 'pickscore'"),
-    ("rollout.k=1", "rollout.k", "found 1"),
     ("rollout.k=2.5", "rollout.k", "2.5", "integer"),
-    ("rollout.eta=0", "rollout.eta", "found 0"),
-    ("rollout.guidance=0.5", "rollout.guidance", "0.5"),
-    ("rollout.threshold=1", "rollout.threshold", "found 1"),
-    ("rollout.num_steps=1001", "rollout.num_steps", "1001", "1000"),
-    ("rollout.look_ahead=half", "rollout.look_ahead", "'half'", "'full' or 'text'"),
-    ("rollout.judge_every=0", "rollout.judge_every", "found 0"),
     ("rollout={look_ahead: text, guidance: 1}", "look_ahead is text", "guidance 1", "full"),
     ("rollout.t_range=[751, 0]", "t_range", "[751, 0]"),
     ("rollout.t_range=[0, 1000]", "rollout.t_range.1", "1000", "999"),
-    ("rollout.inner_steps=0", "rollout.inner_steps", "found 0"),
-    ("rollout.next_state=best", "rollout.next_state", "'best'", "'random', 'winner' or 'loser'"),
-    ("optim.passes=0", "optim.passes", "found 0"),
-    ("optim.keep_pairs=0", "optim.keep_pairs", "found 0"),
-    ("optim.keep_pairs=2", "optim.keep_pairs", "found 2"),
     ("run.dir=5", "run.dir", "found 5", "string"),
-    ("run.iterations=0", "run.iterations", "found 0"),
     ("run.resume=maybe", "run.resume", "'maybe'", "boolean"),
-    ("run.device=tpu", "run.device", "'tpu'", "'auto', 'cpu' or 'cuda'"),
-    ("zero.stage=3", "zero.stage", "found 3", "1 or 2"),
     ("rollout.K=3", "key rollout.K;", "rollout.k?"),
     ("rolout.k=3", "key rolout;", "rollout?"),
-    ("optim.micro_bach=3", "key optim.micro_bach;", "optim.micro_batch?"),
     ("optim.max_gradnorm=1", "key optim.max_gradnorm;", "optim.max_grad_norm?"),
     ("inner_steps=3", "key inner_steps;", "rollout.inner_steps?"),
     ("lr=3", "key lr;", "optim.lr?"),
     ("run.k=3", "key run.k;", "rollout.k?"),
     ("zzz=1", "key zzz;", "docs/configuration.md"),
-    ("optim.lr", "'optim.lr'", "section.key=value"),
     ("=3", "'=3'", "section.key=value"),
     ("", "''", "section.key=value"),
     ("model.path.x=1", "'model.path.x=1'", "path"),
@@ -187,33 +148,25 @@ def test_a_missing_key_is_named_and_the_others_counted(recipe):
     assert complaint(recipe(SPO | {"run": {}, "model": {}})) == "model.path is missing (and 2 more)"
 
 
-@pytest.mark.parametrize(
-    "content, word",
-    [(b"", "NoneType"), (b"- model", "list"), (b"model: [", "YAML"), (b"\xff\xfe\x00", "utf-8")],
-    ids=["empty", "list", "broken", "no text"],
-)
-def test_a_file_that_is_no_recipe_is_refused(tmp_path, content, word):
-    (tmp_path / "recipe.yaml").write_bytes(content)
-    assert word in complaint(tmp_path / "recipe.yaml")
-
-
-@pytest.mark.parametrize("name, reason", [("nothing.yaml", "No such file or directory"), (".", "Is a directory")])
-def test_a_file_that_cannot_be_read_is_refused(tmp_path, name, reason):
-    assert reason in complaint(tmp_path / name)
+FILES = {"empty": b"", "list": b"- model", "broken": b"model: [", "no text": b"\xff\xfe\x00"}
 
 
 @pytest.mark.parametrize(
-    "override, words",
+    "name, word",
     [
-        ("optim.warmup=50", ("warmup", "steps", "50")),
-        ("optim.clean_share=1", ("optim.clean_share", "found 1", "less than 1")),
-        ("data.sourse=x", ("key data.sourse;", "data.source?")),
-        ("rollout.k=4", ("key rollout;", "docs/configuration.md")),
+        *(("empty", "NoneType"), ("list", "list"), ("broken", "YAML"), ("no text", "utf-8")),
+        *(("nothing.yaml", "No such file"), (".", "Is a directory")),
     ],
 )
-def test_a_recipe_for_the_judge_is_checked_too(recipe, override, words):
-    sentence = complaint(recipe(JUDGE_TRAINING), override, cls=JudgeTrainingConfig)
-    assert [word for word in words if word not in sentence] == []
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, name, word):
+    for file, content in FILES.items():
+        (tmp_path / file).write_bytes(content)
+    assert word in complaint(tmp_path / name)
+
+
+@pytest.mark.parametrize("override, word", [("data.sourse=x", "data.source?"), ("rollout.k=4", "key rollout;")])
+def test_a_recipe_for_the_judge_is_checked_too(recipe, override, word):
+    assert word in complaint(recipe(JUDGE_TRAINING), override, cls=JudgeTrainingConfig)
 
 
 @pytest.mark.parametrize("cls, tree", [(Config, SPO), (JudgeTrainingConfig, JUDGE_TRAINING)], ids=["spo", "judge"])
@@ -223,12 +176,6 @@ def test_what_is_dumped_is_loaded_equal_with_every_default_in_it(recipe, tmp_pat
     assert load(tmp_path / "resolved.yaml", cls=cls) == config
     written = yaml.safe_load((tmp_path / "resolved.yaml").read_text(encoding="utf-8"))
     assert [f"{section}.{key}" for section, values in written.items() for key in values] == keys(cls)
-
-
-def test_keys_are_dotted_and_complete():
-    dotted = keys(Config)
-    assert dotted[:2] == ["model.path", "model.revision"]
-    assert len(dotted) == len(set(dotted)) == sum(len(f.annotation.model_fields) for f in Config.model_fields.values())
 
 
 def test_differences_name_key_and_both_values(recipe):

@@ -25,14 +25,14 @@ def test_rows_are_those_of_their_prompts_in_the_order_asked_for(models):
     diffusion, judge = models
     embeddings = Embeddings(diffusion, judge, [TRAIN, HELDOUT])
     asked = ["y z", TRAIN[70], TRAIN[3], TRAIN[3]]
-    found, expected = embeddings[asked], diffusion.encode(asked)
+    actual, expected = embeddings[asked], diffusion.encode(asked)
     assert len(embeddings) == 74
-    torch.testing.assert_close(found.text, expected.text, rtol=0, atol=1e-5)
-    torch.testing.assert_close(found.judge, judge.encode(asked), rtol=0, atol=1e-6)
-    assert torch.equal(found.null, expected.null)
+    torch.testing.assert_close(actual.text, expected.text, rtol=0, atol=1e-5)
+    torch.testing.assert_close(actual.judge, judge.encode(asked), rtol=0, atol=1e-6)
+    assert torch.equal(actual.null, expected.null)
     if expected.pooled is not None:
-        torch.testing.assert_close(found.pooled, expected.pooled, rtol=0, atol=1e-5)
-        assert torch.equal(found.time_ids, expected.time_ids)
+        torch.testing.assert_close(actual.pooled, expected.pooled, rtol=0, atol=1e-5)
+        assert torch.equal(actual.time_ids, expected.time_ids)
 
 
 def test_one_group_does_not_change_the_bits_of_another(models):
@@ -55,10 +55,10 @@ def test_the_text_encoders_are_not_needed_any_more(tiny_folder, clip_folder):
 
 def test_embeddings_leave_the_device_batch_by_batch(models):
     diffusion, _ = models
-    found = diffusion.encode(TRAIN, onto=torch.device("meta"))  # where nothing could be encoded
-    assert found.text.is_meta
-    assert found.text.shape[0] == len(TRAIN)
-    assert found.pooled is None or found.pooled.is_meta
+    actual = diffusion.encode(TRAIN, onto=torch.device("meta"))  # where nothing could be encoded
+    assert actual.text.is_meta
+    assert actual.text.shape[0] == len(TRAIN)
+    assert actual.pooled is None or actual.pooled.is_meta
 
 
 class Named:

@@ -50,11 +50,11 @@ def test_rows_that_teach_nothing_are_left_out(tmp_path, pair_files):
 def test_parquet_files_by_pattern_and_without_the_columns_that_may_lack(tmp_path, pair_files):
     folder = pair_files.parquet(tmp_path / "pairs", pair_files.rows(10))
     assert len(opened(folder / "train-*1.parquet")) == 5
-    kept = parquet.read_table(folder / "train-00000.parquet").select(
+    lean = parquet.read_table(folder / "train-00000.parquet").select(
         ["jpg_0", "jpg_1", "label_0", "label_1", "caption"]
     )
     (tmp_path / "lean").mkdir()
-    parquet.write_table(pa.concat_tables([kept, kept]), tmp_path / "lean" / "a.parquet")
+    parquet.write_table(pa.concat_tables([lean, lean]), tmp_path / "lean" / "a.parquet")
     assert opened(tmp_path / "lean").num_examples == [4, 2, 2, 2, 4] * 2
 
 
@@ -70,35 +70,31 @@ def test_a_row_group_is_read_once_for_its_neighbours(tmp_path, monkeypatch, pair
 
 def test_jsonl_labels_and_counts(tmp_path, pair_files):
     path = pair_files.jsonl(tmp_path / "pairs", pair_files.rows(3))
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    line = json.loads(path.read_text().splitlines()[0]) | {"caption": "same"}
+    del line["label"]
     labels = [{"label": 0}, {"label": 1}, {"label": "tie"}, {"label_0": 0.25, "label_1": 0.75}, {"label": "1"}]
-    made = [{**lines[0], "caption": "same"} | {"label": None} | label for label in labels]
-    for line in made:
-        if line["label"] is None:
-            del line["label"]
-    made[1]["num_examples"] = 9
-    path.write_text("\n\n".join(map(json.dumps, made)))
+    labels[1]["num_examples"] = 9
+    path.write_text("\n\n".join(json.dumps(line | label) for label in labels))
     source = opened(path)
     assert source.labels == [(1, 0), (0, 1), (0.5, 0.5), (0.25, 0.75), (0, 1)]
     assert source.num_examples == [5, 9, 5, 5, 5]
     assert source.name(1) == "pairs.jsonl line 3"
 
 
-@pytest.mark.parametrize(
-    "change, why",
-    [
-        (lambda line: line[:25], "line 2: not JSON"),
-        (lambda line: "[1, 2]", "line 2: no object of image_0, image_1, caption and label"),
-        (lambda line: line.replace("image_1", "picture"), "line 2: no text under image_1"),
-        (lambda line: line.replace('"caption"', '"text"'), "line 2: no text under caption"),
-        (lambda line: line.replace('"label": ', '"label": 1'), "line 2: its label is 1"),
-        (lambda line: line.replace("{", '{"num_examples": 0, '), "line 2: its num_examples is 0, expected a whole"),
-        (lambda line: line.replace('"label"', '"winner"'), "line 2: its labels are None and None, expected two"),
-        (lambda line: '{"label_0": 0.7, "label_1": 0.7, ' + line.replace('"label"', '"x"')[1:], "are 0.7 and 0.7"),
-    ],
-    ids=["cut", "list", "image", "caption", "label", "examples", "unlabelled", "sum"],
-)
-def test_a_malformed_line_is_named_and_passed_over(tmp_path, change, why, pair_files):
+MALFORMED = [  # what is done to a line, words that its sentence holds
+    (lambda line: line[:25], "JSON"),
+    (lambda line: "[1, 2]", "image_0, image_1, caption and label"),
+    (lambda line: line.replace("image_1", "picture"), "image_1"),
+    (lambda line: line.replace('"caption"', '"text"'), "caption"),
+    (lambda line: line.replace('"label": ', '"label": 1'), "label is 1"),
+    (lambda line: line.replace("{", '{"num_examples": 0, '), "num_examples is 0"),
+    (lambda line: line.replace('"label"', '"winner"'), "labels are None and None"),
+    (lambda line: '{"label_0": 0.7, "label_1": 0.7, ' + line.replace('"label"', '"x"')[1:], "are 0.7 and 0.7"),
+]
+
+
+@pytest.mark.parametrize("change, words", MALFORMED, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_malformed_line_is_named_and_passed_over(tmp_path, change, words, pair_files):
     path = pair_files.jsonl(tmp_path / "pairs", pair_files.rows(3))
     lines = path.read_text().splitlines()
     lines[1] = change(lines[1])
@@ -106,17 +102,12 @@ def test_a_malformed_line_is_named_and_passed_over(tmp_path, change, why, pair_f
     source = opened(path)
     assert len(source) == 2
     assert source.name(1) == "pairs.jsonl line 3"
-    assert [why in line for line in source.broken] == [True], source.broken
+    assert [words in line and "line 2: " in line for line in source.broken] == [True], source.broken
 
 
 @pytest.mark.parametrize(
     "content, why",
-    [
-        (None, "No such file or directory"),
-        (b"", "is empty"),
-        (b"GIF, almost", "is no image"),
-        ("cut", "is damaged"),
-    ],
+    [(None, "No such file"), (b"", "empty"), (b"GIF, almost", "no image"), ("cut", "damaged")],
     ids=["gone", "empty", "text", "truncated"],
 )
 def test_a_broken_image_is_named(tmp_path, content, why, pair_files):
@@ -136,9 +127,8 @@ def test_a_broken_parquet_row_is_named(tmp_path, pair_files):
     rows[6]["jpg_1"] = b"no image"
     rows[1]["label_0"], rows[1]["label_1"] = 1.0, 0.7
     source = opened(pair_files.parquet(tmp_path / "pairs", rows, group=2))
-    assert source.broken == [
-        "train-00000.parquet row group 0 row 1: its labels are 1.0 and 0.7, expected two numbers of sum 1"
-    ]
+    (broken,) = source.broken
+    assert broken.startswith("train-00000.parquet row group 0 row 1: its labels are 1.0 and 0.7")
     with pytest.raises(BrokenPair, match=r"^train-00001\.parquet row group 1 row 0: jpg_1 is no image"):
         source.images(5)
 
@@ -153,35 +143,26 @@ def test_identity_changes_with_the_file(tmp_path, pair_files):
     assert len({str(opened(folder).identity(row)) for row in range(4)}) == 4
 
 
-@pytest.mark.parametrize(
-    "made, complaint",
-    [
-        (
-            lambda path, files: None,
-            r"^data\.source: .*pairs is no folder of Pick-a-Pic parquet files, no \.jsonl file and no mod",
-        ),
-        (lambda path, files: path.mkdir(), r"^data\.source: .*pairs holds no \.parquet file"),
-        (
-            lambda path, files: files.parquet(path, [{"jpg_0": b"", "jpg_1": b"", "label_1": 1.0}] * 2),
-            "has no column caption, label_0;",
-        ),
-        (
-            lambda path, files: (path.mkdir(), (path / "a.parquet").write_bytes(b"no parquet at all")),
-            r"a\.parquet cannot be read as parquet \(Parquet magic bytes",
-        ),
-    ],
-    ids=["nothing", "empty", "columns", "format"],
-)
-def test_a_source_that_is_none(tmp_path, made, complaint, pair_files):
-    made(tmp_path / "pairs", pair_files)
-    with pytest.raises(UserError, match=complaint):
-        opened(tmp_path / "pairs")
+NO_SOURCES = {  # the file that is opened, in a folder with broken files; words of the sentence
+    "nowhere": (),
+    "empty": ("parquet",),
+    "latin.jsonl": ("UTF-8",),
+    "few columns": ("caption, label_0",),
+    "no parquet": ("a.parquet", "magic bytes"),
+}
 
 
-def test_a_jsonl_file_of_another_encoding(tmp_path):
-    (tmp_path / "pairs.jsonl").write_bytes('{"caption": "é"}'.encode("latin-1"))
-    with pytest.raises(UserError, match=r"pairs\.jsonl cannot be read .*expected JSON lines in UTF-8"):
-        opened(tmp_path / "pairs.jsonl")
+@pytest.mark.parametrize("name", NO_SOURCES)
+def test_a_source_that_is_none(tmp_path, name, pair_files):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "latin.jsonl").write_bytes('{"caption": "é"}'.encode("latin-1"))
+    pair_files.parquet(tmp_path / "few columns", [{"jpg_0": b"", "jpg_1": b"", "label_1": 1.0}] * 2)
+    (tmp_path / "no parquet").mkdir()
+    (tmp_path / "no parquet" / "a.parquet").write_bytes(b"no parquet at all")
+    with pytest.raises(UserError) as refused:
+        opened(tmp_path / name)
+    assert str(refused.value).startswith("data.source: ")
+    assert [word for word in (name, *NO_SOURCES[name]) if word not in str(refused.value)] == []
 
 
 def test_factories_are_told_from_files(tmp_path, monkeypatch, pair_files):
@@ -192,7 +173,7 @@ def test_factories_are_told_from_files(tmp_path, monkeypatch, pair_files):
     assert not is_factory("a:b")
 
 
-@pytest.mark.parametrize("size", [(333, 500), (500, 333), (224, 224), (100, 161), (97, 64)], ids=str)
+@pytest.mark.parametrize("size", [(333, 500), (224, 224), (97, 64)], ids=str)
 def test_images_are_resized_as_clip_does(size, pair_files):
     image = decoded(pair_files.jpeg(0.5, 3, size))
     processor = CLIPImageProcessorPil(do_normalize=False, size={"shortest_edge": 56}, crop_size=56)

@@ -6,34 +6,26 @@ from strop.engine.data.prompts import batch_of, first_used, read_prompts, split_
 from strop.engine.errors import UserError
 
 
-def test_lines_are_stripped_and_blank_ones_passed_over(tmp_path):
-    (tmp_path / "p.txt").write_text(" a cat \r\n\n a dog\n", encoding="utf-8")
-    assert read_prompts(str(tmp_path / "p.txt"), "prompts.train") == ["a cat", "a dog"]
-
-
 def test_every_epoch_is_a_permutation_of_its_own():
     prompts = list("abcdefg")
     drawn = [p for i in range(7) for p in batch_of(prompts, i, 3, seed=0)]
     epochs = [drawn[i : i + 7] for i in range(0, 21, 7)]
     assert all(sorted(epoch) == prompts for epoch in epochs)
     assert epochs[0] != epochs[1]
-
-
-def test_an_iteration_does_not_depend_on_those_before():
-    prompts = list("abcdefg")
-    assert batch_of(prompts, 5, 4, seed=3) == batch_of(prompts, 5, 4, seed=3)
-    assert batch_of(prompts, 5, 4, seed=3) != batch_of(prompts, 5, 4, seed=4)
+    assert drawn == [p for i in range(7) for p in batch_of(prompts, i, 3, seed=0)]
+    assert drawn != [p for i in range(7) for p in batch_of(prompts, i, 3, seed=1)]
 
 
 @pytest.mark.parametrize(
     "name, content",
     [
+        ("p.txt", " a cat \n\n a dog\r\na fish"),
         ("p.json", '[{"caption": " a cat ", "trainset_idx": 3}, {"caption": ""}, {"prompt": "a dog"}, "a fish"]'),
         ("p.jsonl", '{"caption": "a cat"}\n\n{"tag": "x", "prompt": "a dog"}\n"a fish"\n'),
         ("p.JSON", '\ufeff["a cat", "a dog", "a fish"]'),
     ],
 )
-def test_captions_of_json_and_json_lines(tmp_path, name, content):
+def test_prompts_of_text_json_and_json_lines(tmp_path, name, content):
     (tmp_path / name).write_text(content, encoding="utf-8")
     assert read_prompts(str(tmp_path / name), "prompts.train") == ["a cat", "a dog", "a fish"]
 
@@ -41,21 +33,18 @@ def test_captions_of_json_and_json_lines(tmp_path, name, content):
 @pytest.mark.parametrize(
     "name, content, words",
     [
-        ("p.txt", None, "cannot be read"),
-        ("p.txt", b"\n \n", "no prompt"),
         ("p.txt", b"\xff\xfe\xff", "UTF-8"),
-        ("p.json", b"[{", "not valid JSON"),
-        ("p.json", b'{"caption": "a"}', "found a JSON dict, expected a list"),
+        ("p.json", b"[{", "JSON"),
+        ("p.json", b'{"caption": "a"}', "dict"),
         ("p.json", b'["a", {"text": "b"}]', "entry 2 has no caption; found keys text"),
         ("p.json", b"[]", "no prompt"),
-        ("p.jsonl", b'{"caption": "a"}\n{"caption": ', "line 2 is not valid JSON"),
+        ("p.jsonl", b'{"caption": "a"}\n{"caption": ', "line 2"),
         ("p.jsonl", b'{"caption": 3}', "line 1 has no caption; found keys caption"),
         ("p.jsonl", b"7", "line 1 has no caption; found 7"),
     ],
 )
 def test_an_unfit_file_is_refused_by_key_and_entry(tmp_path, name, content, words):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as refused:
         read_prompts(str(tmp_path / name), "prompts.train")
     assert str(refused.value).startswith(f"prompts.train: {tmp_path / name}")

@@ -25,7 +25,7 @@ def test_a_local_path_is_taken_as_it_is(tmp_path):
 
 
 def test_a_revision_is_of_the_hub_alone(tmp_path):
-    with pytest.raises(UserError, match=r"^model\.path: .* is on this machine, where revision v1 means nothing"):
+    with pytest.raises(UserError, match=r"^model\.path: .* revision v1 "):
         fetch(str(tmp_path), "v1", "model.path", ["*"])
 
 
@@ -35,15 +35,15 @@ def test_a_repository_and_a_file_of_it(cache):
 
 
 @pytest.mark.parametrize(
-    "path, complaint",
+    "path, words",
     [
-        ("nowhere", "no such file or folder nowhere; expected one, or a hub id such as owner/name"),
-        ("a/b/c", "no such file or folder a/b/c"),
-        ("owner/other", "is no file or folder here, and the hub, where it would be a repository, cannot be reached"),
-        ("owner/name/other.bin", "the hub's repository owner/name has no file other.bin"),
+        ("nowhere", ("nowhere", "owner/name")),
+        ("a/b/c", ("a/b/c",)),
+        ("owner/other", ("owner/other", "hub")),
+        ("owner/name/other.bin", ("repository owner/name", "file other.bin")),
     ],
 )
-def test_what_is_nowhere_is_said_in_one_sentence(cache, path, complaint):
-    with pytest.raises(UserError, match=r"^judge\.path: ") as stopped:
+def test_what_is_nowhere_is_said_in_one_sentence(cache, path, words):
+    with pytest.raises(UserError, match=r"^judge\.path: .*$") as stopped:
         fetch(path, None, "judge.path", ["*"])
-    assert complaint in str(stopped.value)
+    assert [word for word in words if word not in str(stopped.value)] == []

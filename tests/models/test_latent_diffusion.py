@@ -35,11 +35,6 @@ def sdxl(tiny_sdxl_folder):
     return load(tiny_sdxl_folder)
 
 
-@pytest.fixture(scope="module")
-def pipeline(tiny_folder):
-    return StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
-
-
 @pytest.fixture
 def folder(tiny_folder, tmp_path):
     """A copy of the model folder, to be spoilt."""
@@ -54,8 +49,8 @@ def load(folder, dtype="float32"):
 def test_the_golden_text_embeddings(diffusion, golden):
     """They were made from token ids, which the tokenizer here cannot spell; so the encoder is asked directly."""
     case6 = golden("case6_sd15_k4_b3")
-    found = diffusion.text_encoders[0](case6["in/prompt_ids"]).last_hidden_state
-    torch.testing.assert_close(found, case6["in/prompt_embeds"], rtol=0, atol=2e-6)
+    actual = diffusion.text_encoders[0](case6["in/prompt_ids"]).last_hidden_state
+    torch.testing.assert_close(actual, case6["in/prompt_embeds"], rtol=0, atol=2e-6)
 
 
 @torch.no_grad()
@@ -66,21 +61,12 @@ def test_the_golden_text_embeddings_of_sdxl(sdxl, golden):
         encoder(case6[f"in/prompt_ids{suffix}"], output_hidden_states=True)
         for encoder, suffix in zip(sdxl.text_encoders, ("", "_2"), strict=True)
     )
-    found = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-    torch.testing.assert_close(found, case6["in/prompt_embeds"], rtol=0, atol=2e-6)
+    actual = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+    torch.testing.assert_close(actual, case6["in/prompt_embeds"], rtol=0, atol=2e-6)
     torch.testing.assert_close(second.text_embeds, case6["in/pooled_prompt_embeds"], rtol=0, atol=2e-6)
     null = sdxl.encode(["a"])
     assert torch.equal(null.null, case6["in/negative_prompt_embeds"][:1])
     assert torch.equal(null.null_pooled, case6["in/negative_pooled_prompt_embeds"][:1])
-
-
-@torch.no_grad()
-def test_prompts_are_encoded_as_diffusers_does(diffusion, pipeline):
-    text, null = pipeline.encode_prompt(PROMPTS, "cpu", 1, True)
-    cond = diffusion.encode(PROMPTS)
-    torch.testing.assert_close(cond.text, text, rtol=0, atol=1e-6)
-    torch.testing.assert_close(cond.null.expand_as(null), null, rtol=0, atol=1e-6)
-    assert (len(cond), cond.judge, cond.pooled, cond.time_ids) == (2, None, None, None)
 
 
 @pytest.mark.parametrize("zeros", [True, False])
@@ -110,9 +96,9 @@ def test_many_prompts_are_encoded_as_few(sdxl, monkeypatch):
     prompts = [f"{letter} cat" for letter in "abcdefg"]
     expected = sdxl.encode(prompts)
     monkeypatch.setattr("strop.engine.models.latent_diffusion.BATCH", 3)
-    found = sdxl.encode(prompts)
-    torch.testing.assert_close(found.text, expected.text, rtol=0, atol=1e-6)
-    torch.testing.assert_close(found.pooled, expected.pooled, rtol=0, atol=1e-6)
+    actual = sdxl.encode(prompts)
+    torch.testing.assert_close(actual.text, expected.text, rtol=0, atol=1e-6)
+    torch.testing.assert_close(actual.pooled, expected.pooled, rtol=0, atol=1e-6)
 
 
 def test_a_prompt_that_is_too_long_is_cut_with_one_warning(diffusion, capsys):
@@ -123,9 +109,8 @@ def test_a_prompt_that_is_too_long_is_cut_with_one_warning(diffusion, capsys):
     assert longer.text.shape == (3, 16, 32)
     torch.testing.assert_close(longer.text[1:], cond.text.expand(2, -1, -1), rtol=0, atol=1e-6)
     said = capsys.readouterr().err
-    assert said == (
-        f"strop: 2 of 3 prompts have more than 16 tokens, and what is past them is not read, as in '{letters} o p'\n"
-    )
+    assert said.count("\n") == 1
+    assert [word for word in ("2 of 3 prompts", "16 tokens", f"'{letters} o p'") if word not in said] == []
 
 
 def test_released_text_encoders_are_gone(tiny_sdxl_folder):
@@ -139,15 +124,17 @@ def test_released_text_encoders_are_gone(tiny_sdxl_folder):
     assert model.decode(draw(1, 4, 8, 8)).shape == (1, 3, 16, 16)
 
 
-@pytest.mark.parametrize("shape", [(2,), (3, 2), (2, 1, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(2,), (3, 2)], ids=str)
 @torch.no_grad()
 def test_decoded_latents_are_the_vaes_images(diffusion, vae, shape):
-    latents = draw(*shape, 4, 8, 8)
+    """Not clamped to what a picture can show."""
+    latents = 20 * draw(*shape, 4, 8, 8)
     images = diffusion.decode(latents)
+    assert images.abs().max() > 1.5
     assert images.shape == (*shape, 3, 16, 16)
-    for found, latent in zip(images.flatten(0, -4), latents.flatten(0, -4), strict=True):
+    for actual, latent in zip(images.flatten(0, -4), latents.flatten(0, -4), strict=True):
         expected = vae.decode(latent.unsqueeze(0) / 0.18215).sample[0]
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_scale_of_latents_is_that_of_the_vae_in_use(sdxl, tiny_folder, tiny_sdxl_folder):
@@ -178,10 +165,6 @@ def test_no_black_images_in_float16(tiny_sdxl_folder, tmp_path, safe):
     assert expected.isfinite().all()
     if safe:
         assert torch.equal(model.decode(latents), expected)
-
-
-def test_decoded_images_are_not_clamped(diffusion):
-    assert diffusion.decode(20 * draw(2, 4, 8, 8)).abs().max() > 1.5
 
 
 def test_nothing_here_trains(diffusion):
@@ -215,8 +198,8 @@ def test_the_last_step_never_starts_at_zero(folder):
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 @torch.no_grad()
-def test_guided_images_are_those_of_diffusers(tiny_folder, tiny_sdxl_folder, tmp_path, family, prediction):
-    """Every latent on the way, and the image, from the same noise by deterministic DDIM."""
+def test_guided_latents_are_those_of_diffusers(tiny_folder, tiny_sdxl_folder, tmp_path, family, prediction):
+    """The last latent, from the same noise by deterministic DDIM."""
     folder = shutil.copytree(tiny_folder if family == "sd15" else tiny_sdxl_folder, tmp_path / "model")
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": prediction}))
@@ -224,27 +207,13 @@ def test_guided_images_are_those_of_diffusers(tiny_folder, tiny_sdxl_folder, tmp
     pipeline = kind.from_pretrained(folder, **({"safety_checker": None} if family == "sd15" else {}))
     options = {"clip_sample": False, "set_alpha_to_one": False, "timestep_spacing": "leading"}
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **options)
-    x, expected = draw(2, 4, 8, 8), []
-
-    def keep(_pipeline, _step, _t, tensors):
-        expected.append(tensors["latents"].clone())
-        return tensors
-
-    images = pipeline(
-        PROMPTS,
-        latents=x,
-        num_inference_steps=10,
-        guidance_scale=5.0,
-        eta=0.0,
-        output_type="pt",
-        callback_on_step_end=keep,
-    ).images
+    x, steps = draw(2, 4, 8, 8), {"num_inference_steps": 5, "guidance_scale": 5.0, "eta": 0.0}
+    expected = pipeline(PROMPTS, latents=x, **steps, output_type="latent").images
     model, unet = load(folder), load_unet(ModelConfig(path=str(folder)), CPU)
-    schedule, cond = model.schedule(10, eta=0.0, guidance=5.0), model.encode(PROMPTS)
-    for step in range(10):
+    schedule, cond = model.schedule(5, eta=0.0, guidance=5.0), model.encode(PROMPTS)
+    for step in range(5):
         x = schedule.mean(x, unet_eps(unet, x, schedule.timesteps(step, 2), cond, guided=True), step)
-        torch.testing.assert_close(x, expected[step], rtol=1e-6, atol=1e-5)  # up to 30 in size
-    torch.testing.assert_close((model.decode(x) / 2 + 0.5).clamp(0, 1), images, rtol=0, atol=1e-5)
+    torch.testing.assert_close(x, expected, rtol=1e-6, atol=1e-5)  # up to 30 in size
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -283,12 +252,12 @@ def altered(part, ending, shape):
     return alter
 
 
-BIASES = {"text_encoder": "final_layer_norm.bias", "vae": "decoder.conv_out.bias"}
+BIASES = {"text_encoder": "final_layer_norm.bias", "vae": "decoder.conv_out.bias", "unet": "conv_out.bias"}
 CONFIGS = ("text_encoder/config.json", "vae/config.json", "scheduler/scheduler_config.json")
 WEIGHTS = ("text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors")
 UNFIT = {  # what is done to a model folder, what the sentence names
-    "no folder": (shutil.rmtree, "no such file or folder"),
-    **{f"no {part}": (without(part), f"no folder {part}/") for part in ("tokenizer", "scheduler", *BIASES)},
+    "no folder": (shutil.rmtree, "model"),
+    **{f"no {part}": (without(part), f"{part}/") for part in ("tokenizer", "scheduler", *BIASES)},
     **{f"no {file}": (without(file), file.split("/")[0]) for file in (*CONFIGS, *WEIGHTS)},
     **{f"broken {file}": (broken(file), file.split("/")[0]) for file in (*CONFIGS, "tokenizer/tokenizer.json")},
     **{f"broken {file}": (broken(file, "no tensors"), file.split("/")[0]) for file in WEIGHTS},
@@ -303,22 +272,14 @@ def test_an_unfit_folder_is_refused_and_its_part_named(folder, case):
     change, words = UNFIT[case]
     change(folder)
     with pytest.raises(UserError, match=rf"^model\.path: .*{words}") as refusal:
-        load(folder)
+        load(folder), load_unet(ModelConfig(path=str(folder)), CPU)
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("change", [without("unet"), altered("unet", "conv_out.bias", None)], ids=["folder", "tensor"])
-def test_a_unet_that_is_not_whole_is_refused(folder, change):
-    change(folder)
-    with pytest.raises(UserError, match=r"^model\.path: .*unet"):
-        load_unet(ModelConfig(path=str(folder)), CPU)
-
-
-@pytest.mark.parametrize("rows", [1, 2, 4, 9], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 9], ids=str)
 def test_latents_decoded_in_parts_are_those_decoded_at_once(tiny_folder, diffusion, rows):
-    latents = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    parts = LatentDiffusion.load(ModelConfig(path=str(tiny_folder), decode_rows=rows), torch.device("cpu"))
-    seen = []
+    latents, seen = draw(2, 2, 4, 8, 8), []
+    parts = LatentDiffusion.load(ModelConfig(path=str(tiny_folder), decode_rows=rows), CPU)
     parts.vae.decoder.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     torch.testing.assert_close(parts.decode(latents), diffusion.decode(latents), rtol=0, atol=1e-5)
     assert max(seen) == min(rows, 4)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from strop.engine.config.training import Config
 from strop.engine.errors import UserError
 from strop.engine.models.families.find import family_named
-from strop.engine.models.lora_file import ADAPTER, LORA_FILE, Lora, facts, kohya_name, read, write
+from strop.engine.models.lora_file import ADAPTER, LORA_FILE, Lora, facts, read, write
 from strop.engine.models.policy import Policy
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -38,9 +38,9 @@ def pipeline(family, folder):
     """pipeline() -> a fresh diffusers pipeline of the family."""
 
     def load():
-        made = PIPELINES[family].from_pretrained(folder, safety_checker=None)
-        made.set_progress_bar_config(disable=True)
-        return made
+        pipeline = PIPELINES[family].from_pretrained(folder, safety_checker=None)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
     return load
 
@@ -163,9 +163,9 @@ def test_any_layers_at_rank_64(pipeline, form, tmp_path):
     names = policy.lora().down
     assert all(any(name.endswith(target) for name in names) for target in BEYOND)
     other.load_lora_weights(saved(policy, form, tmp_path), adapter_name="a")
-    lora, found = policy.lora(), deltas(other.unet, "a")
-    assert found.keys() == lora.down.keys()
-    for name, delta in found.items():
+    lora, actual = policy.lora(), deltas(other.unet, "a")
+    assert actual.keys() == lora.down.keys()
+    for name, delta in actual.items():
         torch.testing.assert_close(delta, lora.delta(name), rtol=1e-5, atol=1e-6)
 
 
@@ -192,36 +192,13 @@ def test_another_scale_and_mixed_ranks_survive(pipeline, form, tmp_path):
         torch.testing.assert_close(delta, lora.delta(name), rtol=1e-5, atol=1e-6)
 
 
-@torch.no_grad()
-def test_a_lora_applies_to_another_sdxl(tiny_sdxl_folder, tmp_path):
-    """Trained on one, used on one with other weights, through strop and through diffusers."""
-    policy = trained(UNet2DConditionModel.from_pretrained(tiny_sdxl_folder / "unet"))
-    file = policy.save_lora(tmp_path)
-    with torch.random.fork_rng():
-        torch.random.manual_seed(5)
-        stranger = UNet2DConditionModel.from_config(policy.unet.config)
-    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl_folder, unet=stranger)
-    pipeline.set_progress_bar_config(disable=True)
-    bare = image(pipeline)
-    weights = {name: value.clone() for name, value in stranger.state_dict().items()}
-    pipeline.load_lora_weights(tmp_path)
-    by_diffusers = image(pipeline)
-    pipeline.unload_lora_weights()
-    assert torch.equal(image(pipeline), bare)
-    again = Policy(stranger, 4, ATTENTION, seed=9)
-    again.load_lora(file)
-    assert torch.equal(image(pipeline), by_diffusers)
-    assert (by_diffusers - bare).abs().max() > 0.01
-    assert all(torch.equal(weights[name], value) for name, value in stranger.state_dict().items() if name in weights)
-
-
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_narrow_file_is_the_rounded_lora(policy, form, dtype, tmp_path):
     lora = trained(UNet2DConditionModel.from_config(policy.unet.config)).lora()
-    found = read(write(lora, tmp_path / "a.safetensors", form, dtype))
-    assert_same(found.state(), {name: value.to(dtype) for name, value in lora.state().items()})
-    assert found.alpha == lora.alpha
+    actual = read(write(lora, tmp_path / "a.safetensors", form, dtype))
+    assert_same(actual.state(), {name: value.to(dtype) for name, value in lora.state().items()})
+    assert actual.alpha == lora.alpha
 
 
 def test_delta_in_float64(policy):
@@ -245,8 +222,8 @@ def config(tmp_path):
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_header_says_where_it_comes_from(policy, config, form, tmp_path):
     file = write(policy.lora(facts(config, family_named("sdxl"), 7)), tmp_path / "mine.safetensors", form)
-    found = header(file)
-    assert Config.model_validate_json(found["strop.config"]) == config
+    actual = header(file)
+    assert Config.model_validate_json(actual["strop.config"]) == config
     expected = {
         "strop.base_model": "somebody/a-model",
         "strop.family": "sdxl",
@@ -262,10 +239,10 @@ def test_the_header_says_where_it_comes_from(policy, config, form, tmp_path):
         "modelspec.title": "mine",
         "modelspec.resolution": "768x1024",
     }
-    assert {name: found[name] for name in expected} == expected
-    assert (LORA_ADAPTER_METADATA_KEY in found) == (form == "diffusers"), "diffusers refuses kohya's alphas beside it"
+    assert {name: actual[name] for name in expected} == expected
+    assert (LORA_ADAPTER_METADATA_KEY in actual) == (form == "diffusers"), "diffusers refuses kohya's alphas beside it"
     if form == "diffusers":
-        adapter = json.loads(found[ADAPTER])
+        adapter = json.loads(actual[ADAPTER])
         assert (adapter["unet.r"], adapter["unet.lora_alpha"]) == (4, 4)
         assert set(adapter["unet.target_modules"]) == policy.lora().down.keys()
     assert (ADAPTER, LORA_FILE) == (LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE)
@@ -289,17 +266,17 @@ TWO, ONE = torch.zeros(2, 3), torch.zeros(3, 1)
 @pytest.mark.parametrize(
     "tensors, header, sentence",
     [
-        ({}, {"format": "pt"}, "it holds no tensors"),
-        ({"conv_in.weight": TWO}, {}, "no LoRA of a Stable Diffusion UNet alone: found conv_in.weight among its 1"),
+        ({}, {"format": "pt"}, "no tensors"),
+        ({"conv_in.weight": TWO}, {}, "found conv_in.weight among its 1"),
         ({"text_encoder.layers.0.lora.down.weight": TWO}, {}, "found text_encoder.layers.0.lora.down.weight"),
         ({"lora_te1_text_model_q.lora_down.weight": TWO}, {}, "found lora_te1_text_model_q.lora_down.weight"),
         ({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": TWO}, {}, "found lora_unet_input_blocks_4_1_proj_in"),
-        ({DOWN: TWO}, {}, f"the two factors of {LAYER} are not both there"),
-        ({DOWN: TWO, UP: ONE}, {}, f"the two factors of {LAYER} are not both there, or do not fit"),
+        ({DOWN: TWO}, {}, f"two factors of {LAYER} "),
+        ({DOWN: TWO, UP: ONE}, {}, f"two factors of {LAYER} "),
         ({DOWN: TWO, UP: TWO.T}, {ADAPTER: json.dumps({"unet.use_rslora": True})}, "rsLoRA"),
-        ({DOWN: TWO, UP: TWO.T}, {ADAPTER: "{"}, "cannot be read as a LoRA"),
-        (None, b"", "cannot be read as a LoRA"),
-        (None, b"not a tensor in sight", "cannot be read as a LoRA"),
+        ({DOWN: TWO, UP: TWO.T}, {ADAPTER: "{"}, "cannot be read"),
+        (None, b"", "cannot be read"),
+        (None, b"not a tensor in sight", "cannot be read"),
     ],
 )
 def test_what_is_no_lora_is_refused(tensors, header, sentence, tmp_path):
@@ -311,7 +288,3 @@ def test_what_is_no_lora_is_refused(tensors, header, sentence, tmp_path):
     with pytest.raises(UserError, match=f"^{file} ") as refused:
         read(file)
     assert sentence in str(refused.value)
-
-
-def test_kohya_name():
-    assert kohya_name("up_blocks.1.resnets.0.time_emb_proj") == "lora_unet_up_blocks_1_resnets_0_time_emb_proj"

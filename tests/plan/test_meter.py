@@ -43,6 +43,19 @@ def test_the_peak_is_of_what_lives_at_once():
     assert measure(chain).peak == 2 * 400
 
 
+def test_what_is_known_of_a_call_counts_as_the_call_did():
+    def work():
+        x = empty(3, 4, 5) @ empty(5, 6)  # the product, and a view of it
+        x.add_(1)
+        left, right = x.split(3, dim=-1)
+        return left.contiguous(), F.layer_norm(right, (3,)), x.topk(2)
+
+    first = measure(work)
+    assert first.flops == Flops(float32=2 * 12 * 5 * 6)
+    assert first.peak == 4 * (72 + 36 + 36) + (4 + 8) * 24
+    assert measure(work) == first
+
+
 def test_memory_that_was_there_before_is_not_counted():
     x = empty(100)
     assert measure(lambda: x.view(10, 10).add_(1)).peak == 0

@@ -79,7 +79,7 @@ def test_the_full_size_networks(make_config, family, forward, decode, text):
     policy, diffusion, judge = builder.policy(), builder.diffusion(), builder.judge()
     x = torch.empty(1, *policy.latent_shape, device="meta")
     with policy.reference():
-        merge, text_kv, guided, _ = measure_sampling(policy, x, builder.conditioning(1), keep_text=False)
+        merge, text_kv, guided, _ = measure_sampling(policy, x, builder.conditioning(1), cache_text=False)
     assert (merge.flops.all, text_kv.flops.all) == (0, 0)
     tera = lambda flops: flops.all / 1e12
     assert tera(guided.flops) / ROW == pytest.approx(forward, rel=0.01)

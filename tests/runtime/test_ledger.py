@@ -8,11 +8,10 @@ import time
 import pynvml
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import distributed as dist
 
 from strop.engine.runtime import ledger
-from strop.engine.runtime.ledger import COLUMNS, MEANS, REASONS, Ledger, figures, gpu, read
+from strop.engine.runtime.ledger import COLUMNS, MEANS, REASONS, Ledger, gpu, read, summarise
 from strop.engine.runtime.metrics import FIELDS, Metrics
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -55,7 +54,7 @@ def test_a_reading_has_the_units_it_says(nvml, now):
 
 
 def test_energy_is_the_difference_of_the_counter_means_are_over_readings(nvml, now):
-    cost = figures(watched(now, [1, 2]).totals())
+    cost = summarise(watched(now, [1, 2]).totals())
     assert cost == {
         "gpu_hours": pytest.approx(3 / 3600),
         "energy_kwh": pytest.approx(700 / 3.6e6),
@@ -84,7 +83,7 @@ def test_reasons_are_told_apart_and_idling_is_none(nvml, now):
     warm, idle = pynvml.nvmlClocksEventReasonSwThermalSlowdown, pynvml.nvmlClocksEventReasonGpuIdle
     nvml.answers["CurrentClocksEventReasons"] = [power, power | warm, hot, idle]
     expected = {"power_cap": 0.5, "heat": 0.5, "power_brake": 0.0, "hardware_slowdown": 0.25, "clock_setting": 0.0}
-    assert figures(watched(now, [1, 1, 1]).totals())["throttled"] == expected
+    assert summarise(watched(now, [1, 1, 1]).totals())["throttled"] == expected
 
 
 @pytest.mark.parametrize(
@@ -106,8 +105,7 @@ def test_what_the_card_does_not_answer_stays_open_and_the_rest_goes_on(nvml, now
     metrics = metrics_of(tmp_path)
     gpu_ledger.add_to(metrics, 2.0)
     record = metrics.flush(1)
-    metrics.close()
-    cost = figures(gpu_ledger.totals())
+    cost = summarise(gpu_ledger.totals())
     assert [name for name, value in cost.items() if value is None] == [open_value] * (open_value is not None)
     named = {"energy_kwh": "energy_wh"}.get(open_value, open_value)
     fields = ("gpu_hours", "energy_wh", *MEANS, "throttled")
@@ -124,7 +122,7 @@ def test_without_nvml_hours_are_counted_and_no_thread_runs(nvml, now, case):
     with Ledger(GPU) as gpu_ledger:
         assert not watching()
         now[0] += 36
-    cost = figures(gpu_ledger.totals())
+    cost = summarise(gpu_ledger.totals())
     assert cost.pop("gpu_hours") == pytest.approx(0.01)
     assert set(cost.values()) == {None}
 
@@ -136,8 +134,7 @@ def test_on_a_cpu_nvml_is_not_asked(nvml, now, tmp_path):
         now[0] += 36
     gpu_ledger.add_to(metrics)
     record = metrics.flush(1)
-    metrics.close()
-    assert figures(gpu_ledger.totals()) == "not available"
+    assert summarise(gpu_ledger.totals()) == "not available"
     assert nvml.asked == {}
     assert {value for name, value in record.items() if name not in ("iteration", "eta_seconds")} == {None}
 
@@ -154,7 +151,6 @@ def test_records_cover_their_iterations_and_sums_run_on(nvml, now, tmp_path):
         if iteration == 1:
             nvml.answers |= {"TotalEnergyConsumption": [8_420_000], "ClockInfo 1": [900]}
             gpu_ledger._read()
-    metrics.close()
     first, second, third = records
     assert set(first) == {*FIELDS, *(column.name for column in COLUMNS)}
     assert first["gpu_hours"] == pytest.approx(2 / 3600)
@@ -164,9 +160,6 @@ def test_records_cover_their_iterations_and_sums_run_on(nvml, now, tmp_path):
     assert second["throttled"] == dict.fromkeys(REASONS, 0.0) | {"power_cap": 1.0}
     assert third["gpu_hours"] == pytest.approx(6 / 3600)
     assert third["utilisation"] is third["sm_mhz"] is None, "nothing was read meanwhile"
-    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [e.value for e in board.Scalars("train/sm_mhz")] == pytest.approx([1210, 900])
-    assert [e.value for e in board.Scalars("throttled/power_cap")] == pytest.approx([2 / 3, 1.0])
 
 
 def test_the_share_of_the_peak_is_of_the_seconds_at_work(nvml, now, tmp_path):
@@ -182,10 +175,9 @@ def test_the_share_of_the_peak_is_of_the_seconds_at_work(nvml, now, tmp_path):
     checkpoint = gpu_ledger.totals()  # between two records
     gpu_ledger.add_to(metrics, 8.0)
     second = metrics.flush(2)
-    metrics.close()
     assert (first["share_of_peak"], second["share_of_peak"]) == ((2 + 1 + 2) / 10, (2 + 2) / 8)
-    assert figures(checkpoint)["share_of_peak"] == 5 / 10
-    assert figures(gpu_ledger.totals())["share_of_peak"] == (5 + 4) / (10 + 8)
+    assert summarise(checkpoint)["share_of_peak"] == 5 / 10
+    assert summarise(gpu_ledger.totals())["share_of_peak"] == (5 + 4) / (10 + 8)
 
 
 def test_a_resumed_run_goes_on_counting(nvml, now):
@@ -197,7 +189,7 @@ def test_a_resumed_run_goes_on_counting(nvml, now):
     assert totals["seconds"][1] == 3 + 3
     assert totals["joules"] == [2 + 1, 700 + 0]  # the counter stands still by now
     assert totals["utilisation"] == [3 + 2, pytest.approx(1.8 + 0.8)]
-    assert figures(totals)["utilisation"] == pytest.approx(2.6 / 5)
+    assert summarise(totals)["utilisation"] == pytest.approx(2.6 / 5)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, None])
@@ -231,7 +223,7 @@ def test_a_driver_that_hangs_does_not_hold_up_the_end(nvml, monkeypatch):
     with Ledger(GPU) as gpu_ledger:
         (thread,) = watching()
     assert time.monotonic() - begin < 10
-    assert figures(gpu_ledger.totals())["energy_kwh"] is None
+    assert summarise(gpu_ledger.totals())["energy_kwh"] is None
     answered.set()
     thread.join()
 
@@ -258,7 +250,7 @@ def test_a_real_card_is_read():
             for _ in range(10):
                 matrix @ matrix
             torch.cuda.synchronize()
-    cost = figures(gpu_ledger.totals())
+    cost = summarise(gpu_ledger.totals())
     assert 3 / 3600 < cost["gpu_hours"] < 60 / 3600
     if gpu(GPU) is None:
         pytest.skip("NVML is not available, or the card is divided")

@@ -19,7 +19,7 @@ from strop.engine.models.base_model import load_unet
 from strop.engine.models.latent_diffusion import LatentDiffusion
 from strop.engine.models.policy import Policy
 from strop.engine.runtime.optimizer import AdamWSettings, build_optimizer
-from strop.engine.runtime.ranks import Ranks, share, start
+from strop.engine.runtime.ranks import Ranks, rank_slice, start
 
 MICRO_BATCH = 6  # of all ranks together
 PROMPTS = 2  # of each rank
@@ -67,8 +67,8 @@ def lora_after(model, policy, optimizer, ranks, inner_steps=1):
     schedule = LatentDiffusion.load(ModelConfig(path=str(model)), CPU).schedule(20, 1.0, 5.0)
     learner = Learner(policy, schedule, OptimConfig(beta=10.0, clip=0.1))
     for batch in all_pairs(inner_steps).split(MICRO_BATCH):
-        share = MICRO_BATCH // ranks.size
-        part = batch[slice(ranks.rank * share, (ranks.rank + 1) * share)]
+        rank_slice = MICRO_BATCH // ranks.size
+        part = batch[slice(ranks.rank * rank_slice, (ranks.rank + 1) * rank_slice)]
         [mine] = micro_batches(part, len(part), cond)
         optimizer.backward(learner.loss(mine)[0])
         optimizer.step()
@@ -160,7 +160,7 @@ def test_one_rank_only_shuffles():
 
 @pytest.mark.parametrize("count, size", [(5, 4), (4, 4), (384, 3), (7, 1)])
 def test_shares_cover_all_rows_in_order_and_none_is_empty(count, size):
-    rows = [list(range(count))[share(count, Ranks(rank, size, CPU))] for rank in range(size)]
+    rows = [list(range(count))[rank_slice(count, Ranks(rank, size, CPU))] for rank in range(size)]
     assert [row for part in rows for row in part] == list(range(count))
     assert all(rows)
 

@@ -64,31 +64,20 @@ def test_branches_are_draws_around_the_mean(schedule, coefficients):
     torch.testing.assert_close(branches.mean(0), schedule.mean(x, eps, 10), rtol=0, atol=4 * sigma.item() / 20_000**0.5)
     torch.testing.assert_close(branches.std(0), sigma.expand(2, 1, 2, 2), rtol=0.03, atol=0)
     assert not torch.equal(branches[0], branches[1])
+    assert schedule.branch(x.bfloat16(), eps, 10, 2, torch.Generator()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("separate", [1, 2], ids=["shared-x_t", "separate-x_t"])
 @pytest.mark.parametrize("halves", [1, 2], ids=["unguided", "guided"])
-def test_log_prob_is_the_kernel_with_each_rows_step(schedule, coefficients, halves, separate):
+def test_log_prob_and_log_ratio_are_the_kernels_with_each_rows_step(schedule, coefficients, halves, separate):
     x_prev, x_t = draw(2, 3, 4, 2, 5), draw(separate, 3, 4, 2, 5, seed=1)
     eps = draw(halves, separate, 3, 4, 2, 5, seed=2)
     uncond, text = (None, eps[0]) if halves == 1 else eps
     expected = ddim_log_prob(x_prev, x_t, uncond, text, 5.0, coefficients.table[:, [7, 0, 19]])
-    found = schedule.log_prob(x_prev, x_t, eps, torch.tensor([7, 0, 19]))
-    assert found.shape == (2, 3)
-    assert torch.equal(found, expected)
-
-
-def test_latents_keep_their_type(schedule):
-    x, eps = draw(2, 4, 2, 2).bfloat16(), draw(2, 2, 4, 2, 2, seed=1)
-    assert schedule.branch(x, eps, 3, 2, torch.Generator()).dtype == torch.bfloat16
-    assert schedule.x0_hat(x, eps, 3).dtype == torch.float32
-
-
-@pytest.mark.parametrize("halves", [1, 2])
-def test_log_ratio_is_the_difference_of_two_log_probs(schedule, coefficients, halves):
-    x_t, x_prev = draw(1, 3, 4, 2, 2, seed=1), draw(2, 3, 4, 2, 2, seed=2)
-    eps, eps_ref = draw(halves, 1, 3, 4, 2, 2, seed=3), draw(halves, 1, 3, 4, 2, 2, seed=4)
+    actual = schedule.log_prob(x_prev, x_t, eps, torch.tensor([7, 0, 19]))
+    assert actual.shape == (2, 3)
+    assert torch.equal(actual, expected)
+    wide = [value.double() for value in (x_prev, x_t, eps, draw(*eps.shape, seed=4))]
     step = torch.tensor([7, 0, 19])
-    found = schedule.log_ratio(x_prev, x_t, eps, eps_ref, step)
-    expected = schedule.log_prob(x_prev, x_t, eps, step) - schedule.log_prob(x_prev, x_t, eps_ref, step)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    expected = schedule.log_prob(*wide[:3], step) - schedule.log_prob(*wide[:2], wide[3], step)
+    torch.testing.assert_close(schedule.log_ratio(*wide, step), expected, rtol=1e-6, atol=1e-9)

@@ -60,15 +60,15 @@ def run(folder, judge_folder, iterations, inner_steps=1, text_kv=True, device=CP
     return SimpleNamespace(pairs=pairs, lora=policy.lora_state(), graphs=graphs)
 
 
-def assert_alike(found, expected):
-    for a, b in zip(found.pairs, expected.pairs, strict=True):
+def assert_alike(actual, expected):
+    for a, b in zip(actual.pairs, expected.pairs, strict=True):
         assert torch.equal(a.step, b.step)
         assert torch.equal(a.prompt, b.prompt)
         torch.testing.assert_close(a.x_t, b.x_t, rtol=0, atol=1e-4)
         torch.testing.assert_close(a.x_prev, b.x_prev, rtol=0, atol=1e-4)
     moved = 0
     for name, value in expected.lora.items():
-        torch.testing.assert_close(found.lora[name], value, rtol=0, atol=2e-4, msg=name)
+        torch.testing.assert_close(actual.lora[name], value, rtol=0, atol=2e-4, msg=name)
         moved = max(moved, value.abs().max() if "lora_B" in name else 0)
     assert moved > 1e-3  # Adam's first step is the learning rate, whatever the gradient
 
@@ -90,8 +90,8 @@ def backends():
     known = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [backend.allow_tf32 for backend in known]
     yield known
-    for backend, own in zip(known, before, strict=True):
-        backend.allow_tf32 = own
+    for backend, allowed in zip(known, before, strict=True):
+        backend.allow_tf32 = allowed
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_compiled_once_and_no_graph_after_the_first_iteration(
     """Judge and decoder have one graph each; the UNet one for the trunk, one for the branches, and in the update one
     with the LoRA and one without, twice of each where the losers' own x_t may double the rows."""
     whole = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: whole(self, backend="eager", **given))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: whole(self, backend="eager", **options))
     torch._dynamo.reset()
     counters.clear()
     plain = run(tiny_folder, clip_folder, 3, inner_steps)

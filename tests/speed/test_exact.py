@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from strop.engine.config.training import ModelConfig
-from strop.engine.models.base_model import equip, load_unet
+from strop.engine.models.base_model import configure_unet, load_unet
 from strop.engine.models.latent_diffusion import LatentDiffusion
 from strop.engine.models.policy import Policy, Savings
 from strop.engine.speed.lora_linear import make_loras_lean
@@ -34,7 +34,7 @@ def channels_last(policy, vae):
 
 
 def checkpointing(policy, vae):
-    equip(policy.unet, ModelConfig(path="any", gradient_checkpointing=True))
+    configure_unet(policy.unet, ModelConfig(path="any", gradient_checkpointing=True))
     return [policy.unet.is_gradient_checkpointing, True, 0]
 
 
@@ -82,25 +82,25 @@ def expected(loaded):
 
 def numbers(models, text_kv):
     """Outputs of every use of the networks by name, and the gradients of the LoRA relative to the largest."""
-    policy, cond, found = models.policy, models.cond, {}
+    policy, cond, actual = models.policy, models.cond, {}
     x, t = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(2)), torch.tensor([801, 501, 1])
     for p in policy.parameters:
         p.grad = None
-    found["update"] = policy.eps(x, t, cond)
+    actual["update"] = policy.eps(x, t, cond)
     with policy.reference():  # between forward and backward, as in training
-        found["reference"] = policy.eps(x, t, cond)
-    found["update"].square().mean().backward()
+        actual["reference"] = policy.eps(x, t, cond)
+    actual["update"].square().mean().backward()
     gradients = [p.grad.clone() for p in policy.parameters]
     with policy.reference():
         with policy.sampling(cond, text_kv) as known:
-            found["sampled reference"] = policy.eps(x, t, known)
+            actual["sampled reference"] = policy.eps(x, t, known)
     with policy.sampling(cond, text_kv) as known:
-        found["sampled"], found["unguided"] = (policy.eps(x, t, known, guided) for guided in (True, False))
+        actual["sampled"], actual["unguided"] = (policy.eps(x, t, known, guided) for guided in (True, False))
         branches = policy.eps(x.repeat(2, 1, 1, 1), t.repeat(2), known[torch.tensor([1, 2, 0])].repeat(2))
-        found["branches of other prompts"] = branches
+        actual["branches of other prompts"] = branches
     largest = max(g.abs().max() for g in gradients)
-    found |= {f"gradient {i}": g / largest for i, g in enumerate(gradients)}
-    return found | {"images": models.diffusion.decode(x)}
+    actual |= {f"gradient {i}": g / largest for i, g in enumerate(gradients)}
+    return actual | {"images": models.diffusion.decode(x)}
 
 
 @pytest.mark.parametrize("saving", SAVINGS)
@@ -113,8 +113,8 @@ def test_a_saving_changes_no_number_but_for_rounding(loaded, expected, saving):
     assert (expected["update"] - expected["reference"]).abs().max() > 1e-3  # the LoRA has an effect
     replaced = apply(models.policy, models.diffusion.vae)
     assert replaced is None or (all(replaced[:2]) and replaced[2] == 0)
-    found = numbers(models, text_kv=saving in ("text_kv", "together"))
-    assert found.keys() == expected.keys()
+    actual = numbers(models, text_kv=saving in ("text_kv", "together"))
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(actual[name], value, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
     assert [list(network.state_dict()) for network in networks] == names

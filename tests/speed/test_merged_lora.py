@@ -1,5 +1,7 @@
 """speed/merged_lora: the outputs of the LoRA, weights as they were, and which LoRAs stay as they are."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -13,9 +15,7 @@ X = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
 
 def network(**keys):
     """Two linear layers with a LoRA each, away from its start."""
-    net = nn.Sequential()
-    for name in ("to_q", "to_k"):
-        net.add_module(name, nn.Linear(6, 6))
+    net = nn.Sequential(OrderedDict(to_q=nn.Linear(6, 6), to_k=nn.Linear(6, 6)))
     inject_adapter_in_model(LoraConfig(**{"r": 2, "lora_alpha": 2, "target_modules": ["to_q", "to_k"]} | keys), net)
     rng = torch.Generator().manual_seed(1)
     for name, p in net.named_parameters():

@@ -25,34 +25,26 @@ def test_a_block_has_the_same_bits(keys, grad):
     lean = copy.deepcopy(plain)
     assert make_residuals_lean(lean) == 1
     temb = drawn(3, 16, seed=1) if plain.time_emb_proj else None
-    given = [drawn(3, 32, 6, 6).requires_grad_(grad) for _ in range(2)]
+    inputs = [drawn(3, 32, 6, 6).requires_grad_(grad) for _ in range(2)]
     with torch.set_grad_enabled(grad):
-        expected, found = plain(given[0], temb), lean(given[1], temb)
-    assert torch.equal(found, expected)
-    assert torch.equal(given[1], drawn(3, 32, 6, 6))  # what goes in stays as it is
+        expected, actual = plain(inputs[0], temb), lean(inputs[1], temb)
+    assert torch.equal(actual, expected)
+    assert torch.equal(inputs[1], drawn(3, 32, 6, 6))  # what goes in stays as it is
     if grad:
-        for out in (expected, found):
+        for out in (expected, actual):
             out.square().sum().backward()
-        assert torch.equal(given[0].grad, given[1].grad)
+        assert torch.equal(inputs[0].grad, inputs[1].grad)
         for a, b in zip(plain.parameters(), lean.parameters(), strict=True):
             assert torch.equal(a.grad, b.grad)
 
 
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {"output_scale_factor": 2.0},
-        {"dropout": 0.1},
-        {"time_embedding_norm": "scale_shift"},
-        {"skip_time_act": True},
-        {"non_linearity": "gelu"},
-        {"up": True},
-        {"down": True},
-    ],
-    ids=str,
-)
-def test_a_block_that_does_more_stays_as_it_is(keys):
-    block = ResnetBlock2D(**BLOCK | keys)
+MORE = {"output_scale_factor": 2.0, "dropout": 0.1, "time_embedding_norm": "scale_shift", "skip_time_act": True}
+MORE |= {"non_linearity": "gelu", "up": True, "down": True}
+
+
+@pytest.mark.parametrize("key", MORE)
+def test_a_block_that_does_more_stays_as_it_is(key):
+    block = ResnetBlock2D(**BLOCK | {key: MORE[key]})
     assert make_residuals_lean(block) == 0
     assert type(block) is ResnetBlock2D
 
@@ -64,4 +56,3 @@ def test_every_block_of_the_full_size_models_is_lean(architectures, name, in_une
         vae = AutoencoderKL.from_config(architectures[name]["vae"])
     assert make_residuals_lean(unet) == in_unet
     assert make_residuals_lean(vae.decoder) == 12 + 2
-    assert make_residuals_lean(unet) == 0  # they are already

@@ -1,4 +1,4 @@
-"""What the training of a judge reports."""
+"""The columns that the training of a judge reports."""
 
 from ...judge.heldout import TIMESTEPS
 from ...runtime.columns import GRAD_NORM, PROMPTS, Column, Curve
@@ -13,7 +13,7 @@ COLUMNS = (
         "accuracy",
         heading="accuracy",
         form="{:.3f}",
-        drawn=Curve("Accuracy on the pairs trained on", "healthy: above 50%", limit=0.5, share=True),
+        drawn=Curve("Accuracy on the pairs trained on", "healthy: above 50%", limit=0.5, percent=True),
     ),
     Column(
         "heldout_accuracy",
@@ -21,7 +21,7 @@ COLUMNS = (
         heading="t={}",
         form="{:.3f}",
         drawn=Curve(
-            "Accuracy on held-out pairs, by timestep", "healthy: rises, most at small t", limit=0.5, share=True
+            "Accuracy on held-out pairs, by timestep", "healthy: rises, most at small t", limit=0.5, percent=True
         ),
     ),
     GRAD_NORM,

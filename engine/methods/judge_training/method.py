@@ -1,4 +1,4 @@
-"""Training of a step-aware judge from a PickScore (SPO, arXiv 2406.04314, section 3.2), as a method of the loop.
+"""Trains a step-aware judge from a PickScore (SPO, arXiv 2406.04314, section 3.2), as a method of the loop.
 
 Every pair of images is shown as the base model sees it at a random timestep, and all of the CLIP learns to tell the
 preferred one. An iteration is one optimizer step.
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ...config.judge_training import JudgeTrainingConfig
-from ...data.pair_sets import PairSets, shares
+from ...data.pair_sets import PairSets, rank_batches
 from ...judge.denoiser import Denoiser
 from ...judge.heldout import accuracy, heldout_views
 from ...judge.loss import example_weights, labels_of, preference_loss, preference_scores
@@ -32,7 +32,7 @@ EVALUATIONS = 5  # in the course of a run, the last one at its end; one more bef
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class ShownPairs:
     """Pairs as the judge sees them: pixels (2, N, 3, S, S), normalised; t (N,); pairs: the batch of the loader."""
 
     pairs: dict
@@ -57,15 +57,15 @@ class JudgeTraining:
         sets: PairSets,
         session: Session,
     ):
-        """Makes what is made once: the held-out pairs as they are shown, the empty prompt. The judge may then learn.
+        """Computes the held-out views and the embedding of the empty prompt once, and unfreezes the judge.
 
         decided: how many held-out pairs of all ranks are no ties.
         """
         self.config, self.judge, self.denoiser, self.sets = config, judge, denoiser, sets
         self.ranks, self.clock, self.counted = session.ranks, session.clock, session.live.counted
         self.views = heldout_views(config, sets.heldout, denoiser, judge, self.ranks)
-        self.nothing = denoiser.diffusion.encode([""])
-        if sets.kept:
+        self.empty_prompt = denoiser.diffusion.encode([""])
+        if sets.cached:
             denoiser.release_encoders()
         judge.clip.requires_grad_(True).train()
         self.trainable = TrainedJudge(judge)
@@ -85,15 +85,14 @@ class JudgeTraining:
         """Returns an iterator of (number, pairs) over the iteration's batches, loaded when asked for, and counts."""
         optim, begin = self.config.optim, iteration * self.config.optim.accumulate
         if self._loader is None:
-            all_of_them = optim.steps * optim.accumulate
-            rows = shares(len(self.sets.train), optim.batch, all_of_them, self.config.run.seed, self.ranks)
-            rows = islice(rows, begin, None)
+            total, seed = optim.steps * optim.accumulate, self.config.run.seed
+            rows = islice(rank_batches(len(self.sets.train), optim.batch, total, seed, self.ranks), begin, None)
             self._loader = iter(DataLoader(self.sets.train, batch_sampler=rows, num_workers=self.config.data.workers))
-        seen = optim.accumulate * optim.batch
-        return zip(range(begin, begin + optim.accumulate), self._loader, strict=False), {"prompts": seen, "pairs": seen}
+        count, batches = optim.accumulate * optim.batch, range(begin, begin + optim.accumulate)
+        return zip(batches, self._loader, strict=False), {"prompts": count, "pairs": count}
 
-    def batches(self, rows: Iterator[tuple[int, dict]]) -> Iterator[Shown]:
-        """Yields the batches as the judge is shown them."""
+    def batches(self, rows: Iterator[tuple[int, dict]]) -> Iterator[ShownPairs]:
+        """Yields the micro-batches of an iteration as the judge sees them."""
         count = self.config.optim.accumulate
         for _ in self.counted(range(count), count, "batch"):
             with self.clock("show"):
@@ -101,7 +100,7 @@ class JudgeTraining:
                 shown = self.show(pairs, clean_pairs(number, self.config))
             yield shown
 
-    def loss(self, batch: Shown) -> tuple[Tensor, Measured]:
+    def loss(self, batch: ShownPairs) -> tuple[Tensor, Measured]:
         """Returns the loss by the published criterion, ties included, and its stats."""
         labels = labels_of(batch.pairs, self.ranks.device)
         counts = batch.pairs.get("num_examples", torch.ones(len(batch))).to(self.ranks.device)
@@ -117,7 +116,7 @@ class JudgeTraining:
             return {}
         return {"heldout_accuracy": accuracy(self.judge, self.views, self.autocast, self.ranks.device)}
 
-    def show(self, pairs: dict, clean: int) -> Shown:
+    def show(self, pairs: dict, clean: int) -> ShownPairs:
         """Returns what the judge sees of a batch.
 
         The first `clean` pairs of the (shuffled) batch are shown as they are, at t = 0; each other one as the base
@@ -126,22 +125,22 @@ class JudgeTraining:
         device, rng = self.ranks.device, self.rngs["show"]
         t = torch.randint(self.denoiser.timesteps, (len(pairs["caption"]),), generator=rng, device=device)
         t[:clean] = 0
-        seen = [training_pixels(self.judge, images_of(pairs, slice(clean), device))] if clean else []
+        parts = [training_pixels(self.judge, images_of(pairs, slice(clean), device))] if clean else []
         if clean < len(t):
-            mean, std, cond = self.known(pairs, slice(clean, None))
-            seen.append(training_pixels(self.judge, self.denoiser.show(mean, std, cond, t[clean:], rng)))
-        return Shown(pairs, torch.cat(seen, dim=1), t)
+            mean, std, cond = self.encoded_pairs(pairs, slice(clean, None))
+            parts.append(training_pixels(self.judge, self.denoiser.show(mean, std, cond, t[clean:], rng)))
+        return ShownPairs(pairs, torch.cat(parts, dim=1), t)
 
-    def known(self, pairs: dict, rows: slice) -> tuple[Tensor, Tensor, Conditioning]:
+    def encoded_pairs(self, pairs: dict, rows: slice) -> tuple[Tensor, Tensor, Conditioning]:
         """Returns the VAE's mean and std (2, N, C, h, w) and the conditioning of a batch's rows, cached or computed."""
         diffusion, device = self.denoiser.diffusion, self.ranks.device
-        if not self.sets.kept:
+        if not self.sets.cached:
             posterior = self.denoiser.posterior(images_of(pairs, rows, device))
             return *posterior, diffusion.encode(pairs["caption"][rows])
-        dtype = self.nothing.text.dtype
+        dtype = self.empty_prompt.text.dtype
         encoded = {name: pairs[name][rows].to(device, dtype) for name in ("text", "pooled") if name in pairs}
         mean, std = (pairs[name][rows].transpose(0, 1).to(device, diffusion.vae.dtype) for name in ("mean", "std"))
-        return mean, std, replace(self.nothing, **encoded)
+        return mean, std, replace(self.empty_prompt, **encoded)
 
     def autocast(self) -> torch.autocast:
         """Returns a context in which arithmetic is bfloat16 where model.dtype is a 16-bit type, as published."""
@@ -161,8 +160,8 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float, shape: str = 
 
 def clean_pairs(batch_number: int, config: JudgeTrainingConfig) -> int:
     """Returns how many pairs of this batch are shown clean, so that optim.clean_share is met over the batches."""
-    each = config.optim.batch * config.optim.clean_share
-    return int((batch_number + 1) * each) - int(batch_number * each)
+    clean = config.optim.batch * config.optim.clean_share
+    return int((batch_number + 1) * clean) - int(batch_number * clean)
 
 
 def images_of(pairs: dict, rows: slice, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""What SPO reports: each quantity with its place on the terminal, its curve, and the signs of trouble in it."""
+"""The columns that SPO reports: each with its form on the terminal, its curve, and the signs of trouble in it."""
 
 from ...runtime.columns import GRAD_NORM, PROMPTS, Column, Curve, Heatmap, Sign
 
@@ -16,10 +16,10 @@ COLUMNS = (
         "kept",
         heading="kept",
         form="{:.0%}",
-        drawn=Curve("Pairs kept, of those possible", "healthy: steady and well above 0", share=True, from_zero=True),
+        drawn=Curve("Pairs kept, of those possible", "healthy: steady and well above 0", percent=True, from_zero=True),
         signs=(
             Sign(
-                lambda kept: kept < 0.02,
+                lambda share: share < 0.02,
                 "Only {:.1%} of the possible pairs are kept at the end, so there is hardly anything to learn from: "
                 "try a smaller rollout.threshold.",
             ),
@@ -47,7 +47,7 @@ COLUMNS = (
         "accuracy",
         heading="accuracy",
         form="{:.0%}",
-        drawn=Curve("Implicit accuracy", "healthy: leaves 50% and stays above", limit=0.5, share=True),
+        drawn=Curve("Implicit accuracy", "healthy: leaves 50% and stays above", limit=0.5, percent=True),
         signs=(
             Sign(
                 lambda accuracy: accuracy < 0.52,
@@ -61,7 +61,7 @@ COLUMNS = (
         "clipped",
         heading="clipped",
         form="{:.0%}",
-        drawn=Curve("Log-ratios clipped", "healthy: stays below 50%", limit=0.5, share=True, from_zero=True),
+        drawn=Curve("Log-ratios clipped", "healthy: stays below 50%", limit=0.5, percent=True, from_zero=True),
         signs=(
             Sign(
                 lambda clipped: clipped > 0.5,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def spo_loss(log_ratio: Tensor, beta: float, clip: float | None) -> tuple[Tensor, dict[str, Tensor]]:
-    """-log sigmoid(beta * (log r_winner - log r_loser)), each ratio r = p / p_ref clamped to [1 - clip, 1 + clip].
+    """Computes -log sigmoid(beta * (log r_winner - log r_loser)), each r = p / p_ref clamped to [1 - clip, 1 + clip].
 
     log_ratio (2, N): log-density under the policy minus that under the reference, winner first. Returns the mean loss
     and, without gradient: `margin` (mean of beta * (log r_w - log r_l) before clamping), `accuracy` (share of pairs in

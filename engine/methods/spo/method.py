@@ -22,7 +22,7 @@ from .update import Learner, MicroBatch
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """What one rank's rollout has collected: preference pairs, and the conditioning of its prompts."""
+    """The preference pairs of one rank's rollout, and the conditioning of its prompts."""
 
     iteration: int
     pairs: PreferencePairs
@@ -58,14 +58,14 @@ class SPO:
     def collect(self, iteration: int) -> tuple[Collected, Measured]:
         """Returns the rollout of this rank's prompts, and its facts by the names of columns."""
         cond = self.prompts.mine(iteration)
-        with self.policy.sampling(cond, self.config.rollout.text_kv) as known:
-            outcome = self.rollout(known, self.rngs["rollout"])
+        with self.policy.sampling(cond, self.config.rollout.text_kv) as sampling_cond:
+            outcome = self.rollout(sampling_cond, self.rngs["rollout"])
         facts = {
             "prompts": len(cond),
             "pairs": len(outcome.pairs),
-            "pairs_per_t": outcome.kept,
+            "pairs_per_t": outcome.pairs_per_step,
             "judge": outcome.score,
-            "kept": outcome.kept.sum() / (len(cond) * self.judged_steps),
+            "kept": outcome.pairs_per_step.sum() / (len(cond) * self.judged_steps),
         }
         return Collected(iteration, outcome.pairs, cond), facts
 

@@ -1,4 +1,4 @@
-"""Preference pairs: winner and loser that a judge has told apart, one denoising step each, kept as plain tensors.
+"""Preference pairs: a winner and a loser by the judge, of one denoising step each, as plain tensors.
 
 A pair names its prompt by number, so that text embeddings are stored and exchanged once per prompt, not once per pair.
 """
@@ -17,10 +17,12 @@ from ...runtime.ranks import Ranks, gather
 
 @dataclass(frozen=True, slots=True)
 class PreferencePairs(Rows):
-    """x_t (R, N, C, H, W), R = 1 where winner and loser share it in all pairs; x_prev (2, N, C, H, W), winner first;
-    step (N,) int64, index into the schedule; prompt (N,) int64, a row of this iteration's Conditioning; shared (N,)
-    bool: whether winner and loser have the same x_t. eps_ref (G, R, N, C, H, W): what the reference predicts at x_t,
-    where pairs are used again; else None."""
+    """N pairs of an iteration.
+
+    x_t (R, N, C, H, W): R = 1 where winner and loser share it in all pairs; x_prev (2, N, C, H, W): winner first;
+    step (N,) int64: index into the schedule; prompt (N,) int64: row of the iteration's Conditioning; shared (N,) bool:
+    whether winner and loser have the same x_t; eps_ref (G, R, N, C, H, W): the reference's prediction at x_t, or None.
+    """
 
     x_t: Tensor = rows(1)
     x_prev: Tensor = rows(1)
@@ -31,24 +33,23 @@ class PreferencePairs(Rows):
 
     @classmethod
     def of_step(cls, x_t: Tensor, x_prev: Tensor, chosen: Tensor, step: int) -> PreferencePairs:
-        """One pair for each of B prompts, of the branches `chosen` (2, B), winner's first.
+        """Makes one pair for each of B prompts of the branches `chosen` (2, B), the winner's first.
 
         x_t (K, B, C, H, W), or (1, B, C, H, W) where the branches share it, at `step`; x_prev (K, B, C, H, W) after it.
         """
-        each = torch.arange(chosen.shape[1], device=chosen.device)
+        prompts = torch.arange(chosen.shape[1], device=chosen.device)
         shared = len(x_t) == 1
-        x_t = x_t if shared else x_t[chosen, each]  # (R, B, C, H, W)
-        return cls(
-            x_t, x_prev[chosen, each], torch.full_like(each, step), each, torch.full_like(each, shared, dtype=bool)
-        )
+        x_t = x_t if shared else x_t[chosen, prompts]  # (R, B, C, H, W)
+        steps, shared = torch.full_like(prompts, step), torch.full_like(prompts, shared, dtype=bool)
+        return cls(x_t, x_prev[chosen, prompts], steps, prompts, shared)
 
     def apart(self) -> PreferencePairs:
-        """The same pairs with R = 2, winner and loser each having an x_t of its own to fill."""
+        """Returns the pairs with R = 2, in which winner and loser each have an x_t."""
         return replace(self, x_t=self.x_t.expand_as(self.x_prev))
 
 
 def is_sure(scores: Tensor, chosen: Tensor, threshold: float) -> Tensor:
-    """Where p(winner) - p(loser) > threshold: (B,) bool. scores (K, B); chosen (2, B), winner's and loser's branch.
+    """Returns whether p(winner) - p(loser) > threshold: (B,) bool. scores (K, B); chosen (2, B): winner's branch first.
 
     The p are softmax(s_winner, s_loser), so this says s_winner - s_loser > 2 atanh(threshold).
     """
@@ -57,7 +58,7 @@ def is_sure(scores: Tensor, chosen: Tensor, threshold: float) -> Tensor:
 
 
 def balance(pairs: PreferencePairs, prompts: int, ranks: Ranks, rng: torch.Generator) -> PreferencePairs:
-    """Equal shares of all ranks' pairs, drawn at random; every rank then takes the same number of optimizer steps.
+    """Draws equally many of all ranks' pairs for each rank, so that all take the same number of optimizer steps.
 
     prompts: of an iteration, on each rank; rng has the same state on every rank. The pairs returned name their prompt
     among those of all ranks, in rank order: every rank knows them and has their embeddings, so these do not travel. A
@@ -67,5 +68,5 @@ def balance(pairs: PreferencePairs, prompts: int, ranks: Ranks, rng: torch.Gener
     if ranks.size == 1:
         return pairs.shuffle(rng)
     everyone = gather(replace(pairs, prompt=pairs.prompt + ranks.rank * prompts), ranks)
-    each = len(everyone) // ranks.size
-    return everyone.shuffle(rng)[ranks.rank * each : (ranks.rank + 1) * each]
+    per_rank = len(everyone) // ranks.size
+    return everyone.shuffle(rng)[ranks.rank * per_rank : (ranks.rank + 1) * per_rank]

@@ -1,6 +1,6 @@
-"""The rollout: fork k branches from one noisy latent, judge what they will become, keep winner and loser, go on.
+"""Rolls out: forks k branches from one noisy latent, judges what they will become, pairs winner and loser, goes on.
 
-Policy, decoder, judge and schedule come as arguments; this file knows the order of things and nothing else. Looking
+Policy, decoder, judge and schedule are arguments; this file only says in which order they are called. Looking
 ahead and decoding happen where a judge asks for them.
 """
 
@@ -26,7 +26,7 @@ Rng = torch.Generator | Replay
 
 
 class Predictor(Protocol):
-    """As much of a policy as a rollout uses."""
+    """The part of a policy that a rollout uses."""
 
     latent_shape: tuple[int, int, int]
 
@@ -39,25 +39,25 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """pairs: those kept, by step, then by prompt; kept (T,): how many per step; score: the mean of all branches."""
+    """The pairs above the threshold by step, then prompt; their number per step (T,); the mean score of branches."""
 
     pairs: PreferencePairs
-    kept: Tensor
+    pairs_per_step: Tensor
     score: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """`rollout(cond, rng)` walks one trajectory per prompt of `cond` and returns an Outcome.
+    """Walks one trajectory per prompt: `rollout(cond, rng)` returns an Outcome.
 
     The steps of config.t_range are cut into segments. A segment forks k branches from one latent, lets each walk on
     alone to the segment's end, and has them judged there. Where the judge looks ahead, the forward that it needs is the
-    one that gives eps for the next segment, so k branches cost one fused UNet forward a step. Draws from rng: the
-    prior, then per step the noise, and after each judgement the choice of the next state. Steps before a segment that
-    none judges are walked on one branch; those after the last one are not walked.
+    one that gives eps for the next segment, so k branches cost one fused UNet forward a step. It draws from rng the
+    prior, then per step the noise, and after each judgement the choice of the next state. Steps in no segment are
+    walked on one branch if a segment follows, and not at all after the last one.
 
-    config: the section `rollout`; clock: notes the parts of the stage `rollout`; counted: is told which of how many
-    segments a rollout has come to, and passes them on.
+    config: the section `rollout`; clock: times the parts of the stage `rollout`; counted: passes the segments on and
+    shows which of how many it is.
     """
 
     policy: Predictor
@@ -70,34 +70,35 @@ class Rollout:
 
     @torch.no_grad()
     def __call__(self, cond: Conditioning, rng: Rng) -> Outcome:
-        cuts = judged_segments(self.schedule, self.config)
-        apart = any(len(cut) > 1 for cut in cuts)
+        judged = judged_segments(self.schedule, self.config)
+        apart = any(len(segment) > 1 for segment in judged)
         pairs, sure, scores = [], [], []
-        kept = torch.zeros(self.schedule.num_steps, device=self.schedule.device)
+        pairs_per_step = torch.zeros(self.schedule.num_steps, device=self.schedule.device)
         x = self.schedule.prior((len(cond), *self.policy.latent_shape), rng)  # (B, C, H, W)
-        at, eps = 0, None
-        for cut in self.counted(cuts, len(cuts), "rollout"):
+        current, eps = 0, None
+        for segment in self.counted(judged, len(judged), "rollout"):
             with self.clock("rollout/trunk"):
-                eps = self.complete(x, eps, at, cond)
-                x, eps = self.walk(x, eps, range(at, cut.start), cond, rng)
-            states = [x.unsqueeze(0), self.schedule.branch(x, eps, cut.start, self.config.k, rng)]  # (1 or K, B, ...)
+                eps = self.complete_eps(x, eps, current, cond)
+                x, eps = self.walk(x, eps, range(current, segment.start), cond, rng)
+            branches = self.schedule.branch(x, eps, segment.start, self.config.k, rng)
+            states = [x.unsqueeze(0), branches]  # (1 or K, B, C, H, W)
             with self.clock("rollout/branches"):
-                walked, before = self.walk_on(states[-1], eps.unsqueeze(1), cut[1:], cond, rng)
+                walked, before = self.walk_on(states[-1], eps.unsqueeze(1), segment[1:], cond, rng)
             states += walked
-            candidates = self.candidates(states[-1], cut.stop, cond, before)
+            candidates = self.candidates(states[-1], segment.stop, cond, before)
             with self.clock("rollout/judge"):
                 scores.append(self.judge.score(candidates, cond))  # (K, B)
             chosen = choose(scores[-1], self.config.pair, rng)  # (2, B)
-            for step, earlier, later in zip(cut, states, states[1:], strict=False):
+            for step, earlier, later in zip(segment, states, states[1:], strict=False):
                 pair = PreferencePairs.of_step(earlier, later, chosen, step)
                 pairs.append(pair.apart() if apart else pair)
                 sure.append(is_sure(scores[-1], chosen, self.config.threshold))
-                kept[step] = sure[-1].sum()
-            at = cut.stop
-            if cut != cuts[-1]:
+                pairs_per_step[step] = sure[-1].sum()
+            current = segment.stop
+            if segment != judged[-1]:
                 x, eps = go_on(candidates, scores[-1], self.config.next_state, rng)
         pairs = PreferencePairs.cat(pairs)[torch.cat(sure).nonzero().flatten()]
-        return Outcome(pairs, kept, torch.stack(scores).mean())
+        return Outcome(pairs, pairs_per_step, torch.stack(scores).mean())
 
     def candidates(self, branches: Tensor, step: int, cond: Conditioning, before: Tensor) -> Candidates:
         """Returns the branches (K, B, C, H, W), now at `step`, as the judge takes them.
@@ -115,8 +116,8 @@ class Rollout:
 
         return Candidates(branches, self.schedule.t[step], look_ahead, decode)
 
-    def complete(self, x: Tensor, eps: Tensor | None, step: int, cond: Conditioning) -> Tensor:
-        """Returns eps (G, B, C, H, W) of x (B, C, H, W); of it is known nothing, the half with the prompt, or all."""
+    def complete_eps(self, x: Tensor, eps: Tensor | None, step: int, cond: Conditioning) -> Tensor:
+        """Returns all of eps (G, B, C, H, W) at x (B, C, H, W); eps: None, its half with the prompt, or all of it."""
         t = self.schedule.timesteps(step, len(x))
         if eps is None:
             return self.policy.eps(x, t, cond, self.schedule.guided)
@@ -151,10 +152,10 @@ class Rollout:
     def look_ahead(
         self, branches: Tensor, step: int, cond: Conditioning, before: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor]:
-        """Returns what each branch (K, B, C, H, W) at `step` will become.
+        """Predicts the clean latent of each branch (K, B, C, H, W) at `step`.
 
-        That is (eps (G, K, B, C, H, W), x0_hat (K, B, C, H, W)). before (2, K or 1, B, C, H, W): eps of the
-        step before. Where it is given, only the half with the prompt is run, G is 1, and x0_hat takes the
+        Returns (eps (G, K, B, C, H, W), x0_hat (K, B, C, H, W)). before (2, K or 1, B, C, H, W): eps of the
+        step before. With it, only the half with the prompt is run, G is 1, and x0_hat takes the
         difference of the two halves from there. After the last step the branches are clean already: (None, branches).
         """
         if step == self.schedule.num_steps:
@@ -206,9 +207,9 @@ def segments(steps: range, length: int, merge_last: bool) -> list[range]:
 
 
 def choose(scores: Tensor, pair: str, rng: Rng) -> Tensor:
-    """Returns which branches are winner and loser: (2, B). scores (K, B).
+    """Chooses the branches of winner and loser, (2, B), by scores (K, B).
 
-    pair "best_worst"; or "random": two different ones, drawn, of which the better is the winner.
+    pair: "best_worst", or "random" for two different branches drawn from rng, of which the better is the winner.
     """
     if pair == "best_worst":
         return torch.stack([scores.argmax(0), scores.argmin(0)])
@@ -231,5 +232,5 @@ def go_on(candidates: Candidates, scores: Tensor, next_state: str, rng: Rng) -> 
         choice = integers(k, prompts, rng, scores.device)
     else:
         choice = scores.argmax(0) if next_state == "winner" else scores.argmin(0)
-    each = torch.arange(prompts, device=scores.device)
-    return candidates.x[choice, each], None if candidates.eps is None else candidates.eps[:, choice, each]
+    row = torch.arange(prompts, device=scores.device)
+    return candidates.x[choice, row], None if candidates.eps is None else candidates.eps[:, choice, row]

@@ -1,4 +1,4 @@
-"""The update: micro-batches of preference pairs, what policy and reference predict for them, and the loss.
+"""Computes the update: micro-batches of preference pairs, predictions of policy and reference, and the loss.
 
 Winner and loser of a step at which the branches forked share their x_t, and a UNet sees each latent once.
 """
@@ -36,9 +36,9 @@ class MicroBatch:
 
 
 def micro_batches(pairs: PreferencePairs, size: int, cond: Conditioning) -> Iterator[MicroBatch]:
-    """`size` pairs at a time in order (the last time perhaps fewer), those that share x_t first.
+    """Yields `size` pairs at a time in order (the last time perhaps fewer), those that share x_t first.
 
-    One wait for the device, at the first micro-batch; none where all pairs share x_t.
+    It waits for the device once, at the first micro-batch, and not at all where all pairs share x_t.
     """
     shared = pairs.shared.tolist() if len(pairs.x_t) == 2 else [True] * len(pairs)  # one wait an iteration
     for start in range(0, len(pairs), size):
@@ -49,14 +49,14 @@ def micro_batches(pairs: PreferencePairs, size: int, cond: Conditioning) -> Iter
 
 @dataclass(frozen=True, slots=True)
 class Learner:
-    """What turns micro-batches into losses: policy and reference, the schedule, and the section `optim`."""
+    """Turns micro-batches into losses; config: the section `optim`."""
 
     policy: Policy
     schedule: Schedule
     config: OptimConfig
 
     def loss(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The SPO loss of a micro-batch, with gradients in the policy, and its stats as `spo_loss` has them."""
+        """Returns the SPO loss of a micro-batch, with gradients in the policy, and its stats, as `spo_loss` does."""
         pairs = batch.pairs
         eps = self.predict(batch)
         eps_ref = self.predict_reference(batch) if pairs.eps_ref is None else pairs.eps_ref
@@ -68,8 +68,8 @@ class Learner:
         pairs = pairs[: self.pair_count(len(pairs))]
         if self.config.passes > 1:
             pairs = self.with_reference(pairs, cond)
-        for again in range(self.config.passes):
-            pairs = pairs.shuffle(rng) if again else pairs
+        for number in range(self.config.passes):
+            pairs = pairs.shuffle(rng) if number else pairs
             yield from micro_batches(pairs, self.config.micro_batch, cond)
 
     def pair_count(self, available: int) -> int:
@@ -81,32 +81,32 @@ class Learner:
         return self.config.passes * math.ceil(self.pair_count(available) / self.config.micro_batch)
 
     def with_reference(self, pairs: PreferencePairs, cond: Conditioning) -> PreferencePairs:
-        """The pairs with what the reference predicts for them, in the order of their micro-batches.
+        """Returns the pairs with the reference's predictions for them, in the order of their micro-batches.
 
         Passes over the same pairs then share it, because the reference does not learn. The first pass has the same bits
         as without.
         """
         batches = micro_batches(pairs, self.config.micro_batch, cond)
-        known = [replace(batch.pairs, eps_ref=self.predict_reference(batch)) for batch in batches]
-        return PreferencePairs.cat(known or [pairs])
+        parts = [replace(batch.pairs, eps_ref=self.predict_reference(batch)) for batch in batches]
+        return PreferencePairs.cat(parts or [pairs])
 
     def predict_reference(self, batch: MicroBatch) -> Tensor:
-        """Returns what `predict` does, of the reference and without gradients."""
+        """Does as `predict` with the reference, without gradients."""
         with self.policy.reference():
             return self.predict(batch)
 
     def predict(self, batch: MicroBatch) -> Tensor:
         """Returns the model output (G, R, N, C, H, W) at the x_t of a micro-batch.
 
-        One forward of N rows for the winners' x_t and N - shared more for those of losers that have their own.
+        It runs one forward of N rows for the winners' x_t and N - shared more for those of losers with another x_t.
         """
         pairs, count = batch.pairs, len(batch)
-        others = pairs.x_t[1:, batch.shared :].flatten(0, 1)  # (N - shared, C, H, W), or none
-        again = torch.arange(count, device=pairs.step.device)[count - len(others) :]
-        every = torch.cat([torch.arange(count, device=again.device), again])
-        t = self.schedule.timesteps(pairs.step[every], len(every))
+        losers_x_t = pairs.x_t[1:, batch.shared :].flatten(0, 1)  # (N - shared, C, H, W), or none
+        all_pairs = torch.arange(count, device=pairs.step.device)
+        rows = torch.cat([all_pairs, all_pairs[count - len(losers_x_t) :]])
+        t = self.schedule.timesteps(pairs.step[rows], len(rows))
         guided = self.config.guided and self.schedule.guided
-        eps = self.policy.eps(torch.cat([pairs.x_t[0], others]), t, batch.cond[pairs.prompt[every]], guided)
+        eps = self.policy.eps(torch.cat([pairs.x_t[0], losers_x_t]), t, batch.cond[pairs.prompt[rows]], guided)
         winners = eps[:, :count]  # (G, N, C, H, W)
         if len(pairs.x_t) == 1:
             return winners.unsqueeze(1)

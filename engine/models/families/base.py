@@ -49,7 +49,7 @@ class Family(ABC):
         return self.architecture["vae"]["sample_size"]
 
     def vae_dtype(self, vae: Mapping, dtype: torch.dtype) -> torch.dtype:
-        """The type in which a VAE of this configuration is loaded if `dtype` is asked for."""
+        """Returns the type in which a VAE of this configuration is loaded if `dtype` is asked for."""
         return torch.float32 if dtype == torch.float16 and self.overflows(vae) else dtype
 
     @abstractmethod
@@ -79,11 +79,11 @@ class Family(ABC):
 
     @abstractmethod
     def pooled_width(self, unet: Mapping) -> int | None:
-        """The width P of the pooled text that a UNet of this configuration takes; None if it takes none."""
+        """Returns the width P of the pooled text that a UNet of this configuration takes; None if it takes none."""
 
     @abstractmethod
     def time_ids(self, height: int, width: int) -> list[int] | None:
-        """The sizes that the UNet takes besides the text, for an image of height x width pixels; None if none."""
+        """Returns the sizes that the UNet takes besides the text, for an image of height x width pixels, or None."""
 
     @abstractmethod
     def zero_null(self, model_index: Mapping) -> bool:

@@ -30,7 +30,7 @@ OTHER_FILES = {  # kinds of other files, by a substring of one of their tensor n
 
 
 def family_named(name: str) -> Family:
-    """The family with this name. Raises UserError that lists all names."""
+    """Returns the family with this name. Raises UserError that lists all names."""
     by_name = {family.name: family for family in FAMILIES}
     if name not in by_name:
         raise UserError(f"family: found {name!r}, expected one of {', '.join(by_name)}")
@@ -38,18 +38,18 @@ def family_named(name: str) -> Family:
 
 
 def family_guessed(path: str) -> Family:
-    """The family that the name of a model hints at; for models that are not on this machine."""
+    """Returns the family that the name of a model hints at; for models that are not on this machine."""
     candidates = (family for family in FAMILIES if any(sign in path.lower() for sign in family.name_signs))
     return next(candidates, FAMILIES[0])
 
 
 def family_of_unet(unet: Mapping) -> Family:
-    """The family of a UNet with this configuration, which belongs to a model that `family_of_folder` accepts."""
+    """Returns the family of a UNet with this configuration, of a model that `family_of_folder` accepts."""
     return next(family for family in FAMILIES if family.takes(unet))
 
 
 def family_of_folder(folder: Path, key: str) -> Family:
-    """The family of a folder in diffusers format. key: the configuration key that names it.
+    """Returns the family of a folder in diffusers format. key: the configuration key that names it.
 
     Raises UserError for anything else and says what it is.
     """
@@ -66,7 +66,7 @@ def family_of_folder(folder: Path, key: str) -> Family:
 
 
 def family_of_file(file: Path, key: str, own_vae: bool) -> Family:
-    """The family of a whole checkpoint in the key format of the original code. own_vae: it must hold a VAE.
+    """Returns the family of a whole checkpoint in the original code's key format. own_vae: it must hold a VAE.
 
     Raises UserError for anything else and says what it is.
     """

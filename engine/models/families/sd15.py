@@ -44,7 +44,7 @@ class StableDiffusion1(Family):
         return unet.get("addition_embed_type") is None
 
     def lookalike(self, unet: Mapping, parts: Collection[str]) -> str | None:
-        """SD-2 has the same inputs and is known by linear layers around its attention, where SD-1's are convolutions.
+        """Recognises SD-2, with the same inputs, by linear layers around its attention, where SD-1 has convolutions.
 
         No file can say otherwise and still load: the weights of the one do not have the shape of the other's. Widths
         tell nothing of small models, and v-prediction nothing of fine-tunes. The text encoder is another one in SD-2
@@ -56,7 +56,7 @@ class StableDiffusion1(Family):
         return unlike_clip(unet, text)
 
     def states(self, outputs: Sequence) -> tuple[Tensor, None]:
-        """The encoder's last states, after the final LayerNorm."""
+        """Returns the encoder's last states, after the final LayerNorm."""
         return outputs[0].last_hidden_state, None
 
     def pooled_width(self, unet: Mapping) -> None:

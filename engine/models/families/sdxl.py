@@ -1,4 +1,4 @@
-"""SDXL: two text encoders side by side, and a UNet that is also told the pooled text and the image's size."""
+"""SDXL has two text encoders side by side, and a UNet that also takes the pooled text and the image's size."""
 
 from __future__ import annotations
 
@@ -83,24 +83,24 @@ class StableDiffusionXL(Family):
         return None
 
     def states(self, outputs: Sequence) -> tuple[Tensor, Tensor]:
-        """The penultimate states of both encoders, concatenated, and the second encoder's pooled projection."""
+        """Returns the penultimate states of both encoders, concatenated, and the second's pooled projection."""
         return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[-1].text_embeds
 
     def pooled_width(self, unet: Mapping) -> int:
-        """The width of the UNet's added embedding minus the part that embeds the sizes."""
+        """Returns the width of the UNet's added embedding minus the part that embeds the sizes."""
         added_width = unet.get("projection_class_embeddings_input_dim") or 0
         return added_width - TIME_IDS * (unet.get("addition_time_embed_dim") or 0)
 
     def time_ids(self, height: int, width: int) -> list[int]:
-        """The original size, the upper left corner of the crop and the target size; height comes first."""
+        """Returns the original size, the upper left corner of the crop and the target size; height comes first."""
         return [height, width, 0, 0, height, width]
 
     def zero_null(self, model_index: Mapping) -> bool:
-        """True, as in the original's training, unless the file says otherwise."""
+        """Returns True, as in the original's training, unless the file says otherwise."""
         return model_index.get("force_zeros_for_empty_prompt", True)
 
     def overflows(self, vae: Mapping) -> bool:
-        """True, as for the original's VAE, unless the file says that this one does not."""
+        """Returns True, as for the original's VAE, unless the file says otherwise."""
         return vae.get("force_upcast", True)
 
 

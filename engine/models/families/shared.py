@@ -1,4 +1,4 @@
-"""What SD-1.5 and SDXL have in common: how a checkpoint names its UNet and VAE, and configurations at full size."""
+"""Names and configurations that SD-1.5 and SDXL share: tensor prefixes of a checkpoint, networks at full size."""
 
 from __future__ import annotations
 

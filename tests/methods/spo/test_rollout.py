@@ -134,7 +134,7 @@ def test_the_golden_rollout_is_judged_as_published(replayed, golden):
 def test_the_golden_rollout_counts_what_it_kept(replayed, golden):
     case6 = golden("case6_sd15_k4_b3")
     valid = [case6[f"f32/event/{event:02d}/valid"].sum().item() for event in range(16)]
-    assert replayed.rollout.kept.tolist() == [0] * 4 + valid
+    assert replayed.rollout.pairs_per_step.tolist() == [0] * 4 + valid
     assert sum(valid) == 35
 
 
@@ -233,7 +233,7 @@ def test_it_is_the_plain_sampler(small, policy, diffusion, alphas, k, branch_fro
     torch.testing.assert_close(outcome.pairs.x_t[0], torch.stack(x_t), rtol=0, atol=LATENTS)
     torch.testing.assert_close(outcome.pairs.x_prev[0], torch.stack(winners), rtol=0, atol=LATENTS)
     torch.testing.assert_close(outcome.pairs.x_prev[1], torch.stack(losers), rtol=0, atol=LATENTS)
-    assert outcome.kept.tolist() == [steps.count(i) for i in range(6)]
+    assert outcome.pairs_per_step.tolist() == [steps.count(i) for i in range(6)]
     assert outcome.score.item() == pytest.approx(score, abs=SCORES)
 
 
@@ -297,7 +297,7 @@ def test_the_threshold_decides_what_is_kept(small, policy, diffusion, threshold,
     judge.weights = 0.01 * judge.weights  # scores nearly equal, so that only the extreme thresholds are clear
     config = settings(small.schedule, k=2, branch_from=3, threshold=threshold)
     outcome = Rollout(policy, diffusion, judge, small.schedule, config)(small.cond, torch.Generator())
-    assert outcome.kept.tolist() == [0, 0, 0, kept, kept, kept]
+    assert outcome.pairs_per_step.tolist() == [0, 0, 0, kept, kept, kept]
     number = int(3 * kept)
     assert outcome.pairs.x_t.shape == (1, number, 4, 8, 8)
     assert outcome.pairs.x_prev.shape == (2, number, 4, 8, 8)
@@ -368,7 +368,7 @@ def test_the_golden_sdxl_rollout_is_judged_as_published(replayed_sdxl, golden):
             expected = case6[f"{precision}/{recorded}/scores"].view(2, 2)
             torch.testing.assert_close(scores.double(), expected.double(), rtol=0, atol=SCORES)
         valid = case6[f"f32/{recorded}/valid"].sum()
-        assert replayed_sdxl.rollout.kept[4 + 4 * event : 8 + 4 * event].tolist() == [valid] * 4
+        assert replayed_sdxl.rollout.pairs_per_step[4 + 4 * event : 8 + 4 * event].tolist() == [valid] * 4
 
 
 def test_the_golden_sdxl_rollout_takes_one_forward_a_step(replayed_sdxl):
@@ -448,7 +448,7 @@ def test_only_the_timesteps_of_the_range_are_judged_and_the_rest_is_not_walked(s
     config = settings(small.schedule, k=2, threshold=0.0, t_range=(300, 700))
     outcome = Rollout(counting, diffusion, judge, small.schedule, config)(small.cond, torch.Generator())
     assert judge.t == [499, 333, 167]
-    assert outcome.kept.tolist() == [0, 2, 2, 2, 0, 0]
+    assert outcome.pairs_per_step.tolist() == [0, 2, 2, 2, 0, 0]
     assert counting.rows == [4, 4, 8, 8, 8]  # one forward more than steps: the last branches are looked ahead once
 
 
@@ -552,7 +552,7 @@ def test_an_approximation_is_what_it_says(small, policy, diffusion, changes, cut
     steps, prompts, x_t, x_prev = zip(*rows, strict=True)
     assert outcome.pairs.step.tolist() == list(steps)
     assert outcome.pairs.prompt.tolist() == list(prompts)
-    assert outcome.kept.tolist() == [steps.count(i) for i in range(6)]
+    assert outcome.pairs_per_step.tolist() == [steps.count(i) for i in range(6)]
     x_t = torch.stack(x_t, dim=1)
     torch.testing.assert_close(outcome.pairs.x_t.expand_as(x_t), x_t, rtol=0, atol=LATENTS)
     torch.testing.assert_close(outcome.pairs.x_prev, torch.stack(x_prev, dim=1), rtol=0, atol=LATENTS)
