@@ -8,13 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config.factory import resolve
 from .config.training import Config
 from .data.embeddings import Embeddings, TrainingPrompts
 from .data.prompts import first_used, read_prompts, split_prompts
 from .errors import UserError
 from .evaluation.compare import paired_delta
 from .evaluation.evaluator import Evaluation, Evaluator
+from .evaluation.monitor import Monitor
+from .evaluation.scorers.find import load_scorer
 from .methods.loop import train
 from .methods.online import OnlineModels
 from .methods.protocol import Method
@@ -28,6 +29,7 @@ from .plan.peak import seconds_at_peak
 from .report.model_card import write_model_card
 from .report.pictures import before_after
 from .report.run_folder import close_run, read_run
+from .runtime.checkpoint import Trainable
 from .runtime.optimizer import AdamWSettings, Optimizer, build_optimizer
 from .runtime.ranks import Ranks
 from .runtime.session import Session
@@ -54,11 +56,16 @@ def run(config: Config) -> None:
                 announce(session, parts.models.policy)
             session.ledger.at_peak = seconds_at_peak(config, parts.models.policy.family, session.ranks.device)
         with session.clock("evaluate"), parts.models.policy.reference():
-            base = parts.evaluator("base model")  # first, so that whatever the examiner cannot do shows at once
-        train(session, parts.method, parts.optimizer)
+            base = parts.evaluator("base model")  # first, so that whatever a scorer cannot do shows at once
+        evaluate = config.evaluate
+        monitor = Monitor(parts.evaluator, base, evaluate, session.dir) if evaluate.every else None
+        train(session, parts.method, parts.optimizer, monitor)
+        if monitor and monitor.stopped:
+            go_back(session, parts.models.trainable, monitor.best)
         with session.clock("evaluate"):
             tuned = parts.evaluator("tuned model")
         summary = session.summary()
+        summary["lora_iteration"] = monitor.best if monitor and monitor.stopped else session.done
     if session.ranks.first:
         close(config, parts, base, tuned, summary)
 
@@ -69,8 +76,7 @@ def build(session: Session) -> Parts:
     prompts, heldout = prompts_of(config, ranks)
     models = OnlineModels.load(config, ranks.device)
     check_steps(config.rollout, models.schedule)
-    spec = config.evaluate.examiner
-    examine = resolve(spec, "evaluate.examiner")(ranks.device) if spec else None
+    scorers = [load_scorer(spec, "evaluate.scorers", ranks.device) for spec in config.evaluate.scorers]
     used = config.iterations * config.rollout.prompts * ranks.size
     trained = first_used(prompts, used, config.run.seed, BATCH)
     embeddings = Embeddings(models.diffusion, models.judge, [trained, heldout])
@@ -83,8 +89,15 @@ def build(session: Session) -> Parts:
         build_optimizer(
             models.policy.unet, AdamWSettings.of(config.optim, config.zero.stage, config.model.dtype), ranks
         ),
-        Evaluator(models, examine, embeddings, heldout, config, ranks),
+        Evaluator(models, scorers, embeddings, heldout, config, ranks),
     )
+
+
+def go_back(session: Session, trainable: Trainable, iteration: int) -> None:
+    """Puts what was trained back to a checkpoint of the run; as it is now, it goes to lora_last/."""
+    if session.ranks.first:
+        trainable.save(session.dir / "lora_last", session.done)
+    trainable.load(session.dir / "checkpoints" / f"{iteration:06d}")
 
 
 def prompts_of(config: Config, ranks: Ranks) -> tuple[list[str], list[str]]:
@@ -127,9 +140,9 @@ def announce(session: Session, policy: Policy) -> None:
 def close(config: Config, parts: Parts, base: Evaluation, tuned: Evaluation, summary: dict) -> None:
     """Writes the LoRA in both formats, its model card, before_after.png and the report; prints the closing table."""
     run_dir, policy, heldout = Path(config.run.dir), parts.models.policy, parts.evaluator.all_prompts
-    lora = parts.models.trainable.save(run_dir / "lora", config.iterations)
+    lora = parts.models.trainable.save(run_dir / "lora", summary["lora_iteration"])
     kohya = run_dir / "lora" / f"{run_dir.resolve().name}_kohya.safetensors"
-    write(policy.lora(parts.models.trainable.facts(config.iterations)), kohya, "kohya")
+    write(policy.lora(parts.models.trainable.facts(summary["lora_iteration"])), kohya, "kohya")
     before_after(base.images, tuned.images, heldout[: len(base.images)], run_dir / "before_after.png")
     compared = {name: paired_delta(base.scores[name], tuned.scores[name]) for name in base.scores}
     paths = summary["paths"] | {"lora": str(lora), "lora_kohya": str(kohya)}

@@ -431,7 +431,7 @@ TRAINING = {
     "judge": {"kind": "pickscore"},
     "rollout": {"prompts": 2, "k": 2, "num_steps": 5, "t_range": [0, 401], "threshold": 0.0},
     "optim": {"lr": 1e-2, "micro_batch": 4},
-    "evaluate": {"prompts": 3, "num_steps": 2, "batch": 2, "pictures": 2, "examiner": "recipe_modules:examiner"},
+    "evaluate": {"prompts": 3, "num_steps": 2, "batch": 2, "pictures": 2, "scorers": ["recipe_modules:examiner"]},
     "run": {"iterations": 2, "save_every": 1, "device": "cpu"},
 }
 JUDGE_TRAINING = {

@@ -28,7 +28,7 @@ REFUSALS = [
     ("train {training} prompts.heldout={overlap}", "prompts.heldout", "1 prompts", "'d e'"),
     ("train {training} evaluate.prompts=4", "evaluate.prompts", "4", "1 (the processes) to 3"),
     ("train {training} evaluate.prompts=3 prompts.heldout=null", "evaluate.prompts", "3", "to 2"),
-    ("train {training} evaluate.examiner=nowhere:load", "evaluate.examiner", "nowhere"),
+    ("train {training} evaluate.scorers=[nowhere:load]", "evaluate.scorers", "nowhere"),
     ("train {training} lora.target_modules=[to_x]", "lora.target_modules", "['to_x']"),
     ("train {training} rollout.judge_every=4", "rollout.judge_every", "4", "3"),
     ("train {training} rollout.decoder=nowhere", "rollout.decoder", "nowhere"),

@@ -1,4 +1,4 @@
-"""Finds callables that a configuration names as `module:attribute`: the factory of a data set or of an examiner.
+"""Finds callables that a configuration names as `module:attribute`: the factory of a data set or of a scorer.
 
 The callable is not called here, and its parameters are not checked.
 """

@@ -273,10 +273,30 @@ class EvaluateConfig(Section):
     batch: int = Field(32, ge=1, description="Images per forward pass; fewer take less memory.")
     seed: int = Field(0, ge=0, description="Seed of the initial noise, which is the same for base and tuned model.")
     pictures: int = Field(10, ge=1, description="Prompts whose images before_after.png shows.")
-    examiner: str | None = Field(
+    scorers: tuple[str, ...] = Field(
+        (),
+        description="Scorers independent of the judge: pickscore, hpsv2, hpsv2.1, image_reward, aesthetic, clip_score, "
+        "each also as name=weights with a file, folder or hub id; or `module:factory`, where factory(device) returns "
+        "score(images, prompts) -> {name: scores (N,)}.",
+    )
+    every: int | None = Field(
         None,
-        description="Examiner that scores images independently of the judge, as `module:factory`: factory(device) "
-        "returns examine(images, prompts) -> {name: scores (N,)}.",
+        ge=1,
+        description="Iterations between evaluations while training, on the first evaluate.watched held-out prompts and "
+        "always from the same noise. Each writes a checkpoint and samples/<iteration>.png. null evaluates before and "
+        "after the training alone.",
+    )
+    watched: int = Field(16, ge=8, description="Held-out prompts of the evaluations while training.")
+    patience: int = Field(
+        2,
+        ge=1,
+        description="Evaluations in a row after which a run is warned that the judge's score rises while independent "
+        "scores fall, or while the pictures stray from the base's and no independent score rises.",
+    )
+    stop: bool = Field(
+        False,
+        description="Whether such a warning ends the run; lora/ then has the LoRA of its best evaluation, lora_last/ "
+        "that of its end.",
     )
 
 

@@ -1,11 +1,11 @@
-"""Evaluates base and tuned model on held-out prompts: same noise, deterministic DDIM, scores of judge and examiner.
+"""Evaluates base and tuned model on held-out prompts: same noise, deterministic DDIM, judge and scorers.
 
-Its scores never train anything: the prompts are held out and the examiner is independent of the judge.
+Its scores never train anything: the prompts are held out and scorers are independent of the judge.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,25 +17,42 @@ from ..data.embeddings import Embeddings
 from ..methods.online import OnlineModels
 from ..models.conditioning import Conditioning
 from ..runtime.ranks import Ranks, gather_rows, rank_slice
+from .drift import statistics
 
-Examine = Callable[[Tensor, list[str]], dict[str, Tensor]]
+Score = Callable[[Tensor, list[str]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The scores (N,) of all ranks' prompts by name, and the images (P, 3, H, W) of the first P prompts; on the CPU."""
+    """The measurements of N prompts over all ranks, on the CPU.
+
+    scores: per measure (N,). statistics (N, ...) of the images, as drift.py compares them. images (P, 3, H, W) in
+    [-1, 1] of the first P prompts.
+    """
 
     scores: dict[str, Tensor]
+    statistics: Tensor
     images: Tensor
+
+    def __len__(self) -> int:
+        return len(self.statistics)
+
+    def first(self, count: int) -> Evaluation:
+        """Returns the measurements of the first `count` prompts."""
+        scores = {name: values[:count] for name, values in self.scores.items()}
+        return Evaluation(scores, self.statistics[:count], self.images[:count])
 
 
 class Evaluator:
-    """Samples and scores the held-out prompts at each call, with the policy as it is at that moment."""
+    """An evaluator is made once per run; each call samples with whatever the policy is at that moment.
+
+    Images are scored as a PNG would store them, in 8 bits.
+    """
 
     def __init__(
         self,
         models: OnlineModels,
-        examine: Examine | None,
+        scorers: Sequence[Score],
         embeddings: Embeddings,
         prompts: list[str],
         config: Config,
@@ -43,26 +60,27 @@ class Evaluator:
     ):
         """Takes the held-out prompts, the same on every rank and in `embeddings`; each rank samples some of them."""
         self.policy, self.diffusion, self.judge = models.policy, models.diffusion, models.judge
-        self.examine, self.embeddings, self.ranks = examine, embeddings, ranks
+        self.scorers, self.embeddings, self.ranks = scorers, embeddings, ranks
         self.config, self.text_kv = config.evaluate, config.rollout.text_kv
         self.schedule = self.diffusion.schedule(self.config.num_steps, eta=0.0, guidance=self.config.guidance)
-        self.rows = rank_slice(len(prompts), ranks)
-        self.all_prompts, self.prompts = prompts, prompts[self.rows]
-        self.pictures = min(self.config.pictures, len(self.prompts))
+        self.all_prompts = prompts
 
     @torch.no_grad()
-    def __call__(self, name: str) -> Evaluation:
+    def __call__(self, name: str, count: int | None = None) -> Evaluation:
         """Returns the scores of one image per prompt. Noise belongs to a prompt's number, whatever the batch or ranks.
 
-        name: what is evaluated, for the terminal.
+        name: what is evaluated, for the terminal. count: how many prompts, from the first; None means all.
         """
+        count = count or len(self.all_prompts)
+        rows = rank_slice(count, self.ranks)
+        prompts, pictures = self.all_prompts[rows], min(self.config.pictures, rows.stop - rows.start)
         rng = torch.Generator(self.diffusion.device).manual_seed(self.config.seed)
-        noise = self.schedule.prior((len(self.all_prompts), *self.policy.latent_shape), rng)[self.rows]
+        noise = self.schedule.prior((len(self.all_prompts), *self.policy.latent_shape), rng)[rows]
         scores: dict[str, list[Tensor]] = {}
-        images = []
-        starts = range(0, len(self.prompts), self.config.batch)
+        measured, images = [], []
+        starts = range(0, len(prompts), self.config.batch)
         if self.ranks.first:
-            print(f"evaluating the {name} on {len(self.all_prompts)} held-out prompts", flush=True)
+            print(f"evaluating the {name} on {count} held-out prompts", flush=True)
         bar = tqdm(
             total=len(starts) * self.schedule.num_steps,
             unit="step",
@@ -70,16 +88,17 @@ class Evaluator:
             disable=None if self.ranks.first else True,  # None: where stderr is no terminal
         )
         for start in starts:
-            prompts = self.prompts[start : start + self.config.batch]
-            cond = self.embeddings[prompts]
+            some = prompts[start : start + self.config.batch]
+            cond = self.embeddings[some]
             with self.policy.sampling(cond, self.text_kv) as sampling_cond:
-                batch = self._sample(noise[start : start + len(prompts)], sampling_cond, bar)
-            for name, values in self._score(batch, prompts, cond).items():
-                scores.setdefault(name, []).append(values)
-            images.append(batch[: max(0, self.pictures - start)].cpu())
+                batch = as_stored(self._sample(noise[start : start + len(some)], sampling_cond, bar))
+            for score, values in self._score(batch, some, cond).items():
+                scores.setdefault(score, []).append(values)
+            measured.append(statistics(batch))
+            images.append(batch[: max(0, pictures - start)].cpu())
         bar.close()
         gathered = {name: gather_rows(torch.cat(values).float(), self.ranks).cpu() for name, values in scores.items()}
-        return Evaluation(gathered, torch.cat(images)[: self.pictures])
+        return Evaluation(gathered, gather_rows(torch.cat(measured), self.ranks).cpu(), torch.cat(images)[:pictures])
 
     def _sample(self, x: Tensor, cond: Conditioning, bar: tqdm) -> Tensor:
         """Returns images (N, 3, H, W) in [-1, 1] from noise (N, C, h, w); the bar moves at each step."""
@@ -90,5 +109,10 @@ class Evaluator:
         return self.diffusion.decode(x).float().clamp(-1, 1)
 
     def _score(self, images: Tensor, prompts: list[str], cond: Conditioning) -> dict[str, Tensor]:
-        examined = self.examine(images, prompts) if self.examine else {}
-        return {**examined, "judge": self.judge.score_images(images.unsqueeze(0), cond.judge, t=0)[0]}
+        scored = {name: values for score in self.scorers for name, values in score(images, prompts).items()}
+        return {**scored, "judge": self.judge.score_images(images.unsqueeze(0), cond.judge, t=0)[0]}
+
+
+def as_stored(images: Tensor) -> Tensor:
+    """Rounds images in [-1, 1] to what 8 bits a channel store, as scorers/scorer.py does for PIL."""
+    return ((images / 2 + 0.5).clamp(0, 1) * 255).round() / 127.5 - 1

@@ -5,12 +5,18 @@ from __future__ import annotations
 from ..runtime.checkpoint import Training
 from ..runtime.optimizer import Optimizer
 from ..runtime.session import Session
-from .protocol import Method
+from .protocol import Method, Monitor
 
 
-def train(session: Session, method: Method, optimizer: Optimizer) -> None:
-    """Runs a session's remaining iterations, up to its last record and checkpoint. Every rank calls it."""
-    session.begin(Training(method.trainable, optimizer, method.rngs), method.columns, method.stage)
+def train(session: Session, method: Method, optimizer: Optimizer, monitor: Monitor | None = None) -> None:
+    """Runs a session's remaining iterations, up to its last record and checkpoint. Every rank calls it.
+
+    monitor: evaluates the run meanwhile, and may end it.
+    """
+    columns = (*method.columns, *(monitor.columns if monitor else ()))
+    session.begin(Training(method.trainable, optimizer, method.rngs), columns, method.stage)
+    if monitor:
+        monitor.replay(session.metrics.past)
     if session.done == 0:
         measure(session, method, 0)
     for iteration in session.iterations():
@@ -27,14 +33,17 @@ def train(session: Session, method: Method, optimizer: Optimizer) -> None:
                 session.note(stats, weight=len(batch))
                 if norm is not None:
                     session.note({"grad_norm": norm})
-        measure(session, method, iteration + 1)
-        session.save(iteration + 1)
+        measured = measure(session, method, iteration + 1, monitor)
+        session.save(iteration + 1, now=measured)
+        if monitor and monitor.stopped:
+            break
 
 
-def measure(session: Session, method: Method, done: int) -> None:
-    """Measures what is due after `done` iterations, and logs the record if one is due then."""
+def measure(session: Session, method: Method, done: int, monitor: Monitor | None = None) -> bool:
+    """Measures what is due after `done` iterations, logs the record if one is due, and returns whether anything was."""
     with session.clock("evaluate"):
-        measured = method.measure(done)
+        measured = {**method.measure(done), **(monitor.measure(done) if monitor else {})}
     session.note(measured)
     if measured or done > 0:
         session.log(done, now=bool(measured))
+    return bool(measured)

@@ -17,6 +17,19 @@ Batch = TypeVar("Batch", bound=Sized)
 Measured = Mapping[str, Value | tuple[Value, Value]]  # by the names of columns; a pair is (mean, its weight)
 
 
+class Monitor(Protocol):
+    """A monitor evaluates a run while it trains. stopped: whether the run is to end after this iteration."""
+
+    columns: Sequence[Column]
+    stopped: bool
+
+    def measure(self, done: int) -> Measured:
+        """Returns measurements after `done` iterations; {} where none are due. A collective call."""
+
+    def replay(self, records: Sequence[dict]) -> None:
+        """Takes up the measurements of a resumed run from its records."""
+
+
 class Method(Protocol[Rows, Batch]):
     """A method collects rows and computes a loss from them.
 

@@ -102,6 +102,7 @@ class Metrics:
         """
         records = [record for record in read_records(self.path) if record["iteration"] <= iteration]
         self._sums.zero_()
+        self.past = records
         self._before = records[-1] if records else {}
         self._marks = deque([(iteration, time.perf_counter(), self._before.get("prompts") or 0)], maxlen=20)
         if self._enabled:

@@ -116,10 +116,10 @@ class Session:
             if self.tracker:
                 self.tracker.write(record)
 
-    def save(self, done: int) -> None:
-        """Writes a checkpoint after `done` iterations, if it is due. Every rank calls it."""
+    def save(self, done: int, now: bool = False) -> None:
+        """Writes a checkpoint after `done` iterations, if it is due or `now`. Every rank calls it."""
         self.done = done
-        if done == self.config.iterations or done % self.run.save_every == 0:
+        if now or done == self.config.iterations or done % self.run.save_every == 0:
             with self.clock("save"):
                 spent = {"seconds": self.seconds(), "ledger": self.ledger.totals()}
                 checkpoint.save(self.training, self.config, done, self.ranks, spent)
@@ -146,7 +146,7 @@ class Session:
         return {
             "seconds": seconds,
             "ledger": ledger.summarise(totals),
-            "iterations": self.config.iterations,
+            "iterations": self.done,
             "prompts": last["prompts"],
             "prompts_per_second": last["prompts"] / work_seconds,
             "pairs": last.get("pairs"),

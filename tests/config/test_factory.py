@@ -21,8 +21,8 @@ def test_entry_points_that_are_none(tmp_path, monkeypatch, spec, words):
     (tmp_path / "needs_more.py").write_text("import not_there_at_all")
     (tmp_path / "broken_pairs.py").write_text("raise RuntimeError('no licence')")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UserError, match=f"^evaluate.examiner: .*{words}"):
-        resolve(spec, "evaluate.examiner")
+    with pytest.raises(UserError, match=f"^evaluate.scorers: .*{words}"):
+        resolve(spec, "evaluate.scorers")
 
 
 def test_an_entry_point_is_what_it_names():

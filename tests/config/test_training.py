@@ -81,8 +81,8 @@ def test_a_fast_recipe_changes_the_rollout_and_how_its_pairs_are_used(name):
         ("run.resume=true", "run.resume", True),
         ("optim.betas=[0.5, 0.9]", "optim.betas", (0.5, 0.9)),
         ("lora.target_modules=[to_q]", "lora.target_modules", ("to_q",)),
-        ("evaluate.examiner=my.module:make", "evaluate.examiner", "my.module:make"),
-        ("evaluate.examiner=null", "evaluate.examiner", None),
+        ("evaluate.scorers=[my.module:make]", "evaluate.scorers", ("my.module:make",)),
+        ("evaluate.every=null", "evaluate.every", None),
         ("model={path: elsewhere}", "model.path", "elsewhere"),
     ],
 )

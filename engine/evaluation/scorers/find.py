@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
+import torch
+from torch import Tensor
+
+from ...config.factory import resolve
 from ...errors import UserError
 from . import aesthetic, clip_score, hpsv2, image_reward, pickscore
 from .scorer import DEFAULTS, Options, Scorer
@@ -16,6 +21,20 @@ LOADERS = {
     "aesthetic": aesthetic.load,
     "clip_score": clip_score.load,
 }
+
+
+def load_scorer(spec: str, key: str, device: torch.device) -> Callable[..., dict[str, Tensor]]:
+    """Loads the scorer that a recipe names, such as "pickscore", "hpsv2=HPS_v2_compressed.pt" or "module:factory".
+
+    key: the configuration key of `spec`, for the message. Raises UserError as `load` and config/factory.py do.
+    """
+    name, _, weights = spec.partition("=")
+    if name not in LOADERS and ":" in spec:
+        return resolve(spec, key)(device)
+    try:
+        return load(name, weights or None, options=Options(device))
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
 
 
 def load(name: str, weights: str | None = None, components: str | None = None, options: Options = DEFAULTS) -> Scorer:

@@ -23,7 +23,7 @@ OPENAI_CLIP = "openai/clip-vit-large-patch14"
 
 
 class Scorer(Protocol):
-    """A scorer grades image n against prompt n; an `evaluate.examiner` may return one."""
+    """A scorer grades image n against prompt n; a factory of `evaluate.scorers` may return one."""
 
     def __call__(self, images: Tensor | Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, Tensor]:
         """Returns {name: scores (N,)}, on the scorer's device, in float32 (float64 if it runs in that).
