@@ -290,8 +290,8 @@ class EvaluateConfig(Section):
     patience: int = Field(
         2,
         ge=1,
-        description="Evaluations in a row after which a run is warned that the judge's score rises while independent "
-        "scores fall, or while the pictures stray from the base's and no independent score rises.",
+        description="Evaluations in a row after which there is a warning that independent scores fall, or that the "
+        "judge's score alone rises while the pictures stray from the base's.",
     )
     stop: bool = Field(
         False,

@@ -1,7 +1,7 @@
 """Evaluates a run while it trains, and notices a policy that pleases its judge and nothing else.
 
-An evaluation is wrong if the judge's score has risen beyond chance, and either an independent score has fallen, or none
-has risen and the pictures have strayed from the base's (drift.py). After `evaluate.patience` wrong ones in a row there
+An evaluation is wrong if an independent score has fallen beyond chance; or if the judge's score has risen, no
+independent one has, and the pictures have strayed from the base's (drift.py). After `evaluate.patience` wrong ones in a row there
 is a warning, and by `evaluate.stop` the run ends. The best evaluation is, of those that are not wrong, the one whose
 independent scores (the judge's, if there are none) have risen most, as a mean of base standard deviations.
 """
@@ -55,7 +55,7 @@ class Monitor:
     def __init__(self, evaluator: Evaluator, base: Evaluation, config: EvaluateConfig, run_dir: Path):
         """base: the evaluation of the base model, on all prompts."""
         self.evaluator, self.config, self.run_dir = evaluator, config, run_dir
-        self.base = base.first(config.watched)
+        self.base = base.first(max(config.watched, evaluator.ranks.size))
         self.scores = tuple(base.scores)
         self.past: list[Past] = []
         self.stopped = False
@@ -108,13 +108,10 @@ class Monitor:
         rows = {name: paired_delta(self.base.scores[name], tuned.scores[name]) for name in self.scores}
         direction = beyond_chance(rows)
         independent = [name for name in self.scores if name != JUDGE]
-        if direction[JUDGE] <= 0:
-            return ""
         if fell := [name for name in independent if direction[name] < 0]:
             return f"{' and '.join(fell)} fell"
-        if any(direction[name] > 0 for name in independent):
-            return ""
-        return f"the pictures strayed from the base's in {' and '.join(out)}" if (out := strayed(moved)) else ""
+        out = strayed(moved) if direction[JUDGE] > 0 and not any(direction[name] > 0 for name in independent) else []
+        return f"the judge's score rose and the pictures strayed from the base's in {' and '.join(out)}" if out else ""
 
     def _judge_the_run(self, reasons: str) -> None:
         patience = self.config.patience
@@ -126,8 +123,8 @@ class Monitor:
         if self.evaluator.ranks.first and (first_time or self.stopped):
             end = "the run ends here" if self.stopped else "evaluate.stop=true would end the run"
             warn(
-                f"evaluate.patience: the judge's score rose, but {reasons}, in {patience} evaluations in a row; the "
-                f"best was that after iteration {self.best}, and {end}"
+                f"evaluate.patience: {reasons} in {patience} evaluations in a row; the best was that after iteration "
+                f"{self.best}, and {end}"
             )
 
 

@@ -15,6 +15,9 @@ from .row_counts import RowCounts
 from .unit_costs import UnitCosts
 
 RESERVE = 1.5e9  # bytes
+VIT_H, VIT_L = 3.94e9, 1.71e9  # bytes of a whole CLIP in float32
+SCORERS = {"pickscore": VIT_H, "hpsv2": VIT_H, "hpsv2.1": VIT_H, "image_reward": 1.79e9, "aesthetic": VIT_L}
+SCORERS |= {"clip_score": VIT_L}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,9 @@ def memory_use(builder: ModelBuilder, counts: RowCounts, costs: UnitCosts, ranks
         "judge": weights.judge,
         "LoRA": lora,
     }
+    scorers = sum(SCORERS.get(spec.partition("=")[0], 0.0) for spec in config.evaluate.scorers)
+    if scorers:
+        models["scorers"] = scorers
     master = lora / ranks if ranks > 1 else 0  # DeepSpeed's copy of the parameters that a process updates
     parts = models | {"optimizer state": 2 * lora / ranks + master}
     resident = sum(parts.values())

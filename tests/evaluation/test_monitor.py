@@ -26,7 +26,9 @@ def monitor_of(evaluations, folder, **options):
     """A monitor of a run whose evaluations after iterations 1, 2, ... are these; the first is the base's."""
     base, *later = evaluations
     evaluator = lambda name, count: later[int(name.rsplit(" ", 1)[1]) - 1]
-    evaluator = type("Evaluator", (), {"__call__": staticmethod(evaluator), "ranks": SimpleNamespace(first=True)})()
+    evaluator = type(
+        "Evaluator", (), {"__call__": staticmethod(evaluator), "ranks": SimpleNamespace(first=True, size=1)}
+    )()
     return Monitor(evaluator, base, EvaluateConfig(every=1, watched=N, **options), folder)
 
 
@@ -50,7 +52,7 @@ STILL = evaluation(judge=1.5, quality=0.0)
         ([GREY, GREY], [1, 1]),
         ([STILL, STILL], [0, 0]),  # nothing independent rose, but the pictures are what they were
         ([evaluation(PICTURES + 0.8, judge=1.5, quality=0.3)], [0]),  # a change of style that people like
-        ([evaluation(judge=0.0, quality=-0.4)], [0]),  # worse, but not by pleasing the judge
+        ([evaluation(judge=0.0, quality=-0.4)], [1]),  # worse, though the judge is not pleased either
     ],
     ids=["healthy", "quality falls", "brighter only", "judge only", "style", "worse"],
 )

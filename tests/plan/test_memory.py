@@ -42,6 +42,11 @@ def measure():
     return lambda config, ranks=1: memory_use(builder(config), counts, costs, ranks)
 
 
+def test_scorers_stay_on_the_gpu(config, measure):
+    scored = varied(config, {"evaluate.scorers": ("clip_score", "hpsv2=HPS_v2_compressed.pt", "module:factory")})
+    assert measure(scored).peak - measure(config).peak == pytest.approx(1.71 * GB + 3.94 * GB)
+
+
 def test_parts_and_phases(config, measure):
     memory = measure(config)
     assert memory.parts["LoRA"] == 1 * GB
