@@ -1,9 +1,9 @@
 """Evaluates a run while it trains, and notices a policy that pleases its judge and nothing else.
 
 An evaluation is wrong if an independent score has fallen beyond chance; or if the judge's score has risen, no
-independent one has, and the pictures have strayed from the base's (drift.py). After `evaluate.patience` wrong ones in a row there
-is a warning, and by `evaluate.stop` the run ends. The best evaluation is, of those that are not wrong, the one whose
-independent scores (the judge's, if there are none) have risen most, as a mean of base standard deviations.
+independent one has, and the pictures have strayed from the base's (drift.py). After `evaluate.patience` wrong ones in a
+row there is a warning, and by `evaluate.stop` the run ends. The best evaluation is, of those that are not wrong, the
+one whose independent scores (the judge's, if there are none) have risen most, as a mean of base standard deviations.
 """
 
 from __future__ import annotations
