@@ -1,27 +1,24 @@
 """Remakes the report of a run: `python -m strop.engine.report RUN_DIR`."""
 
 import argparse
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import exit_on_user_error
-from .run_folder import make_report, read_run
+from .run_folder import make_report, read_run, said
 from .tables import closing_table
-from .verdict import headline, verdict
 
 
 @exit_on_user_error
 def main(argv: Sequence[str]) -> None:
-    """Remakes curves.png and report.html of a run, finished or not, and prints its verdict and closing table."""
+    """Remakes curves.png and report.html of a run, finished or not, and prints its closing table and verdict."""
     parser = argparse.ArgumentParser(prog="python -m strop.engine.report", description=main.__doc__)
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="folder of a run")
     path = make_report(parser.parse_args(argv).run_dir)
     run = read_run(path.parent)
-    print(textwrap.fill(headline(verdict(run), run.heldout), 80))
     if run.summary:
-        print(f"\n{closing_table(run.summary)}")
-    print(f"\n{path} is new")
+        print(f"{closing_table(run)}\n")
+    print(f"{path} is new\n\n{said(run)}")
 
 
 if __name__ == "__main__":

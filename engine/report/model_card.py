@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .run import Run
 from .tables import score_rows
-from .verdict import headline, verdict
+from .verdict import verdict
 
 LICENCE = "<!-- Fill in: the licence of this LoRA, which that of the base model may bind. -->"
 
@@ -31,9 +31,9 @@ def model_card(run: Run) -> str:
         f"# {run.dir.resolve().name}",
         "A LoRA that was trained with step-by-step preference optimization (SPO, arXiv 2406.04314), by "
         f"strop {summary['version']}.",
-        f"**{headline(verdict(run))}**",
+        f"**{verdict(run).headline}**",
         "![base model above, tuned model below](../before_after.png)",
-        "## Figures\n\n" + _scores(summary),
+        "## Figures\n\n" + _scores(run),
         "## Training\n\n" + _training(recipe, summary, base),
         "## Use\n\n" + _use(lora, kohya, base),
         f"## Licence\n\n{LICENCE}",
@@ -41,9 +41,9 @@ def model_card(run: Run) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _scores(summary: dict) -> str:
-    rows = "\n".join(f"| {' | '.join(row)} |" for row in score_rows(summary))
-    count = summary.get("heldout_prompts")
+def _scores(run: Run) -> str:
+    rows = "\n".join(f"| {' | '.join(row)} |" for row in score_rows(run))
+    count = run.summary.get("heldout_prompts")
     return (
         f"Means over {count:,} prompts that were not trained on, the same noise for both models.\n\n"
         f"| | base | tuned | change | 95% interval |\n|---|---|---|---|---|\n{rows}"

@@ -4,8 +4,11 @@ They show what was measured and how it looks in a good run; verdict.py judges it
 of SPO stays near ln 2 in good runs and in bad ones.
 """
 
+import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 from ..runtime.columns import Column, Curve, Heatmap
@@ -22,30 +25,41 @@ from ..runtime.columns import Column, Curve, Heatmap
 INK, FAINT, LINE, LIMIT = "#22262b", "#6b7280", "#1f6f8b", "#b4532a"
 SHADES = colormaps["viridis"]  # of the lines of one curve
 COLUMNS_OF_CURVES = 3
+PLACES = "strop:places"  # the text in before_after.png that says where its pictures are
 
 
 def curves(
-    records: Sequence[dict], columns: Sequence[Column], path: Path | str, t_range: tuple[int, int] = (0, 999)
+    records: Sequence[dict], columns: Sequence[Column], path: Path | str, timesteps: Sequence[int] | None = None
 ) -> None:
     """Draws a run's records over its iterations into a PNG: small curves, and below them heatmaps over timesteps.
 
-    columns: of the run's method. t_range: lowest and highest timestep that is judged (rollout.t_range); heatmaps leave
-    the others out. Thin lines are the values as logged; where there are enough of them, a thick line is their running
-    mean.
+    columns: of the run's method. timesteps: the rows of heatmaps, noise first; None draws all. Thin lines are the
+    values as logged; where there are enough of them, a thick line is their running mean.
     """
     drawn = [column for column in columns if isinstance(column.drawn, Curve)]
     maps = [column for column in columns if isinstance(column.drawn, Heatmap)]
     rows = -(-len(drawn) // COLUMNS_OF_CURVES)
     heights = [1.0] * rows + [1.15] * len(maps)
-    figure = Figure(figsize=(12, 3.05 * sum(heights)), dpi=130, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(12, 3.05 * sum(heights))
     grid = figure.add_gridspec(len(heights), COLUMNS_OF_CURVES, height_ratios=heights, hspace=0.06, wspace=0.04)
     for index, column in enumerate(drawn):
-        place = grid[index // COLUMNS_OF_CURVES, index % COLUMNS_OF_CURVES]
-        _curve(figure.add_subplot(place), records, column)
+        axes = figure.add_subplot(grid[index // COLUMNS_OF_CURVES, index % COLUMNS_OF_CURVES])
+        _headline(axes, column.drawn.title, column.drawn.healthy)
+        _draw(figure, axes, records, column, timesteps)
     for index, column in enumerate(maps):
-        _heatmap(figure, figure.add_subplot(grid[rows + index, :]), records, column, t_range)
+        axes = figure.add_subplot(grid[rows + index, :])
+        _headline(axes, column.drawn.title, column.drawn.healthy)
+        _draw(figure, axes, records, column, timesteps)
     figure.savefig(path, pad_inches=0.2, bbox_inches="tight")
+
+
+def curve(records: Sequence[dict], column: Column, timesteps: Sequence[int] | None = None) -> bytes:
+    """Returns one curve or heatmap of `curves` as a PNG for the width of a phone, without its title."""
+    figure = _figure(4, 2.6)
+    _draw(figure, figure.add_subplot(), records, column, timesteps)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", pad_inches=0.06, bbox_inches="tight")
+    return png.getvalue()
 
 
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:
@@ -84,12 +98,61 @@ def before_after(base: Tensor, tuned: Tensor, prompts: Sequence[str], path: Path
     for column, caption in enumerate(captions):
         corner = side + column * (width + gap), 2 * gap + rows * (height + gap)
         draw.multiline_text(corner, caption, INK, font, spacing=4)
-    canvas.save(path)
+    about = PngImagePlugin.PngInfo()
+    places = {"left": side, "top": gap, "width": width, "height": height, "gap": gap, "columns": columns}
+    about.add_text(PLACES, json.dumps(places))
+    canvas.save(path, pnginfo=about)
+
+
+class BeforeAfter(NamedTuple):
+    """The two pictures of a held-out prompt, as PNG."""
+
+    base: bytes
+    tuned: bytes
+
+
+def cut_apart(path: Path) -> list[BeforeAfter]:
+    """Returns the pictures in a file of `before_after`, by prompt; none where it is missing or does not say where."""
+    if not path.is_file():
+        return []
+    with Image.open(path) as sheet:
+        sheet.load()
+        if PLACES not in sheet.info:
+            return []
+        at = json.loads(sheet.info[PLACES])
+    cuts = []
+    for column in range(at["columns"]):
+        left = at["left"] + column * (at["width"] + at["gap"])
+        tops = (at["top"], at["top"] + at["height"] + at["gap"])
+        boxes = [(left, top, left + at["width"], top + at["height"]) for top in tops]
+        cuts.append(BeforeAfter(*(_png(sheet.crop(box)) for box in boxes)))
+    return cuts
+
+
+def _png(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, format="png")
+    return file.getvalue()
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=130, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _draw(figure: Figure, axes: Axes, records: Sequence[dict], column: Column, timesteps: Sequence[int] | None) -> None:
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color("#c5cad0")
+    axes.tick_params(colors=FAINT, labelsize=9, length=0)
+    if isinstance(column.drawn, Curve):
+        _curve(axes, records, column)
+    else:
+        _heatmap(figure, axes, records, column, timesteps)
 
 
 def _curve(axes: Axes, records: Sequence[dict], column: Column) -> None:
     curve = column.drawn
-    _headline(axes, curve.title, curve.healthy)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     iterations = np.array([record["iteration"] for record in records])
     axes.set_xlim(iterations.min(initial=1) - 0.5, iterations.max(initial=1) + 0.5)
@@ -130,12 +193,13 @@ def _line(axes: Axes, iterations: np.ndarray, values: np.ndarray, color: object,
         axes.plot(iterations, running_mean(values, max(3, len(values) // 12)), color=color, linewidth=2.2)
 
 
-def _heatmap(figure: Figure, axes: Axes, records: Sequence[dict], column: Column, t_range: tuple[int, int]) -> None:
+def _heatmap(
+    figure: Figure, axes: Axes, records: Sequence[dict], column: Column, timesteps: Sequence[int] | None
+) -> None:
     """Draws a vector over training timesteps (noise at the top) against iterations."""
-    _headline(axes, column.drawn.title, column.drawn.healthy)
     rows = [record for record in records if record.get(column.name)]
-    low, high = t_range
-    steps = sorted({t for record in rows for t in map(int, record[column.name]) if low <= t <= high}, reverse=True)
+    steps = sorted({int(t) for record in rows for t in record[column.name]}, reverse=True)
+    steps = steps if timesteps is None else [t for t in timesteps if t in steps]
     if not steps:
         _say_not_measured(axes)
         return
@@ -147,7 +211,7 @@ def _heatmap(figure: Figure, axes: Axes, records: Sequence[dict], column: Column
     every = max(1, len(steps) // 9)
     axes.set_yticks(np.arange(len(steps))[::every] + 0.5, [str(t) for t in steps[::every]])
     axes.invert_yaxis()
-    axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     axes.set_ylabel("timestep t, noise at the top", color=FAINT, fontsize=9)
     axes.set_xlabel("iteration", color=FAINT, fontsize=9)
     bar = figure.colorbar(mesh, ax=axes, pad=0.01, aspect=14)
@@ -159,9 +223,6 @@ def _heatmap(figure: Figure, axes: Axes, records: Sequence[dict], column: Column
 def _headline(axes: Axes, title: str, healthy: str) -> None:
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=22)
     axes.annotate(healthy, (0, 1), (0, 7), "axes fraction", "offset points", color=FAINT, fontsize=9.5)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color("#c5cad0")
-    axes.tick_params(colors=FAINT, labelsize=9, length=0)
 
 
 def _say_not_measured(axes: Axes) -> None:

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
 from ..methods.judge_training import columns as judge_training
 from ..methods.spo import columns as spo
-from ..runtime.columns import Column
+from ..methods.spo.rollout import segments
+from ..runtime.columns import SHORT, Column, Heatmap
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The files of a run folder: metrics.jsonl, summary.json ({} before it is written), config.yaml ("" for none)."""
+    """The files of a run folder: metrics.jsonl, summary.json ({} before it is written), config.yaml ("" for none).
+
+    prompts: the lines of heldout.jsonl, one a held-out prompt: {"prompt": text, "scores": {name: {"base", "tuned"}}}.
+    """
 
     dir: Path
     records: list[dict]
     summary: dict
     config: str
+    prompts: list[dict] = field(default_factory=list)
 
     @property
     def recipe(self) -> dict:
@@ -32,6 +37,39 @@ class Run:
         """Lowest and highest timestep that is judged; (0, 999) where the configuration does not say."""
         low, high = (self.recipe.get("rollout") or {}).get("t_range", (0, 999))
         return low, high
+
+    @property
+    def judged_timesteps(self) -> list[int]:
+        """The timesteps of the records at which the recipe judges branches, noise first."""
+        maps = [column.name for column in self.columns if isinstance(column.drawn, Heatmap)]
+        logged = {int(t) for record in self.records for name in maps for t in record.get(name) or ()}
+        low, high = self.t_range
+        inside = sorted((t for t in logged if low <= t <= high), reverse=True)
+        if not inside:
+            return []
+        rollout = self.recipe.get("rollout") or {}
+        judged = segments(range(len(inside)), rollout.get("inner_steps", 1), rollout.get("merge_last", False))
+        return [inside[step] for segment in judged[:: rollout.get("judge_every", 1)] for step in segment]
+
+    @property
+    def iterations(self) -> int:
+        """How many iterations were logged, or where there are no records, how many the summary has."""
+        return self.records[-1]["iteration"] if self.records else self.summary.get("iterations", 0)
+
+    @property
+    def short(self) -> bool:
+        """Whether the run has begun, but has too few iterations for anything to be concluded from it."""
+        return 0 < self.iterations < SHORT
+
+    @property
+    def compared(self) -> dict[str, dict]:
+        """The held-out comparisons of the summary: {"quality": {"base", "tuned", "delta", "n", "ci95", "p"}, ...}."""
+        return {name: value for name, value in self.summary.items() if isinstance(value, dict) and "delta" in value}
+
+    @property
+    def independent(self) -> list[str]:
+        """The held-out scores that were measured by something else than the judge."""
+        return [name for name, row in self.compared.items() if name != "judge" and row["delta"] is not None]
 
     @property
     def trains_judge(self) -> bool:

@@ -5,9 +5,12 @@ verdict.py, its page from report/html.py, its pictures from report/pictures.py.
 """
 
 import json
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
+from torch import Tensor
 
 from ..errors import UserError, one_line
 from ..runtime.metrics import finite, read_records, write_atomically
@@ -15,6 +18,7 @@ from .html import page
 from .pictures import curves
 from .run import Run
 from .tables import closing_table
+from .verdict import verdict
 
 
 def make_report(run_dir: Path | str) -> Path:
@@ -23,7 +27,7 @@ def make_report(run_dir: Path | str) -> Path:
     Raises UserError as `read_run`.
     """
     run = read_run(run_dir)
-    curves(run.records, run.columns, run.dir / "curves.png", run.t_range)
+    curves(run.records, run.columns, run.dir / "curves.png", run.judged_timesteps)
     write_atomically(run.dir / "report.html", page(run))
     return run.dir / "report.html"
 
@@ -38,21 +42,18 @@ def read_run(run_dir: Path | str) -> Run:
         raise UserError(f"{run_dir}: found no such folder, expected a run folder")
     if not (run_dir / "metrics.jsonl").is_file():
         raise UserError(f"{run_dir}: there is no metrics.jsonl, expected the folder of a run that has begun")
-    summary_file, config_file = run_dir / "summary.json", run_dir / "config.yaml"
+    config_file = run_dir / "config.yaml"
     try:
         records = finite(read_records(run_dir / "metrics.jsonl"))
-        summary = finite(json.loads(summary_file.read_text(encoding="utf-8"))) if summary_file.exists() else {}
         text = config_file.read_text(encoding="utf-8") if config_file.exists() else ""
         tree = yaml.safe_load(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{summary_file}: not valid JSON ({error}); delete it to see the report without it") from None
     except (ValueError, OSError, yaml.YAMLError) as error:
         raise UserError(f"{run_dir}: cannot be read ({one_line(error)})") from None
-    if not isinstance(summary, dict):
-        raise UserError(f"{summary_file}: found {type(summary).__name__}, expected an object")
     if text and not isinstance(tree, dict):
         raise UserError(f"{config_file}: found {type(tree).__name__}, expected sections such as `model:` and `run:`")
-    return Run(run_dir, records, summary, text)
+    summary = next(iter(_objects(run_dir / "summary.json")), {})
+    prompts = _objects(run_dir / "heldout.jsonl")
+    return Run(run_dir, records, summary, text, prompts)
 
 
 def write_summary(run_dir: Path | str, summary: dict) -> Path:
@@ -62,8 +63,45 @@ def write_summary(run_dir: Path | str, summary: dict) -> Path:
     return path
 
 
+def write_heldout(
+    run_dir: Path | str, prompts: Sequence[str], base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]
+) -> None:
+    """Writes heldout.jsonl, a line for each of N held-out prompts with its scores under the base and the tuned model.
+
+    base, tuned: scores (N,) by name, in the order of the prompts.
+    """
+    lines = []
+    for row, prompt in enumerate(prompts):
+        scores = {name: {"base": base[name][row].item(), "tuned": tuned[name][row].item()} for name in base}
+        lines.append(json.dumps(finite({"prompt": prompt, "scores": scores}), ensure_ascii=False) + "\n")
+    write_atomically(Path(run_dir) / "heldout.jsonl", "".join(lines))
+
+
 def close_run(run_dir: Path, summary: dict) -> None:
-    """Writes summary.json and the report of a finished run, and prints its closing table."""
+    """Writes summary.json and the report of a finished run, and prints its closing table and its verdict."""
     write_summary(run_dir, summary)
     make_report(run_dir)
-    print(f"\n{closing_table(summary)}")
+    run = read_run(run_dir)
+    print(f"\n{closing_table(run)}\n\n{said(run)}")
+
+
+def said(run: Run) -> str:
+    """Returns the headline of a run's verdict for the terminal, in lines of at most 80 columns."""
+    return textwrap.fill(verdict(run).headline, 80)
+
+
+def _objects(file: Path) -> list[dict]:
+    """Returns the JSON object in a file, or those in the lines of a .jsonl; none where there is no such file.
+
+    Raises UserError, with the file's name, for anything else.
+    """
+    try:
+        text = file.read_text(encoding="utf-8") if file.exists() else ""
+        texts = text.splitlines() if file.suffix == ".jsonl" else [text]
+        objects = [finite(json.loads(each)) for each in texts if each]
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file}: not valid JSON ({one_line(error)}); delete it to see the report without it") from None
+    for found in objects:
+        if not isinstance(found, dict):
+            raise UserError(f"{file}: found {type(found).__name__}, expected an object")
+    return objects

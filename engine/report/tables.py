@@ -4,7 +4,8 @@ import textwrap
 
 from ..runtime.ledger import NOT_AVAILABLE
 from ..runtime.progress import duration
-from .verdict import NOT_MEASURED, examined, number
+from .run import Run
+from .verdict import NOT_MEASURED, interval, number
 
 LEDGER = {  # label: (name in the summary's ledger, format of its value)
     "GPU-hours": ("gpu_hours", "{:,.3f}"),
@@ -34,12 +35,34 @@ JUDGE_COUNTS = {  # the same for a run that trains a judge, where each prompt is
 }
 
 
-def closing_table(summary: dict) -> str:
-    """Returns the end of a run for the terminal: scores, time by stage, counts, paths.
+def what_ran(run: Run) -> str:
+    """Returns what was run in one line: method, model, judge, iterations, optimizer steps and learning rate."""
+    recipe, summary = run.recipe, run.summary
+    model, judge = ((recipe.get(section) or {}).get("path") for section in ("model", "judge"))
+    optim, rollout = recipe.get("optim") or {}, recipe.get("rollout") or {}
+    steps = summary.get("optimizer_steps")
+    if run.trains_judge:
+        facts = [
+            f"training of a judge from {judge}",
+            f"for {model}",
+            f"pairs of {(recipe['data'] or {}).get('source')}",
+        ]
+    else:
+        inner, prompts = rollout.get("inner_steps", 1), rollout.get("prompts")
+        iterations = f"{run.iterations:,} iterations" + (f" of {prompts} prompts" if prompts else "")
+        facts = ["SPO" if inner == 1 else f"MSPO, {inner} inner steps", f"model {model}", f"judge {judge}", iterations]
+    facts += [f"{steps:,} optimizer steps"] if steps else []
+    facts += [f"learning rate {optim['lr']:g}"] if "lr" in optim else []
+    return ", ".join(facts) if recipe else f"recipe {NOT_MEASURED}: there is no config.yaml"
+
+
+def closing_table(run: Run) -> str:
+    """Returns the end of a finished run for the terminal: scores, time by stage, counts, paths.
 
     Lines have at most 80 columns; those of paths, which are not cut, may have more.
     """
-    lines = [_line("", "base", "tuned", "change", "95% interval"), *(_line(*row) for row in score_rows(summary))]
+    summary = run.summary
+    lines = [_line("", "base", "tuned", "change", "95% interval"), *(_line(*row) for row in score_rows(run))]
     if len(lines) == 1:
         lines = [f"held-out scores are {NOT_MEASURED}"]
     stages = stage_rows(summary.get("seconds") or {})
@@ -48,19 +71,40 @@ def closing_table(summary: dict) -> str:
         label = "  " * name.count("/") + name.rsplit("/", 1)[-1]
         lines.append(f"{label:<24}{time:>14}{'' if share is None else f'{share:.1%}':>14}".rstrip())
     lines += ["", *(f"{label:<24}{value}" for label, value in count_rows(summary))]
-    lines += ["", *(_wrapped(f"{label:<16}{value}") for label, value in ledger_rows(summary))]
+    gpu = [_wrapped(f"{label:<16}{value}") for label, value in ledger_rows(summary)]
+    lines += ["", *gpu] if gpu else []
     lines += ["", *(f"{name:<14}{path}" for name, path in (summary.get("paths") or {}).items())]
     return "\n".join(lines)
 
 
-def score_rows(summary: dict) -> list[tuple[str, str, str, str, str]]:
-    """Returns (name, base, tuned, change, 95% interval) as text, one row for each held-out comparison."""
-    rows = []
-    for name, row in examined(summary).items():
-        interval = row.get("ci95")
-        bounds = f"{number(interval[0], '+')} to {number(interval[1], '+')}" if interval else NOT_MEASURED
-        rows.append((name, number(row.get("base")), number(row.get("tuned")), number(row.get("delta"), "+"), bounds))
-    return rows
+def score_rows(run: Run) -> list[tuple[str, str, str, str, str]]:
+    """Returns (name, base, tuned, change, 95% interval) as text, one row for each held-out comparison.
+
+    In place of an interval that was not computed stands why.
+    """
+    return [
+        (name, number(row.get("base")), number(row.get("tuned")), number(row.get("delta"), "+"), interval(row))
+        for name, row in run.compared.items()
+    ]
+
+
+def by_change(run: Run) -> tuple[str, list[int]]:
+    """Returns a held-out score and the lines of heldout.jsonl, the one first whose score rose most.
+
+    The score is the first that tells prompts apart: measured by something else than the judge where there is such a
+    one, and not only right or wrong. ("", []) where there is none.
+    """
+    scores = run.prompts[0].get("scores", {}) if run.prompts else {}
+    for name in sorted(scores, key=lambda name: name == "judge"):
+        values = [line.get("scores", {}).get(name) or {} for line in run.prompts]
+        changes = {
+            row: each["tuned"] - each["base"]
+            for row, each in enumerate(values)
+            if each.get("tuned") is not None and each.get("base") is not None
+        }
+        if not {-1.0, 0.0, 1.0}.issuperset(changes.values()):
+            return name, sorted(changes, key=changes.get, reverse=True)
+    return "", []
 
 
 def stage_rows(seconds: dict) -> list[tuple[str, str, float | None]]:
@@ -102,8 +146,13 @@ def count_rows(summary: dict) -> list[tuple[str, str]]:
 
 
 def ledger_rows(summary: dict) -> list[tuple[str, str]]:
-    """Returns (label, value) of a run's ledger; the last row names the values that were not available."""
+    """Returns (label, value) of a run's ledger; the last row names the values that were not available.
+
+    There are no rows for a run on a CPU, nor for one whose device is not known yet.
+    """
     ledger = summary.get("ledger")
+    if summary.get("device", "cpu") == "cpu" and not isinstance(ledger, dict):
+        return []
     ledger = ledger if isinstance(ledger, dict) else {}
     rows, missing = [], []
     for label, (name, form) in LEDGER.items():

@@ -1,31 +1,56 @@
 """Says what the numbers of a run mean, in sentences that a person can act on.
 
-Held-out scores come first: they are better or worse only if the whole 95% interval of the paired difference is. The
-records of the training add the signs of trouble. Quantities without values are said to be not measured.
+A change is claimed only where it is beyond chance: the p-values of all held-out scores and of the trends while training
+are corrected together. Of a run with fewer iterations than SHORT nothing is claimed, however small its p-values. The
+signs of trouble are those that the columns of the run's method describe. What has no value is said to be not measured.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from statistics import fmean, stdev
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
 from typing import Literal, NamedTuple
 
-from ..runtime.columns import Column
+from ..evaluation.compare import ENOUGH, beyond_chance, two_means
+from ..runtime.columns import SHORT, Column, Heatmap
+from ..runtime.signs import LEAST, listed, parts
 from .run import Run
 
 NOT_MEASURED = "not measured"
+FEW, ALIKE = "too few to say", "all changes alike"
+ONLY_THE_JUDGE = "The run was measured only by the judge it was trained to please."
 
 
 class Finding(NamedTuple):
-    """One sentence of the verdict; heldout: the held-out score that it compares, "" if it compares none."""
+    """One sentence of the verdict; heldout: the held-out score whose change it claims, "" if it claims none."""
 
     kind: Literal["good", "bad", "open"]
     text: str
     heldout: str = ""
 
 
-def examined(summary: dict) -> dict[str, dict]:
-    """Returns the held-out comparisons of a summary: {"quality": {"base", "tuned", "delta", "ci95"}, ...}."""
-    return {name: value for name, value in summary.items() if isinstance(value, dict) and "delta" in value}
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """headline: the findings in two or three sentences. directions: +1, -1 or 0 by held-out score, as claimed."""
+
+    headline: str
+    findings: tuple[Finding, ...]
+    directions: Mapping[str, int]
+
+
+def verdict(run: Run) -> Verdict:
+    """Returns what the records and the summary of a run show; the summary of an unfinished run is {}."""
+    compared, trends = run.compared, dict(_trends(run))
+    directions = beyond_chance(compared | {name: row for rows in trends.values() for name, row in rows.items()})
+    if run.short:
+        directions = dict.fromkeys(directions, 0)
+    findings = [
+        *_closing(run, directions),
+        *_independent(run, directions),
+        *(finding for column, rows in trends.items() for finding in _trend(column, rows, directions)),
+        *_signs(run),
+    ]
+    return Verdict(_headline(run, findings), tuple(findings), {name: directions[name] for name in compared})
 
 
 def number(value: float | None, sign: str = "") -> str:
@@ -35,109 +60,146 @@ def number(value: float | None, sign: str = "") -> str:
     return f"{value:{sign}.2g}" if 0 < abs(value) < 0.00995 else f"{value:{sign},.3f}"
 
 
-def verdict(run: Run) -> list[Finding]:
-    """Returns the findings of a run from its records and its summary ({} for an unfinished run)."""
-    findings = list(_closing(run))
-    if run.records:
-        for column in run.columns:
-            findings += _trend(run.records, column) if column.trend else ()
-        findings += _warnings(run.records, run.columns)
-    return findings
+def interval(row: dict) -> str:
+    """Returns the 95% interval of a held-out comparison as text, or why there is none."""
+    if row.get("ci95"):
+        return " to ".join(number(bound, "+") for bound in row["ci95"])
+    if row.get("n") is None or row.get("delta") is None:
+        return NOT_MEASURED
+    return FEW if row["n"] < ENOUGH else ALIKE
 
 
-def headline(findings: Sequence[Finding], heldout: str = "prompts") -> str:
-    """Sums up the findings in two sentences: which scores rose or fell, and whether there are warning signs."""
-    compared = [finding for finding in findings if finding.heldout]
-    rose, fell = (_listed(finding.heldout for finding in compared if finding.kind == kind) for kind in ("good", "bad"))
-    if rose or fell:
+def _headline(run: Run, findings: Sequence[Finding]) -> str:
+    """Sums up: which scores rose or fell, by what else than the judge, and whether there are warning signs."""
+    rose, fell = (listed([f.heldout for f in findings if f.heldout and f.kind == kind]) for kind in ("good", "bad"))
+    rows, where = run.compared.values(), f"held-out {run.heldout}"
+    if run.short:
+        first = f"Too short to judge: from fewer than {SHORT} iterations nothing is concluded, and this run has "
+        first += f"{run.iterations}."
+    elif rose or fell:
         changes = [f"{names} {verb}" for names, verb in ((rose, "rose"), (fell, "fell")) if names]
-        first = f"On held-out {heldout} {', but '.join(changes)}, beyond chance."
-    elif compared:
-        first = f"No change beyond chance was measured on held-out {heldout}."
+        first = f"On {where} {', but '.join(changes)}, beyond chance."
+    elif not any(row.get("delta") is not None for row in rows):
+        first = f"Whether the tuned model is better on {where} was {NOT_MEASURED}."
+    elif any(row.get("p") is not None for row in rows):
+        first = f"No change beyond chance was measured on {where}."
+    elif all(interval(row) == FEW for row in rows):
+        first = f"Too few {where} to say whether anything changed: fewer than {ENOUGH}."
     else:
-        first = f"Whether the tuned model is better on held-out {heldout} was not measured."
+        first = f"Whether anything changed beyond chance on {where} was not tested."
+    measured = "" if not rows or run.independent or run.trains_judge else f" {ONLY_THE_JUDGE}"
     warned = any(finding.kind == "bad" for finding in findings)
-    return f"{first} {'There are warning signs.' if warned else 'There are no warning signs.'}"
+    signs = " There are warning signs." if warned else " There are no warning signs."
+    return first + measured + (signs if warned or (run.records and not run.short) else "")
 
 
-def _closing(run: Run) -> Iterator[Finding]:
-    records, summary = run.records, run.summary
-    compared = examined(summary)
-    for name, row in compared.items():
-        yield _comparison(name, row, run)
-    if not summary:
-        reached = f"logged iteration {records[-1]['iteration']}" if records else "logged nothing"
+def _closing(run: Run, directions: Mapping[str, int]) -> Iterator[Finding]:
+    for name, row in run.compared.items():
+        yield _comparison(name, row, run, directions[name])
+    if not run.summary:
+        reached = f"logged iteration {run.iterations}" if run.records else "logged nothing"
         yield Finding("open", f"The run is not finished: it has {reached} so far. Held-out scores are {NOT_MEASURED}.")
-    elif not compared:
+    elif not run.compared:
         yield Finding("open", f"Held-out scores are {NOT_MEASURED}.")
-    others = [name for name in compared if name not in ("judge", "alignment")]
-    pleased = "judge" in compared and _direction(compared["judge"]) > 0
-    if pleased and others and all(_direction(compared[name]) <= 0 for name in others):
-        text = f"The judge's score rose but {_listed(others)} did not"
-        yield Finding("bad", f"{text}: the policy may have learned to please the judge and nothing else.")
+    if run.short:
+        yield Finding("open", f"Too short to judge: the run has {run.iterations} iterations, fewer than {SHORT}.")
 
 
-def _comparison(name: str, row: dict, run: Run) -> Finding:
+def _comparison(name: str, row: dict, run: Run, direction: int) -> Finding:
     count = run.summary.get(f"heldout_{run.heldout}")
     where = f"on {f'{count:,} ' if count else ''}held-out {run.heldout}"
-    score = "the judge's score" if name == "judge" else name
+    score = _named(name)
     subject = score[:1].upper() + score[1:]
     if row.get("delta") is None:
         return Finding("open", f"{subject} {where} is {NOT_MEASURED}.")
-    change = f"from {number(row.get('base'))} to {number(row.get('tuned'))}"
-    if not row.get("ci95"):
-        return Finding("open", f"{subject} went {change} {where}, too few for an interval.", score)
-    low, high = (number(bound, "+") for bound in row["ci95"])
-    detail = f"{change}, by {number(row['delta'], '+')} (95% interval {low} to {high})"
-    direction = _direction(row)
-    if direction == 0:
-        return Finding("open", f"{subject} did not change beyond chance {where}: {detail}.", score)
-    kind, verb = ("good", "rose") if direction > 0 else ("bad", "fell")
-    return Finding(kind, f"{subject} {verb} {where} {detail}.", score)
+    detail = f"from {number(row.get('base'))} to {number(row.get('tuned'))}, by {number(row['delta'], '+')}"
+    detail += f" (95% interval {interval(row)})" if row.get("ci95") else f" ({interval(row)})"
+    if direction:
+        kind, verb = ("good", "rose") if direction > 0 else ("bad", "fell")
+        return Finding(kind, f"{subject} {verb} {where} {detail}.", score)
+    if run.short or interval(row) == FEW:
+        return Finding("open", f"{subject} went {detail} {where}.")
+    if row.get("p") is None:
+        return Finding("open", f"{subject} went {detail} {where}; whether that is beyond chance was not tested.")
+    return Finding("open", f"{subject} did not change beyond chance {where}: {detail}.")
 
 
-def _direction(row: dict) -> int:
-    """Returns +1 or -1 if the whole interval lies above or below 0, else 0."""
-    low, high = row.get("ci95") or (0.0, 0.0)
-    return (low > 0) - (high < 0)
-
-
-def _listed(names: Iterable[str]) -> str:
-    *others, last = [*names] or [""]
-    return f"{', '.join(others)} and {last}" if others else last
-
-
-def _trend(records: Sequence[dict], column: Column) -> Iterator[Finding]:
-    """Compares the first and the last fifth of the logged values; their prompts differ, so chance is allowed for."""
-    values = [record[column.name] for record in records if record.get(column.name) is not None]
-    fifth = len(values) // 5
-    if fifth < 2:
+def _independent(run: Run, directions: Mapping[str, int]) -> Iterator[Finding]:
+    """Says which scores are not the judge's, and warns where only the judge was pleased."""
+    if run.trains_judge or not run.compared:
         return
-    first, last = values[:fifth], values[-fifth:]
-    change = fmean(last) - fmean(first)
-    error = math.sqrt((stdev(first) ** 2 + stdev(last) ** 2) / fifth)
-    if abs(change) <= 1.96 * error:
-        kind, verb = "open", "did not clearly change"
-    else:
-        kind, verb = ("good", "rose") if change > 0 else ("bad", "fell")
-    detail = f"{number(fmean(first))} in the first fifth of the records, {number(fmean(last))} in the last"
-    yield Finding(kind, f"While training, {column.trend} {verb}: {detail}.")
+    if not run.independent:
+        yield Finding("open", ONLY_THE_JUDGE)
+        return
+    verb = "is" if len(run.independent) == 1 else "are"
+    yield Finding("open", f"Measured independently of the judge {verb} {listed(run.independent)}.")
+    others = [name for name in run.independent if name != "alignment"]
+    if directions.get("judge", 0) > 0 and others and all(directions[name] <= 0 for name in others):
+        text = f"The judge's score rose but {listed(others)} did not"
+        yield Finding("bad", f"{text}: the policy may have learned to please the judge and nothing else.")
 
 
-def _warnings(records: Sequence[dict], columns: Sequence[Column]) -> Iterator[Finding]:
-    """Yields a finding for numbers that are not finite, and for each sign of trouble that the columns describe."""
-    broken = next((record for record in records if record.get("nonfinite")), None)
+def _trends(run: Run) -> Iterator[tuple[Column, dict[str, dict]]]:
+    """Yields the columns with a trend, and two tests of each: of the last fifth against the first and the middle one.
+
+    Prompts differ from record to record, so the values are taken for independent. The tests have the form of held-out
+    comparisons; there are none with fewer than LEAST values a side.
+    """
+    for column in run.columns if run.records else ():
+        values = [record[column.name] for record in run.records if record.get(column.name) is not None]
+        if column.trend is None or len(values) < 2 * LEAST:
+            continue
+        first, last = parts(values)
+        start = (len(values) - len(first)) // 2
+        sides = {"while training": first}
+        if len(values) >= 3 * LEAST:
+            sides["after its middle"] = values[start : start + len(first)]
+        yield column, {f"{column.name} {when}": _test(side, last) for when, side in sides.items()}
+
+
+def _test(before: Sequence[float], after: Sequence[float]) -> dict:
+    base, tuned = fmean(before), fmean(after)
+    return {"base": base, "tuned": tuned, "delta": tuned - base, "n": len(after), "p": two_means(before, after)}
+
+
+def _trend(column: Column, rows: Mapping[str, dict], directions: Mapping[str, int]) -> Iterator[Finding]:
+    name, better = column.trend.name, 1 if column.trend.better == "up" else -1
+    (test, row), *after_middle = rows.items()
+    verb = {0: "did not change beyond chance", 1: "rose", -1: "fell"}
+    kind = {0: "open", better: "good", -better: "bad"}
+    detail = f"{number(row['base'])} in the first {row['n']} records, {number(row['tuned'])} in the last {row['n']}"
+    yield Finding(kind[directions[test]], f"While training, {name} {verb[directions[test]]}: {detail}.")
+    for later, row in after_middle:
+        if directions[later] == -better != directions[test]:
+            detail = (
+                f"{number(row['base'])} in the {row['n']} records of the middle, {number(row['tuned'])} in the last"
+            )
+            yield Finding("bad", f"After the middle of the training, {name} {verb[-better]}: {detail}.")
+
+
+def _signs(run: Run) -> Iterator[Finding]:
+    """Yields a finding for numbers that are not finite, and for each sign that the columns describe and that shows."""
+    broken = next((record for record in run.records if record.get("nonfinite")), None)
     if broken:
         names = ", ".join(broken["nonfinite"])
         yield Finding("bad", f"NaN or infinity first appeared at iteration {broken['iteration']}, in {names}.")
-    for column in columns:
-        value = _mean_at_end(records, column.name)
-        for sign in column.signs:
-            if value is not None and sign.when(value) and records[-1]["iteration"] >= sign.after:
-                yield Finding("bad", sign.text.format(value))
+    for column in run.columns:
+        course = _course(run, column)
+        for sign in column.signs if course else ():
+            shown = sign.check(course) if run.iterations >= sign.after else None
+            if shown is not None:
+                yield Finding("open" if sign.normal else "bad", sign.text.format(shown))
 
 
-def _mean_at_end(records: Sequence[dict], name: str) -> float | None:
-    last = records[-max(1, len(records) // 5) :]
-    values = [record[name] for record in last if isinstance(record.get(name), int | float)]
-    return fmean(values) if values else None
+def _course(run: Run, column: Column) -> list[float] | dict[int | str, list[float]]:
+    """Returns what a column's signs check: the logged values, or those of each label; {} or [] where there are none."""
+    logged = [record[column.name] for record in run.records if record.get(column.name) is not None]
+    if not logged or not isinstance(logged[0], dict):
+        return logged
+    labels = run.judged_timesteps if isinstance(column.drawn, Heatmap) else logged[0]
+    values = {str(label): [each[str(label)] for each in logged if each.get(str(label)) is not None] for label in labels}
+    return {int(label) if label.isdecimal() else label: line for label, line in values.items()}
+
+
+def _named(score: str) -> str:
+    return "the judge's score" if score == "judge" else score

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from .signs import ends_above, grows, spikes
+
+SHORT = 5  # iterations; of a run with fewer nothing is concluded
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +41,29 @@ class Heatmap:
 
 @dataclass(frozen=True, slots=True)
 class Sign:
-    """A sign of trouble: at the end of a run (the last fifth of its records), `when` holds for the mean of a quantity.
+    """Something that the verdict looks for in the course of a quantity, and the sentence that says it was found.
 
-    text: the sentence, in which {} stands for that mean. after: iterations before which it means nothing.
+    check: takes the logged values in order, (N,) with N >= 1, or by label where there are labels, {label: (N,)}; those
+    not measured are left out. It returns what {} in `text` stands for, or None where there is nothing to say; signs.py
+    has such checks. after: iterations before which it is not asked. normal: whether good runs may show it too; it is
+    then told and explained, but is no warning.
     """
 
-    when: Callable[[float], bool]
+    check: Callable[[Any], float | str | None]
     text: str
     after: int = 0
+    normal: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Trend:
+    """Which way a quantity is to go while training; the verdict says whether it went there beyond chance.
+
+    It warns where the quantity went the other way, also after its middle. name: in the sentence.
+    """
+
+    name: str
+    better: Literal["up", "down"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +73,7 @@ class Column:
     name: in metrics.jsonl and TensorBoard. kind: weighted `mean` of the values added since the last record, their
     `sum`, or the `total`, their sum since the run began. labels: of a vector, the keys of its values. heading, form: on
     the terminal, which leaves out a column with an empty form. not_drawn: why a quantity that a reader expects has no
-    curve. trend: its name in the sentence of the verdict that says whether it rose.
+    curve. signs, trend: what the verdict looks for; they check what the curve's `healthy` says.
     """
 
     name: str
@@ -65,7 +84,7 @@ class Column:
     drawn: Curve | Heatmap | None = None
     not_drawn: str = ""
     signs: tuple[Sign, ...] = ()
-    trend: str = ""
+    trend: Trend | None = None
 
 
 PROMPTS = Column("prompts", "total")
@@ -73,5 +92,21 @@ GRAD_NORM = Column(
     "grad_norm",
     heading="grad norm",
     form="{:.3g}",
-    drawn=Curve("Gradient norm", "healthy: no growth, no repeated spikes", from_zero=True),
+    drawn=Curve("Gradient norm", "healthy: well below 100, no growth, no repeated spikes", from_zero=True),
+    signs=(
+        Sign(
+            ends_above(100.0),
+            "The gradient norm is {:,.0f} at the end, far above that of a healthy run: try a smaller optim.lr.",
+        ),
+        Sign(
+            grows(4.0),
+            "The gradient norm has grown, to {:,.1f} times what it was: the training may be about to diverge; try a "
+            "smaller optim.lr.",
+        ),
+        Sign(
+            spikes(5.0, 0.02),
+            "The gradient norm has {} spikes of more than five times its level: try a smaller optim.lr, or "
+            "optim.max_grad_norm if it is null.",
+        ),
+    ),
 )

@@ -1,6 +1,7 @@
 """The report of a run: statistics, sentences, tables, pictures and the page, from the run folder alone."""
 
 import base64
+import io
 import json
 import math
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from strop.engine.errors import UserError
@@ -17,9 +19,9 @@ from strop.engine.methods.spo.columns import COLUMNS
 from strop.engine.report.__main__ import main
 from strop.engine.report.pictures import before_after, curves, running_mean
 from strop.engine.report.run import Run
-from strop.engine.report.run_folder import make_report, read_run, write_summary
+from strop.engine.report.run_folder import make_report, read_run, write_heldout, write_summary
 from strop.engine.report.tables import closing_table, ledger_rows, stage_rows
-from strop.engine.report.verdict import headline, number, verdict
+from strop.engine.report.verdict import number, verdict
 
 LEDGER = {
     "gpu_hours": 1234.5678, "energy_kwh": 0.8214, "share_of_peak": 0.434, "utilisation": 0.973,
@@ -28,9 +30,13 @@ LEDGER = {
 }  # fmt: skip
 
 
+HELDOUT = ["a red circle", "two <squares>", "a star", "a cross", "a moon"]
+
+
 def row(low, high, base=0.5):
     delta = (low + high) / 2
-    return {"base": base, "tuned": base + delta, "delta": delta, "ci95": [low, high]}
+    p = 0.5 if low < 0 < high else 1e-4
+    return {"base": base, "tuned": base + delta, "delta": delta, "n": 384, "ci95": [low, high], "p": p}
 
 
 def a_record(iteration, **values):
@@ -39,8 +45,8 @@ def a_record(iteration, **values):
     return {"iteration": iteration, "grad_norm": 0.3, "pairs_per_t": counts} | healthy | values
 
 
-def a_run(records, summary=None):
-    return Run(Path("run"), records, summary or {}, "")
+def a_run(summary):
+    return Run(Path("run"), [], summary, "")
 
 
 @pytest.fixture
@@ -68,8 +74,11 @@ def run_dir(tmp_path, records, summary):
     recipe = "model:\n  path: weights/base\nrollout:\n  t_range: [0, 901]\n  threshold: 0.1 # <\n"
     (run_dir / "config.yaml").write_text(recipe)
     write_summary(run_dir, summary)
-    images = torch.linspace(-1, 1, 3 * 8 * 8).reshape(1, 3, 8, 8)
-    before_after(images, -images, ["a red circle"], run_dir / "before_after.png")
+    images = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
+    before_after(images, -images, HELDOUT[:2], run_dir / "before_after.png")
+    base = {"judge": torch.arange(5.0), "quality": torch.zeros(5)}
+    tuned = {"judge": torch.arange(5.0), "quality": torch.tensor([0.25, -0.5, 0.0, 0.125, 0.75])}
+    write_heldout(run_dir, HELDOUT, base, tuned)
     return run_dir
 
 
@@ -88,70 +97,6 @@ def test_number(value, sign, text):
     assert number(value, sign) == text
 
 
-def test_verdict_of_a_good_run(records, summary):
-    findings = verdict(a_run(records, summary))
-    assert [finding.kind for finding in findings] == ["good", "open", "good", "good"]
-    assert findings[0].text == (
-        "Quality rose on 384 held-out prompts from 0.546 to 0.896, by +0.350 (95% interval +0.331 to +0.369)."
-    )
-    assert findings[1].text.startswith("Alignment did not change beyond chance")
-    # first fifth: iterations 1..6, last: 25..30
-    assert "0.435 in the first fifth of the records, 0.675 in the last" in findings[3].text
-    assert headline(findings) == (
-        "On held-out prompts quality and the judge's score rose, beyond chance. There are no warning signs."
-    )
-
-
-def test_headline_names_what_was_lost(records, summary):
-    findings = verdict(a_run(records, summary | {"alignment": row(-0.08, -0.03)}))
-    assert headline(findings) == (
-        "On held-out prompts quality and the judge's score rose, but alignment fell, beyond chance. "
-        "There are warning signs."
-    )
-
-
-def test_headline_of_no_change_and_of_nothing_measured(records):
-    assert headline(verdict(a_run(records, {"judge": row(-0.1, 0.1)}))).startswith("No change beyond chance")
-    unfinished = verdict(a_run(records))
-    assert "not finished: it has logged iteration 30" in unfinished[0].text
-    assert headline(unfinished).startswith("Whether the tuned model is better on held-out prompts was not measured.")
-
-
-def test_pleasing_the_judge_alone_is_a_warning(records):
-    summary = {"quality": row(-0.01, 0.02), "alignment": row(0.01, 0.02), "judge": row(0.1, 0.2)}
-    assert [f.text for f in verdict(a_run(records, summary)) if f.kind == "bad"] == [
-        "The judge's score rose but quality did not: the policy may have learned to please the judge and nothing else."
-    ]
-
-
-@pytest.mark.parametrize(
-    "values, words",
-    [
-        ({"clipped": 0.61}, "61% of the log-ratios are clipped"),
-        ({"accuracy": 0.5}, "Implicit accuracy is 50%"),
-        ({"kept": 0.004}, "Only 0.4% of the possible pairs"),
-        ({"nonfinite": ["loss"]}, "NaN or infinity first appeared at iteration 25, in loss."),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_warning_signs_at_the_end(records, values, words):
-    late = records[:24] + [record | values for record in records[24:]]
-    assert [words in finding.text for finding in verdict(a_run(late)) if finding.kind == "bad"] == [True]
-
-
-def test_no_warning_about_what_has_passed_or_was_not_measured(records):
-    early = [a_record(i, clipped=0.9, accuracy=0.1, kept=0.0) for i in range(1, 24)] + records[23:]
-    nulls = [{"iteration": record["iteration"], "judge": None, "clipped": None} for record in records]
-    assert [finding for each in (early, nulls) for finding in verdict(a_run(each)) if finding.kind == "bad"] == []
-
-
-def test_a_falling_judge_is_a_warning_and_a_flat_one_is_not():
-    falling = [a_record(i, judge=1 - 0.01 * i) for i in range(1, 31)]
-    flat = [a_record(i, judge=0.5 + 0.1 * (-1) ** i) for i in range(1, 31)]
-    assert [f.kind for f in verdict(a_run(falling)) if "While training" in f.text] == ["bad"]
-    assert [f.kind for f in verdict(a_run(flat)) if "While training" in f.text] == ["open"]
-
-
 def test_stages_keep_their_parts_and_the_rest_is_other():
     seconds = {"load": 5.0, "rollout": 50.0, "update": 20.0, "rollout/unet": 40.0, "total": 100.0}
     assert stage_rows(seconds) == [
@@ -162,7 +107,7 @@ def test_stages_keep_their_parts_and_the_rest_is_other():
 
 
 def test_closing_table_has_the_figures_and_fits(summary):
-    table = closing_table(summary)
+    table = closing_table(a_run(summary))
     lines = [re.split(r"  +", line.strip()) for line in table.splitlines()]
     assert ["quality", "0.546", "0.896", "+0.350", "+0.331 to +0.369"] in lines
     assert ["rollout", "40.0 s", "50.0%"] in lines
@@ -171,7 +116,7 @@ def test_closing_table_has_the_figures_and_fits(summary):
     assert ["lora", "runs/a/lora"] in lines
     assert ["prompts per second", "17.1 in rollout and update"] in lines
     assert ["energy", "0.821 kWh"] in lines
-    without = closing_table(summary | {"ledger": "not available"})
+    without = closing_table(a_run(summary | {"ledger": "not available"}))
     assert max(map(len, f"{table}\n{without}".splitlines())) <= 80
 
 
@@ -188,37 +133,82 @@ def test_the_ledger_in_words():
     calm = LEDGER | {"throttled": {"power_cap": 0.0}, "memory_mhz": 1593.0}
     assert ledger_rows({"ledger": calm})[-2:] == [("memory clock", "1,593 MHz"), ("throttled", "none")]
     everything = [("not available", "GPU-hours, energy, share of peak, utilisation, SM clock, memory clock, throttled")]
-    assert ledger_rows({"ledger": "not available"}) == ledger_rows({}) == everything
+    assert ledger_rows({"ledger": "not available", "device": "some GPU"}) == everything
+    assert ledger_rows({"ledger": "not available", "device": "cpu"}) == ledger_rows({}) == []
 
 
 def test_closing_table_says_what_was_not_measured():
-    table = closing_table({"judge": {"base": 0.5, "tuned": 0.6, "delta": 0.1, "ci95": None}})
-    assert re.search(r"judge +0\.500 +0\.600 +\+0\.100 +not measured", table)
+    rates = {"base": 0.5, "tuned": 0.6, "delta": 0.1, "ci95": None}
+    for more, reason in (({}, "not measured"), ({"n": 7}, "too few to say"), ({"n": 8}, "all changes alike")):
+        table = closing_table(a_run({"judge": rates | more}))
+        assert re.search(rf"judge +0\.500 +0\.600 +\+0\.100 +{reason}", table)
     assert re.search(r"preference pairs +not measured", table)
-    assert "held-out scores are not measured" in closing_table({})
+    assert "held-out scores are not measured" in closing_table(a_run({}))
 
 
-def test_page_holds_its_pictures_and_fetches_nothing(run_dir, summary):
+def test_page_holds_its_pictures_and_fetches_nothing(run_dir):
     text = make_report(run_dir).read_text()
-    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
-    assert [base64.b64decode(data) for data in pictures] == [
-        (run_dir / name).read_bytes() for name in ("before_after.png", "curves.png")
-    ]
-    assert not re.search(r"https?:|//[a-z]|<script|<link|@import|url\(", re.sub(r"base64,[^\"]+", "", text))
+    pictures = [decoded(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', text)]
+    base, tuned = (cut[0, 0] for cut in pictures[2:4])  # after those of the prompts that changed most and least
+    assert (base + tuned == 255).all(), "the tuned images are the negatives"
+    assert len(pictures) == 2 * 2 + 2 * 2 + sum(column.drawn is not None for column in COLUMNS)
+    words = re.sub(r"base64,[^\"]+", "", text)
+    assert not re.search(r"https?:|//[a-z]|<script|<link|@import|url\(", words)
     shown = ("+0.331 to +0.369", "12,345", "weights/base", "threshold: 0.1 # &lt;", "weights(&#x27;runs/a/lora")
-    assert [words for words in shown if words not in text] == []
-    assert "first &lt;run&gt;" in text
-    assert "nan" not in re.sub(r"base64,[^\"]+", "", text).lower()
+    assert [each for each in shown if each not in words] == []
+    assert "first &lt;run&gt;" in words
+    assert "nan" not in words.lower()
+
+
+def decoded(data):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))).astype(int)
+
+
+def test_page_names_the_prompts_that_changed_most_and_least(run_dir):
+    text = re.sub(r"<[^>]+>", " ", make_report(run_dir).read_text())
+    section = text[text.index("Most and least changed") : text.index("Before and after")]
+    places = [section.index(prompt) for prompt in ("a moon", "a red circle", "two &lt;squares&gt;", "a star")]
+    assert places == sorted(places)
+    assert all(change in section for change in ("+0.750", "+0.250", "-0.500"))
+
+
+def test_page_says_what_ran_and_links_to_what_lies_in_the_folder(run_dir, summary):
+    (run_dir / "lora").mkdir()
+    recipe = {"model": {"path": "weights/base"}, "judge": {"path": "weights/judge"}, "optim": {"lr": 5e-4}}
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(recipe))
+    text = make_report(run_dir).read_text()
+    head = text[text.index("<header>") : text.index("</header>")]
+    assert [
+        each for each in ("SPO", "weights/base", "weights/judge", "30 iterations", "0.0005") if each not in head
+    ] == []
+    links = re.findall(r'href="([^"]+)"', text)
+    assert {"lora", "metrics.jsonl", "heldout.jsonl"} <= set(links)
+    assert all((run_dir / link).exists() for link in links)
+
+
+def test_page_of_a_run_on_a_cpu_is_silent_about_gpus(run_dir, summary):
+    assert "What it cost the GPU" in make_report(run_dir).read_text()
+    write_summary(run_dir, summary | {"ledger": "not available"})
+    assert "GPU" not in make_report(run_dir).read_text()
 
 
 def test_page_of_a_killed_run(run_dir):
-    for name in ("summary.json", "before_after.png", "config.yaml"):
+    for name in ("summary.json", "before_after.png", "config.yaml", "heldout.jsonl"):
         (run_dir / name).unlink()
     with open(run_dir / "metrics.jsonl", "a") as file:
         file.write('{"iteration": 31, "jud')
     text = make_report(run_dir).read_text()
     assert "The run is not finished: it has logged iteration 30 so far." in text
     assert "not measured: there is no before_after.png" in text
+
+
+def test_page_of_an_older_run_shows_its_pictures_as_one(run_dir):
+    (run_dir / "heldout.jsonl").unlink()
+    Image.open(run_dir / "before_after.png").convert("RGB").save(run_dir / "before_after.png")
+    data = base64.b64encode((run_dir / "before_after.png").read_bytes()).decode()
+    text = make_report(run_dir).read_text()
+    assert data in text
+    assert "Most and least changed" not in text
 
 
 @pytest.fixture
@@ -238,15 +228,14 @@ def judge_dir(tmp_path):
 
 def test_page_of_a_judge_speaks_of_pairs_and_of_no_lora(judge_dir):
     text = make_report(judge_dir).read_text()
-    assert "On held-out pairs accuracy at t=0 rose, beyond chance." in text
-    assert "Accuracy at t=0 rose on 64 held-out pairs from 0.750 to 0.770" in text
-    assert "Share of 64 pairs that were not trained on which the judge orders as labelled" in text
+    for words in ("On held-out pairs accuracy at t=0 rose", "64 held-out pairs", "from 0.750 to 0.770"):
+        assert words in text
     said = re.sub(r"base64,[^\"]+", "", text).lower()
     assert [word for word in ("lora", "before and after", "before_after", "prompts", "rollout") if word in said] == []
 
 
 def test_closing_table_of_a_judge_counts_pairs(judge_dir):
-    lines = [re.split(r"  +", line) for line in closing_table(read_run(judge_dir).summary).splitlines()]
+    lines = [re.split(r"  +", line) for line in closing_table(read_run(judge_dir)).splitlines()]
     assert ["pairs shown", "640"] in lines
     assert ["pairs per second", "5.25 in show and update"] in lines
     assert ["training pairs", "200"] in lines
@@ -258,9 +247,8 @@ def test_a_judge_that_is_not_measured_yet(judge_dir):
     (judge_dir / "summary.json").unlink()
     run = read_run(judge_dir)
     assert run.columns is judge_training.COLUMNS
-    findings = verdict(run)
-    assert "not finished: it has logged iteration 8" in findings[0].text
-    assert headline(findings, run.heldout).startswith("Whether the tuned model is better on held-out pairs was not")
+    assert "not finished: it has logged iteration 8" in verdict(run).findings[0].text
+    assert "not measured" in verdict(run).headline
 
 
 def test_page_before_the_first_record(tmp_path):
@@ -280,6 +268,7 @@ def test_the_judged_timesteps_are_those_of_the_recipe(run_dir):
         ("metrics.jsonl", '{"iteration": 1}\n{"it\n{"iteration": 3}\n', "metrics.jsonl: line 2 is not a record"),
         ("summary.json", '{"quality": {"base"', "summary.json: not valid JSON"),
         ("summary.json", "[]", "summary.json: found list"),
+        ("heldout.jsonl", "{}\n{", "heldout.jsonl: not valid JSON"),
         ("config.yaml", "model: [", "cannot be read"),
         ("config.yaml", "model", "config.yaml: found str"),
         ("metrics.jsonl", None, "there is no metrics.jsonl"),
@@ -294,10 +283,10 @@ def test_a_broken_folder_is_one_sentence(run_dir, name, content, words):
     assert "\n" not in str(caught.value)
 
 
-def test_the_command_remakes_the_report_and_prints_its_verdict_within_80_columns(run_dir, capsys):
+def test_the_command_remakes_the_report_and_prints_its_verdict_last_within_80_columns(run_dir, capsys):
     main([str(run_dir)])
     printed = capsys.readouterr().out
-    assert printed.startswith("On held-out prompts quality and the judge's score rose")
+    assert printed.split("\n\n")[-1].replace("\n", " ").strip() == verdict(read_run(run_dir)).headline
     assert [line for line in printed.splitlines() if len(line) > 80 and "/" not in line] == []
     assert (run_dir / "report.html").exists()
 
@@ -342,6 +331,7 @@ def test_curves_of_any_length_and_with_gaps(tmp_path, count):
     ],
 )
 def test_the_page_says_how_to_draw_with_the_lora_on_its_base(run_dir, summary, path, family, call):
+    (run_dir / "metrics.jsonl").write_text("")
     (run_dir / "config.yaml").write_text(f"model:\n  path: {path}\n")
     write_summary(run_dir, summary | {"family": family})
     assert call in make_report(run_dir).read_text()

@@ -1,6 +1,7 @@
 """The columns that SPO reports: each with its form on the terminal, its curve, and the signs of trouble in it."""
 
-from ...runtime.columns import GRAD_NORM, PROMPTS, Column, Curve, Heatmap, Sign
+from ...runtime.columns import GRAD_NORM, PROMPTS, SHORT, Column, Curve, Heatmap, Sign, Trend
+from ...runtime.signs import early_rows_empty, ends_above, ends_below, falls_below, late_rows_empty, stays_low
 
 COLUMNS = (
     PROMPTS,
@@ -9,27 +10,51 @@ COLUMNS = (
         heading="judge",
         form="{:.4g}",
         drawn=Curve("Judge's score", "healthy: rises, then levels off"),
-        trend="the judge's score",
+        trend=Trend("the judge's score", "up"),
     ),
     Column("pairs", "total", heading="pairs", form="{:,}"),
     Column(
         "kept",
         heading="kept",
         form="{:.0%}",
-        drawn=Curve("Pairs kept, of those possible", "healthy: steady and well above 0", percent=True, from_zero=True),
+        drawn=Curve(
+            "Pairs kept, of those possible",
+            "healthy: above 2%, and more than half of what it was at first",
+            percent=True,
+            from_zero=True,
+        ),
         signs=(
             Sign(
-                lambda share: share < 0.02,
+                ends_below(0.02),
                 "Only {:.1%} of the possible pairs are kept at the end, so there is hardly anything to learn from: "
                 "try a smaller rollout.threshold.",
+            ),
+            Sign(
+                falls_below(0.5),
+                "The share of pairs kept has fallen to {:.0%}, less than half of what it was at first: the branches "
+                "have become alike to the judge. Compare an earlier checkpoint, or try a smaller optim.lr.",
             ),
         ),
     ),
     Column(
         "pairs_per_t",
         "sum",
-        drawn=Heatmap(
-            "Pairs kept at each timestep", "healthy: no row stays empty; the judge sees differences at all t", "pairs"
+        drawn=Heatmap("Pairs kept at each timestep", "healthy: no row stays empty, but for the last few in t", "pairs"),
+        signs=(
+            Sign(
+                early_rows_empty(10),
+                "No pair was kept at t = {}, although there are pairs at smaller t: the judge sees no differences "
+                "there. Look at how it was trained for these timesteps, or leave them out of rollout.t_range.",
+                after=SHORT,
+            ),
+            Sign(
+                late_rows_empty,
+                "No pair was kept at t = {}, the last steps judged. They add so little noise that branches "
+                "hardly differ, and so no two scores are further apart than rollout.threshold asks. That is normal; "
+                "without these steps in rollout.t_range a rollout costs less.",
+                after=SHORT,
+                normal=True,
+            ),
         ),
     ),
     Column(
@@ -41,7 +66,15 @@ COLUMNS = (
         "margin",
         heading="margin",
         form="{:+.3f}",
-        drawn=Curve("Margin, winner over loser", "healthy: above 0 and growing", limit=0.0),
+        drawn=Curve("Margin, winner over loser", "healthy: rises above 0 and stays there", limit=0.0),
+        signs=(
+            Sign(
+                stays_low(0.0),
+                "The margin is {:+.2g}, not above 0: the policy does not prefer the winners more than the reference "
+                "does. Try a larger optim.lr or more iterations.",
+                after=10,
+            ),
+        ),
     ),
     Column(
         "accuracy",
@@ -50,10 +83,10 @@ COLUMNS = (
         drawn=Curve("Implicit accuracy", "healthy: leaves 50% and stays above", limit=0.5, percent=True),
         signs=(
             Sign(
-                lambda accuracy: accuracy < 0.52,
-                "Implicit accuracy is {:.0%} at the end, no better than a coin: the policy has hardly taken up the "
-                "judge's preferences.",
-                after=20,
+                stays_low(0.52),
+                "Implicit accuracy is {:.0%}, no better than a coin: the policy has hardly taken up the judge's "
+                "preferences.",
+                after=10,
             ),
         ),
     ),
@@ -64,7 +97,7 @@ COLUMNS = (
         drawn=Curve("Log-ratios clipped", "healthy: stays below 50%", limit=0.5, percent=True, from_zero=True),
         signs=(
             Sign(
-                lambda clipped: clipped > 0.5,
+                ends_above(0.5),
                 "{:.0%} of the log-ratios are clipped at the end, and a clipped one teaches nothing: try a smaller "
                 "optim.lr.",
             ),
