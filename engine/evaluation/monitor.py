@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ..config.training import EvaluateConfig
 from ..errors import warn
-from ..runtime.columns import Column, Curve
+from ..runtime.columns import Column, Curve, Sign
 from ..runtime.metrics import Value
+from ..runtime.signs import listed, repeats_at_end
 from .compare import beyond_chance, paired_delta
 from .drift import DRIFT, drift, strayed
 from .evaluator import Evaluation, Evaluator
@@ -30,12 +31,32 @@ JUDGE = "judge"
 HELDOUT = Column("heldout")
 CHANGE = Column(
     "heldout_change",
+    heading="{}",
     drawn=Curve("Held-out change, in deviations of the base", "healthy: the independent scores rise with the judge's"),
 )
 STRAYED = Column(
-    "drift", drawn=Curve("Drift of the pictures from the base's", "healthy: layout and diversity stay near 1")
+    "drift",
+    heading="{}",
+    drawn=Curve("Drift of the pictures from the base's", "healthy: layout and diversity stay near 1"),
+    signs=(
+        Sign(
+            lambda lines: listed(strayed(torch.tensor([lines[name][-1] for name in DRIFT]))) or None,
+            "The pictures have strayed from the base's in {}: look at samples/ whether that is what you want.",
+            normal=True,
+        ),
+    ),
 )
-WRONG = Column("wrong")
+WRONG = Column(
+    "wrong",
+    signs=(
+        Sign(
+            repeats_at_end(2),
+            "In the last {} evaluations while training, an independent score fell, or only the judge was pleased: take "
+            "an earlier checkpoint.",
+        ),
+    ),
+)
+COLUMNS = (HELDOUT, CHANGE, STRAYED, WRONG)
 
 
 class Past(NamedTuple):
@@ -59,8 +80,8 @@ class Monitor:
         self.scores = tuple(base.scores)
         self.past: list[Past] = []
         self.stopped = False
-        labelled = ((HELDOUT, self.scores), (CHANGE, self.scores), (STRAYED, DRIFT), (WRONG, ()))
-        self.columns: Sequence[Column] = [replace(column, labels=labels) for column, labels in labelled]
+        labels = (self.scores, self.scores, DRIFT, ())
+        self.columns = [replace(column, labels=names) for column, names in zip(COLUMNS, labels, strict=True)]
 
     def replay(self, records: Sequence[dict]) -> None:
         """Takes up the evaluations of a resumed run from its records."""

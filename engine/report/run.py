@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import yaml
 
+from ..evaluation import monitor
 from ..methods.judge_training import columns as judge_training
 from ..methods.spo import columns as spo
 from ..methods.spo.rollout import segments
@@ -83,5 +84,8 @@ class Run:
 
     @property
     def columns(self) -> Sequence[Column]:
-        """The columns that the run's method reports."""
-        return judge_training.COLUMNS if self.trains_judge else spo.COLUMNS
+        """The columns that the run's method reports, and its monitor if it had one."""
+        last = next((record for record in reversed(self.records) if record.get(monitor.CHANGE.name)), None)
+        labels = lambda column: tuple(last[column.name]) if isinstance(last[column.name], dict) else ()
+        monitored = [replace(column, labels=labels(column)) for column in monitor.COLUMNS] if last else []
+        return (*(judge_training.COLUMNS if self.trains_judge else spo.COLUMNS), *monitored)

@@ -84,6 +84,16 @@ def spikes(times: float, share: float) -> Callable[[Values], int | None]:
     return check
 
 
+def repeats_at_end(times: int) -> Callable[[Values], int | None]:
+    """Returns the check for a course that ends with `times` values or more that are not 0; it names their number."""
+
+    def check(values: Values) -> int | None:
+        count = next((place for place, value in enumerate(reversed(values)) if not value), len(values))
+        return count if count >= times else None
+
+    return check
+
+
 def late_rows_empty(counts: ByLabel) -> str | None:
     """Names the last timesteps of a trajectory at which nothing was counted, "51 and 1"; counts: by t, noise first."""
     filled = [place for place, row in enumerate(counts.values()) if sum(row)]

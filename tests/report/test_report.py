@@ -246,7 +246,7 @@ def test_closing_table_of_a_judge_counts_pairs(judge_dir):
 def test_a_judge_that_is_not_measured_yet(judge_dir):
     (judge_dir / "summary.json").unlink()
     run = read_run(judge_dir)
-    assert run.columns is judge_training.COLUMNS
+    assert run.columns == judge_training.COLUMNS
     assert "not finished: it has logged iteration 8" in verdict(run).findings[0].text
     assert "not measured" in verdict(run).headline
 
