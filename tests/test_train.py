@@ -17,6 +17,8 @@ from strop.engine.methods.spo.update import Learner, MicroBatch
 from strop.engine.models.base_model import load_unet
 from strop.engine.models.lora_file import read
 from strop.engine.models.policy import Policy
+from strop.engine.report.run_folder import read_run
+from strop.engine.report.verdict import verdict
 from strop.engine.runtime import ledger, session
 from strop.engine.runtime.columns import Column, Curve, Sign
 from strop.engine.runtime.ledger import MEANS, Ledger
@@ -82,6 +84,22 @@ def test_no_line_of_the_terminal_is_wider_than_80_columns(training_run, judge_ru
     for run in (training_run, judge_run):
         assert [line for line in run.printed.splitlines() if len(line) > 80 and "/" not in line] == []
         assert "\r" not in run.printed, "nothing moves where there is no terminal"
+
+
+def test_the_last_lines_on_the_terminal_are_the_verdict(training_run, judge_run):
+    for run in (training_run, judge_run):
+        last = run.printed.rstrip().split("\n\n")[-1]
+        assert " ".join(last.split()) == verdict(read_run(run.folder)).headline
+
+
+def test_what_was_held_out_is_written_by_prompt(training_run):
+    lines = [json.loads(line) for line in (training_run.folder / "heldout.jsonl").read_text().splitlines()]
+    summary = summary_of(training_run.folder)
+    assert [line["prompt"] for line in lines] == ["g", "h i", "j k l"]
+    for name in ("brightness", "judge", "words"):
+        for model in ("base", "tuned"):
+            mean = sum(line["scores"][name][model] for line in lines) / 3
+            assert summary[name][model] == pytest.approx(mean)
 
 
 def test_on_a_cpu_there_is_no_ledger_and_nobody_is_told_of_one(training_run):
