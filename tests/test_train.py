@@ -17,6 +17,8 @@ from strop.engine.methods.spo.update import Learner, MicroBatch
 from strop.engine.models.base_model import load_unet
 from strop.engine.models.lora_file import read
 from strop.engine.models.policy import Policy
+from strop.engine.report.run_folder import read_run
+from strop.engine.report.verdict import verdict
 from strop.engine.runtime import ledger, session
 from strop.engine.runtime.columns import Column, Curve, Sign
 from strop.engine.runtime.ledger import MEANS, Ledger
@@ -55,11 +57,11 @@ def test_a_run_writes_what_it_promises(training_run, recipe):
     assert summary["pairs"] == 4 * 3  # threshold 0 keeps every pair: 3 judged steps
     assert summary["optimizer_steps"] == 2 * 2  # 6 pairs in micro-batches of 4
     assert summary["heldout_prompts"] == 3
-    assert summary["words"] == {"base": 2.0, "tuned": 2.0, "delta": 0.0, "ci95": [0.0, 0.0]}
+    assert summary["words"] == {"base": 2.0, "tuned": 2.0, "delta": 0.0, "n": 3, "ci95": None, "p": None}
     for name in ("brightness", "judge"):
         assert summary[name]["delta"] == pytest.approx(summary[name]["tuned"] - summary[name]["base"])
         assert summary[name]["delta"] != 0
-        assert len(summary[name]["ci95"]) == 2
+        assert summary[name]["ci95"] is None, "three prompts are too few"
     assert {"total", "load", "rollout", "update", "evaluate"} <= summary["seconds"].keys()
     last = records(run)[-1]
     assert last["iteration"] == 2
@@ -84,13 +86,29 @@ def test_no_line_of_the_terminal_is_wider_than_80_columns(training_run, judge_ru
         assert "\r" not in run.printed, "nothing moves where there is no terminal"
 
 
+def test_the_last_lines_on_the_terminal_are_the_verdict(training_run, judge_run):
+    for run in (training_run, judge_run):
+        last = run.printed.rstrip().split("\n\n")[-1]
+        assert " ".join(last.split()) == verdict(read_run(run.folder)).headline
+
+
+def test_what_was_held_out_is_written_by_prompt(training_run):
+    lines = [json.loads(line) for line in (training_run.folder / "heldout.jsonl").read_text().splitlines()]
+    summary = summary_of(training_run.folder)
+    assert [line["prompt"] for line in lines] == ["g", "h i", "j k l"]
+    for name in ("brightness", "judge", "words"):
+        for model in ("base", "tuned"):
+            mean = sum(line["scores"][name][model] for line in lines) / 3
+            assert summary[name][model] == pytest.approx(mean)
+
+
 def test_on_a_cpu_there_is_no_ledger_and_nobody_is_told_of_one(training_run):
     run = training_run.folder
     summary = summary_of(run)
     assert summary["ledger"] == "not available"
     pace = summary["prompts"] / (summary["seconds"]["rollout"] + summary["seconds"]["update"])
     assert summary["prompts_per_second"] == pytest.approx(pace)
-    assert not re.search("GPU|not available", training_run.printed + (run / "report.html").read_text())
+    assert not re.search("the GPU|not available", training_run.printed + (run / "report.html").read_text())
     line = read_records(run / "metrics.jsonl")[-1]
     assert {line[name] for name in ("gpu_hours", "energy_wh", *MEANS, "throttled")} == {None}
 

@@ -29,7 +29,8 @@ STYLE = """
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI",
   Roboto, "Helvetica Neue", sans-serif; }
 main { max-width: 1080px; margin: 0 auto; padding: 2.2rem 1.1rem 4rem; }
-header p { color: var(--faint); margin: 0; overflow-wrap: anywhere; }
+header p { color: var(--faint); margin: 0; overflow-wrap: anywhere; font-size: 0.92rem; }
+header { margin-bottom: 1.1rem; }
 h1 { font-size: 1.65rem; line-height: 1.25; margin: 0.3rem 0 1.2rem; letter-spacing: -0.01em; text-wrap: balance; }
 h2 { font-size: 1.1rem; margin: 2.6rem 0 0.7rem; }
 ul.findings { list-style: none; margin: 0; padding: 0; }
@@ -54,8 +55,9 @@ td .pair { max-width: 12rem; margin-top: 0.3rem; }
 .grid { display: grid; gap: 1.6rem 1.4rem; grid-template-columns: repeat(3, minmax(0, 1fr)); }
 figure { margin: 0; } figure img { width: 100%; display: block; } figure.sheet { background: #ffffff; }
 figcaption { font-size: 0.94rem; margin-top: 0.3rem; overflow-wrap: anywhere; }
-figcaption b { display: block; } figcaption span { color: var(--faint); font-size: 0.88rem; }
-.chart figcaption { margin: 0 0 0.3rem; min-height: 4.1em; }
+figcaption b, figcaption span { display: block; } figcaption span { color: var(--faint); font-size: 0.88rem; }
+figure.chart { display: flex; flex-direction: column; justify-content: space-between; }
+.chart figcaption { margin: 0 0 0.3rem; }
 .note { color: var(--faint); font-size: 0.92rem; max-width: 46rem; }
 pre { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 0.9rem 1rem;
   white-space: pre-wrap; overflow-wrap: anywhere;
@@ -63,7 +65,7 @@ pre { background: var(--card); border: 1px solid var(--rule); border-radius: 8px
 dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 0.3rem 1.4rem; margin: 0; }
 dt { color: var(--faint); } dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 a { color: var(--accent); }
-@media (max-width: 700px) { .grid { grid-template-columns: minmax(0, 1fr); } .chart figcaption { min-height: 0; }
+@media (max-width: 700px) { .grid { grid-template-columns: minmax(0, 1fr); }
   th, td { padding-left: 0.75rem; font-size: 0.88rem; } td.bar { width: 30%; } h1 { font-size: 1.35rem; }
   table.scores, table.scores tbody { display: block; } table.scores tr.head { display: none; }
   table.scores tr { display: grid; grid-template-columns: 1fr 1fr 1fr; padding: 0.5rem 0;
@@ -177,14 +179,15 @@ def _before_and_after(run: Run, cuts: Sequence[BeforeAfter]) -> str:
         return _section("Before and after", picture)
     figures = ""
     for cut, line in zip(cuts, run.prompts or [{}] * len(cuts), strict=False):
-        changes = ", ".join(
-            f"{name} {number(values['base'])} to {number(values['tuned'])}"
-            for name, values in line.get("scores", {}).items()
-        )
-        caption = f"{escape(line.get('prompt', ''))} <span>{escape(changes)}</span>"
-        figures += f"<figure>{_pair(cut)}<figcaption>{caption}</figcaption></figure>"
+        scores = line.get("scores", {}).items()
+        changes = "".join(f"<span>{escape(name)} {_change(values)}</span>" for name, values in scores)
+        figures += f"<figure>{_pair(cut)}<figcaption>{escape(line.get('prompt', ''))}{changes}</figcaption></figure>"
     note = _note("The two pictures of a prompt start from the same noise.")
     return _section("Before and after", f'<div class="grid">{figures}</div>{note}')
+
+
+def _change(values: dict) -> str:
+    return f"{number(values['base'])} to {number(values['tuned'])}"
 
 
 def _pair(cut: BeforeAfter) -> str:

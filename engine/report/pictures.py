@@ -58,7 +58,7 @@ def curve(records: Sequence[dict], column: Column, timesteps: Sequence[int] | No
     figure = _figure(4, 2.6)
     _draw(figure, figure.add_subplot(), records, column, timesteps)
     png = io.BytesIO()
-    figure.savefig(png, format="png", pad_inches=0.06, bbox_inches="tight")
+    figure.savefig(png, format="png", pad_inches=0.06, bbox_inches="tight", transparent=True)
     return png.getvalue()
 
 
@@ -208,7 +208,7 @@ def _heatmap(
     starts = np.concatenate([[ends[0] - (ends[1] - ends[0] if len(ends) > 1 else 1)], ends[:-1]])
     edges = np.concatenate([starts[:1], ends]) + 0.5  # a record covers the iterations after the one before
     mesh = axes.pcolormesh(edges, np.arange(len(steps) + 1), counts, cmap="GnBu", vmin=0, rasterized=True)
-    every = max(1, len(steps) // 9)
+    every = -(-len(steps) // 9)
     axes.set_yticks(np.arange(len(steps))[::every] + 0.5, [str(t) for t in steps[::every]])
     axes.invert_yaxis()
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))

@@ -50,7 +50,8 @@ def what_ran(run: Run) -> str:
     else:
         inner, prompts = rollout.get("inner_steps", 1), rollout.get("prompts")
         iterations = f"{run.iterations:,} iterations" + (f" of {prompts} prompts" if prompts else "")
-        facts = ["SPO" if inner == 1 else f"MSPO, {inner} inner steps", f"model {model}", f"judge {judge}", iterations]
+        method = "SPO" if inner == 1 else f"MSPO ({inner} inner steps)"
+        facts = [f"{method} on {model}", f"judge {judge}", iterations]
     facts += [f"{steps:,} optimizer steps"] if steps else []
     facts += [f"learning rate {optim['lr']:g}"] if "lr" in optim else []
     return ", ".join(facts) if recipe else f"recipe {NOT_MEASURED}: there is no config.yaml"

