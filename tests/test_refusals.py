@@ -17,6 +17,7 @@ from strop.engine.models.policy import Policy
 MERGED = "--format merged --out {new}"
 REFUSALS = [
     ("tran sd15", "'tran'", "train"),
+    ("train tinyworld", "bench/tinyworld/weights/sd", "checkout"),
     ("train {training} rollout.inner_step=3", "rollout.inner_step;", "rollout.inner_steps?"),
     ("train {training} rollout.k=four", "rollout.k", "'four'"),
     ("train {training} optim.clip=1.5", "optim.clip", "1.5"),
