@@ -1,4 +1,4 @@
-"""The report of a run: statistics, sentences, tables, pictures and the page, from the run folder alone."""
+"""The report of a run: verdict, tables, pictures and the page, from the run folder alone."""
 
 import base64
 import json
@@ -15,6 +15,7 @@ from strop.engine.errors import UserError
 from strop.engine.methods.judge_training import columns as judge_training
 from strop.engine.methods.spo.columns import COLUMNS
 from strop.engine.report.__main__ import main
+from strop.engine.report.html import page
 from strop.engine.report.pictures import before_after, curves, running_mean
 from strop.engine.report.run import Run
 from strop.engine.report.run_folder import make_report, read_run, write_summary
@@ -33,44 +34,81 @@ def row(low, high, base=0.5):
     return {"base": base, "tuned": base + delta, "delta": delta, "ci95": [low, high]}
 
 
-def a_record(iteration, **values):
+def record(iteration, **values):
     healthy = {"judge": 0.4 + 0.01 * iteration, "kept": 0.4, "margin": 0.1, "accuracy": 0.6, "clipped": 0.2}
     counts = {"901": 0, "451": 3, "1": iteration}
     return {"iteration": iteration, "grad_norm": 0.3, "pairs_per_t": counts} | healthy | values
 
 
-def a_run(records, summary=None):
-    return Run(Path("run"), records, summary or {}, "")
+def late(**values):
+    """Thirty healthy records, of which the last six have these values."""
+    return [*HEALTHY[:24], *(record(i, **values) for i in range(25, 31))]
+
+
+HEALTHY = [record(i) for i in range(1, 31)]
+EARLY = [*(record(i, clipped=0.9, accuracy=0.1, kept=0.0) for i in range(1, 24)), *HEALTHY[23:]]
+GAPS = [{"iteration": i, "judge": None, "clipped": None} for i in range(1, 31)]
+FALLING = [record(i, judge=1 - 0.01 * i) for i in range(1, 31)]
+FLAT = [record(i, judge=0.5 + 0.1 * (-1) ** i) for i in range(1, 31)]
+SCORES = {"quality": row(0.331, 0.369, base=0.546), "alignment": row(-0.02, 0.01), "judge": row(0.1, 0.2)}
+SUMMARY = SCORES | {
+    "seconds": {"total": 80.0, "load": 4.0, "rollout": 40.0, "rollout/unet": 24.0, "update": 30.0},
+    "prompts": 1200, "pairs": 12345, "optimizer_steps": 66, "iterations": 30, "heldout_prompts": 384,
+    "prompts_per_second": 17.142857, "ledger": LEDGER,
+    "world_size": 1, "device": "cpu", "seed": 42, "version": "0.1.0",
+    "paths": {"run": "runs/a", "lora": "runs/a/lora", "report": "runs/a/report.html"},
+}  # fmt: skip
+PLEASED = {"quality": row(-0.01, 0.02), "alignment": row(0.01, 0.02), "judge": row(0.1, 0.2)}
+VERDICTS = {  # summary, records; the kinds of the findings, a pattern of the headline, words of the findings
+    "better": (SUMMARY, HEALTHY, "good open good good", "quality and the judge's score rose",
+               "384 0.546 0.896 +0.350 +0.331 +0.369 0.435 0.675"),
+    "a loss": (SCORES | {"alignment": row(-0.08, -0.03)}, HEALTHY, "good bad good good",
+               "quality.* rose.*alignment fell", "-0.080 -0.030"),
+    "chance": ({"judge": row(-0.1, 0.1)}, HEALTHY, "open good", "No change", "-0.100 +0.100"),
+    "the judge alone": (PLEASED, HEALTHY, "open good good bad good", "alignment and the judge's score rose", ""),
+    "unfinished": ({}, HEALTHY, "open good", "not measured", "30"),
+    "clipped": ({}, late(clipped=0.61), "open good bad", "not measured", "61% optim.lr"),
+    "a coin": ({}, late(accuracy=0.5), "open good bad", "not measured", "50%"),
+    "few pairs": ({}, late(kept=0.004), "open good bad", "not measured", "0.4% rollout.threshold"),
+    "infinite": ({}, late(nonfinite=["loss"]), "open good bad", "not measured", "25 loss"),
+    "signs that have passed": ({}, EARLY, "open good", "not measured", ""),
+    "nothing measured": ({}, GAPS, "open", "not measured", "30"),
+    "a falling judge": ({}, FALLING, "open bad", "not measured", "0.965 0.725"),
+    "a flat judge": ({}, FLAT, "open open", "not measured", ""),
+}  # fmt: skip
+
+
+def written(folder, records, summary, recipe):
+    """The folder of a run."""
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "config.yaml").write_text(recipe)
+    write_summary(folder, summary)
+    return folder
 
 
 @pytest.fixture
-def records():
-    return [a_record(i) for i in range(1, 31)]
-
-
-@pytest.fixture
-def summary():
-    return {
-        "quality": row(0.331, 0.369, base=0.546), "alignment": row(-0.02, 0.01), "judge": row(0.1, 0.2),
-        "seconds": {"total": 80.0, "load": 4.0, "rollout": 40.0, "rollout/unet": 24.0, "update": 30.0},
-        "prompts": 1200, "pairs": 12345, "optimizer_steps": 66, "iterations": 30, "heldout_prompts": 384,
-        "prompts_per_second": 17.142857, "ledger": LEDGER,
-        "world_size": 1, "device": "cpu", "seed": 42, "version": "0.1.0",
-        "paths": {"run": "runs/a", "lora": "runs/a/lora", "report": "runs/a/report.html"},
-    }  # fmt: skip
-
-
-@pytest.fixture
-def run_dir(tmp_path, records, summary):
-    run_dir = tmp_path / "first <run>"
-    run_dir.mkdir()
-    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+def run_dir(tmp_path):
     recipe = "model:\n  path: weights/base\nrollout:\n  t_range: [0, 901]\n  threshold: 0.1 # <\n"
-    (run_dir / "config.yaml").write_text(recipe)
-    write_summary(run_dir, summary)
+    folder = written(tmp_path / "first <run>", HEALTHY, SUMMARY, recipe)
     images = torch.linspace(-1, 1, 3 * 8 * 8).reshape(1, 3, 8, 8)
-    before_after(images, -images, ["a red circle"], run_dir / "before_after.png")
-    return run_dir
+    before_after(images, -images, ["a red circle"], folder / "before_after.png")
+    return folder
+
+
+@pytest.fixture
+def judge_dir(tmp_path):
+    """The folder of a run that trained a judge."""
+    accuracy = {"0": 0.75, "251": 0.75, "501": 0.7, "701": 0.6, "951": None}
+    lines = [{"iteration": i, "loss": 0.7, "heldout_accuracy": None if i % 3 else accuracy} for i in range(9)]
+    counts = {"prompts": 640, "pairs": 640, "training_pairs": 200, "heldout_pairs": 64, "prompts_per_second": 5.25}
+    compared = {"accuracy at t=0": row(0.01, 0.03, base=0.75), "accuracy at t=251": row(-0.1, 0.1, base=0.75)}
+    recipe = "model:\n  path: weights/base\ndata:\n  source: pairs.jsonl\n"
+    return written(tmp_path / "run", lines, compared | counts | {"paths": {"judge": "runs/judge/judge"}}, recipe)
+
+
+def cells(table):
+    return [re.split(r"  +", line.strip()) for line in table.splitlines()]
 
 
 def test_summary_is_valid_json_and_leaves_no_draft(tmp_path):
@@ -88,68 +126,14 @@ def test_number(value, sign, text):
     assert number(value, sign) == text
 
 
-def test_verdict_of_a_good_run(records, summary):
-    findings = verdict(a_run(records, summary))
-    assert [finding.kind for finding in findings] == ["good", "open", "good", "good"]
-    assert findings[0].text == (
-        "Quality rose on 384 held-out prompts from 0.546 to 0.896, by +0.350 (95% interval +0.331 to +0.369)."
-    )
-    assert findings[1].text.startswith("Alignment did not change beyond chance")
-    # first fifth: iterations 1..6, last: 25..30
-    assert "0.435 in the first fifth of the records, 0.675 in the last" in findings[3].text
-    assert headline(findings) == (
-        "On held-out prompts quality and the judge's score rose, beyond chance. There are no warning signs."
-    )
-
-
-def test_headline_names_what_was_lost(records, summary):
-    findings = verdict(a_run(records, summary | {"alignment": row(-0.08, -0.03)}))
-    assert headline(findings) == (
-        "On held-out prompts quality and the judge's score rose, but alignment fell, beyond chance. "
-        "There are warning signs."
-    )
-
-
-def test_headline_of_no_change_and_of_nothing_measured(records):
-    assert headline(verdict(a_run(records, {"judge": row(-0.1, 0.1)}))).startswith("No change beyond chance")
-    unfinished = verdict(a_run(records))
-    assert "not finished: it has logged iteration 30" in unfinished[0].text
-    assert headline(unfinished).startswith("Whether the tuned model is better on held-out prompts was not measured.")
-
-
-def test_pleasing_the_judge_alone_is_a_warning(records):
-    summary = {"quality": row(-0.01, 0.02), "alignment": row(0.01, 0.02), "judge": row(0.1, 0.2)}
-    assert [f.text for f in verdict(a_run(records, summary)) if f.kind == "bad"] == [
-        "The judge's score rose but quality did not: the policy may have learned to please the judge and nothing else."
-    ]
-
-
-@pytest.mark.parametrize(
-    "values, words",
-    [
-        ({"clipped": 0.61}, "61% of the log-ratios are clipped"),
-        ({"accuracy": 0.5}, "Implicit accuracy is 50%"),
-        ({"kept": 0.004}, "Only 0.4% of the possible pairs"),
-        ({"nonfinite": ["loss"]}, "NaN or infinity first appeared at iteration 25, in loss."),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_warning_signs_at_the_end(records, values, words):
-    late = records[:24] + [record | values for record in records[24:]]
-    assert [words in finding.text for finding in verdict(a_run(late)) if finding.kind == "bad"] == [True]
-
-
-def test_no_warning_about_what_has_passed_or_was_not_measured(records):
-    early = [a_record(i, clipped=0.9, accuracy=0.1, kept=0.0) for i in range(1, 24)] + records[23:]
-    nulls = [{"iteration": record["iteration"], "judge": None, "clipped": None} for record in records]
-    assert [finding for each in (early, nulls) for finding in verdict(a_run(each)) if finding.kind == "bad"] == []
-
-
-def test_a_falling_judge_is_a_warning_and_a_flat_one_is_not():
-    falling = [a_record(i, judge=1 - 0.01 * i) for i in range(1, 31)]
-    flat = [a_record(i, judge=0.5 + 0.1 * (-1) ** i) for i in range(1, 31)]
-    assert [f.kind for f in verdict(a_run(falling)) if "While training" in f.text] == ["bad"]
-    assert [f.kind for f in verdict(a_run(flat)) if "While training" in f.text] == ["open"]
+@pytest.mark.parametrize("summary, records, kinds, first, words", VERDICTS.values(), ids=VERDICTS)
+def test_the_verdict(summary, records, kinds, first, words):
+    findings = verdict(Run(Path("run"), records, summary, ""))
+    assert " ".join(finding.kind for finding in findings) == kinds
+    said, above = " ".join(finding.text for finding in findings), headline(findings)
+    assert [word for word in words.split() if word not in said] == []
+    assert re.search(first, above)
+    assert ("no warning" in above) == ("bad" not in kinds)
 
 
 def test_stages_keep_their_parts_and_the_rest_is_other():
@@ -161,17 +145,18 @@ def test_stages_keep_their_parts_and_the_rest_is_other():
     assert stage_rows({"rollout": 3700.0}) == [("rollout", "1:01:40", None)]
 
 
-def test_closing_table_has_the_figures_and_fits(summary):
-    table = closing_table(summary)
-    lines = [re.split(r"  +", line.strip()) for line in table.splitlines()]
-    assert ["quality", "0.546", "0.896", "+0.350", "+0.331 to +0.369"] in lines
-    assert ["rollout", "40.0 s", "50.0%"] in lines
-    assert ["unet", "24.0 s", "30.0%"] in lines
-    assert ["preference pairs", "12,345"] in lines
-    assert ["lora", "runs/a/lora"] in lines
-    assert ["prompts per second", "17.1 in rollout and update"] in lines
-    assert ["energy", "0.821 kWh"] in lines
-    without = closing_table(summary | {"ledger": "not available"})
+def test_closing_table_has_the_figures_and_fits():
+    table = closing_table(SUMMARY)
+    expected = (
+        ["quality", "0.546", "0.896", "+0.350", "+0.331 to +0.369"],
+        ["rollout", "40.0 s", "50.0%"],
+        ["unet", "24.0 s", "30.0%"],
+        ["preference pairs", "12,345"],
+        ["lora", "runs/a/lora"],
+    )
+    assert [line for line in expected if line not in cells(table)] == []
+    assert re.search(r"\nprompts per second +17\.1 ", table)
+    without = closing_table(SUMMARY | {"ledger": "not available"})
     assert max(map(len, f"{table}\n{without}".splitlines())) <= 80
 
 
@@ -192,23 +177,39 @@ def test_the_ledger_in_words():
 
 
 def test_closing_table_says_what_was_not_measured():
-    table = closing_table({"judge": {"base": 0.5, "tuned": 0.6, "delta": 0.1, "ci95": None}})
-    assert re.search(r"judge +0\.500 +0\.600 +\+0\.100 +not measured", table)
-    assert re.search(r"preference pairs +not measured", table)
-    assert "held-out scores are not measured" in closing_table({})
+    table = cells(closing_table({"judge": {"base": 0.5, "tuned": 0.6, "delta": 0.1, "ci95": None}}))
+    assert ["judge", "0.500", "0.600", "+0.100", "not measured"] in table
+    assert ["preference pairs", "not measured"] in table
+    assert "not measured" in closing_table({}).splitlines()[0]
 
 
-def test_page_holds_its_pictures_and_fetches_nothing(run_dir, summary):
-    text = make_report(run_dir).read_text()
+def test_the_command_remakes_a_page_that_holds_its_pictures_and_fetches_nothing(run_dir, capsys):
+    main([str(run_dir)])
+    printed = capsys.readouterr().out
+    assert printed.startswith(headline(verdict(read_run(run_dir)))[:40])
+    assert [line for line in printed.splitlines() if len(line) > 80 and "/" not in line] == []
+    text = (run_dir / "report.html").read_text()
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
     assert [base64.b64decode(data) for data in pictures] == [
         (run_dir / name).read_bytes() for name in ("before_after.png", "curves.png")
     ]
-    assert not re.search(r"https?:|//[a-z]|<script|<link|@import|url\(", re.sub(r"base64,[^\"]+", "", text))
+    text = re.sub(r"base64,[^\"]+", "", text)
+    assert not re.search(r"https?:|//[a-z]|<script|<link|@import|url\(", text)
     shown = ("+0.331 to +0.369", "12,345", "weights/base", "threshold: 0.1 # &lt;", "weights(&#x27;runs/a/lora")
-    assert [words for words in shown if words not in text] == []
-    assert "first &lt;run&gt;" in text
-    assert "nan" not in re.sub(r"base64,[^\"]+", "", text).lower()
+    assert [words for words in (*shown, "first &lt;run&gt;") if words not in text] == []
+    assert "nan" not in text.lower()
+
+
+@pytest.mark.parametrize(
+    "path, family, call",
+    [
+        ("owner/name", "sdxl", "AutoPipelineForText2Image.from_pretrained(&#x27;owner/name&#x27;)"),
+        ("x.safetensors", "sd15", "StableDiffusionPipeline.from_single_file(&#x27;x.safetensors&#x27;)"),
+        ("x.safetensors", "sdxl", "StableDiffusionXLPipeline.from_single_file(&#x27;x.safetensors&#x27;)"),
+    ],
+)
+def test_the_page_says_how_to_draw_with_the_lora_on_its_base(path, family, call):
+    assert call in page(Run(Path("run"), [], SUMMARY | {"family": family}, f"model:\n  path: {path}\n"))
 
 
 def test_page_of_a_killed_run(run_dir):
@@ -217,41 +218,23 @@ def test_page_of_a_killed_run(run_dir):
     with open(run_dir / "metrics.jsonl", "a") as file:
         file.write('{"iteration": 31, "jud')
     text = make_report(run_dir).read_text()
-    assert "The run is not finished: it has logged iteration 30 so far." in text
-    assert "not measured: there is no before_after.png" in text
+    assert "iteration 30" in text
+    assert "before_after.png" in text, "it is said to be missing"
+    (run_dir / "metrics.jsonl").write_text("")
+    assert "nothing" in page(read_run(run_dir))
 
 
-@pytest.fixture
-def judge_dir(tmp_path):
-    """The folder of a run that trained a judge."""
-    run_dir = tmp_path / "judge-run"
-    run_dir.mkdir()
-    accuracy = {"0": 0.75, "251": 0.75, "501": 0.7, "701": 0.6, "951": None}
-    lines = [{"iteration": i, "loss": 0.7, "heldout_accuracy": None if i % 3 else accuracy} for i in range(9)]
-    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (run_dir / "config.yaml").write_text("model:\n  path: weights/base\ndata:\n  source: pairs.jsonl\n")
-    counts = {"prompts": 640, "pairs": 640, "training_pairs": 200, "heldout_pairs": 64, "prompts_per_second": 5.25}
-    compared = {"accuracy at t=0": row(0.01, 0.03, base=0.75), "accuracy at t=251": row(-0.1, 0.1, base=0.75)}
-    write_summary(run_dir, compared | counts | {"paths": {"judge": "runs/judge/judge"}})
-    return run_dir
-
-
-def test_page_of_a_judge_speaks_of_pairs_and_of_no_lora(judge_dir):
-    text = make_report(judge_dir).read_text()
-    assert "On held-out pairs accuracy at t=0 rose, beyond chance." in text
-    assert "Accuracy at t=0 rose on 64 held-out pairs from 0.750 to 0.770" in text
-    assert "Share of 64 pairs that were not trained on which the judge orders as labelled" in text
-    said = re.sub(r"base64,[^\"]+", "", text).lower()
-    assert [word for word in ("lora", "before and after", "before_after", "prompts", "rollout") if word in said] == []
-
-
-def test_closing_table_of_a_judge_counts_pairs(judge_dir):
-    lines = [re.split(r"  +", line) for line in closing_table(read_run(judge_dir).summary).splitlines()]
-    assert ["pairs shown", "640"] in lines
-    assert ["pairs per second", "5.25 in show and update"] in lines
-    assert ["training pairs", "200"] in lines
-    assert ["held-out pairs", "64"] in lines
-    assert not any("prompts" in cell for line in lines for cell in line)
+def test_page_and_table_of_a_judge_speak_of_pairs_and_of_no_lora(judge_dir):
+    text = page(read_run(judge_dir))
+    words = ("accuracy at t=0 rose", "0.750", "0.770", "64 held-out pairs")
+    assert [word for word in words if word not in text] == []
+    others = ("lora", "before and after", "before_after", "prompts", "rollout")
+    assert [word for word in others if word in text.lower()] == []
+    table = closing_table(read_run(judge_dir).summary)
+    for line in (["pairs shown", "640"], ["training pairs", "200"], ["held-out pairs", "64"]):
+        assert line in cells(table)
+    assert re.search(r"\npairs per second +5\.25 ", table)
+    assert "prompts" not in table
 
 
 def test_a_judge_that_is_not_measured_yet(judge_dir):
@@ -259,13 +242,8 @@ def test_a_judge_that_is_not_measured_yet(judge_dir):
     run = read_run(judge_dir)
     assert run.columns is judge_training.COLUMNS
     findings = verdict(run)
-    assert "not finished: it has logged iteration 8" in findings[0].text
-    assert headline(findings, run.heldout).startswith("Whether the tuned model is better on held-out pairs was not")
-
-
-def test_page_before_the_first_record(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text("")
-    assert "it has logged nothing so far" in make_report(tmp_path).read_text()
+    assert "iteration 8" in findings[0].text
+    assert re.search("pairs.* not measured", headline(findings, run.heldout))
 
 
 def test_the_judged_timesteps_are_those_of_the_recipe(run_dir):
@@ -277,29 +255,21 @@ def test_the_judged_timesteps_are_those_of_the_recipe(run_dir):
 @pytest.mark.parametrize(
     "name, content, words",
     [
-        ("metrics.jsonl", '{"iteration": 1}\n{"it\n{"iteration": 3}\n', "metrics.jsonl: line 2 is not a record"),
-        ("summary.json", '{"quality": {"base"', "summary.json: not valid JSON"),
-        ("summary.json", "[]", "summary.json: found list"),
-        ("config.yaml", "model: [", "cannot be read"),
-        ("config.yaml", "model", "config.yaml: found str"),
-        ("metrics.jsonl", None, "there is no metrics.jsonl"),
+        ("metrics.jsonl", '{"iteration": 1}\n{"it\n{"iteration": 3}\n', "line 2"),
+        ("summary.json", '{"quality": {"base"', "summary.json"),
+        ("summary.json", "[]", "list"),
+        ("config.yaml", "model: [", "first <run>"),
+        ("config.yaml", "model", "str"),
+        ("metrics.jsonl", None, "metrics.jsonl"),
     ],
 )
 def test_a_broken_folder_is_one_sentence(run_dir, name, content, words):
     (run_dir / name).unlink()
-    if content is not None:
+    if content:
         (run_dir / name).write_text(content)
-    with pytest.raises(UserError, match=re.escape(words)) as caught:
+    with pytest.raises(UserError, match=words) as caught:
         read_run(run_dir)
     assert "\n" not in str(caught.value)
-
-
-def test_the_command_remakes_the_report_and_prints_its_verdict_within_80_columns(run_dir, capsys):
-    main([str(run_dir)])
-    printed = capsys.readouterr().out
-    assert printed.startswith("On held-out prompts quality and the judge's score rose")
-    assert [line for line in printed.splitlines() if len(line) > 80 and "/" not in line] == []
-    assert (run_dir / "report.html").exists()
 
 
 def test_before_after_places_each_image_unchanged(tmp_path):
@@ -311,11 +281,8 @@ def test_before_after_places_each_image_unchanged(tmp_path):
     second = (pixels == [255, 0, 255]).all(-1)
     assert first.sum() == second.sum() == 2 * 160 * 320  # two columns, 160 wide, the aspect kept
     assert np.argwhere(first)[:, 0].max() < np.argwhere(second)[:, 0].min()
-
-
-def test_before_after_wants_matching_batches(tmp_path):
-    with pytest.raises(ValueError, match="before_after needs"):
-        before_after(torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 8, 8), ["one"], tmp_path / "picture.png")
+    with pytest.raises(ValueError, match="before_after"):
+        before_after(base, tuned, ["one"], tmp_path / "picture.png")
 
 
 def test_running_mean_leaves_out_what_was_not_measured():
@@ -323,25 +290,11 @@ def test_running_mean_leaves_out_what_was_not_measured():
     assert running_mean(values, 3) == pytest.approx([1.0, 2.0, 3.0, 3.0, np.nan, np.nan], nan_ok=True)
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 40])
+@pytest.mark.parametrize("count", [0, 1, 40])
 def test_curves_of_any_length_and_with_gaps(tmp_path, count):
-    gaps = [a_record(5 * i, margin=None, accuracy=None if i % 2 else 0.5) for i in range(1, count + 1)]
-    gaps[1:2] = [record | {"pairs_per_t": None} for record in gaps[1:2]]
+    gaps = [record(5 * i, margin=None, accuracy=None if i % 2 else 0.5) for i in range(1, count + 1)]
+    gaps[1:2] = [line | {"pairs_per_t": None} for line in gaps[1:2]]
     curves(gaps, COLUMNS, tmp_path / "curves.png")
     picture = Image.open(tmp_path / "curves.png")
     assert picture.width > 1400
     assert np.asarray(picture.convert("L")).std() > 5
-
-
-@pytest.mark.parametrize(
-    "path, family, call",
-    [
-        ("owner/name", "sdxl", "AutoPipelineForText2Image.from_pretrained(&#x27;owner/name&#x27;)"),
-        ("x.safetensors", "sd15", "StableDiffusionPipeline.from_single_file(&#x27;x.safetensors&#x27;)"),
-        ("x.safetensors", "sdxl", "StableDiffusionXLPipeline.from_single_file(&#x27;x.safetensors&#x27;)"),
-    ],
-)
-def test_the_page_says_how_to_draw_with_the_lora_on_its_base(run_dir, summary, path, family, call):
-    (run_dir / "config.yaml").write_text(f"model:\n  path: {path}\n")
-    write_summary(run_dir, summary | {"family": family})
-    assert call in make_report(run_dir).read_text()
