@@ -17,6 +17,7 @@ from strop.engine.models.policy import Policy
 MERGED = "--format merged --out {new}"
 REFUSALS = [
     ("tran sd15", "'tran'", "train"),
+    ("train tinyworld", "bench/tinyworld/weights/sd", "checkout"),
     ("train {training} rollout.inner_step=3", "rollout.inner_step;", "rollout.inner_steps?"),
     ("train {training} rollout.k=four", "rollout.k", "'four'"),
     ("train {training} optim.clip=1.5", "optim.clip", "1.5"),
@@ -58,6 +59,17 @@ REFUSALS = [
         "optim.lr: 0.001 -> 0.0001",
     ),
     ("train-judge {judge} run.dir={judge_run} run.resume=true data.heldout=9", "run.resume", "data.heldout: 20 -> 9"),
+    ("plan nothing.yaml", "nothing.yaml"),
+    ("plan {training} --gpu abacus", "--gpu", "'abacus'", "a100"),
+    ("plan {training} --gpus 0", "--gpus", "0"),
+    ("plan {training} --prompts -3", "--prompts", "-3"),
+    ("plan {training} --share 1.5", "--share", "1.5"),
+    ("plan {training} --json nowhere/plan.json", "--json", "nowhere/plan.json"),
+    ("plan {training} rollout.t_range=[3,9]", "rollout.t_range", "[3, 9]"),
+    ("plan {training} rollout.judge_every=99", "rollout.judge_every", "99", "3"),
+    ("plan {training} model.height=65", "model.height", "65"),
+    ("plan {training} model.path={loras}", "{loras}", "unet/"),
+    ("plan {training} judge.path={unet}", "{unet}", "clip"),
     ("report nowhere", "nowhere", "run folder"),
     ("export nowhere --format kohya --out {new}", "nowhere"),
     ("export {run}/checkpoints --format kohya --out {new}", "checkpoints", "no LoRA"),
@@ -116,7 +128,7 @@ def test_a_mistake_gets_one_sentence_and_nothing_is_written(row, places, tmp_pat
     before = contents(places)
     names = {**places, "new": "new"}
     arguments = [argument.format(**names) for argument in command.split()]
-    if arguments[0].startswith("train"):
+    if arguments[0] in ("train", "train-judge", "plan"):
         arguments.insert(2, "run.dir=new")
     with pytest.raises(SystemExit) as stopped:
         cli.main(arguments)

@@ -80,21 +80,13 @@ def test_split_cuts_in_order(count, size, sizes):
         assert_holds(part, *range(at * size, at * size + len(part)))
 
 
-def test_another_type_is_for_floating_point_alone():
-    found = mixed(3, 4).to(torch.bfloat16)
-    types = {field.name: getattr(found, field.name).dtype for field in fields(Mixed)[:4]}
+def test_another_device_is_for_all_and_another_type_for_floating_point_alone():
+    found = mixed(3, 4).to(torch.bfloat16).to(torch.device("meta"))
+    tensors = {field.name: getattr(found, field.name) for field in fields(Mixed)[:4]}
+    types = {name: tensor.dtype for name, tensor in tensors.items()}
     assert types == dict.fromkeys(("everyones", "second", "third"), torch.bfloat16) | {"number": torch.int64}
-
-
-def test_another_device_is_for_all():
-    found = mixed(3, 4).to(torch.device("meta"))
-    assert all(getattr(found, field.name).is_meta for field in fields(Mixed)[:4])
+    assert all(tensor.is_meta for tensor in tensors.values())
     assert found.absent is None
-
-
-def test_rows_cannot_be_changed():
-    with pytest.raises(AttributeError):
-        mixed(3).number = torch.zeros(1)
 
 
 def test_conditioning_has_the_empty_prompt_once_and_pairs_their_rows_where_they_say():

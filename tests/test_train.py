@@ -10,13 +10,10 @@ from matplotlib.axes import Axes
 from safetensors.torch import load_file
 
 from strop.engine import training
-from strop.engine.config.training import ModelConfig, OptimConfig, load
+from strop.engine.config.training import load
+from strop.engine.evaluation.monitor import Monitor
 from strop.engine.methods.spo import columns, method
-from strop.engine.methods.spo.pairs import PreferencePairs
-from strop.engine.methods.spo.update import Learner, MicroBatch
-from strop.engine.models.base_model import load_unet
 from strop.engine.models.lora_file import read
-from strop.engine.models.policy import Policy
 from strop.engine.report.run_folder import read_run
 from strop.engine.report.verdict import verdict
 from strop.engine.runtime import ledger, session
@@ -69,8 +66,7 @@ def test_a_run_writes_what_it_promises(training_run, recipe):
     assert last["pairs_per_t"] == {"801": 0, "601": 0, "401": 2, "201": 2, "1": 2}
     path, *overrides = recipe(f"run.dir={run}")
     assert load(run / "config.yaml") == load(path, overrides)
-    for words in ("brightness", str(run / "report.html")):
-        assert words in training_run.printed
+    assert [words for words in ("brightness", str(run / "report.html")) if words not in training_run.printed] == []
 
 
 def test_the_time_still_to_go_includes_the_closing_evaluation(training_run):
@@ -140,7 +136,7 @@ def test_a_ledger_goes_on_over_a_resumption_and_changes_no_bit(
     assert [first["share_of_peak"], second["share_of_peak"]] == pytest.approx([at_peak / s for s in at_work])
     assert whole["share_of_peak"] == pytest.approx(2 * at_peak / sum(at_work))
     shown = (tmp_path / "run" / "report.html").read_text()
-    assert "<dt>throttled</dt><dd>100.0% of the time by power cap</dd>" in shown
+    assert "100.0% of the time by power cap" in shown
     assert "not available" not in shown + capsys.readouterr().out
 
 
@@ -172,20 +168,16 @@ def test_a_new_metric_is_one_column_and_one_value(recipe, tmp_path, monkeypatch,
     assert '<li class="bad">Surprise is 1.5 at the end.</li>' in (run / "report.html").read_text()
 
 
-def test_same_seed_same_bits_other_seed_other_bits(training_run, recipe, tmp_path):
-    for name, seed in (("again", 42), ("other", 2)):
-        main(recipe(f"run.dir={tmp_path / name}", f"run.seed={seed}"))
-    assert_same_tensors(lora(training_run.folder), lora(tmp_path / "again"))
-    assert records(training_run.folder) == records(tmp_path / "again")
-    assert records(training_run.folder) != records(tmp_path / "other")
+def test_another_seed_gives_other_bits(training_run, recipe, tmp_path):
+    """That the same one gives the same, also over a resumption, the tests of the ledger and of checkpoints say."""
+    main(recipe("run.iterations=1", "run.seed=2"))
+    assert records(training_run.folder)[0]["judge"] != records(tmp_path / "run")[0]["judge"]
 
 
-@pytest.mark.parametrize(
-    "common",
-    [("optim.accumulate=3",), ("optim.passes=2", "optim.keep_pairs=0.7", "rollout.look_ahead=text")],
-    ids=["micro-batches-waiting", "approximations"],
-)
-def test_a_resumed_run_goes_on_bit_for_bit(recipe, tmp_path, common):
+def test_a_resumed_run_goes_on_bit_for_bit(recipe, tmp_path):
+    """With micro-batches waiting for an optimizer step, and with a second pass in an order of its own."""
+    common = ("optim.accumulate=3", "optim.passes=2", "optim.keep_pairs=0.7", "rollout.look_ahead=text")
+    common += ("evaluate.every=1",)
     straight, halves = tmp_path / "straight", tmp_path / "halves"
     main(recipe(f"run.dir={straight}", *common))
     main(recipe(f"run.dir={halves}", "run.iterations=1", *common))
@@ -193,10 +185,27 @@ def test_a_resumed_run_goes_on_bit_for_bit(recipe, tmp_path, common):
     main(recipe(f"run.dir={halves}", "run.resume=true", *common))
     assert_same_tensors(lora(straight), lora(halves))
     assert records(straight) == records(halves)
+    assert set(records(straight)[1]["heldout"]) == {"brightness", "words", "judge"}
     summary = summary_of(halves)
     assert summary["prompts"] == 4
     assert summary["optimizer_steps"] == summary_of(straight)["optimizer_steps"]
     assert summary["seconds"]["total"] > first["seconds"]["total"] - first["seconds"]["evaluate"]
+
+
+def test_a_run_that_goes_wrong_ends_with_the_lora_of_its_best_evaluation(recipe, tmp_path, monkeypatch):
+    reasons = iter(("", "colours fell", "colours fell"))
+    monkeypatch.setattr(Monitor, "_reasons", lambda self, tuned, moved: next(reasons))
+    main(
+        recipe("run.iterations=9", "run.save_every=9", "evaluate.every=1", "evaluate.patience=2", "evaluate.stop=true")
+    )
+    run = tmp_path / "run"
+    summary = summary_of(run)
+    assert (summary["iterations"], summary["lora_iteration"], summary["prompts"]) == (3, 1, 6)
+    weights = lambda folder: load_file(run / folder / "pytorch_lora_weights.safetensors")
+    assert_same_tensors(weights("lora"), weights("checkpoints/000001"))
+    assert_same_tensors(weights("lora_last"), weights("checkpoints/000003"))
+    assert read(run / "lora" / "run_kohya.safetensors").facts["strop.iteration"] == "1"
+    assert [path.name for path in sorted((run / "samples").iterdir())] == ["000001.png", "000002.png", "000003.png"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -205,13 +214,6 @@ def test_a_half_precision_base_trains_a_lora_in_float32(recipe, tmp_path, dtype)
     trained = lora(tmp_path / "run")
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in trained.values())
     assert all(value.any() for name, value in trained.items() if ".up." in name), "B starts at 0 and has moved"
-
-
-def test_checkpoints_do_not_hold_the_frozen_base(training_run):
-    checkpoint = training_run.folder / "checkpoints" / "000002"
-    trained = sum(value.nbytes for value in lora(training_run.folder).values())
-    assert sum(file.stat().st_size for file in checkpoint.iterdir()) < 3 * trained + 100_000
-    assert_same_tensors(lora(training_run.folder), load_file(checkpoint / "pytorch_lora_weights.safetensors"))
 
 
 def test_without_a_file_of_their_own_held_out_prompts_are_not_trained_on(recipe, tmp_path, capsys):
@@ -226,39 +228,23 @@ def test_without_a_file_of_their_own_held_out_prompts_are_not_trained_on(recipe,
 
 
 @pytest.mark.parametrize(
-    "overrides",
+    "family, overrides, judged",
     [
-        ("rollout.inner_steps=2",),
-        ("rollout.inner_steps=2", "rollout.merge_last=true"),
-        ("rollout.next_state=winner", "rollout.pair=random", "rollout.k=3"),
-        ("rollout.t_range=[300, 700]", "rollout.eta=0.5"),
-        ("optim.guided=false", "optim.clip=null", "optim.max_grad_norm=null"),
-        ("rollout.guidance=1", "rollout.num_steps=7"),
-        ("rollout.look_ahead=text", "optim.passes=2", "optim.keep_pairs=0.5"),
-        ("rollout.look_ahead=text", "rollout.inner_steps=2", "optim.passes=2"),
+        ("sd15", "rollout.inner_steps=2 rollout.merge_last=true optim.passes=2 optim.keep_pairs=0.5", [401, 201, 1]),
+        ("sd15", "rollout.t_range=[300,700] rollout.eta=0.5 optim.clip=null optim.max_grad_norm=null", [601, 401]),
+        ("sd15", "rollout.guidance=1 rollout.num_steps=7", [285, 143, 1]),
+        ("sdxl", "rollout.guidance=1 rollout.next_state=winner rollout.pair=random rollout.k=3", [401, 201, 1]),
+        ("sdxl", "rollout.look_ahead=text rollout.inner_steps=2 optim.passes=2", [401, 201, 1]),
+        ("sdxl", "rollout.judge_every=2 optim.guided=false", [401, 1]),
     ],
-    ids=" ".join,
 )
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
-def test_every_ablation_trains_both_families(recipe, tmp_path, tiny_sdxl_folder, family, overrides):
+def test_every_ablation_trains(recipe, tmp_path, tiny_sdxl_folder, family, overrides, judged):
     model = () if family == "sd15" else (f"model.path={tiny_sdxl_folder}",)
-    main(recipe("run.iterations=1", *model, *overrides))
-    summary = summary_of(tmp_path / "run")
-    path, *changes = recipe(*overrides)
-    low, high = load(path, changes).rollout.t_range
+    main(recipe("run.iterations=1", *model, *overrides.split()))
     last = records(tmp_path / "run")[-1]
-    assert {int(t) for t, count in last["pairs_per_t"].items() if count} == {
-        t for t in map(int, last["pairs_per_t"]) if low <= t <= high
-    }
-    assert summary["pairs"] == sum(last["pairs_per_t"].values())
+    assert {int(t): count for t, count in last["pairs_per_t"].items() if count} == dict.fromkeys(judged, 2)
+    assert (last["kept"], last["pairs"]) == (1, 2 * len(judged))
     assert any(value.any() for name, value in lora(tmp_path / "run").items() if ".up." in name), "B has moved"
-
-
-def test_only_every_other_step_is_judged_and_trained(recipe, tmp_path):
-    main(recipe("run.iterations=1", "rollout.judge_every=2"))
-    last = records(tmp_path / "run")[-1]
-    assert last["pairs_per_t"] == {"801": 0, "601": 0, "401": 2, "201": 0, "1": 2}
-    assert last["kept"] == 1
 
 
 def test_a_tiny_decoder_shows_the_judge_its_images_and_nobody_else(training_run, recipe, tmp_path, tiny_decoder_folder):
@@ -269,15 +255,17 @@ def test_a_tiny_decoder_shows_the_judge_its_images_and_nobody_else(training_run,
     assert records(training_run.folder)[0]["judge"] != records(tmp_path / "run")[0]["judge"]
 
 
-def test_both_lora_files_hold_what_was_trained(training_run):
+def test_both_lora_files_and_the_checkpoint_hold_what_was_trained_and_no_frozen_base(training_run):
     run = training_run.folder
     diffusers = read(run / "lora" / "pytorch_lora_weights.safetensors")
     kohya = read(run / "lora" / "run_kohya.safetensors")
     assert_same_tensors(diffusers.state(), kohya.state())
-    assert kohya.facts["strop.iteration"] == "2"
-    assert kohya.facts["ss_base_model_version"] == "sd_v1"
-    checkpoint = read(run / "checkpoints" / "000001" / "pytorch_lora_weights.safetensors")
-    assert checkpoint.facts["strop.iteration"] == "1"
+    assert (kohya.facts["strop.iteration"], kohya.facts["ss_base_model_version"]) == ("2", "sd_v1")
+    first, second = (run / "checkpoints" / f"00000{i}" / "pytorch_lora_weights.safetensors" for i in (1, 2))
+    assert read(first).facts["strop.iteration"] == "1"
+    assert_same_tensors(lora(run), load_file(second))
+    trained = sum(value.nbytes for value in lora(run).values())
+    assert sum(file.stat().st_size for file in second.parent.iterdir()) < 3 * trained + 100_000
 
 
 def test_an_unfinished_checkpoint_does_not_count(training_run, recipe, tmp_path):
@@ -290,58 +278,13 @@ def test_an_unfinished_checkpoint_does_not_count(training_run, recipe, tmp_path)
     assert_same_tensors(lora(tmp_path / "run"), lora(training_run.folder))
 
 
-@pytest.fixture
-def batch(diffusion):
-    """Six pairs of two prompts that share x_t, and their conditioning."""
-    rng = torch.Generator().manual_seed(5)
-    pairs = PreferencePairs(
-        x_t=torch.randn(1, 6, 4, 8, 8, generator=rng),
-        x_prev=torch.randn(2, 6, 4, 8, 8, generator=rng),
-        step=torch.tensor([4, 5, 6, 7, 8, 9]),
-        prompt=torch.tensor([0, 1, 0, 1, 0, 1]),
-        shared=torch.ones(6, dtype=bool),
-    )
-    return pairs, diffusion.encode(["a b", "c"])
-
-
-def updated(policy, diffusion, batch):
-    """Gradients and stats of one micro-batch, of which two make an optimizer step."""
-    generator = torch.Generator().manual_seed(1)
-    for parameter in policy.parameters:  # away from the reference, so that the gradients say something
-        parameter.data.add_(0.02 * torch.randn(parameter.shape, generator=generator))
-    loss, stats = Learner(policy, diffusion.schedule(20, 1.0, 5.0), OptimConfig()).loss(batch)
-    (loss / 2).backward()
-    return [p.grad.clone() for p in policy.parameters], stats
-
-
-def test_sharing_one_forward_changes_nothing(policy, tiny_folder, diffusion, batch):
-    pairs, cond = batch
-    shared, one = updated(policy, diffusion, MicroBatch(pairs, len(pairs), cond))
-    other = Policy(
-        load_unet(ModelConfig(path=str(tiny_folder)), torch.device("cpu")),
-        4,
-        ("to_q", "to_k", "to_v", "to_out.0"),
-        seed=0,
-    )
-    apart, two = updated(other, diffusion, MicroBatch(pairs.apart(), 0, cond))
-    assert one["loss"].item() == pytest.approx(two["loss"].item(), rel=1e-5)
-    assert one["margin"].item() == pytest.approx(two["margin"].item(), abs=2e-5)  # a difference of large numbers
-    for a, b in zip(shared, apart, strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-4, atol=1e-7)
-
-
-@pytest.mark.parametrize(
-    "override, forced", [((), False), (("run.kernels=reference",), True)], ids=["auto", "reference"]
-)
+@pytest.mark.parametrize("override, forced", [((), False), (("run.kernels=reference",), True)], ids=str)
 def test_the_recipe_decides_whether_the_kernels_may_run(recipe, override, forced, monkeypatch):
     """Before anything is loaded, and for the whole run."""
 
-    class Asked(Exception):
-        pass
-
     def ask(value):
-        raise Asked(value)
+        raise LookupError(value)
 
     monkeypatch.setattr("strop.engine.runtime.session.use_reference", ask)
-    with pytest.raises(Asked, match=str(forced)):
+    with pytest.raises(LookupError, match=str(forced)):
         main(recipe(*override))

@@ -132,12 +132,10 @@ def test_an_untrained_judge_is_as_right_as_its_pickscore(judge_run, clip_folder,
     assert records(judge_run.folder)[0]["heldout_accuracy"]["0"] == pytest.approx(sum(right) / len(right))
 
 
-def test_the_same_seed_gives_the_same_bits(judge_run, recipe, tmp_path):
-    for name, seed in (("again", 42), ("other", 2)):
-        main(recipe(f"run.dir={tmp_path / name}", f"run.seed={seed}"))
-    first, again, other = (judge_of(run) for run in (judge_run.folder, tmp_path / "again", tmp_path / "other"))
-    assert same(first, again)
-    assert not torch.equal(first["visual_projection.weight"], other["visual_projection.weight"])
+def test_another_seed_gives_other_bits(judge_run, recipe, tmp_path):
+    """That the same one gives the same, also over a resumption, test_a_resumed_run_goes_on_bit_for_bit says."""
+    main(recipe("run.seed=2", "optim.steps=1", "optim.warmup=0"))
+    assert records(judge_run.folder)[1]["loss"] != records(tmp_path / "run")[1]["loss"]
 
 
 def test_clean_share_shows_that_many_pairs_as_they_are(recipe, monkeypatch):
@@ -149,24 +147,14 @@ def test_clean_share_shows_that_many_pairs_as_they_are(recipe, monkeypatch):
         clean_pixels = self.judge.pixels(as_they_are.flatten(0, 1)).view_as(shown.pixels[:, :clean])
         assert (shown.pixels[:, :clean] - clean_pixels).abs().max() < 1e-5 if clean else True
         assert (shown.t[:clean] == 0).all()
-        seen.append((clean, len(shown), (shown.t[clean:] > 0).float().mean().item()))
+        assert len(set(shown.t[clean:].tolist())) == len(shown) - clean, "each pair has a timestep of its own"
+        seen.append((clean, (shown.t[clean:] > 0).float().mean().item()))
         return shown
 
     monkeypatch.setattr(JudgeTraining, "show", watch)
-    main(recipe("optim.clean_share=0.3", "optim.steps=10"))
-    assert [clean for clean, *_ in seen] == [2, 2, 3, 2, 3, 2, 2, 3, 2, 3]
-    assert sum(clean for clean, *_ in seen) == 0.3 * 80
-    assert all(noised > 0.9 for _, _, noised in seen)
-
-
-def test_no_clean_share_noises_every_pair(recipe):
-    method, _ = built(recipe())
-    pair = method.sets.train[1]
-    batch = {name: torch.stack([pair[name]] * 4) for name in ("image_0", "image_1")} | {"caption": ["ab"] * 4}
-    shown = method.show(batch, clean=0)
-    assert shown.pixels.shape == (2, 4, 3, method.judge.size, method.judge.size)
-    assert len(set(shown.t.tolist())) == 4
-    assert not torch.equal(shown.pixels[0, 0], shown.pixels[0, 1])
+    main(recipe("optim.clean_share=0.3", "optim.steps=5", "run.save_every=5"))
+    assert [clean for clean, _ in seen] == [2, 2, 3, 2, 3]  # 0.3 of 40
+    assert all(noised > 0.8 for _, noised in seen)
 
 
 def test_bfloat16_models_keep_a_float32_judge(recipe, tmp_path):
@@ -200,7 +188,7 @@ def same(a, b):
 
 @pytest.mark.parametrize(
     "family, form, labels",
-    [("sd15", "parquet", "given"), ("sd15", "jsonl", "pickscore"), ("sdxl", "parquet", "pickscore")],
+    [("sd15", "jsonl", "given"), ("sdxl", "parquet", "pickscore")],
 )
 def test_pairs_in_files_are_trained_on_and_computed_once(
     file_recipe, tmp_path, request, monkeypatch, capsys, family, form, labels
@@ -237,16 +225,8 @@ def test_the_cache_changes_nothing_but_rounding(file_recipe, tmp_path):
     assert cached[0]["heldout_accuracy"] == live[0]["heldout_accuracy"]
 
 
-def losses(recipe, tmp_path, name, *overrides):
-    main(recipe(f"run.dir={tmp_path / name}", "run.log_every=1", *overrides))
-    return [line["loss"] for line in records(tmp_path / name)[1:]]
-
-
 @pytest.mark.parametrize("key", ["fold_upsample", "channels_last"])
-def test_a_key_of_speed_changes_nothing_but_rounding(recipe, tmp_path, key):
-    plain = losses(recipe, tmp_path, "plain", "model.fold_upsample=false")
-    faster = losses(recipe, tmp_path, "faster", "model.fold_upsample=false", f"model.{key}=true")
-    assert faster == pytest.approx(plain, rel=1e-4)
+def test_a_key_of_speed_reaches_the_networks(recipe, key):
     method, _ = built(recipe("model.fold_upsample=false", f"model.{key}=true"))
     for network in (method.denoiser.unet, method.denoiser.diffusion.vae):
         folded = any(isinstance(module, FoldedUpsample) for module in network.modules())
@@ -255,18 +235,15 @@ def test_a_key_of_speed_changes_nothing_but_rounding(recipe, tmp_path, key):
 
 
 @pytest.mark.slow
-def test_a_judge_is_trained_compiled(recipe, tmp_path, monkeypatch):
+def test_a_judge_is_trained_compiled(judge_run, recipe, tmp_path, monkeypatch):
     whole = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *what, **options: whole(*what, **options | {"backend": "eager"}))
     torch._dynamo.reset()
-    plain, counted = losses(recipe, tmp_path, "plain"), counters["stats"]["unique_graphs"]
-    assert losses(recipe, tmp_path, "compiled", "model.compile=true") == pytest.approx(plain, rel=1e-4)
+    counted = counters["stats"]["unique_graphs"]
+    main(recipe("model.compile=true"))
+    losses = [[line["loss"] for line in records(run)[1:]] for run in (judge_run.folder, tmp_path / "run")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert counters["stats"]["unique_graphs"] > counted
-
-
-def test_clean_pairs_are_read_beside_the_cache(file_recipe, tmp_path):
-    main(file_recipe("parquet", "optim.clean_share=0.5"))
-    assert records(tmp_path / "run")[-1]["pairs"] == 12
 
 
 def test_the_encoders_leave_the_device_once_all_is_kept(file_recipe, tmp_path):
@@ -282,7 +259,7 @@ def test_the_encoders_leave_the_device_once_all_is_kept(file_recipe, tmp_path):
 def test_broken_pairs_are_counted_named_and_left_out(file_recipe, tmp_path, capsys):
     arguments = file_recipe("jsonl", "data.max_broken=0.1")
     (tmp_path / "jsonl" / "images" / "9-1.jpg").write_bytes(b"not an image")
-    arguments += ["optim.steps=4", "optim.batch=7"]  # which see all pairs
+    arguments += ["optim.steps=4", "optim.batch=7", "optim.clean_share=0.5"]  # which see all pairs, half as they are
     main(arguments)
     named = (tmp_path / "run" / "broken.txt").read_text()
     assert named == "pairs.jsonl line 10: images/9-1.jpg is no image\n"
@@ -290,12 +267,6 @@ def test_broken_pairs_are_counted_named_and_left_out(file_recipe, tmp_path, caps
     assert summary["broken_pairs"] == {"count": 1, "such_as": [named.strip()]}
     assert summary["training_pairs"] + summary["heldout_pairs"] == 31
     assert f"1 broken pairs left out, named in {tmp_path / 'run' / 'broken.txt'}" in capsys.readouterr().out
-
-
-def test_a_step_may_be_made_of_several_batches(recipe, tmp_path):
-    main(recipe("optim.accumulate=3", "optim.steps=3", "run.log_every=1"))
-    lines = records(tmp_path / "run")[1:]
-    assert [(line["optimizer_steps"], line["pairs"]) for line in lines] == [(1, 24), (2, 48), (3, 72)]
 
 
 @pytest.mark.parametrize("form", ["factory", "parquet"])
@@ -314,6 +285,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(judge_run, recipe, file_recipe, tmp_p
     measured = ("iteration", "pairs", "optimizer_steps", "loss", "grad_norm", "accuracy", "heldout_accuracy")
     whole, parts = ([[line[name] for name in measured] for line in records(run)] for run in (straight, resumed))
     assert parts == whole
+    assert whole[-1][:3] == [6, 48, 6]  # from files, a step is made of two batches of four
     summary = json.loads((resumed / "summary.json").read_text())
     assert summary["accuracy"]["before"] == records(straight)[0]["heldout_accuracy"]
 
@@ -334,24 +306,16 @@ def two_processes(arguments, pythonpath):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="DeepSpeed builds its communication op for CPUs with g++")
-def test_two_processes_train_one_judge(recipe, recipe_folder, tmp_path):
-    two_processes(recipe(), recipe_folder)
-    last = records(tmp_path / "run")[-1]
-    assert (last["pairs"], last["optimizer_steps"]) == (96, 6)
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["optimizer_state_bytes_per_rank"] < 1.1 * 8 * summary["parameters"] / 2
-    StepAwarePreferenceModel.load(JudgeConfig(path=str(tmp_path / "run" / "judge")), ALONE.device)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("g++"), reason="DeepSpeed builds its communication op for CPUs with g++")
-def test_two_processes_share_a_cache_and_go_on_bit_for_bit(file_recipe, tmp_path):
+def test_two_processes_train_one_judge_share_a_cache_and_go_on_bit_for_bit(file_recipe, tmp_path):
     arguments = file_recipe(
         "parquet", "optim.batch=1", "optim.accumulate=2", "data.labels=pickscore", "run.save_every=1"
     )
     two_processes(arguments, tmp_path)
     run = tmp_path / "run"
     whole = judge_of(run)
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["pairs"], summary["optimizer_steps"]) == (12, 3)
+    assert summary["optimizer_state_bytes_per_rank"] < 1.1 * 8 * summary["parameters"] / 2
     assert len(list((tmp_path / "cache" / "latents").rglob("*.entry"))) == 12
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["000002", "000003"]
     shutil.rmtree(run / "checkpoints" / "000003")
@@ -362,6 +326,4 @@ def test_two_processes_share_a_cache_and_go_on_bit_for_bit(file_recipe, tmp_path
 
 @pytest.mark.parametrize("name", ["tinyworld", "sd15", "sdxl"])
 def test_the_recipes_are_valid(name):
-    config = load(Path(__file__).parents[1] / "configs" / f"judge_{name}.yaml", cls=JudgeTrainingConfig)
-    assert (config.optim.clean_share > 0) == (name == "tinyworld")
-    assert config.data.labels == ("pickscore" if name == "sdxl" else "given")
+    load(Path(__file__).parents[1] / "configs" / f"judge_{name}.yaml", cls=JudgeTrainingConfig)

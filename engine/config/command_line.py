@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
+from ..errors import UserError
 from .settings import C, load
 
 
@@ -15,4 +17,11 @@ def recipe_of(argv: Sequence[str], prog: str, description: str | None, example: 
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as run.dir=runs/mine optim.lr=1e-4")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # set by the deepspeed launcher
     args = parser.parse_args(argv)
-    return load(args.recipe, args.overrides, cls)
+    config = load(args.recipe, args.overrides, cls)
+    model = Path(config.model.path)
+    if model.parts[:2] == ("bench", "tinyworld") and not model.exists():
+        raise UserError(
+            f"model.path: found no {model} here; tinyworld's models and prompts are in strop's repository and not in "
+            "the package: type this in the folder of a checkout"
+        )
+    return config

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-from strop.bench import bench_attention
 from strop.bench.bench_attention import ROOT, Call, calls, measure, seconds_of, table
 from strop.engine.config.training import load
 
@@ -59,11 +58,3 @@ def test_the_table_has_the_fastest_in_bold():
     record = {"recipe": "r", "machine": "m", "torch": "t", "calls": [call | {"times": 3, "seconds": seconds}]}
     last = table(json.loads(json.dumps(record))).splitlines()[-1]
     assert last == "| judge | 3 | 40 x 4 | 65 x 65 x 24 | float32 | 2 | 3 | none | **2** |"
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_full_size_without_a_gpu_is_refused(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        bench_attention.main(["sd15"])
-    assert stopped.value.code == 2
-    assert "is not on this machine, and at full size a CPU takes hours" in capsys.readouterr().err

@@ -90,18 +90,16 @@ def tiny_families(monkeypatch):
 
 def test_networks_that_are_not_here_get_random_weights(recipe, tiny_families):
     """At the family's own size, here a tiny one; every stage does what it would do at full size."""
-    made = {path: measure(recipe(path), recipe(path), "tiny", 1, CPU)["sides"] for path in ("nobody/sd", "nobody/sdxl")}
-    for sides in made.values():
-        assert sides["exact"]["pairs"] == sides["published"]["pairs"] == 12
-        assert sides["exact"]["tflop"]["update"] < sides["published"]["tflop"]["update"]
-    small, large = (made[path]["exact"]["tflop"]["rollout/branches"] for path in made)
-    assert 0 < small < large
+    config = recipe("nobody/sdxl", rollout={"k": 2, "t_range": (0, 201)})
+    sides = measure(config, config, "tiny", 1, CPU)["sides"]
+    assert sides["exact"]["pairs"] == sides["published"]["pairs"] == 3 * 2
+    assert 0 < sides["exact"]["tflop"]["update"] < sides["published"]["tflop"]["update"]
 
 
 def test_random_networks_are_as_the_recipe_asks(recipe, tiny_families):
     models = bench_step.build(ours.Ours, varied(recipe("nobody/sd"), {"model.gradient_checkpointing": True}), CPU)
     assert models.policy.unet.is_gradient_checkpointing
-    with pytest.raises(UserError, match=r"^model\.attention: xformers does not run"):
+    with pytest.raises(UserError, match=r"model\.attention.* xformers"):
         bench_step.build(ours.Ours, varied(recipe("nobody/sd"), {"model.attention": "xformers"}), CPU)
 
 
@@ -113,28 +111,6 @@ def test_plan_reads_the_share_of_a_known_card(recipe, monkeypatch):
     side = Side(published, models, recipe(), pairs=12, rounds=[{"total": 3.0}])
     assert bench_step.at_peak(side, CPU) == {}
     assert bench_step.at_peak(side, torch.device("cuda")) == {"gpu": "a100", "share_of_peak": pytest.approx(0.5)}
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (
-            ["sd15"],
-            "bench_step: stable-diffusion-v1-5/stable-diffusion-v1-5 is not on this machine, and at full size a",
-        ),
-        (["tinyworld", "--rounds", "0"], "--rounds: found 0, expected 1 or more"),
-        (["tinyworld", "run.device=cuda"], "run.device: found cuda, but PyTorch sees no GPU"),
-        (["tinyworld", "--threshold", "1"], "rollout.threshold"),
-        (["nothing"], "nothing.yaml: cannot be read"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_what_cannot_be_measured_is_said_in_a_sentence(arguments, message, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        bench_step.main(arguments)
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
 
 
 def test_the_page_has_the_table_of_the_last_measurement():

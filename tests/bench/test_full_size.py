@@ -21,36 +21,30 @@ def tiny(spm, monkeypatch):
         made = json.loads((ROOT / "tests" / "golden" / "tiny_configs.json").read_text())[family]
         parts = {name: made["ctor"][name] for name in ("unet", "vae")}
         judge = spm.config.to_dict()
-        config = load(ROOT / "configs" / f"{family}.yaml", [f"model.dtype={dtype}", "rollout.prompts=2", "lora.rank=4"])
+        config = load(
+            ROOT / "configs" / f"{family}.yaml",
+            [f"model.dtype={dtype}", "rollout.num_steps=10", "rollout.prompts=2", "lora.rank=4"],
+        )
         architecture = parts | {"scheduler": made["scheduler"], "judge": judge}
         return full_size.measure(config, family_named(family), architecture, torch.device("cpu"))
 
     return measure
 
 
-@pytest.mark.parametrize("family, pairs", [("sd15", 32), ("sdxl", 32)])
-def test_in_float32_there_is_no_noise(tiny, family, pairs):
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_in_float32_there_is_no_noise(tiny, family):
     record = tiny(family, "float32")
-    assert record["pairs"] == pairs
+    assert record["pairs"] == 16
     stages = {"rollout", "rollout/trunk", "rollout/branches", "rollout/decode", "rollout/judge", "update"}
     assert stages == record["seconds"].keys()
-    assert record["log_ratio"]["noise_to_signal"] == 0
-    assert record["log_ratio"]["same_sign"] == 1
-    assert record["log_ratio"]["gradient_cosine"] == pytest.approx(1)
+    names = ("noise_to_signal", "same_sign", "gradient_cosine")
+    assert [record["log_ratio"][name] for name in names] == [0, 1, pytest.approx(1)]
 
 
 def test_noise_is_larger_in_bfloat16_than_in_float16(tiny):
     noise = {dtype: tiny("sd15", dtype)["log_ratio"] for dtype in ("bfloat16", "float16")}
     assert 0 < 2 * noise["float16"]["noise_to_signal"] < noise["bfloat16"]["noise_to_signal"]
     assert noise["float16"]["gradient_cosine"] > 0.999
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        full_size.main(["sd15"])
-    assert stopped.value.code == 2
-    assert "sees no GPU" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="full size needs a GPU")

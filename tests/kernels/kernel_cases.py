@@ -1,4 +1,4 @@
-"""What test_kernels_triton.py runs in a process of its own: `python kernel_cases.py cpu|cuda few|many`, on the CPU with
+"""What test_triton.py runs in a process of its own: `python kernel_cases.py cpu|cuda few|many`, on the CPU with
 TRITON_INTERPRET=1. Prints as JSON, for every op, type and shape, how far Triton's result and that of plain PyTorch in
 the same type lie from float64: the largest error over the largest value for results, relative 2-norms for gradients.
 """
@@ -24,21 +24,17 @@ from strop.kernels.ddim import DDIMCoefficients
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ROWS = [(1, 1, 1), (2, 3, 5), (1, 9, 1280), (3, 17, 64), (5, 1, 769), (2, 70, 33), (1, 2, 8192)]
+ROWS = [(2, 3, 5), (1, 9, 600), (1, 1, 1), (1, 9, 1280), (3, 17, 64), (5, 1, 769), (2, 70, 33), (1, 2, 8192)]
 LATENTS = [  # with k, S and R of the log-probabilities, and whether there is guidance
     ((2, 4, 17, 19), 3, 2, 1, True),
     ((2, 4, 17, 19), 1, 3, 3, False),
     ((3, 4, 5, 3), 9, 5, 1, False),
     ((3, 4, 5, 3), 2, 1, 1, True),
     ((1, 1, 1, 1), 1, 2, 2, True),
-    ((3, 4, 5, 3), 2, 2, 1, False),
-    ((3, 4, 5, 3), 2, 1, 1, False),
     ((2, 4, 17, 19), 4, 3, 1, True),
     ((2, 4, 17, 19), 5, 5, 5, True),
     ((3, 4, 5, 3), 2, 2, 2, False),
     ((3, 4, 5, 3), 2, 3, 1, False),
-    ((3, 4, 5, 3), 2, 3, 3, True),
-    ((3, 4, 5, 3), 2, 5, 1, True),
     ((1, 1, 1, 1), 1, 5, 5, False),
 ]
 EPS = 1e-5
@@ -80,9 +76,10 @@ def compare(op, naive, truth, given, wanted, names):
     results, gradients, grads = run(op, given, wanted)
     for name, value in before.items():
         assert torch.equal(given[name], value), f"{name} was modified"
-    again = run(op, given, wanted, grads)
-    for first, second in zip(results + gradients, again[0] + again[1], strict=True):
-        assert torch.equal(first, second), "not the same bits again"
+    if not backend.INTERPRETED:  # where programs run one after the other
+        again = run(op, given, wanted, grads)
+        for first, second in zip(results + gradients, again[0] + again[1], strict=True):
+            assert torch.equal(first, second), "not the same bits again"
     plain, plain_gradients, _ = run(naive, given, wanted, grads)
     exact = {k: v.double() if isinstance(v, torch.Tensor) and k != "coefficients" else v for k, v in given.items()}
     true, true_gradients, _ = run(truth, exact, wanted, grads)
@@ -267,10 +264,10 @@ def main():
     found = {"on_triton": backend.on_triton(torch.ones(1, device=device))}
     found |= {"golden": golden(device, many), "strides": strides(device)}
     for name, dtype in TYPES.items():
-        for shape in ROWS if many else ROWS[:3]:
+        for shape in ROWS if many else ROWS[: 3 if name == "float32" else 2]:
             for op, errors in adaln(device, dtype, shape).items():
                 found[f"{op}/{name}/{'x'.join(map(str, shape))}"] = errors
-        for shape, k, s, r, guided in LATENTS if many else LATENTS[:4]:
+        for shape, k, s, r, guided in LATENTS if many else LATENTS[: 4 if name == "float32" else 2]:
             for op, errors in ddim(device, dtype, shape, k, s, r, guided).items():
                 found[f"{op}/{name}/{'x'.join(map(str, shape))} k{k} S{s} R{r} {guided}"] = errors
     print(json.dumps(found))

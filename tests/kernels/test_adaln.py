@@ -35,20 +35,16 @@ def truth(x, weight, bias, shift, scale):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_modulated_norm_is_the_float64_truth(shape):
-    x, _, _, weight, bias, shift, scale = inputs(*shape)
-    found = adaln_modulate(x, weight, bias, shift, scale, EPS)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), truth(x, weight, bias, shift, scale), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_gated_residual_then_norm_is_the_float64_truth(shape):
+def test_both_ops_are_the_float64_truth_and_agree_where_they_meet(shape):
     residual, branch, gate, weight, bias, shift, scale = inputs(*shape)
     h, y = gated_residual_adaln(residual, branch, gate, weight, bias, shift, scale, EPS)
+    assert h.dtype == y.dtype == torch.float32
     expected = residual.double() + gate.double()[:, None] * branch.double()
     torch.testing.assert_close(h.double(), expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(y.double(), truth(expected, weight, bias, shift, scale), rtol=2e-5, atol=2e-5)
+    normed = adaln_modulate(h, weight, bias, shift, scale, EPS)
+    assert torch.equal(normed, y)
+    torch.testing.assert_close(normed.double(), truth(h, weight, bias, shift, scale), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -60,22 +56,6 @@ def test_without_modulation_it_is_layer_norm_bit_for_bit(shape):
     h, y = gated_residual_adaln(x, branch, one, weight, bias, none, none, EPS)
     assert torch.equal(h, x + branch)
     assert torch.equal(y, F.layer_norm(x + branch, x.shape[-1:], weight, bias, EPS))
-
-
-def test_the_two_ops_agree_where_they_meet():
-    residual, branch, gate, weight, bias, shift, scale = inputs(3, 4, 33)
-    h, y = gated_residual_adaln(residual, branch, gate, weight, bias, shift, scale, EPS)
-    assert torch.equal(y, adaln_modulate(h, weight, bias, shift, scale, EPS))
-
-
-def test_rows_do_not_see_each_other():
-    given = inputs(3, 5, 12)
-    before = gated_residual_adaln(*given, EPS)
-    given[0][1], given[2][1], given[5][1] = 7.0, -1.0, 3.0  # residual, gate and shift of the second row
-    after = gated_residual_adaln(*given, EPS)
-    for old, new in zip(before, after, strict=True):
-        assert torch.equal(old[[0, 2]], new[[0, 2]])
-        assert not torch.equal(old[1], new[1])
 
 
 def test_eps_is_that_of_the_norm():
@@ -103,46 +83,36 @@ def test_gradients_by_finite_differences():
 
 
 FITTING = {
-    "residual": (2, 3, 8),
-    "branch": (2, 3, 8),
-    "gate": (2, 8),
-    "weight": (8,),
-    "bias": (8,),
-    "shift": (2, 8),
+    "residual": (2, 3, 8), "branch": (2, 3, 8), "gate": (2, 8), "weight": (8,), "bias": (8,), "shift": (2, 8),
     "scale": (2, 8),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "name, shape",
+    "name, change, expected",
     [
-        ("residual", (6, 8)),
-        ("branch", (2, 1, 8)),
-        ("gate", (1, 8)),
-        ("gate", (2, 3, 8)),
-        ("weight", (7,)),
-        ("bias", (1,)),
-        ("shift", (2, 7)),
-        ("scale", (8,)),
+        ("residual", (6, 8), "shape"),
+        ("branch", (2, 1, 8), "shape"),
+        ("gate", (1, 8), "shape"),
+        ("gate", (2, 3, 8), "shape"),
+        ("weight", (7,), "shape"),
+        ("bias", (1,), "shape"),
+        ("shift", (2, 7), "shape"),
+        ("scale", (8,), "shape"),
+        *((name, "meta", "meta.* cpu") for name in FITTING if name != "residual"),
+        *((name, torch.bfloat16, "bfloat16.*float32.* residual") for name in FITTING if name != "residual"),
     ],
 )
-def test_what_does_not_fit_is_named(name, shape):
-    given = {key: torch.ones(shape if key == name else size) for key, size in FITTING.items()}
-    with pytest.raises(ValueError, match=f"^{name} has shape .*expected"):
-        gated_residual_adaln(**given)
-    if name in ("weight", "bias", "shift", "scale"):
-        x, *rest = (given[key] for key in ("residual", "weight", "bias", "shift", "scale"))
-        with pytest.raises(ValueError, match=f"^{name} has shape .*expected"):
-            adaln_modulate(x, *rest)
-
-
-@pytest.mark.parametrize("name", sorted(FITTING.keys() - {"residual"}))
-def test_a_tensor_of_another_device_or_type_is_named(name):
+def test_what_does_not_fit_is_named(name, change, expected):
+    """change: the shape, device or type that the argument has instead."""
     tensors = {key: torch.ones(size) for key, size in FITTING.items()}
-    with pytest.raises(ValueError, match=f"^{name} is on meta, expected cpu"):
-        gated_residual_adaln(**tensors | {name: tensors[name].to("meta")})
-    with pytest.raises(ValueError, match=rf"^{name} is torch.bfloat16, expected torch.float32 like residual"):
-        gated_residual_adaln(**tensors | {name: tensors[name].bfloat16()})
+    tensors[name] = torch.ones(change) if isinstance(change, tuple) else tensors[name].to(change)
+    with pytest.raises(ValueError, match=f"^{name} .*{expected}"):
+        gated_residual_adaln(**tensors)
+    if name in ("weight", "bias", "shift", "scale"):
+        x, *rest = (tensors[key] for key in ("residual", "weight", "bias", "shift", "scale"))
+        with pytest.raises(ValueError, match=f"^{name} .*{expected.removesuffix('.* residual')}"):
+            adaln_modulate(x, *rest)
 
 
 def test_under_autocast_it_computes_in_float32():

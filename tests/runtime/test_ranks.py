@@ -42,10 +42,6 @@ def all_pairs(inner_steps=1):
     )
 
 
-def conditioning(model):
-    return LatentDiffusion.load(ModelConfig(path=str(model)), CPU).encode(["a b", "c"])
-
-
 def new_policy(model):
     """A policy away from its reference, so that the first gradients say something."""
     policy = Policy(load_unet(ModelConfig(path=str(model)), CPU), 4, ("to_q", "to_k", "to_v", "to_out.0"), seed=0)
@@ -63,9 +59,9 @@ def settings(stage, micro_batch):
 
 def lora_after(model, policy, optimizer, ranks, inner_steps=1):
     """One pass over all pairs, each micro-batch cut into as many parts as there are ranks."""
-    cond = conditioning(model)
-    schedule = LatentDiffusion.load(ModelConfig(path=str(model)), CPU).schedule(20, 1.0, 5.0)
-    learner = Learner(policy, schedule, OptimConfig(beta=10.0, clip=0.1))
+    diffusion = LatentDiffusion.load(ModelConfig(path=str(model)), CPU)
+    cond = diffusion.encode(["a b", "c"])
+    learner = Learner(policy, diffusion.schedule(20, 1.0, 5.0), OptimConfig(beta=10.0, clip=0.1))
     for batch in all_pairs(inner_steps).split(MICRO_BATCH):
         rank_slice = MICRO_BATCH // ranks.size
         part = batch[slice(ranks.rank * rank_slice, (ranks.rank + 1) * rank_slice)]
@@ -113,33 +109,21 @@ def test_every_rank_gets_as_many_pairs_and_each_pair_goes_once(two_ranks, counts
         assert numbers[0] != sorted(numbers[0]), "the pairs are shuffled"
 
 
-@pytest.mark.parametrize("stage", [1, 2], ids=["zero-1", "zero-2"])
-def test_two_ranks_make_the_update_of_one(two_ranks, tiny_folder, stage):
+@pytest.mark.parametrize("name, inner_steps", [("stage-1", 1), ("stage-2", 1), ("inner-steps", 2)])
+def test_two_ranks_make_the_update_of_one(two_ranks, tiny_folder, name, inner_steps):
     out, ranks = two_ranks
     policy = new_policy(tiny_folder)
-    start_state = {name: value.clone() for name, value in policy.lora_state().items()}
-    alone = build_optimizer(policy.unet, settings(stage, MICRO_BATCH), Ranks(0, 1, CPU))
-    lora_after(tiny_folder, policy, alone, Ranks(0, 1, CPU))
-    one = policy.lora_state()
-    assert max((one[name] - start_state[name]).abs().max() for name in one) > 1e-3  # two Adam steps of lr 1e-3
-    policy.load_lora(out / f"stage-{stage}")
-    for name, value in policy.lora_state().items():
-        torch.testing.assert_close(value, one[name], rtol=0, atol=2e-5, msg=name)
-    assert ranks[0][f"steps-{stage}"] == alone.steps == 2
-    whole = alone.state_bytes()
-    for rank in ranks:  # two moments sharded; step counters and padding are all that is left over
-        assert rank[f"bytes-{stage}"] == pytest.approx(whole / 2, rel=0.02)
-
-
-def test_two_ranks_make_the_update_of_one_with_several_inner_steps(two_ranks, tiny_folder):
-    out, _ = two_ranks
-    policy = new_policy(tiny_folder)
+    start_state = {key: value.clone() for key, value in policy.lora_state().items()}
     alone = build_optimizer(policy.unet, settings(1, MICRO_BATCH), Ranks(0, 1, CPU))
-    lora_after(tiny_folder, policy, alone, Ranks(0, 1, CPU), inner_steps=2)
-    one = {name: value.clone() for name, value in policy.lora_state().items()}
-    policy.load_lora(out / "inner-steps")
-    for name, value in policy.lora_state().items():
-        torch.testing.assert_close(value, one[name], rtol=0, atol=2e-5, msg=name)
+    lora_after(tiny_folder, policy, alone, Ranks(0, 1, CPU), inner_steps)
+    one = {key: value.clone() for key, value in policy.lora_state().items()}
+    assert max((one[key] - start_state[key]).abs().max() for key in one) > 1e-3  # two Adam steps of lr 1e-3
+    policy.load_lora(out / name)
+    for key, value in policy.lora_state().items():
+        torch.testing.assert_close(value, one[key], rtol=0, atol=2e-5, msg=key)
+    for rank in ranks:  # two moments sharded; step counters and padding are all that is left over
+        assert rank[f"{name} steps"] == alone.steps == 2
+        assert rank[f"{name} bytes"] == pytest.approx(alone.state_bytes() / 2, rel=0.02)
 
 
 @pytest.mark.parametrize("stage", [1, 2], ids=["zero-1", "zero-2"])

@@ -32,6 +32,10 @@ def balanced(ranks, counts, inner_steps=1):
     return numbers
 
 
+def spent(name, optimizer):
+    return {f"{name} steps": optimizer.steps, f"{name} bytes": optimizer.state_bytes()}
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
@@ -52,7 +56,7 @@ def main():
         policy = new_policy(args.model)
         optimizer = build_optimizer(policy.unet, settings(stage, MICRO_BATCH // 2), ranks)
         lora_after(args.model, policy, optimizer, ranks)
-        results[f"bytes-{stage}"], results[f"steps-{stage}"] = optimizer.state_bytes(), optimizer.steps
+        results |= spent(f"stage-{stage}", optimizer)
         optimizer.save(args.out / f"stage-{stage}")
         if ranks.first:
             policy.save_lora(args.out / f"stage-{stage}")
@@ -67,6 +71,7 @@ def main():
     policy = new_policy(args.model)
     optimizer = build_optimizer(policy.unet, settings(1, MICRO_BATCH // 2), ranks)
     lora_after(args.model, policy, optimizer, ranks, inner_steps=2)
+    results |= spent("inner-steps", optimizer)
     if ranks.first:
         policy.save_lora(args.out / "inner-steps")
     (args.out / f"rank-{ranks.rank}.json").write_text(json.dumps(results))

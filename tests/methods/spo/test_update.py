@@ -60,9 +60,10 @@ def test_pairs_of_single_steps_keep_their_order_and_share_all(cond):
     assert torch.equal(torch.cat([batch.pairs.step for batch in batches]), pairs.step)
 
 
-def test_no_pairs_give_no_micro_batch(learner, cond):
+def test_no_pairs_give_no_micro_batch_and_have_no_reference(learner, cond):
     assert list(micro_batches(mspo_pairs()[:0], 4, cond)) == []
     assert list(learner(passes=2).batches(mspo_pairs()[:0], cond, torch.Generator())) == []
+    assert len(learner().with_reference(mspo_pairs()[:0], cond)) == 0
 
 
 @pytest.mark.parametrize("guided, halves", [(True, 2), (False, 1)], ids=["guided", "unguided"])
@@ -121,10 +122,6 @@ def test_pairs_with_their_reference_train_the_same_bits(learner, cond, pairs, gu
     assert not torch.equal(again.step, referenced.step)
     (batch,) = micro_batches(again, 8, cond)
     torch.testing.assert_close(batch.pairs.eps_ref, learner.predict_reference(batch), rtol=0, atol=2e-6)
-
-
-def test_no_pairs_have_no_reference(learner, cond):
-    assert len(learner().with_reference(mspo_pairs()[:0], cond)) == 0
 
 
 def test_passes_go_over_the_same_kept_pairs_each_in_an_order_of_its_own(learner, cond):
