@@ -18,6 +18,7 @@ COMMANDS = {  # name: (module, what it does)
     "export": (".export", "write a LoRA for diffusers, ComfyUI or A1111, or merge it"),
     "report": (".report.__main__", "remake the report of a run"),
     "study": (".user_study", "people compare images: the page, the analysis"),
+    "geneval": (".geneval", "images for GenEval's script; its results, read back"),
 }
 
 
