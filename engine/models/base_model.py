@@ -1,8 +1,8 @@
 """Finds the base model that section `model` of a recipe names and loads its parts.
 
 The model is a diffusers folder, a hub id or one checkpoint file. Its text encoders, VAE and schedule are used in
-latent_diffusion.py, its UNet in policy.py. Safetensors are preferred; a pickled file is read with weights_only, which
-runs none of its code; no other code of a repository is ever run.
+latent_diffusion.py, its UNet in guided_unet.py. Safetensors are preferred; a pickled file is read with weights_only,
+which runs none of its code; no other code of a repository is ever run.
 """
 
 from __future__ import annotations
