@@ -95,6 +95,17 @@ class BaseModel:
             return single_file.load_from_file(kind, self.file, prefix, self.folder / name, dtype, "model.path")
         return load_network(kind, self.settings.path, self.settings.revision, name, dtype, "model.path")
 
+    def outline(self, name: str) -> torch.nn.Module:
+        """Returns the network `name` on the meta device: the names and shapes of its weights, and no numbers."""
+        with torch.device("meta"):
+            return network_kind(self.family, name).from_config(self.config(name))
+
+    def image_size(self) -> tuple[int, int]:
+        """Returns (height, width) in pixels of the images that the model draws. Raises UserError as latent_shape."""
+        factor = 2 ** (len(self.config("vae").get("block_out_channels", range(4))) - 1)
+        _, height, width = self.latent_shape(factor)
+        return height * factor, width * factor
+
     def text_encoders(self, dtype: torch.dtype) -> list[torch.nn.Module]:
         return [self.part(name, dtype) for name in self.family.text_encoders]
 

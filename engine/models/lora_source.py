@@ -53,18 +53,26 @@ def base_of(lora: Lora, source: Path, base: str | None, components: str | None) 
 def add_lora(unet: nn.Module, lora: Lora, source: Path, base: str, strength: float = 1.0) -> None:
     """Adds strength * alpha / rank * up @ down to a UNet's weights in place, in float32 rounded once to their type.
 
-    source: the LoRA's file, base: the UNet's model, both for messages. Raises UserError, and adds nothing, where a
-    layer of the LoRA is not there or has another shape.
+    source, base and errors: as of check_lora.
     """
-    weights = {name.removesuffix(".weight"): value for name, value in unet.named_parameters()}
+    check_lora(unet, lora, source, base)
+    for name, weight in unet.named_parameters():
+        layer = name.removesuffix(".weight")
+        if layer in lora.up:
+            weight.copy_(weight.float() + strength * lora.delta(layer).to(weight.device))
+
+
+def check_lora(unet: nn.Module, lora: Lora, source: Path, base: str) -> None:
+    """Raises UserError if a layer of the LoRA is not in a UNet, which may be one without weights, or does not fit it.
+
+    source: the LoRA's file, base: the UNet's model, both for the message.
+    """
+    weights = {name.removesuffix(".weight"): value.shape for name, value in unet.named_parameters()}
     shapes = {layer: (len(up), *lora.down[layer].shape[1:]) for layer, up in lora.up.items()}
-    misfits = [layer for layer, shape in shapes.items() if layer not in weights or weights[layer].shape != shape]
+    misfits = [layer for layer, shape in shapes.items() if weights.get(layer) != shape]
     if misfits:
         raise UserError(
             f"{source} ({lora.facts.get('strop.family', 'of unknown family')}) does not fit the UNet of {base}: "
             f"{len(misfits)} of its {len(shapes)} layers are not there or have another shape, such as {misfits[0]}; "
             "name a model of the LoRA's own family with --base"
         )
-    for layer in shapes:
-        weight = weights[layer]
-        weight.copy_(weight.float() + strength * lora.delta(layer).to(weight.device))
