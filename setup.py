@@ -37,7 +37,7 @@ setup(
     ],
     package_data={
         "strop.configs": ["*.yaml"],
-        "strop.engine": ["py.typed", "study/page.*"],
+        "strop.engine": ["py.typed", "study/page.*", "evaluation/gallery.*"],
         "strop.kernels": ["py.typed"],
     },
     entry_points={"console_scripts": ["strop = strop.engine.cli:main"]},

@@ -33,8 +33,9 @@ from strop.engine.models.base_model import DTYPES, configure_unet
 from strop.engine.models.conditioning import Conditioning
 from strop.engine.models.families.base import Family
 from strop.engine.models.families.find import FAMILIES, family_named
+from strop.engine.models.guided_unet import Savings
 from strop.engine.models.latent_diffusion import LatentDiffusion, TextEncoding
-from strop.engine.models.policy import Policy, Savings
+from strop.engine.models.policy import Policy
 from strop.engine.runtime.optimizer import AdamWSettings, build_optimizer
 from strop.engine.runtime.ranks import Ranks
 from strop.engine.runtime.stopwatch import Stopwatch

@@ -10,7 +10,6 @@ if not __package__:  # run as a script (PEP 366)
     __package__ = "strop.engine"
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,8 +19,8 @@ from safetensors import SafetensorError
 from .config.training import ModelConfig
 from .errors import UserError, exit_on_user_error
 from .models.base_model import DTYPES, load_unet, quiet_libraries
-from .models.lora_file import LORA_FILE, Lora, read, write
-from .runtime.checkpoint import newest
+from .models.lora_file import LORA_FILE, Lora, write
+from .models.lora_source import add_lora, base_of, find_lora
 
 FORMATS = ("diffusers", "kohya", "merged")
 
@@ -68,38 +67,6 @@ def target_of(out: Path, form: str) -> Path:
     return target
 
 
-def find_lora(path: Path) -> tuple[Path, Lora]:
-    """Finds the LoRA file that a path means, and reads it. Raises UserError if there is none.
-
-    In a run folder it is the later of lora/ and the newest checkpoint.
-    """
-    if not path.exists():
-        raise UserError(f"{path}: found no such file or folder, expected a run, a checkpoint or a LoRA")
-    if path.is_file():
-        return path, read(path)
-    checkpoint = newest(path)
-    files = [path / LORA_FILE, path / "lora" / LORA_FILE, *([checkpoint / LORA_FILE] if checkpoint else [])]
-    candidates = [file for file in files if file.is_file()] or list(path.glob("*.safetensors"))
-    if not candidates:
-        raise UserError(f"{path}: found no LoRA and no finished checkpoint, expected {files[0]} or {files[1]}")
-    if candidates[0] not in files and len(candidates) > 1:
-        raise UserError(f"{path}: found {len(candidates)} .safetensors files, expected one LoRA; name the file")
-    loras = [(file, read(file)) for file in candidates]
-    return max(loras, key=lambda pair: int(pair[1].facts.get("strop.iteration", 0)))
-
-
-def base_of(lora: Lora, source: Path, base: str | None, components: str | None) -> ModelConfig:
-    """Returns the model `base`, or that on which the LoRA was trained. Raises UserError if neither is known."""
-    if base is None and "strop.config" not in lora.facts:
-        raise UserError(f"{source} does not say which model it was trained on; name it with --base")
-    trained_on = json.loads(lora.facts.get("strop.config", "{}")).get("model", {})
-    if base is not None:
-        trained_on = {"path": base}
-    if components is not None:
-        trained_on["components"] = components
-    return ModelConfig(**{key: trained_on.get(key) for key in ("path", "revision", "components")})
-
-
 def merged(lora: Lora, source: Path, base: ModelConfig, dtype: torch.dtype) -> torch.nn.Module:
     """Loads the base model's UNet and adds the LoRA to its weights, in float32 and then rounded to `dtype`.
 
@@ -109,18 +76,7 @@ def merged(lora: Lora, source: Path, base: ModelConfig, dtype: torch.dtype) -> t
         unet = load_unet(base, torch.device("cpu"))
     except UserError as error:
         raise UserError(f"{error}; --base names the model to merge into") from None
-    weights = {name.removesuffix(".weight"): value for name, value in unet.named_parameters()}
-    shapes = {layer: (len(up), *lora.down[layer].shape[1:]) for layer, up in lora.up.items()}
-    misfits = [layer for layer, shape in shapes.items() if layer not in weights or weights[layer].shape != shape]
-    if misfits:
-        raise UserError(
-            f"{source} ({lora.facts.get('strop.family', 'of unknown family')}) does not fit the UNet of {base.path}: "
-            f"{len(misfits)} of its {len(shapes)} layers are not there or have another shape, such as {misfits[0]}; "
-            "name a model of the LoRA's own family with --base"
-        )
-    with torch.no_grad():
-        for layer in shapes:
-            weights[layer].add_(lora.delta(layer))
+    add_lora(unet, lora, source, base.path)
     for parameter in unet.parameters():
         parameter.data = parameter.data.to(dtype)
     return unet

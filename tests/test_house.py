@@ -21,7 +21,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PARTS = ("engine", "kernels", "bench", "tests")
 EVERYWHERE, LIBRARY, SHIPPED = r".*", r"(engine|kernels)/.*", r"(engine|kernels|bench)/.*"
-HOT = r"(engine/(methods|schedules|speed)|kernels)/.*|engine/models/policy\.py"
+HOT = r"(engine/(methods|schedules|speed)|kernels)/.*|engine/models/(policy|guided_unet)\.py"
 
 # The floors from bottom to top, each with the libraries that it may import besides the standard one. errors and rows
 # are files; what has no floor of its own at the top of engine/ is a door and stands above all others.

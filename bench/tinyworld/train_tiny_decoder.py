@@ -19,8 +19,8 @@ from strop.bench.tinyworld.training import Progress, batches, cosine, generator,
 from strop.bench.tinyworld.world import caption, sample_scenes
 from strop.engine.config.training import ModelConfig
 from strop.engine.models.base_model import load_unet
+from strop.engine.models.guided_unet import unet_eps
 from strop.engine.models.latent_diffusion import LatentDiffusion
-from strop.engine.models.policy import unet_eps
 
 FIRST, STEPS, GUIDANCE = 4, 20, 3.0  # of rollouts in configs/tinyworld.yaml: judged are the latents after step 4 of 20
 

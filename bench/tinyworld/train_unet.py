@@ -8,6 +8,7 @@ saved.
 from __future__ import annotations
 
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -52,25 +53,45 @@ def _timesteps(count: int, rng: torch.Generator) -> torch.Tensor:
     return (1000 * (1 - torch.rand(count, generator=rng) ** 1.5)).long().clamp(0, 999)
 
 
-def train(weights: Path, steps: int = 7000, batch: int = 32, count: int = 32768, peak: float = 1e-3) -> None:
+@dataclass(frozen=True, slots=True)
+class Training:
+    """How UNet and text encoder are trained: optimizer steps, captions a step, latents made, peak learning rate."""
+
+    steps: int = 7000
+    batch: int = 32
+    latents: int = 32768
+    peak: float = 1e-3
+
+
+def train(weights: Path, training: Training = Training()) -> None:
     """Trains the UNet and the text encoder for the VAE in weights/sd/vae; saves weights/sd every 1000 steps."""
     start = time.monotonic()
-    rng = generator("unet")
     vae = AutoencoderKL.from_pretrained(weights / "sd" / "vae").eval()
     tokens = models.tokenizer()
-    latents, captions = make_latents(vae, count, rng)
-    ids, empty = models.tokenize(tokens, captions), models.tokenize(tokens, [""])
-
     parts = torch.nn.ModuleDict({"unet": models.unet(stage_seed("unet")), "text": models.text_encoder(tokens, 1)})
+    fit(weights, vae, parts, training, generator("unet"))
+    seconds = time.monotonic() - start
+    figures = {"parameters": parameters(parts["unet"]), **asdict(training), "seconds": seconds}
+    del figures["peak"]
+    record(weights, "unet", figures)
+
+
+def fit(
+    weights: Path, vae: AutoencoderKL, parts: torch.nn.ModuleDict, training: Training, rng: torch.Generator
+) -> None:
+    """Trains parts["unet"] and parts["text"] on renders drawn by `rng`; saves their EMA with the VAE as weights/sd."""
+    tokens, steps, batch = models.tokenizer(), training.steps, training.batch
+    latents, captions = make_latents(vae, training.latents, rng)
+    ids, empty = models.tokenize(tokens, captions), models.tokenize(tokens, [""])
     average = torch.nn.ModuleDict({"unet": models.unet(0), "text": models.text_encoder(tokens, 0)})
     ema = EMA(parts, average, decay=0.999)
     optimizer = torch.optim.AdamW(parts.parameters(), betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     signal = models.scheduler().alphas_cumprod[:, None, None, None]
     weight = signal.rsqrt().clamp(max=4)  # square root of what predicting v would weigh
-    rows = batches(count, batch, rng)
+    rows = batches(len(latents), batch, rng)
     progress = Progress("unet", steps)
     for step in range(steps):
-        set_lr(optimizer, cosine(step, steps, peak, warmup=200))
+        set_lr(optimizer, cosine(step, steps, training.peak, warmup=200))
         row = next(rows)
         x0, t = latents[row].float(), _timesteps(batch, rng)
         noise = torch.randn(x0.shape, generator=rng)
@@ -87,9 +108,6 @@ def train(weights: Path, steps: int = 7000, batch: int = 32, count: int = 32768,
         progress(step, loss=loss, error=error.mean())
         if (step + 1) % 1000 == 0 or step + 1 == steps:
             save(weights, vae, average)
-    size = parameters(parts["unet"])
-    seconds = time.monotonic() - start
-    record(weights, "unet", {"parameters": size, "steps": steps, "batch": batch, "latents": count, "seconds": seconds})
 
 
 def save(weights: Path, vae: AutoencoderKL, average: torch.nn.ModuleDict) -> None:

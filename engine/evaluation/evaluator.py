@@ -18,6 +18,7 @@ from ..methods.online import OnlineModels
 from ..models.conditioning import Conditioning
 from ..runtime.ranks import Ranks, gather_rows, rank_slice
 from .drift import statistics
+from .sampling import Sampler
 
 Score = Callable[[Tensor, list[str]], dict[str, Tensor]]
 
@@ -61,8 +62,9 @@ class Evaluator:
         """Takes the held-out prompts, the same on every rank and in `embeddings`; each rank samples some of them."""
         self.policy, self.diffusion, self.judge = models.policy, models.diffusion, models.judge
         self.scorers, self.embeddings, self.ranks = scorers, embeddings, ranks
-        self.config, self.text_kv = config.evaluate, config.rollout.text_kv
+        self.config = config.evaluate
         self.schedule = self.diffusion.schedule(self.config.num_steps, eta=0.0, guidance=self.config.guidance)
+        self.sampler = Sampler(self.policy, self.diffusion, self.schedule, config.rollout.text_kv)
         self.all_prompts = prompts
 
     @torch.no_grad()
@@ -90,8 +92,7 @@ class Evaluator:
         for start in starts:
             some = prompts[start : start + self.config.batch]
             cond = self.embeddings[some]
-            with self.policy.sampling(cond, self.text_kv) as sampling_cond:
-                batch = as_stored(self._sample(noise[start : start + len(some)], sampling_cond, bar))
+            batch = as_stored(self.sampler(noise[start : start + len(some)], cond, bar.update))
             for score, values in self._score(batch, some, cond).items():
                 scores.setdefault(score, []).append(values)
             measured.append(statistics(batch))
@@ -99,14 +100,6 @@ class Evaluator:
         bar.close()
         gathered = {name: gather_rows(torch.cat(values).float(), self.ranks).cpu() for name, values in scores.items()}
         return Evaluation(gathered, gather_rows(torch.cat(measured), self.ranks).cpu(), torch.cat(images)[:pictures])
-
-    def _sample(self, x: Tensor, cond: Conditioning, bar: tqdm) -> Tensor:
-        """Returns images (N, 3, H, W) in [-1, 1] from noise (N, C, h, w); the bar moves at each step."""
-        for i in range(self.schedule.num_steps):
-            eps = self.policy.eps(x, self.schedule.timesteps(i, len(x)), cond, self.schedule.guided)
-            x = self.schedule.mean(x, eps, i)
-            bar.update()
-        return self.diffusion.decode(x).float().clamp(-1, 1)
 
     def _score(self, images: Tensor, prompts: list[str], cond: Conditioning) -> dict[str, Tensor]:
         scored = {name: values for score in self.scorers for name, values in score(images, prompts).items()}

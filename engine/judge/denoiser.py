@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ...kernels import DDIMCoefficients
 from ..models.conditioning import Conditioning
+from ..models.guided_unet import unet_eps
 from ..models.latent_diffusion import LatentDiffusion
-from ..models.policy import unet_eps
 from ..schedules.schedule import Schedule
 
 

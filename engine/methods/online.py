@@ -10,8 +10,9 @@ from torch import nn
 from ..config.training import Config
 from ..judge.model import StepAwarePreferenceModel
 from ..models.base_model import load_unet
+from ..models.guided_unet import Savings
 from ..models.latent_diffusion import LatentDiffusion
-from ..models.policy import Policy, Savings, TrainedLora
+from ..models.policy import Policy, TrainedLora
 from ..models.tiny_decoder import TinyDecoder
 from ..schedules.schedule import Schedule
 from ..speed.apply import prepare

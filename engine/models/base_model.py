@@ -1,8 +1,8 @@
 """Finds the base model that section `model` of a recipe names and loads its parts.
 
 The model is a diffusers folder, a hub id or one checkpoint file. Its text encoders, VAE and schedule are used in
-latent_diffusion.py, its UNet in policy.py. Safetensors are preferred; a pickled file is read with weights_only, which
-runs none of its code; no other code of a repository is ever run.
+latent_diffusion.py, its UNet in guided_unet.py. Safetensors are preferred; a pickled file is read with weights_only,
+which runs none of its code; no other code of a repository is ever run.
 """
 
 from __future__ import annotations
@@ -94,6 +94,17 @@ class BaseModel:
             prefix = self.family.prefixes[name]
             return single_file.load_from_file(kind, self.file, prefix, self.folder / name, dtype, "model.path")
         return load_network(kind, self.settings.path, self.settings.revision, name, dtype, "model.path")
+
+    def outline(self, name: str) -> torch.nn.Module:
+        """Returns the network `name` on the meta device: the names and shapes of its weights, and no numbers."""
+        with torch.device("meta"):
+            return network_kind(self.family, name).from_config(self.config(name))
+
+    def image_size(self) -> tuple[int, int]:
+        """Returns (height, width) in pixels of the images that the model draws. Raises UserError as latent_shape."""
+        factor = 2 ** (len(self.config("vae").get("block_out_channels", range(4))) - 1)
+        _, height, width = self.latent_shape(factor)
+        return height * factor, width * factor
 
     def text_encoders(self, dtype: torch.dtype) -> list[torch.nn.Module]:
         return [self.part(name, dtype) for name in self.family.text_encoders]

@@ -1,6 +1,7 @@
 """Runs the frozen parts of a latent diffusion model around its UNet: text encoders, VAE and noise schedule.
 
-families/ says how each family of base models uses them, base_model.py finds and loads them. The UNet is in policy.py.
+families/ says how each family of base models uses them, base_model.py finds and loads them. The UNet is in
+guided_unet.py.
 """
 
 from __future__ import annotations

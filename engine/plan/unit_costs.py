@@ -16,8 +16,9 @@ from ..judge.model import StepAwarePreferenceModel
 from ..methods.spo.pairs import PreferencePairs
 from ..methods.spo.update import Learner, MicroBatch
 from ..models.conditioning import Conditioning
+from ..models.guided_unet import Savings
 from ..models.latent_diffusion import BATCH, LatentDiffusion
-from ..models.policy import Policy, Savings
+from ..models.policy import Policy
 from ..models.tiny_decoder import TinyDecoder
 from ..speed.apply import remove_idle_work
 from .meta_models import ModelBuilder

@@ -3,7 +3,7 @@
 Each key changes numbers only by rounding; tf32 rounds to ten bits, in the judge, as published. PyTorch keeps compiled
 code between runs in TORCHINDUCTOR_CACHE_DIR, or in the system's folder for temporary files. Savings that depend on the
 order of computations (rows per forward, text keys and values, shared guidance halves, a merged LoRA) are applied in
-models/policy.py and models/latent_diffusion.py.
+models/guided_unet.py, models/policy.py and models/latent_diffusion.py.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The halves have the same latents and timesteps and differ only in their text, which a UNet without other inputs first
 sees in a cross-attention. A UNet that also takes pooled text shares nothing, because that is part of the timestep's
-embedding. Outputs and gradients are the same up to rounding. models/policy.py puts the halves side by side.
+embedding. Outputs and gradients are the same up to rounding. models/guided_unet.py puts the halves side by side.
 """
 
 from __future__ import annotations

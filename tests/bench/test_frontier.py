@@ -16,8 +16,9 @@ from strop.engine.config.settings import differences, dump
 from strop.engine.config.training import load
 from strop.engine.errors import UserError
 from strop.engine.models.base_model import load_unet
+from strop.engine.models.guided_unet import Savings
 from strop.engine.models.latent_diffusion import LatentDiffusion
-from strop.engine.models.policy import Policy, Savings
+from strop.engine.models.policy import Policy
 from strop.engine.speed.apply import remove_idle_work
 
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from strop.engine.config.training import ModelConfig
 from strop.engine.errors import UserError
 from strop.engine.models.base_model import load_unet
+from strop.engine.models.guided_unet import unet_eps
 from strop.engine.models.latent_diffusion import LatentDiffusion
-from strop.engine.models.policy import unet_eps
 from strop.kernels import DDIMCoefficients
 
 CPU = torch.device("cpu")

@@ -10,8 +10,9 @@ from strop.engine.config.training import ModelConfig
 from strop.engine.errors import UserError
 from strop.engine.models.base_model import load_unet
 from strop.engine.models.conditioning import Conditioning
+from strop.engine.models.guided_unet import Savings, unet_eps
 from strop.engine.models.lora_file import write
-from strop.engine.models.policy import Policy, Savings, unet_eps
+from strop.engine.models.policy import Policy
 
 CPU = torch.device("cpu")
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")

@@ -8,8 +8,9 @@ import torch
 
 from strop.engine.config.training import ModelConfig
 from strop.engine.models.base_model import configure_unet, load_unet
+from strop.engine.models.guided_unet import Savings
 from strop.engine.models.latent_diffusion import LatentDiffusion
-from strop.engine.models.policy import Policy, Savings
+from strop.engine.models.policy import Policy
 from strop.engine.speed.lora_linear import make_loras_lean
 from strop.engine.speed.residual import make_residuals_lean
 from strop.engine.speed.upsample import fold_upsamplers

@@ -6,7 +6,7 @@ from diffusers import UNet2DConditionModel
 
 from strop.engine.config.training import Config
 from strop.engine.models.families.find import family_named
-from strop.engine.models.policy import Savings
+from strop.engine.models.guided_unet import Savings
 from strop.engine.plan.meta_models import ModelBuilder
 from strop.engine.plan.meter import measure
 from strop.engine.speed.shared_halves import before_text

@@ -1,0 +1,92 @@
+"""The drawn images of an evaluation as files: DIR/images/<system>/<prompt number>-<seed>.png.
+
+A file is written whole or not at all, so that whatever is there is finished.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..errors import UserError, one_line
+from .scorers.scorer import pil_images
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Images that are drawn and scored together: image `seed` of the prompts of these numbers."""
+
+    numbers: range
+    seed: int
+
+
+def batches(prompts: int, seeds: int, size: int) -> list[Batch]:
+    """Cuts the images into batches that depend on prompt numbers alone, so that ranks and resuming change no bit."""
+    starts = range(0, prompts, size)
+    return [Batch(range(start, min(start + size, prompts)), seed) for seed in range(seeds) for start in starts]
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """The image files below a folder."""
+
+    root: Path
+
+    def file(self, system: str, number: int, seed: int) -> Path:
+        """Returns the path of image `seed` of prompt `number`, below `root`."""
+        return self.root / "images" / system / f"{number:05d}-{seed}.png"
+
+    def files(self, system: str, batch: Batch) -> Iterator[Path]:
+        """Yields the paths of the images of a batch."""
+        return (self.file(system, number, batch.seed) for number in batch.numbers)
+
+    def has(self, system: str, batch: Batch) -> bool:
+        """Whether every image of a batch is there."""
+        return all(file.is_file() for file in self.files(system, batch))
+
+    def check(self, system: str, batch: Batch, size: tuple[int, int]) -> None:
+        """Raises UserError for an image that is there and not `size` (height, width), or cannot be read."""
+        for file in filter(Path.is_file, self.files(system, batch)):
+            with _opened(file) as image:
+                if image.size != size[::-1]:
+                    raise UserError(
+                        f"{file} has {image.height}x{image.width} pixels, expected {size[0]}x{size[1]} as {system} "
+                        "draws them by this protocol; remove it, or choose another --out"
+                    )
+
+    def write(self, system: str, batch: Batch, images: Tensor) -> None:
+        """Writes images (N, 3, H, W) in [-1, 1]."""
+        for file, image in zip(self.files(system, batch), pil_images(images), strict=True):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = file.with_suffix(f".{os.getpid()}.tmp")
+            image.save(unfinished, "PNG")
+            unfinished.replace(file)
+
+    def read(self, system: str, batch: Batch) -> Tensor:
+        """Reads images as (N, 3, H, W) in [-1, 1], equal to what evaluator.as_stored makes of them."""
+        arrays = []
+        for file in self.files(system, batch):
+            with _opened(file) as image:
+                try:
+                    arrays.append(np.asarray(image.convert("RGB")))
+                except (OSError, SyntaxError) as error:
+                    raise _unreadable(file, error) from None
+        return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1  # (N, 3, H, W)
+
+
+def _opened(file: Path) -> Image.Image:
+    try:
+        return Image.open(file)
+    except (OSError, SyntaxError) as error:
+        raise _unreadable(file, error) from None
+
+
+def _unreadable(file: Path, error: Exception) -> UserError:
+    return UserError(f"{file} cannot be read as an image ({one_line(error)}); remove it, and it is drawn again")

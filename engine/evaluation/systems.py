@@ -1,0 +1,148 @@
+"""What is compared: a base model, LoRAs at their strengths added to it, and whole models of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from ..config.training import Config, ModelConfig
+from ..data.prompts import read_prompts, split_prompts
+from ..errors import UserError
+from ..models.base_model import BaseModel
+from ..models.lora_file import Lora
+from ..models.lora_source import base_of, check_lora, find_lora
+from .arguments import BASE, Request
+from .protocols import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """A system: `model`, with strength times the LoRA of the file `source` on its UNet; both None for a whole model."""
+
+    name: str
+    model: ModelConfig
+    source: Path | None = None
+    lora: Lora | None = None
+    strength: float = 1.0
+
+    def to_json(self) -> dict:
+        """Returns what makes the system what it is, as JSON holds it; the LoRA by the hash of its file."""
+        model = {key: getattr(self.model, key) for key in ("path", "revision", "components", "vae")}
+        if self.lora is None:
+            return {"model": model}
+        digest = sha256(self.source.read_bytes()).hexdigest()
+        return {"model": model, "lora": str(self.source), "sha256": digest, "strength": self.strength}
+
+
+@dataclass(frozen=True, slots=True)
+class Systems:
+    """All systems, the base first; config: the recipe of the run that trained the first LoRA that says so, or None."""
+
+    all: list[System]
+    config: Config | None
+
+    @property
+    def base(self) -> System:
+        return self.all[0]
+
+    @property
+    def others(self) -> list[System]:
+        """Those that are compared with the base."""
+        return self.all[1:]
+
+
+def read_systems(request: Request) -> Systems:
+    """Reads the LoRAs and finds the models; no weights of a model are read.
+
+    Raises UserError for a source that is neither, a base that nobody names, and a LoRA that does not fit its base.
+    """
+    models = {s.name: s.path for s in request.sources if _is_model(s.path)}
+    loras = {s.name: find_lora(Path(s.path).expanduser()) for s in request.sources if s.name not in models}
+    if not loras and request.base is None:
+        raise UserError("found no LoRA that names its base; name the model to compare with by --base")
+    config = next(filter(None, (_recipe(lora) for _, lora in loras.values())), None)
+    base = _base(request, loras, config)
+    systems = [System(BASE, base)]
+    for source in request.sources:
+        if source.name in models:
+            systems.append(System(source.name, _model(source.path, request, base)))
+            continue
+        file, lora = loras[source.name]
+        for strength in request.strengths or (1.0,):
+            name = f"{source.name}@{strength:g}" if request.strengths else source.name
+            systems.append(System(name, base, file, lora, strength))
+    _check(systems)
+    return Systems(systems, config)
+
+
+def sized(systems: Systems, protocol: Protocol) -> Systems:
+    """Returns the systems with the image size that a protocol asks for."""
+    if protocol.size is None:
+        return systems
+    height, width = protocol.size
+    update = {"height": height, "width": width}
+    changed = [_with_model(system, system.model.model_copy(update=update)) for system in systems.all]
+    return Systems(changed, systems.config)
+
+
+def prompts_of(request: Request, config: Config | None) -> list[str]:
+    """Returns the prompts to draw: those of a file, or those that the run of `config` held out. Raises UserError."""
+    if request.prompts is not None:
+        return read_prompts(request.prompts, "--prompts")
+    if config is None:
+        raise UserError("--prompts: no LoRA here says by which run it was trained, and so which prompts were held out")
+    count, prompts = config.evaluate.prompts, config.prompts
+    try:
+        if prompts.heldout is not None:
+            return read_prompts(prompts.heldout, "prompts.heldout")[:count]
+        known = read_prompts(prompts.train, "prompts.train")
+    except UserError as error:
+        raise UserError(f"{error}; --prompts names a file of prompts") from None
+    return split_prompts(known, min(count, len(set(known)) - 1), config.run.seed)[1]
+
+
+def _with_model(system: System, model: ModelConfig) -> System:
+    return System(system.name, model, system.source, system.lora, system.strength)
+
+
+def _is_model(path: str) -> bool:
+    local = Path(path).expanduser()
+    return (local / "model_index.json").is_file() if local.exists() else True
+
+
+def _recipe(lora: Lora) -> Config | None:
+    try:
+        return Config.model_validate_json(lora.facts.get("strop.config", ""))
+    except ValueError:  # there is none, or that of another version
+        return None
+
+
+def _base(request: Request, loras: dict[str, tuple[Path, Lora]], config: Config | None) -> ModelConfig:
+    named = next((pair for pair in loras.values() if "strop.config" in pair[1].facts), None)
+    if request.base is None and named is None:
+        file = next(iter(loras.values()))[0]
+        raise UserError(f"{file} does not say which model it was trained on; name it with --base")
+    file, lora = named or next(iter(loras.values()), (None, Lora({}, {}, {})))
+    base = base_of(lora, file, request.base, request.components)
+    vae = config.model.vae if config is not None and request.base is None else None
+    return base.model_copy(update={"dtype": request.dtype, "vae": vae})
+
+
+def _model(path: str, request: Request, base: ModelConfig) -> ModelConfig:
+    return ModelConfig(path=path, dtype=request.dtype, unet_rows=base.unet_rows)
+
+
+def _check(systems: Sequence[System]) -> None:
+    """Raises UserError for a model that cannot be used, or a LoRA that does not fit its model."""
+    outlines: dict[str, object] = {}
+    for system in systems:
+        path = system.model.path
+        if path not in outlines:
+            try:
+                outlines[path] = BaseModel.find(system.model).outline("unet")
+            except UserError as error:
+                raise UserError(f"{system.name}: {error}") from None
+        if system.lora is not None:
+            check_lora(outlines[path], system.lora, system.source, path)
