@@ -50,11 +50,10 @@ def as_markdown(results: Mapping) -> str:
 
 def note(results: Mapping) -> str:
     """Returns what the columns mean."""
-    several = " of its images" if results["seeds"] > 1 else ""
+    answer = "the mean of a prompt's images is" if results["seeds"] > 1 else "the image of a prompt is"
     return (
-        f"Same prompts and noise for all; a prompt is one answer, by the mean{several}. A change marked * is "
-        "beyond chance, all comparisons taken together (Holm). Wins: share of images better than the base's, ties one "
-        "half."
+        f"Same prompts and noise for all; {answer} one answer. A change marked * is beyond chance, all comparisons "
+        "taken together (Holm). Wins: share of images better than the base's, ties one half."
     )
 
 
