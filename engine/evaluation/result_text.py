@@ -20,8 +20,11 @@ def as_text(results: Mapping) -> str:
         lines.append("")
     published = results.get("published")
     if published:
-        lines += [published["source"], _line(("", *published["columns"]))]
-        lines += [_line((f"  {row[0]}", *map(number, row[1:]))) for row in published["rows"]] + [""]
+        rows = [("", *published["columns"]), *((f"  {row[0]}", *map(number, row[1:])) for row in published["rows"])]
+        lines += [
+            published["source"],
+            *(f"{first:<18}{''.join(f'{cell:>13}' for cell in cells)}" for first, *cells in rows),
+        ]
     return "\n".join(lines).rstrip()
 
 
