@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
     add("--seeds", type=int, help="images of each prompt (default: the protocol's)")
     add("--strength", help="factors of each LoRA, such as 0.5,1.0 (default: 1)")
     add("--dtype", default="float32", help=f"{', '.join(DTYPES)}: type of the model's weights (default: %(default)s)")
-    add("--batch", type=int, default=32, help="images drawn and scored at a time (default: %(default)s)")
+    add("--batch", type=int, default=16, help="images at a time; fewer take less memory (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     add("--published", action="store_true", help="set the paper's rows beside, which are not measured here")
     add("--local_rank", help=argparse.SUPPRESS)  # set by the deepspeed launcher

@@ -76,7 +76,8 @@ def commands(page: Path) -> list[Command]:
 
 
 COMMANDS = [command for page in PAGES for command in commands(page)]
-TRAININGS = [c for c in COMMANDS if c.words[0] == "deepspeed" or c.words[1:2] in (["train"], ["train-judge"])]
+SCRIPTS = {"engine/train.py", "engine/train_judge.py"}
+TRAININGS = [c for c in COMMANDS if SCRIPTS & set(c.words) or c.words[1:2] in (["train"], ["train-judge"])]
 
 
 class Parsed(Exception):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -78,20 +79,23 @@ def chosen(table: Scores, prompts: int) -> list[int]:
 
 
 def _tables(results: Mapping) -> str:
-    tables = ""
-    for name, rows in blocks(results):
-        head = "".join(f"<th>{escape(label)}</th>" for label in (name, *HEADER[1:]))
-        body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-        tables += f"<table><tr>{head}</tr>{body}</table>"
+    """Returns a table for each score, and the published rows; a long name may break after a sign, a range may not."""
+    tables = "".join(_table((name, *HEADER[1:]), rows) for name, rows in blocks(results))
     if published := results.get("published"):
-        head = "".join(f"<th>{escape(label)}</th>" for label in ("published", *published["columns"]))
-        body = "".join(
-            f"<tr><td>{escape(row[0])}</td>{''.join(f'<td>{number(value)}</td>' for value in row[1:])}</tr>"
-            for row in published["rows"]
-        )
-        tables += f'<table class="published"><caption>{escape(published["source"])}</caption>'
-        tables += f"<tr>{head}</tr>{body}</table>"
+        rows = [(row[0], *map(number, row[1:])) for row in published["rows"]]
+        tables += _table(("published", *published["columns"]), rows, published["source"])
     return tables
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
+    head = "".join(f"<th>{escape(label)}</th>" for label in header)
+    body = ""
+    for name, *cells in rows:
+        breakable = re.sub(r"([@_+-])", r"\1<wbr>", escape(name))
+        unbroken = "".join(f"<td>{escape(cell).replace('-', '&#8209;')}</td>" for cell in cells)
+        body += f"<tr><td>{breakable}</td>{unbroken}</tr>"
+    top = f"<caption>{escape(caption)}</caption>" if caption else ""
+    return f"<div><table>{top}<tr>{head}</tr>{body}</table></div>"
 
 
 def _embedded(file: Path) -> str:

@@ -20,8 +20,11 @@ def as_text(results: Mapping) -> str:
         lines.append("")
     published = results.get("published")
     if published:
-        lines += [published["source"], _line(("", *published["columns"]))]
-        lines += [_line((f"  {row[0]}", *map(number, row[1:]))) for row in published["rows"]] + [""]
+        rows = [("", *published["columns"]), *((f"  {row[0]}", *map(number, row[1:])) for row in published["rows"])]
+        lines += [
+            published["source"],
+            *(f"{first:<18}{''.join(f'{cell:>13}' for cell in cells)}" for first, *cells in rows),
+        ]
     return "\n".join(lines).rstrip()
 
 
@@ -50,11 +53,10 @@ def as_markdown(results: Mapping) -> str:
 
 def note(results: Mapping) -> str:
     """Returns what the columns mean."""
-    several = " of its images" if results["seeds"] > 1 else ""
+    answer = "the mean of a prompt's images is" if results["seeds"] > 1 else "the image of a prompt is"
     return (
-        f"Same prompts and noise for all; a prompt is one answer, by the mean{several}. A change marked * is "
-        "beyond chance, all comparisons taken together (Holm). Wins: share of images better than the base's, ties one "
-        "half."
+        f"Same prompts and noise for all; {answer} one answer. A change marked * is beyond chance, all comparisons "
+        "taken together (Holm). Wins: share of images better than the base's, ties one half."
     )
 
 

@@ -16,6 +16,8 @@ from ..models.lora_source import base_of, check_lora, find_lora
 from .arguments import BASE, Request
 from .protocols import Protocol
 
+DECODE_ROWS = 2  # images of 1024 pixels that are decoded at a time, for the memory they take
+
 
 @dataclass(frozen=True, slots=True)
 class System:
@@ -67,7 +69,9 @@ def read_systems(request: Request) -> Systems:
     systems = [System(BASE, base)]
     for source in request.sources:
         if source.name in models:
-            systems.append(System(source.name, _model(source.path, request, base)))
+            systems.append(
+                System(source.name, ModelConfig(path=source.path, dtype=request.dtype, decode_rows=DECODE_ROWS))
+            )
             continue
         file, lora = loras[source.name]
         for strength in request.strengths or (1.0,):
@@ -127,11 +131,7 @@ def _base(request: Request, loras: dict[str, tuple[Path, Lora]], config: Config 
     file, lora = named or next(iter(loras.values()), (None, Lora({}, {}, {})))
     base = base_of(lora, file, request.base, request.components)
     vae = config.model.vae if config is not None and request.base is None else None
-    return base.model_copy(update={"dtype": request.dtype, "vae": vae})
-
-
-def _model(path: str, request: Request, base: ModelConfig) -> ModelConfig:
-    return ModelConfig(path=path, dtype=request.dtype, unet_rows=base.unet_rows)
+    return base.model_copy(update={"dtype": request.dtype, "vae": vae, "decode_rows": DECODE_ROWS})
 
 
 def _check(systems: Sequence[System]) -> None:
