@@ -141,6 +141,8 @@ REFUSALS = [
     ("{run} --prompts nowhere.txt", "--prompts", "nowhere.txt"),
     ("{run} --prompts {empty_file}", "--prompts", "{empty_file}"),
     ("{run} --strength half", "--strength", "'half'"),
+    ("{run} --scorers pickscore,pickscore={hps}", "--scorers", "pickscore twice"),
+    ("runs/mine", "runs/mine", "no such file"),
     ("{run} --seeds 0", "--seeds", "0"),
     ("{run} {run}", "run", "NAME=PATH"),
     ("base={run}", "base", "NAME=PATH"),

@@ -53,7 +53,8 @@ class Request:
         names = [source.name for source in sources]
         for name in names:
             if names.count(name) > 1 or name == BASE:
-                raise UserError(f"found the name {name} twice or {BASE} itself; NAME=PATH gives a system another name")
+                why = "which is what the base is called" if name == BASE else "twice"
+                raise UserError(f"found the name {name}, {why}; NAME=PATH gives a system another name")
         _one_of("--protocol", args.protocol, PROTOCOLS)
         _one_of("--dtype", args.dtype, DTYPES)
         _one_of("--device", args.device, DEVICES)
@@ -73,12 +74,15 @@ class Request:
 
 
 def _source(word: str) -> Source:
-    """Reads NAME=PATH or PATH; a name that a file or folder does not say is that of the folder above."""
+    """Reads NAME=PATH or PATH; a name that a file or folder does not say is that of the folder above.
+
+    A hub id of a model needs a name, so that a folder that is mistyped is not looked for on the hub.
+    """
     name, equals, path = word.partition("=")
     if not equals:
         path, name = word, ""
     local = Path(path).expanduser()
-    if not local.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+    if not local.exists() and not (equals and re.fullmatch(r"[\w.-]+/[\w.-]+", path)):
         raise UserError(f"{path}: found no such file or folder, expected a run, a LoRA or a model; or NAME=PATH")
     if not name:
         at = local.resolve()
@@ -92,8 +96,10 @@ def _source(word: str) -> Source:
 
 def _scorers(words: str) -> tuple[str, ...]:
     specs = tuple(dict.fromkeys(filter(None, (word.strip() for word in words.split(",")))))
-    for spec in specs:
-        name = spec.partition("=")[0]
+    names = [spec.partition("=")[0] for spec in specs]
+    for name, spec in zip(names, specs, strict=True):
+        if names.count(name) > 1:
+            raise UserError(f"--scorers: found {name} twice, expected each once")
         if name not in SCORERS and ":" not in spec:
             _one_of("--scorers", name, (*SCORERS, "module:factory"))
     if not specs:

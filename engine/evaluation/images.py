@@ -62,12 +62,17 @@ class Images:
                     )
 
     def write(self, system: str, batch: Batch, images: Tensor) -> None:
-        """Writes images (N, 3, H, W) in [-1, 1]."""
+        """Writes images (N, 3, H, W) in [-1, 1]. Raises UserError where that is impossible."""
         for file, image in zip(self.files(system, batch), pil_images(images), strict=True):
-            file.parent.mkdir(parents=True, exist_ok=True)
             unfinished = file.with_suffix(f".{os.getpid()}.tmp")
-            image.save(unfinished, "PNG")
-            unfinished.replace(file)
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                image.save(unfinished, "PNG")
+                unfinished.replace(file)
+            except OSError as error:
+                raise UserError(
+                    f"{file} cannot be written ({one_line(error)}); the same command goes on from here"
+                ) from None
 
     def read(self, system: str, batch: Batch) -> Tensor:
         """Reads images as (N, 3, H, W) in [-1, 1], equal to what evaluator.as_stored makes of them."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from .compare import ENOUGH, beyond_chance, paired_delta
 from .intervals import wilson
 from .score import ScoreLog
@@ -19,12 +20,18 @@ Scores = dict[str, dict[str, Tensor]]  # by score and system: (P, S) of P prompt
 
 
 def table_of(log: ScoreLog, scorers: Sequence[str], systems: Sequence[str], prompts: int, seeds: int) -> Scores:
-    """Returns the scores of a finished log by name of the score and system."""
+    """Returns the scores of a finished log by name of the score and system.
+
+    Raises UserError if two scorers give scores of one name.
+    """
     table: Scores = {}
+    given_by: dict[str, str] = {}
     for scorer in scorers:
         for (system, number, seed), values in log.scores[scorer].items():
             if system in systems and number < prompts and seed < seeds:
                 for name, value in values.items():
+                    if given_by.setdefault(name, scorer) != scorer:
+                        raise UserError(f"--scorers: {given_by[name]} and {scorer} both give {name}; leave one out")
                     empty = torch.full((prompts, seeds), torch.nan, dtype=torch.float64)
                     table.setdefault(name, {}).setdefault(system, empty)[number, seed] = value
     return {name: {system: by_system[system] for system in systems} for name, by_system in table.items()}

@@ -59,10 +59,11 @@ def run(request: Request) -> None:
     check_scorers(scorers, names, work, log)
     if ranks.first:
         write_settings(request.out, settings)
+    wait(ranks)  # nobody writes before the folder is known to be the right one
     progress = Progress(ranks.first)
     draw(systems.all, work, progress)
     score(scorers, names, work, log, progress)
-    gather_rows(torch.zeros(1, device=ranks.device), ranks)  # everyone has finished
+    wait(ranks)
     if not ranks.first:
         return
     log = ScoreLog.read(request.out / PARTS, ranks.rank)
@@ -81,6 +82,11 @@ def run(request: Request) -> None:
         results["published"] = published(family)
     write_results(results, table, work)
     close(request.out, results)
+
+
+def wait(ranks: Ranks) -> None:
+    """Returns when all processes are here."""
+    gather_rows(torch.zeros(1, device=ranks.device), ranks)
 
 
 def settings_of(request: Request, systems: Systems, work: Work) -> dict:
