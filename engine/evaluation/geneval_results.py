@@ -25,8 +25,6 @@ ENOUGH = 8  # prompts of a task; with fewer, nothing is said of chance
 SURE = 0.05  # the p-value below which a change is beyond chance
 FLIPS = 20_000
 OVERALL = "overall"
-# Overall, in percent, by the authors of SPO (arXiv 2406.04314); nothing of it was measured with this code.
-PUBLISHED = {"SDXL": 53.43, "SDXL, Diffusion-DPO": 59.58, "SDXL, SPO": 55.20}
 
 Cells = dict[str, dict[str, dict[str, bool]]]  # task -> prompt -> image -> whether it is correct
 

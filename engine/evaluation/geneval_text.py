@@ -5,7 +5,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from .geneval_results import FORMAT, OVERALL, PUBLISHED, TASKS, Results, compare, scores
+from .geneval_results import FORMAT, OVERALL, TASKS, Results, compare, scores
+from .published import GENEVAL
 
 TITLE = "# GenEval"
 WIDTHS = (25, 8, 8, 8, 18, 9)  # of the columns on the terminal
@@ -21,7 +22,7 @@ def result_of(files: Sequence[Results], published: bool) -> dict:
         "overall": f"mean of {len(base.tasks)} task scores",
         "systems": {file.name: {"scores": scores(file), "faults": file.faults} for file in files},
         "changes": {tuned.name: compare(base, tuned) for tuned in others},
-        "published_not_measured_here": PUBLISHED if published else {},
+        "published_not_measured_here": GENEVAL if published else {},
     }
 
 

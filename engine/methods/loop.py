@@ -33,17 +33,19 @@ def train(session: Session, method: Method, optimizer: Optimizer, monitor: Monit
                 session.note(stats, weight=len(batch))
                 if norm is not None:
                     session.note({"grad_norm": norm})
-        measured = measure(session, method, iteration + 1, monitor)
-        session.save(iteration + 1, now=measured)
+        monitored = measure(session, method, iteration + 1, monitor)
+        session.save(iteration + 1, now=monitored)
         if monitor and monitor.stopped:
             break
 
 
 def measure(session: Session, method: Method, done: int, monitor: Monitor | None = None) -> bool:
-    """Measures what is due after `done` iterations, logs the record if one is due, and returns whether anything was."""
+    """Measures what is due after `done` iterations, logs the record if one is due, and returns whether the monitor
+    has measured, whose best measurement needs a checkpoint."""
     with session.clock("evaluate"):
-        measured = {**method.measure(done), **(monitor.measure(done) if monitor else {})}
+        monitored = monitor.measure(done) if monitor else {}
+        measured = {**method.measure(done), **monitored}
     session.note(measured)
     if measured or done > 0:
         session.log(done, now=bool(measured))
-    return bool(measured)
+    return bool(monitored)
