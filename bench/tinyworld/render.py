@@ -23,6 +23,7 @@ SIZE = 64  # pixels
 
 SHADING, HIGHLIGHT, SHADOW, GRADING = 0.30, 0.45, 0.50, 0.22  # at q = 1, relative to the colour
 GRAIN, BLOTCHES, CHROMA, BANDS = 0.065, 0.05, 0.035, 0.045  # at q = 0, standard deviations in [0, 1] units
+TINT = 0.06  # of grey in what shading adds or takes, in [0, 1] units, so that black can be graded
 BLOCK = 3  # pixels, the steps of a jagged edge at q = 0
 
 
@@ -67,7 +68,7 @@ def _place(scenes: list[Scene], rng: torch.Generator) -> Objects:
     return Objects(centre, radius, shape, colour, present)
 
 
-def _distance(dx: torch.Tensor, dy: torch.Tensor, radius: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
+def distance(dx: torch.Tensor, dy: torch.Tensor, radius: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
     """Computes the signed distance in pixels to a shape's edge, from dx, dy (n, 64, 64) and radius, shape (n,)."""
     r = radius[:, None, None]
     circle = (dx * dx + dy * dy).sqrt() - r
@@ -95,7 +96,7 @@ def _centred(field: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def _tone(colour: torch.Tensor) -> torch.Tensor:
     """Returns the colour (n, 3, 1, 1) that shading adds or takes, with a little grey so that black can be graded."""
-    return (colour + 0.06)[:, :, None, None]
+    return (colour + TINT)[:, :, None, None]
 
 
 def _background(colour, shadow, outside, q, rng) -> torch.Tensor:
@@ -143,9 +144,9 @@ def render(scenes: list[Scene], q: torch.Tensor, rng: torch.Generator) -> torch.
         cx, cy = objects.centre[:, i, 0, None, None], objects.centre[:, i, 1, None, None]
         r, shape, here = objects.radius[:, i], objects.shape[:, i], objects.present[:, i, None, None]
         cy = cy + torch.where(shape == 2, 0.22 * r, 0.0 * r)[:, None, None]  # centre its box, not its centroid
-        mask = (0.5 - _distance(jag_x - cx, jag_y - cy, r, shape)).clamp(0, 1) * here
+        mask = (0.5 - distance(jag_x - cx, jag_y - cy, r, shape)).clamp(0, 1) * here
         off = r[:, None, None]
-        under = _distance(x - cx - 0.22 * off, y - cy - 0.26 * off, r, shape)
+        under = distance(x - cx - 0.22 * off, y - cy - 0.26 * off, r, shape)
         shadow = torch.maximum(shadow, torch.sigmoid(-under / (0.13 * off)) * here)
         masks.append(mask)
         surfaces.append(_surface(objects.colour[:, i], x - cx, y - cy, r, mask, q))
