@@ -19,7 +19,7 @@ from strop.bench.tinyworld import models, train_unet
 from strop.bench.tinyworld.build import HERE
 from strop.bench.tinyworld.training import generator, stage_seed
 
-SHORTER = train_unet.Training(steps=1500, latents=8192)
+SHORTER = train_unet.Training(steps=1000, latents=2048)
 
 
 def train(out: Path, seed: int, scratch: bool, training: train_unet.Training = SHORTER) -> None:
