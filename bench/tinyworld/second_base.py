@@ -9,6 +9,7 @@ vocabulary are the first base's either way.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from strop.bench.tinyworld import models, train_unet
 from strop.bench.tinyworld.build import HERE
 from strop.bench.tinyworld.training import generator, stage_seed
 
-SHORTER = train_unet.Training(steps=1500, latents=8192)
+SHORTER = train_unet.Training(steps=400, latents=4096, narrow=False)
 
 
 def train(out: Path, seed: int, scratch: bool, training: train_unet.Training = SHORTER) -> None:
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=SHORTER.steps, help="optimizer steps (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    train(args.out, args.seed, args.scratch, train_unet.Training(steps=args.steps, latents=SHORTER.latents))
+    train(args.out, args.seed, args.scratch, replace(SHORTER, steps=args.steps))
 
 
 if __name__ == "__main__":

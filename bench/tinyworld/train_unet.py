@@ -8,7 +8,7 @@ saved.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,14 +34,19 @@ from strop.bench.tinyworld.world import caption, sample_quality, sample_scenes
 CAPTION_DROPOUT = 0.1
 
 
-def make_latents(vae: AutoencoderKL, count: int, rng: torch.Generator) -> tuple[torch.Tensor, list[str]]:
-    """Returns `count` latents (count, 4, 16, 16) in fp16 and their captions, made in slices to bound memory."""
+def make_latents(
+    vae: AutoencoderKL, count: int, rng: torch.Generator, narrow: bool = True
+) -> tuple[torch.Tensor, list[str]]:
+    """Returns `count` latents (count, 4, 16, 16) in fp16 and their captions, made in slices to bound memory.
+
+    narrow: whether they are computed in bf16.
+    """
     latents, captions = [], []
     progress = Progress("unet/latents", count // 1024, every=8)
     for step in range(count // 1024):
         scenes = sample_scenes(1024, rng)
         images = render_uint8(scenes, sample_quality(1024, rng), rng)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
             latents.append(encode(vae, to_float(images), batch=32).half())
         captions += [caption(scene) for scene in scenes]
         progress(step)
@@ -55,12 +60,16 @@ def _timesteps(count: int, rng: torch.Generator) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """How UNet and text encoder are trained: optimizer steps, captions a step, latents made, peak learning rate."""
+    """How UNet and text encoder are trained: optimizer steps, captions a step, latents made, peak learning rate.
+
+    narrow: whether latents are made in bf16, which is slow on a CPU that only imitates it.
+    """
 
     steps: int = 7000
     batch: int = 32
     latents: int = 32768
     peak: float = 1e-3
+    narrow: bool = True
 
 
 def train(weights: Path, training: Training = Training()) -> None:
@@ -71,9 +80,8 @@ def train(weights: Path, training: Training = Training()) -> None:
     parts = torch.nn.ModuleDict({"unet": models.unet(stage_seed("unet")), "text": models.text_encoder(tokens, 1)})
     fit(weights, vae, parts, training, generator("unet"))
     seconds = time.monotonic() - start
-    figures = {"parameters": parameters(parts["unet"]), **asdict(training), "seconds": seconds}
-    del figures["peak"]
-    record(weights, "unet", figures)
+    counts = {"steps": training.steps, "batch": training.batch, "latents": training.latents}
+    record(weights, "unet", {"parameters": parameters(parts["unet"]), **counts, "seconds": seconds})
 
 
 def fit(
@@ -81,7 +89,7 @@ def fit(
 ) -> None:
     """Trains parts["unet"] and parts["text"] on renders drawn by `rng`; saves their EMA with the VAE as weights/sd."""
     tokens, steps, batch = models.tokenizer(), training.steps, training.batch
-    latents, captions = make_latents(vae, training.latents, rng)
+    latents, captions = make_latents(vae, training.latents, rng, training.narrow)
     ids, empty = models.tokenize(tokens, captions), models.tokenize(tokens, [""])
     average = torch.nn.ModuleDict({"unet": models.unet(0), "text": models.text_encoder(tokens, 0)})
     ema = EMA(parts, average, decay=0.999)
