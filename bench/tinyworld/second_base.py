@@ -20,7 +20,7 @@ from strop.bench.tinyworld import models, train_unet
 from strop.bench.tinyworld.build import HERE
 from strop.bench.tinyworld.training import generator, stage_seed
 
-SHORTER = train_unet.Training(steps=400, latents=4096, narrow=False)
+SHORTER = train_unet.Training(steps=400, latents=4096, narrow=False, save_every=100)
 
 
 def train(out: Path, seed: int, scratch: bool, training: train_unet.Training = SHORTER) -> None:

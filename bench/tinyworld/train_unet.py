@@ -62,7 +62,7 @@ def _timesteps(count: int, rng: torch.Generator) -> torch.Tensor:
 class Training:
     """How UNet and text encoder are trained: optimizer steps, captions a step, latents made, peak learning rate.
 
-    narrow: whether latents are made in bf16, which is slow on a CPU that only imitates it.
+    narrow: whether latents are made in bf16, which is slow on a CPU that only imitates it. save_every: steps.
     """
 
     steps: int = 7000
@@ -70,10 +70,11 @@ class Training:
     latents: int = 32768
     peak: float = 1e-3
     narrow: bool = True
+    save_every: int = 1000
 
 
 def train(weights: Path, training: Training = Training()) -> None:
-    """Trains the UNet and the text encoder for the VAE in weights/sd/vae; saves weights/sd every 1000 steps."""
+    """Trains the UNet and the text encoder for the VAE in weights/sd/vae; saves weights/sd as it goes."""
     start = time.monotonic()
     vae = AutoencoderKL.from_pretrained(weights / "sd" / "vae").eval()
     tokens = models.tokenizer()
@@ -114,7 +115,7 @@ def fit(
         optimizer.step()
         ema.update(step)
         progress(step, loss=loss, error=error.mean())
-        if (step + 1) % 1000 == 0 or step + 1 == steps:
+        if (step + 1) % training.save_every == 0 or step + 1 == steps:
             save(weights, vae, average)
 
 
