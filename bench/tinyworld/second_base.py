@@ -9,6 +9,8 @@ vocabulary are the first base's either way.
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,17 +44,17 @@ def train(out: Path, seed: int, scratch: bool, training: train_unet.Training = S
     train_unet.fit(out, vae, networks, training, generator(stage))
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Trains a second base model by the command line."""
     parser = argparse.ArgumentParser(description="Train a second base model of tinyworld.")
     parser.add_argument("--out", type=Path, required=True, help="the folder that gets sd/, a model in diffusers format")
     parser.add_argument("--seed", type=int, default=1, help="of its data and noise (default: %(default)s)")
     parser.add_argument("--scratch", action="store_true", help="begin from random weights instead of the first base's")
     parser.add_argument("--steps", type=int, default=SHORTER.steps, help="optimizer steps (default: %(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     train(args.out, args.seed, args.scratch, replace(SHORTER, steps=args.steps))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
