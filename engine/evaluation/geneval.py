@@ -1,7 +1,7 @@
 """GenEval's prompts and the folder layout that its official script reads; detectors and their weights are not here.
 
 Source: Ghosh et al., 2023 (arXiv 2310.11513). The prompts are a file of its authors, evaluation_metadata.jsonl, a JSON
-object a line. The images of prompt n lie beside its line: NNNNN/metadata.jsonl and NNNNN/samples/0000.png, 0001.png ...
+object a line. The images of prompt n lie beside its line: NNNNN/metadata.jsonl, NNNNN/samples/00000.png, 00001.png ...
 """
 
 from __future__ import annotations
@@ -34,11 +34,16 @@ class Prompt:
 
     def sample(self, out: Path, number: int) -> Path:
         """Returns where image `number` (from 0) of this prompt lies in the layout."""
-        return self.folder(out) / "samples" / f"{number:04}.png"
+        return self.folder(out) / "samples" / f"{number:05}.png"
 
     def folder(self, out: Path) -> Path:
         """Returns the folder of this prompt in the layout."""
         return out / f"{self.number:05}"
+
+    def write(self, out: Path) -> None:
+        """Writes this prompt's line where the layout has it, and makes the folder of its images."""
+        (self.folder(out) / "samples").mkdir(parents=True, exist_ok=True)
+        (self.folder(out) / "metadata.jsonl").write_text(json.dumps(self.row), encoding="utf-8")
 
 
 def read_metadata(path: Path) -> list[Prompt]:
@@ -73,8 +78,7 @@ def write_samples(out: Path, prompt: Prompt, images: Sequence[Image.Image | Path
     what cannot be read or written.
     """
     try:
-        (prompt.folder(out) / "samples").mkdir(parents=True, exist_ok=True)
-        (prompt.folder(out) / "metadata.jsonl").write_text(json.dumps(prompt.row), encoding="utf-8")
+        prompt.write(out)
         for number, image in enumerate(images):
             _save(image, prompt.sample(out, number))
     except OSError as error:

@@ -21,9 +21,10 @@ from ..runtime.ranks import Ranks, gather_rows, rank_slice, start
 from .arguments import Request
 from .draw import Work, draw
 from .gallery import gallery
+from .geneval import read_metadata
 from .images import Images, batches
 from .progress import Progress
-from .protocols import protocol_of
+from .protocols import GENEVAL, protocol_of
 from .published import published
 from .result_text import as_markdown, as_text
 from .results import Scores, results_of, table_of, verdict
@@ -42,14 +43,15 @@ def run(request: Request) -> None:
     protocol = protocol_of(request.protocol, systems.config)
     protocol = protocol if request.seeds is None else protocol.with_seeds(request.seeds)
     systems = sized(systems, protocol)
-    prompts = prompts_of(request, systems.config)
+    geneval = read_metadata(Path(request.prompts)) if protocol.name == GENEVAL.name else []
+    prompts = [prompt.text for prompt in geneval] or prompts_of(request, systems.config)
     scorers = request.scorers or (systems.config and systems.config.evaluate.scorers) or DEFAULT_SCORERS
     try:
         ranks = start(request.device)
     except UserError as error:
         raise UserError(str(error).replace("run.device", "--device")) from None
     every = batches(len(prompts), protocol.seeds, request.batch)
-    work = Work(protocol, prompts, every[rank_slice(len(every), ranks)], Images(request.out), ranks.device)
+    work = Work(protocol, prompts, every[rank_slice(len(every), ranks)], Images(request.out, geneval), ranks.device)
     settings = settings_of(request, systems, work)
     log = ScoreLog.read(request.out / PARTS, ranks.rank)
     names = [system.name for system in systems.all]
@@ -162,6 +164,9 @@ def write_results(results: Mapping, table: Scores, work: Work) -> None:
     """Writes results.json, results.md, scores.jsonl, pairs.jsonl and gallery.html into the folder."""
     out, systems = work.images.root, list(results["systems"])
     lines, pairs = [], []
+    for prompt in work.images.geneval:
+        for name in systems:
+            prompt.write(out / "images" / name)
     for number, prompt in enumerate(work.prompts):
         for seed in range(work.protocol.seeds):
             files = {name: work.images.file(name, number, seed).relative_to(out).as_posix() for name in systems}

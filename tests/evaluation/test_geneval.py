@@ -73,10 +73,10 @@ def test_layout_there_and_back(metadata, tmp_path, capsys):
     assert sorted(path.name for path in out.iterdir()) == [f"{number:05}" for number in range(4)]
     for number, files in enumerate(find_images(out, prompts)):
         assert json.loads((out / f"{number:05}" / "metadata.jsonl").read_text()) == ROWS[number]
-        assert files == [out / f"{number:05}" / "samples" / f"{image:04}.png" for image in range(2)]
+        assert files == [out / f"{number:05}" / "samples" / f"{image:05}.png" for image in range(2)]
         assert [Image.open(file).getpixel((0, 0)) for file in files] == [(number, 0, 7), (number, 1, 7)]
     write_samples(out, prompts[3], [Image.new("RGBA", (4, 4), (1, 2, 3, 0))] * 4)
-    assert Image.open(out / "00003" / "samples" / "0003.png").mode == "RGB"
+    assert Image.open(out / "00003" / "samples" / "00003.png").mode == "RGB"
 
 
 def test_task_means_by_hand(metadata, tmp_path):
