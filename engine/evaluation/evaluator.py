@@ -1,6 +1,6 @@
 """Evaluates base and tuned model on held-out prompts: same noise, deterministic DDIM, judge and scorers.
 
-Its scores never train anything: the prompts are held out and scorers are independent of the judge.
+Its scores never train anything, and the prompts are held out.
 """
 
 from __future__ import annotations
