@@ -161,7 +161,7 @@ REFUSALS = [
     ("{run} --scorers pickscore,pickscore={hps}", "--scorers", "pickscore twice"),
     ("runs/mine", "runs/mine", "no such file"),
     ("{run} --protocol geneval", "--protocol", "--prompts", "evaluation_metadata.jsonl"),
-    ("{run} --protocol geneval --prompts {prompts}", "{prompts}, line 1", "evaluation_metadata.jsonl"),
+    ("{run} --protocol geneval --prompts {prompts}", "{prompts}: line 1", "JSON"),
     ("{run} --seeds 0", "--seeds", "0"),
     ("{run} {run}", "run", "NAME=PATH"),
     ("base={run}", "base", "NAME=PATH"),

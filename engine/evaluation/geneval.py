@@ -15,6 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..data.json_lines import read_objects
 from ..errors import UserError, one_line
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -53,8 +54,8 @@ def read_metadata(path: Path) -> list[Prompt]:
     there before, or something asked for in another form than GenEval's.
     """
     prompts: dict[str, Prompt] = {}
-    for line, row in json_lines(path, "the prompts of GenEval (evaluation_metadata.jsonl)"):
-        where = f"{path}, line {line}"
+    for line, row in read_objects(path, str(path), "the prompts of GenEval (evaluation_metadata.jsonl)"):
+        where = f"{path}: line {line}"
         tag, text = row.get("tag"), row.get("prompt")
         if tag not in TASKS:
             raise UserError(f"{where}: found the tag {tag!r}, expected one of {', '.join(TASKS)}")
@@ -63,8 +64,9 @@ def read_metadata(path: Path) -> list[Prompt]:
         if text in prompts:
             raise UserError(f"{where}: found the prompt {text!r} a second time, expected each once")
         if not _asks(row):
+            include, exclude = (repr(row.get(name))[:80] for name in ("include", "exclude"))
             raise UserError(
-                f"{where}: found include {_short(row.get('include'))} and exclude {_short(row.get('exclude', []))}, "
+                f"{where}: found include {include} and exclude {exclude}, "
                 "expected lists of objects with class, count and, where they are asked for, color or position"
             )
         prompts[text] = Prompt(len(prompts), tag, text, row)
@@ -117,28 +119,6 @@ def find_images(folder: Path, prompts: Sequence[Prompt]) -> list[list[Path]]:
     return [[found[place] for place in places] for places in expected]
 
 
-def json_lines(path: Path, what: str) -> list[tuple[int, dict]]:
-    """Reads a file of one JSON object a line, as (number of the line from 1, object). UserError names file and line."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({one_line(error)}); expected {what}") from None
-    rows = []
-    for line, content in enumerate(text.split("\n"), start=1):
-        if not content.strip():
-            continue
-        try:
-            row = json.loads(content)
-        except ValueError as error:
-            raise UserError(f"{path}, line {line}: not JSON ({one_line(error)}); expected {what}") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {line}: found {_short(row)}, expected one JSON object a line: {what}")
-        rows.append((line, row))
-    if not rows:
-        raise UserError(f"{path}: found no lines, expected {what}")
-    return rows
-
-
 def _save(image: Image.Image | Path, target: Path) -> None:
     if isinstance(image, Path) and image.suffix.lower() == ".png":
         shutil.copyfile(image, target)
@@ -163,8 +143,3 @@ def _asks(row: Mapping) -> bool:
         if "position" in asked and (type(position[1]) is not int or not 0 <= position[1] < min(place, len(include))):
             return False
     return True
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:79]}…"

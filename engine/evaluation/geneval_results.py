@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 from scipy.special import stdtrit
 
+from ..data.json_lines import read_objects
 from ..errors import UserError
-from .geneval import OFFICIAL, TASKS, Prompt, json_lines
+from .geneval import OFFICIAL, TASKS, Prompt
 from .intervals import Z, holm, wilson
 
 FORMAT = "strop-geneval/1"
@@ -52,8 +53,8 @@ def read_results(path: Path, prompts: Sequence[Prompt] | None = None) -> Results
     cells: Cells = {}
     folders, doubles = set(), []
     known = None if prompts is None else {(prompt.tag, prompt.text) for prompt in prompts}
-    for line, row in json_lines(path, "results of GenEval's script"):
-        where = f"{path}, line {line}"
+    for line, row in read_objects(path, str(path), "results of GenEval's script"):
+        where = f"{path}: line {line}"
         tag, text, name, correct = (row.get(key) for key in ("tag", "prompt", "filename", "correct"))
         if tag not in TASKS:
             raise UserError(f"{where}: found the tag {tag!r}, expected one of {', '.join(TASKS)}")

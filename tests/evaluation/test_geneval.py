@@ -251,7 +251,7 @@ def test_metadata_that_is_not_right_is_refused(mistake, metadata, tmp_path, caps
     with pytest.raises(SystemExit, match="2"):
         cli.main(["geneval", "layout", "--metadata", str(metadata), "--images", "x", "--out", str(tmp_path / "out")])
     said = capsys.readouterr().err
-    assert "line 4" in said
+    assert "metadata.jsonl: line 4" in said
     assert named in said
 
 
