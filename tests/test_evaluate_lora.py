@@ -231,7 +231,7 @@ def test_a_folder_of_something_else_is_not_gone_on_with(evaluate, training_run, 
     assert "dtype" in refused(*words, "--dtype", "bfloat16")
     stranger = f"run={training_run.folder / 'checkpoints' / '000001'}"
     assert "another run" in refused(stranger, "--prompts", prompts)
-    assert "other files" in refused(*words, out=training_run.folder)
+    assert "exists already" in refused(*words, out=training_run.folder)
     assert contents(out) == before
     Image.new("RGB", (8, 8)).save(smaller)
     assert f"{smaller.name} has 8x8 pixels, expected 16x16" in refused(*words)

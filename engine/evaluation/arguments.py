@@ -71,8 +71,6 @@ class Request:
             raise UserError(
                 f"--prompts: found no file {args.prompts}, expected a file of prompts (.txt, .json, .jsonl)"
             )
-        if args.out.exists() and not args.out.is_dir():
-            raise UserError(f"--out: {args.out} is a file, expected a folder")
         scorers = None if args.scorers is None else _scorers(args.scorers)
         fields = {name: getattr(args, name) for name in cls.__dataclass_fields__ if hasattr(args, name)}
         return cls(**fields | {"scorers": scorers, "strengths": _strengths(args.strength), "sources": sources})

@@ -17,6 +17,7 @@ import torch
 
 from ..errors import UserError
 from ..models.base_model import BaseModel, quiet_libraries
+from ..runtime.output import check_free, write_all
 from ..runtime.ranks import Ranks, gather_rows, rank_slice, start
 from .arguments import Request
 from .draw import Work, draw
@@ -110,9 +111,7 @@ def check_settings(out: Path, settings: dict) -> None:
     """
     file = out / SETTINGS
     if not file.is_file():
-        if out.is_dir() and any(out.iterdir()):
-            raise UserError(f"--out: {out} holds other files, expected a new folder or one of an evaluation")
-        return
+        return check_free("--out", out)
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
         differing = [key for key in settings if key != "systems" and before[key] != settings[key]]
@@ -139,11 +138,7 @@ def write_settings(out: Path, settings: dict) -> None:
     known = {}
     with suppress(OSError, ValueError, KeyError):
         known = json.loads(file.read_text(encoding="utf-8"))["systems"]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        _write(file, json.dumps(settings | {"systems": known | settings["systems"]}, indent=1))
-    except OSError as error:
-        raise UserError(f"--out: {out} cannot be written ({error.strerror}); choose another place") from None
+    write_all({file: json.dumps(settings | {"systems": known | settings["systems"]}, indent=1)})
 
 
 def announce(request: Request, systems: Systems, work: Work, ranks: Ranks) -> None:
@@ -175,11 +170,14 @@ def write_results(results: Mapping, table: Scores, work: Work) -> None:
                 scores = {measure: by_system[name][number, seed].item() for measure, by_system in table.items()}
                 row = {"prompt": prompt, "number": number, "seed": seed, "system": name, "file": files[name]}
                 lines.append(row | {"scores": scores})
-    _write(out / "results.json", json.dumps(results, indent=1) + "\n")
-    _write(out / "results.md", as_markdown(results))
-    _write(out / "scores.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    _write(out / "pairs.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in pairs))
-    _write(out / "gallery.html", gallery(results, table, work.prompts, work.images))
+    texts = {
+        "results.json": json.dumps(results, indent=1) + "\n",
+        "results.md": as_markdown(results),
+        "scores.jsonl": "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines),
+        "pairs.jsonl": "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in pairs),
+        "gallery.html": gallery(results, table, work.prompts, work.images),
+    }
+    write_all({out / name: text for name, text in texts.items()})
 
 
 def close(out: Path, results: Mapping) -> None:
@@ -198,9 +196,3 @@ def _identity(system: Mapping) -> dict:
 def _shown(system: Mapping) -> str:
     lora = f"{system['lora']} at strength {system['strength']:g} on " if "lora" in system else ""
     return lora + system["model"]["path"]
-
-
-def _write(file: Path, text: str) -> None:
-    unfinished = file.with_suffix(".tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(file)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
-from pathlib import Path
 
-from .analysis import ENOUGH, FORMAT, TOO_FEW
+from .analysis import ENOUGH, TOO_FEW
 
 TITLE = "# User study"
 FEW_RATERS = 5
@@ -30,22 +28,6 @@ def as_markdown(result: dict) -> str:
         cells = [[title, *header], ["---", *("---:" for _ in header)], *rows]
         blocks.append("\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in cells))
     return "\n\n".join([*blocks, *_sentences(result)]) + "\n"
-
-
-def is_analysis(path: Path) -> bool:
-    """Whether a file is the JSON of an analysis, which may be remade."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def is_markdown(path: Path) -> bool:
-    """Whether a file is the Markdown of an analysis, which may be remade."""
-    try:
-        return path.read_text(encoding="utf-8").startswith(TITLE)
-    except (OSError, ValueError):
-        return False
 
 
 def _summary(result: dict) -> str:

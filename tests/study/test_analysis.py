@@ -175,8 +175,8 @@ def test_a_file_that_is_not_right_is_refused_by_name(mistake, study, tmp_path, c
         ("{key} {images}", ("images", "cannot be read")),
         ("{key} {text}", ("text.txt", "not JSON")),
         ("{anna} {anna}", ("anna.json", "no key")),
-        ("{key} {anna} --out {anna}", ("anna.json", "there already")),
-        ("{key} {anna} --markdown {text}", ("text.txt", "there already")),
+        ("{key} {anna} --out {anna}", ("anna.json", "exists already")),
+        ("{key} {anna} --markdown {text}", ("text.txt", "exists already")),
     ],
 )
 def test_a_mistake_in_the_command(line, words, study, capsys):
