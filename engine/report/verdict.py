@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal, NamedTuple
 
-from ..evaluation.compare import ENOUGH, beyond_chance, two_means
+from ..evaluation.compare import beyond_chance, two_means
+from ..evaluation.intervals import ENOUGH
 from ..evaluation.monitor import PICKSCORE
 from ..runtime.columns import SHORT, Column, Heatmap
 from ..runtime.signs import LEAST, listed, parts

@@ -7,7 +7,8 @@ import pytest
 import torch
 import yaml
 
-from strop.engine.evaluation.compare import ENOUGH, paired_delta
+from strop.engine.evaluation.compare import paired_delta
+from strop.engine.evaluation.intervals import ENOUGH
 from strop.engine.methods.judge_training import columns as judge_training
 from strop.engine.methods.spo import columns as spo
 from strop.engine.report.run import Run
