@@ -114,6 +114,16 @@ def test_systems_scorers_and_images_of_a_prompt_may_be_added(evaluate, training_
     assert first.items() <= more.items()
 
 
+def test_where_all_is_drawn_a_scorer_is_loaded_once(evaluate, training_run, prompts, monkeypatch):
+    before = contents(evaluate(training_run.folder, "--prompts", prompts))
+    shutil.rmtree("out/parts")
+    loaded, load = [], score.load_scorer
+    monkeypatch.setattr(score, "load_scorer", lambda spec, *more: loaded.append(spec) or load(spec, *more))
+    assert contents(evaluate(training_run.folder, "--prompts", prompts)) == before
+    assert loaded
+    assert len(loaded) == len(set(loaded))
+
+
 def test_another_base_and_a_whole_model(evaluate, training_run, prompts, tiny_folder, tmp_path):
     other = shutil.copytree(tiny_folder, tmp_path / "other")
     words = training_run.folder, f"theirs={other}", "--prompts", prompts, "--published"
