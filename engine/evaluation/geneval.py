@@ -21,7 +21,7 @@ from ..errors import UserError, one_line
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 RELATIONS = ("left of", "right of", "above", "below")
 OFFICIAL = {"single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100, "color_attr": 100}
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ def find_images(folder: Path, prompts: Sequence[Prompt]) -> list[list[Path]]:
         raise UserError(f"--images: found no folder {folder}, expected the images of {len(prompts)} prompts")
     found: dict[tuple[int, int], Path] = {}
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in SUFFIXES:
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
             continue
         numbers = re.findall(r"\d+", str(path.relative_to(folder).with_suffix("")))
         if len(numbers) < 2:

@@ -78,7 +78,7 @@ class Images:
                 ) from None
 
     def read(self, system: str, batch: Batch) -> Tensor:
-        """Reads images as (N, 3, H, W) in [-1, 1], equal to what evaluator.as_stored makes of them."""
+        """Reads images as (N, 3, H, W) in [-1, 1], equal to those that the evaluator scores."""
         arrays = []
         for file in self.files(system, batch):
             with _opened(file) as image:

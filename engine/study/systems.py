@@ -12,8 +12,8 @@ from pathlib import Path
 from ..data.json_lines import read_objects
 from ..data.prompts import read_prompts
 from ..errors import UserError
+from ..evaluation.geneval import IMAGE_SUFFIXES
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PROMPT_FILES = ("prompts.jsonl", "metadata.jsonl", "prompts.txt")  # looked for in the first folder, in this order
 FILE_KEYS = ("file", "name", "file_name", "image")
 PROMPT_KEYS = ("prompt", "caption", "text")
