@@ -11,6 +11,7 @@ if not __package__:  # run as a script (PEP 366)
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from .errors import UserError, exit_on_user_error, warn
@@ -90,7 +91,7 @@ def _named_apart(paths: Sequence[Path], files: Sequence[Results]) -> list[Result
         names = [f"{path.resolve().parent.name}/{path.stem}" for path in paths]
     if len(set(names)) < len(names):
         raise UserError(f"found the results {', '.join(names)}, expected files of different names")
-    return [Results(name, file.cells, file.faults) for name, file in zip(names, files, strict=True)]
+    return [replace(file, name=name) for name, file in zip(names, files, strict=True)]
 
 
 if __name__ == "__main__":

@@ -73,16 +73,19 @@ def read_metadata(path: Path) -> list[Prompt]:
     return list(prompts.values())
 
 
-def write_samples(out: Path, prompt: Prompt, images: Sequence[Image.Image | Path]) -> None:
+def write_samples(out: Path, prompt: Prompt, images: Sequence[Path]) -> None:
     """Writes the images of one prompt, and its line, where the official script looks for them.
 
-    PNG files are copied byte for byte; files of other kinds and PIL images become RGB and PNG. Raises UserError for
+    PNG files are copied byte for byte; files of other kinds become RGB and PNG. Raises UserError for
     what cannot be read or written.
     """
     try:
         prompt.write(out)
         for number, image in enumerate(images):
-            _save(image, prompt.sample(out, number))
+            if image.suffix.lower() == ".png":
+                shutil.copyfile(image, prompt.sample(out, number))
+            else:
+                Image.open(image).convert("RGB").save(prompt.sample(out, number))
     except OSError as error:
         raise UserError(f"{prompt.folder(out)} cannot be written ({one_line(error)}); choose another place") from None
 
@@ -117,14 +120,6 @@ def find_images(folder: Path, prompts: Sequence[Prompt]) -> list[list[Path]]:
             f"expected {each} of each of {len(prompts)} prompts, both counted from 0"
         )
     return [[found[place] for place in places] for places in expected]
-
-
-def _save(image: Image.Image | Path, target: Path) -> None:
-    if isinstance(image, Path) and image.suffix.lower() == ".png":
-        shutil.copyfile(image, target)
-        return
-    opened = Image.open(image) if isinstance(image, Path) else image
-    opened.convert("RGB").save(target)
 
 
 def _asks(row: Mapping) -> bool:

@@ -10,6 +10,7 @@ import json
 import textwrap
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def run(request: Request) -> None:
     quiet_libraries()
     systems = read_systems(request)
     protocol = protocol_of(request.protocol, systems.config)
-    protocol = protocol if request.seeds is None else protocol.with_seeds(request.seeds)
+    protocol = protocol if request.seeds is None else replace(protocol, seeds=request.seeds)
     systems = sized(systems, protocol)
     geneval = read_metadata(Path(request.prompts)) if protocol.name == GENEVAL.name else []
     prompts = [prompt.text for prompt in geneval] or prompts_of(request, systems.config)

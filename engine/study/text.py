@@ -15,11 +15,11 @@ WIDTHS = (24, 5, 5, 5, 7, 14, 8, 0)  # of the columns on the terminal; the last 
 
 def as_text(result: dict) -> str:
     """The tables for a terminal, 80 columns wide."""
-    blocks = [_wrapped(_summary(result))]
+    blocks = [textwrap.fill(_summary(result), 80)]
     for title, header, rows in _tables(result):
         lines = [_line((title[:23], *header)), *(_line((f"  {row[0]}"[:23], *row[1:])) for row in rows)]
         blocks.append("\n".join(lines))
-    blocks += [_wrapped(sentence) for sentence in _sentences(result)]
+    blocks += [textwrap.fill(sentence, 80) for sentence in _sentences(result)]
     return "\n\n".join(blocks)
 
 
@@ -119,10 +119,6 @@ def _line(cells: tuple[str, ...]) -> str:
     first, *others = cells
     padded = [f"{cell:>{width}}" for cell, width in zip(others, WIDTHS[1:], strict=False)]
     return (f"{first:<{WIDTHS[0]}}" + " ".join(padded)).rstrip()
-
-
-def _wrapped(text: str) -> str:
-    return textwrap.fill(text, 80)
 
 
 def _number(value: float | None) -> str:
