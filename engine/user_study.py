@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import UserError, exit_on_user_error
+from .runtime.output import check_free, write_all
+from .study.analysis import FORMAT
 from .study.analysis import analyse as analysis_of
 from .study.answers import read_answers
 from .study.balance import PAIR, Design
@@ -24,7 +26,7 @@ from .study.key import Key
 from .study.page import make_study
 from .study.pairs import write_pairs
 from .study.systems import read_systems
-from .study.text import as_markdown, as_text, is_analysis, is_markdown
+from .study.text import TITLE, as_markdown, as_text
 
 
 @exit_on_user_error
@@ -81,8 +83,7 @@ def make(args: argparse.Namespace) -> None:
             raise UserError(f"--{name}: found {getattr(args, name)}, expected a share of the pairs from 0 to 0.5")
     if not 0 <= args.too_fast < 3600:
         raise UserError(f"--too-fast: found {args.too_fast}, expected seconds from 0")
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise UserError(f"--out: {args.out} is there already; choose another folder, nothing is overwritten")
+    check_free("--out", args.out)
     raters = _raters(args.raters)
     systems = read_systems(args.systems, args.prompts)
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
@@ -112,17 +113,11 @@ def make(args: argparse.Namespace) -> None:
 def analyse(args: argparse.Namespace) -> None:
     """Counts the answers, with intervals, tests, agreement between raters, and how careful each of them was."""
     out = args.out or args.key.parent / "analysis.json"
-    for path, own in ((out, is_analysis), (args.markdown, is_markdown)):
-        if path is not None and path.exists() and not own(path):
-            raise UserError(f"{path} is there already and no analysis of a study; choose another place")
+    check_free("--out", out, FORMAT)
+    check_free("--markdown", args.markdown, TITLE)
     key = Key.read(args.key)
     result = analysis_of(key, read_answers(key, args.files))
-    try:
-        out.write_text(json.dumps(result, indent=1), encoding="utf-8")
-        if args.markdown:
-            args.markdown.write_text(as_markdown(result), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be written ({error.strerror}); choose another place") from None
+    write_all({out: json.dumps(result, indent=1), args.markdown: as_markdown(result)})
     print(f"{as_text(result)}\n\nall numbers: {out}")
 
 

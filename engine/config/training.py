@@ -275,9 +275,9 @@ class EvaluateConfig(Section):
     pictures: int = Field(10, ge=1, description="Prompts whose images before_after.png shows.")
     scorers: tuple[str, ...] = Field(
         (),
-        description="Scorers independent of the judge: pickscore, hpsv2, hpsv2.1, image_reward, aesthetic, clip_score, "
-        "each also as name=weights with a file, folder or hub id; or `module:factory`, where factory(device) returns "
-        "score(images, prompts) -> {name: scores (N,)}.",
+        description="Scorers beside the judge, all but the first independent of it: pickscore, hpsv2, hpsv2.1, "
+        "image_reward, aesthetic, clip_score, each also as name=weights with a file, folder or hub id; or "
+        "`module:factory`, where factory(device) returns score(images, prompts) -> {name: scores (N,)}.",
     )
     every: int | None = Field(
         None,

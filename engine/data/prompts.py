@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError
+from .json_lines import parsed
 
 FORMS = "a JSON list of {caption: ...}, JSON lines of the same (.jsonl), or text with one prompt a line"
 
@@ -74,14 +75,7 @@ def _json_list(text: str, where: str) -> Iterator[str]:
 
 
 def _json_lines(text: str, where: str) -> Iterator[str]:
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where}: line {number} is not valid JSON ({error})") from None
-        yield _caption(entry, f"{where}: line {number}")
+    return (_caption(entry, f"{where}: line {number}") for number, entry in parsed(text, where))
 
 
 def _caption(entry: object, where: str) -> str:

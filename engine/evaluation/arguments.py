@@ -12,6 +12,7 @@ from typing import NamedTuple, get_args
 
 from ..config.training import Device, Dtype
 from ..errors import UserError
+from .protocols import GENEVAL
 from .protocols import NAMES as PROTOCOLS
 from .scorers.names import NAMES as SCORERS
 
@@ -62,12 +63,14 @@ class Request:
             value = getattr(args, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name}: found {value}, expected a number from 1")
+        if args.prompts is None and args.protocol == GENEVAL.name:
+            raise UserError(
+                "--protocol: geneval draws GenEval's prompts; --prompts names its evaluation_metadata.jsonl"
+            )
         if args.prompts is not None and not Path(args.prompts).is_file():
             raise UserError(
                 f"--prompts: found no file {args.prompts}, expected a file of prompts (.txt, .json, .jsonl)"
             )
-        if args.out.exists() and not args.out.is_dir():
-            raise UserError(f"--out: {args.out} is a file, expected a folder")
         scorers = None if args.scorers is None else _scorers(args.scorers)
         fields = {name: getattr(args, name) for name in cls.__dataclass_fields__ if hasattr(args, name)}
         return cls(**fields | {"scorers": scorers, "strengths": _strengths(args.strength), "sources": sources})

@@ -1,4 +1,4 @@
-"""The drawn images of an evaluation as files: DIR/images/<system>/<prompt number>-<seed>.png.
+"""The drawn images of an evaluation as files: DIR/images/<system>/<prompt number>-<seed>.png, or as GenEval has them.
 
 A file is written whole or not at all, so that whatever is there is finished.
 """
@@ -6,7 +6,7 @@ A file is written whole or not at all, so that whatever is there is finished.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UserError, one_line
+from .geneval import Prompt
 from .scorers.scorer import pil_images
 
 
@@ -35,13 +36,15 @@ def batches(prompts: int, seeds: int, size: int) -> list[Batch]:
 
 @dataclass(frozen=True, slots=True)
 class Images:
-    """The image files below a folder."""
+    """The image files below a folder; geneval: the prompts, if images are to lie as GenEval's script reads them."""
 
     root: Path
+    geneval: Sequence[Prompt] = ()
 
     def file(self, system: str, number: int, seed: int) -> Path:
         """Returns the path of image `seed` of prompt `number`, below `root`."""
-        return self.root / "images" / system / f"{number:05d}-{seed}.png"
+        folder = self.root / "images" / system
+        return self.geneval[number].sample(folder, seed) if self.geneval else folder / f"{number:05d}-{seed}.png"
 
     def files(self, system: str, batch: Batch) -> Iterator[Path]:
         """Yields the paths of the images of a batch."""
@@ -75,7 +78,7 @@ class Images:
                 ) from None
 
     def read(self, system: str, batch: Batch) -> Tensor:
-        """Reads images as (N, 3, H, W) in [-1, 1], equal to what evaluator.as_stored makes of them."""
+        """Reads images as (N, 3, H, W) in [-1, 1], equal to those that the evaluator scores."""
         arrays = []
         for file in self.files(system, batch):
             with _opened(file) as image:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -87,7 +87,7 @@ def sized(systems: Systems, protocol: Protocol) -> Systems:
         return systems
     height, width = protocol.size
     update = {"height": height, "width": width}
-    changed = [_with_model(system, system.model.model_copy(update=update)) for system in systems.all]
+    changed = [replace(system, model=system.model.model_copy(update=update)) for system in systems.all]
     return Systems(changed, systems.config)
 
 
@@ -105,10 +105,6 @@ def prompts_of(request: Request, config: Config | None) -> list[str]:
     except UserError as error:
         raise UserError(f"{error}; --prompts names a file of prompts") from None
     return split_prompts(known, min(count, len(set(known)) - 1), config.run.seed)[1]
-
-
-def _with_model(system: System, model: ModelConfig) -> System:
-    return System(system.name, model, system.source, system.lora, system.strength)
 
 
 def _is_model(path: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..evaluation.cells import markdown_table
 from .run import Run
 from .tables import score_rows
 from .verdict import verdict
@@ -42,11 +43,10 @@ def model_card(run: Run) -> str:
 
 
 def _scores(run: Run) -> str:
-    rows = "\n".join(f"| {' | '.join(row)} |" for row in score_rows(run))
     count = run.summary.get("heldout_prompts")
     return (
         f"Means over {count:,} prompts that were not trained on, the same noise for both models.\n\n"
-        f"| | base | tuned | change | 95% interval |\n|---|---|---|---|---|\n{rows}"
+        + markdown_table(("", "base", "tuned", "change", "95% interval"), score_rows(run))
     )
 
 

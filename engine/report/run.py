@@ -69,8 +69,9 @@ class Run:
 
     @property
     def independent(self) -> list[str]:
-        """The held-out scores that were measured by something else than the judge."""
-        return [name for name, row in self.compared.items() if name != "judge" and row["delta"] is not None]
+        """The held-out scores that were measured by something else than the judge and what it was trained from."""
+        compared = filter(monitor.independent_of_judge, self.compared)
+        return [name for name in compared if self.compared[name]["delta"] is not None]
 
     @property
     def trains_judge(self) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .columns import Column
+from .output import write_atomically
 
 Value = Tensor | float
 # The fields of every record beside its columns: iterations done, optimizer steps of the whole run, and, since the last
@@ -173,13 +173,6 @@ def finite(value):
     if isinstance(value, list):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file so that a reader, also after a kill, sees either the old content or the new."""
-    draft = path.with_name(path.name + ".draft")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
 
 
 def _record(line: str) -> dict | None:

@@ -22,12 +22,17 @@ def test_every_epoch_is_a_permutation_of_its_own():
         ("p.txt", " a cat \n\n a dog\r\na fish"),
         ("p.json", '[{"caption": " a cat ", "trainset_idx": 3}, {"caption": ""}, {"prompt": "a dog"}, "a fish"]'),
         ("p.jsonl", '{"caption": "a cat"}\n\n{"tag": "x", "prompt": "a dog"}\n"a fish"\n'),
+        ("p.jsonl", '"a cat"\n"a\u2028dog"\n{"prompt": "a fish"}'),
         ("p.JSON", '\ufeff["a cat", "a dog", "a fish"]'),
     ],
 )
 def test_prompts_of_text_json_and_json_lines(tmp_path, name, content):
     (tmp_path / name).write_text(content, encoding="utf-8")
-    assert read_prompts(str(tmp_path / name), "prompts.train") == ["a cat", "a dog", "a fish"]
+    assert read_prompts(str(tmp_path / name), "prompts.train") == [
+        "a cat",
+        "a\u2028dog" if "\u2028" in content else "a dog",
+        "a fish",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -266,9 +266,9 @@ def test_the_judged_timesteps_are_those_of_the_recipe(run_dir):
     "name, content, words",
     [
         ("metrics.jsonl", '{"iteration": 1}\n{"it\n{"iteration": 3}\n', "metrics.jsonl: line 2 is not a record"),
-        ("summary.json", '{"quality": {"base"', "summary.json: not valid JSON"),
-        ("summary.json", "[]", "summary.json: found list"),
-        ("heldout.jsonl", "{}\n{", "heldout.jsonl: not valid JSON"),
+        ("summary.json", '{"quality": {"base"', "summary.json cannot be read as JSON"),
+        ("summary.json", "[]", "summary.json holds a JSON list"),
+        ("heldout.jsonl", "{}\n{", "heldout.jsonl: line 2 is not JSON"),
         ("config.yaml", "model: [", "cannot be read"),
         ("config.yaml", "model", "config.yaml: found str"),
         ("metrics.jsonl", None, "there is no metrics.jsonl"),
