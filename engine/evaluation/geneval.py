@@ -15,6 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..data.image_files import BrokenImage, read_image
 from ..errors import UserError, one_line
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -77,6 +78,8 @@ def write_samples(out: Path, prompt: Prompt, images: Sequence[Image.Image | Path
         (prompt.folder(out) / "metadata.jsonl").write_text(json.dumps(prompt.row), encoding="utf-8")
         for number, image in enumerate(images):
             _save(image, prompt.sample(out, number))
+    except BrokenImage as error:
+        raise UserError(f"--images: {error}") from None
     except OSError as error:
         raise UserError(f"{prompt.folder(out)} cannot be written ({one_line(error)}); choose another place") from None
 
@@ -136,11 +139,11 @@ def json_lines(path: Path, what: str) -> list[tuple[int, dict]]:
 
 
 def _save(image: Image.Image | Path, target: Path) -> None:
+    opened = read_image(image) if isinstance(image, Path) else image.convert("RGB")
     if isinstance(image, Path) and image.suffix.lower() == ".png":
         shutil.copyfile(image, target)
-        return
-    opened = Image.open(image) if isinstance(image, Path) else image
-    opened.convert("RGB").save(target)
+    else:
+        opened.save(target)
 
 
 def _asks(row: Mapping) -> bool:
