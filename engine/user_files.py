@@ -8,11 +8,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
 
 MOST_TEXT = 2**27  # bytes of a file of text
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 def user_path(text: str) -> Path:
@@ -57,4 +59,4 @@ def parse_json(text: str) -> Any:
 
 def is_text(value: object) -> bool:
     """Whether a value is text that UTF-8 can hold: half of a surrogate pair, which JSON can name, is none."""
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+    return isinstance(value, str) and (value.isascii() or HALF_CHARACTER.search(value) is None)
