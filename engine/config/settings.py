@@ -113,8 +113,8 @@ def recipes() -> list[str]:
 
 def _recipe_file(path: str | Path) -> Path:
     """Returns the file of a recipe, which is named by a path or by its name in configs/ without .yaml."""
-    named = RECIPES / f"{path}.yaml"
-    return named if Path(path).name == str(path) and not Path(path).exists() and named.is_file() else Path(path)
+    named, file = RECIPES / f"{path}.yaml", user_path(str(path))
+    return named if file.name == str(path) and not file.exists() and named.is_file() else file
 
 
 def _read_yaml(path: Path) -> dict:

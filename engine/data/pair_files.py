@@ -243,7 +243,7 @@ def open_source(spec: str, key: str, labelled: bool) -> PairSource:
     key: the configuration key of `spec`, for messages; labelled: whether rows must have labels. Raises UserError if
     `spec` names neither.
     """
-    path = Path(spec).expanduser()
+    path = Path(spec)
     if path.suffix == ".jsonl" and path.is_file():
         return JsonlPairs.open(path, key, labelled)
     if path.is_dir() or "*" in path.name:
@@ -259,7 +259,7 @@ def open_source(spec: str, key: str, labelled: bool) -> PairSource:
 
 def is_factory(spec: str) -> bool:
     """Whether `spec` names code, such as strop.bench.tinyworld.pairs:load, and not files."""
-    return ":" in spec and not Path(spec).expanduser().exists()
+    return ":" in spec and not Path(spec).exists()
 
 
 def resized(image: Image.Image, height: int, width: int) -> Tensor:

@@ -16,7 +16,8 @@ from pathlib import Path
 from PIL import Image
 
 from ..data.image_files import BrokenImage, read_image
-from ..errors import UserError, one_line
+from ..errors import UserError, one_line, short
+from ..user_files import is_text, parse_json, read_text
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 RELATIONS = ("left of", "right of", "above", "below")
@@ -53,14 +54,14 @@ def read_metadata(path: Path) -> list[Prompt]:
         where = f"{path}, line {line}"
         tag, text = row.get("tag"), row.get("prompt")
         if tag not in TASKS:
-            raise UserError(f"{where}: found the tag {tag!r}, expected one of {', '.join(TASKS)}")
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{where}: found the prompt {text!r}, expected a sentence")
+            raise UserError(f"{where}: found the tag {short(tag)}, expected one of {', '.join(TASKS)}")
+        if not is_text(text) or not text.strip():
+            raise UserError(f"{where}: found the prompt {short(text)}, expected a sentence")
         if text in prompts:
-            raise UserError(f"{where}: found the prompt {text!r} a second time, expected each once")
+            raise UserError(f"{where}: found the prompt {short(text)} a second time, expected each once")
         if not _asks(row):
             raise UserError(
-                f"{where}: found include {_short(row.get('include'))} and exclude {_short(row.get('exclude', []))}, "
+                f"{where}: found include {short(row.get('include'))} and exclude {short(row.get('exclude', []))}, "
                 "expected lists of objects with class, count and, where they are asked for, color or position"
             )
         prompts[text] = Prompt(len(prompts), tag, text, row)
@@ -119,7 +120,7 @@ def find_images(folder: Path, prompts: Sequence[Prompt]) -> list[list[Path]]:
 def json_lines(path: Path, what: str) -> list[tuple[int, dict]]:
     """Reads a file of one JSON object a line, as (number of the line from 1, object). UserError names file and line."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({one_line(error)}); expected {what}") from None
     rows = []
@@ -127,11 +128,11 @@ def json_lines(path: Path, what: str) -> list[tuple[int, dict]]:
         if not content.strip():
             continue
         try:
-            row = json.loads(content)
+            row = parse_json(content)
         except ValueError as error:
             raise UserError(f"{path}, line {line}: not JSON ({one_line(error)}); expected {what}") from None
         if not isinstance(row, dict):
-            raise UserError(f"{path}, line {line}: found {_short(row)}, expected one JSON object a line: {what}")
+            raise UserError(f"{path}, line {line}: found {short(row)}, expected one JSON object a line: {what}")
         rows.append((line, row))
     if not rows:
         raise UserError(f"{path}: found no lines, expected {what}")
@@ -162,8 +163,3 @@ def _asks(row: Mapping) -> bool:
         if "position" in asked and (type(position[1]) is not int or not 0 <= position[1] < min(place, len(include))):
             return False
     return True
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:79]}…"

@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..models.base_model import BaseModel
 from ..models.lora_file import Lora
 from ..models.lora_source import base_of, check_lora, find_lora
+from ..user_files import user_path
 from .arguments import BASE, Request
 from .protocols import Protocol
 
@@ -61,7 +62,7 @@ def read_systems(request: Request) -> Systems:
     Raises UserError for a source that is neither, a base that nobody names, and a LoRA that does not fit its base.
     """
     models = {s.name: s.path for s in request.sources if _is_model(s.path)}
-    loras = {s.name: find_lora(Path(s.path).expanduser()) for s in request.sources if s.name not in models}
+    loras = {s.name: find_lora(user_path(s.path)) for s in request.sources if s.name not in models}
     if not loras and request.base is None:
         raise UserError("found no LoRA that names its base; name the model to compare with by --base")
     config = next(filter(None, (_recipe(lora) for _, lora in loras.values())), None)
@@ -112,7 +113,7 @@ def _with_model(system: System, model: ModelConfig) -> System:
 
 
 def _is_model(path: str) -> bool:
-    local = Path(path).expanduser()
+    local = user_path(path)
     return (local / "model_index.json").is_file() if local.exists() else True
 
 

@@ -5,13 +5,13 @@ It reads names and prompts. The images themselves are read when the page is made
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.prompts import read_prompts
 from ..errors import UserError
+from ..user_files import is_text, parse_json, read_text, user_path
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PROMPT_FILES = ("prompts.jsonl", "metadata.jsonl", "prompts.txt")  # looked for in the first folder, in this order
@@ -40,7 +40,7 @@ def read_systems(sources: list[str], prompts_file: Path | None) -> Systems:
     folder, file or line at fault.
     """
     if len(sources) == 1 and sources[0].endswith(".jsonl"):
-        return _from_list(Path(sources[0]))
+        return _from_list(user_path(sources[0]))
     folders = dict(_named(source) for source in sources)
     if len(folders) < 2 or len(folders) < len(sources):
         raise UserError(
@@ -64,7 +64,7 @@ def read_systems(sources: list[str], prompts_file: Path | None) -> Systems:
 
 def _named(source: str) -> tuple[str, Path]:
     name, equals, folder = source.partition("=")
-    path = Path(folder if equals else source)
+    path = user_path(folder if equals else source)
     return (name if equals else path.resolve().name), path
 
 
@@ -154,9 +154,9 @@ def _rows(path: Path, key: str) -> list[tuple[int, dict]]:
     """Returns (line number, object) of each line of a .jsonl file."""
     rows = []
     try:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(read_text(path).split("\n"), start=1):
             if line.strip():
-                rows.append((number, json.loads(line)))
+                rows.append((number, parse_json(line)))
     except OSError as error:
         raise UserError(f"{key}: {path} cannot be read ({error.strerror}); expected a .jsonl file") from None
     except ValueError as error:
@@ -170,4 +170,4 @@ def _rows(path: Path, key: str) -> list[tuple[int, dict]]:
 
 
 def _first(row: dict, keys: tuple[str, ...]) -> str | None:
-    return next((row[key] for key in keys if isinstance(row.get(key), str)), None)
+    return next((row[key] for key in keys if is_text(row.get(key))), None)
