@@ -10,6 +10,7 @@ if not __package__:  # run as a script (PEP 366)
     __package__ = "strop.engine"
 
 import argparse
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     dtype = DTYPES[args.dtype]
     if args.format == "merged":
         unet = merged(lora, source, base_of(lora, source, args.base, args.components), dtype)
-        save = lambda: unet.save_pretrained(target)
+        save = lambda: save_merged(unet, target)
     else:
         save = lambda: write(lora, target, args.format, dtype)
     try:
@@ -81,6 +82,14 @@ def merged(lora: Lora, source: Path, base: ModelConfig, dtype: torch.dtype) -> t
     for parameter in unet.parameters():
         parameter.data = parameter.data.to(dtype)
     return unet
+
+
+def save_merged(unet: torch.nn.Module, target: Path) -> None:
+    """Writes a UNet as diffusers does, the weights with the mode of config.json, which the umask gave."""
+    unet.save_pretrained(target)
+    mode = stat.S_IMODE((target / "config.json").stat().st_mode)
+    for file in target.glob("*.safetensors"):
+        file.chmod(mode)
 
 
 def closing(lora: Lora, source: Path, target: Path, form: str, dtype: str) -> str:

@@ -25,7 +25,7 @@ def user_path(text: str) -> Path:
 def public_name(text: str) -> str:
     """Returns a hub id or other word as it is, and of a path of this machine its last name: what may be published."""
     path = Path(text).expanduser()
-    return path.resolve().name if path.is_absolute() or path.exists() else text
+    return Path(os.path.abspath(path)).name if text and (path.is_absolute() or path.exists()) else text
 
 
 def read_bytes(path: Path, most: int = MOST_TEXT) -> bytes:

@@ -92,8 +92,8 @@ def _table(text: str, where: str) -> Iterator[str]:
         for row in rows:
             if row and len(row) != len(header):
                 raise UserError(
-                    f"{where}: line {rows.line_num} has {len(row)} cells, expected the {len(header)} of the first line; "
-                    "put a text with a comma in quotes"
+                    f"{where}: line {rows.line_num} has {len(row)} cells, expected the {len(header)} of the first "
+                    "line; put a text with a comma in quotes"
                 )
             yield row[columns[0]] if row else ""
     except csv.Error as error:

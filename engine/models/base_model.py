@@ -28,6 +28,7 @@ from .families.find import family_of_file, family_of_folder
 from .families.shared import CHANNELS
 from .hub import fetch
 from .model_files import read_config, read_index
+from .weight_files import shards_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KINDS = {  # text encoders are named by the family
@@ -275,6 +276,9 @@ def _weights(path: str, revision: str | None, part: str, key: str, text: bool) -
         except UserError as error:  # without the network: of two sets of weights the other may have been fetched
             first_error = first_error or error
             continue
+        one_file, index = (folder / part / file for file in files[:2])
+        if index.is_file() and not one_file.is_file():
+            shards_of(index, key)
         if any(next(folder.glob(pattern), None) for pattern in patterns):
             return folder, variant, ending == "safetensors"
     raise first_error or UserError(f"{key}: {folder / part} holds no weights; expected {stem}.safetensors")

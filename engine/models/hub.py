@@ -26,6 +26,8 @@ def fetch(path: str, revision: str | None, key: str, patterns: Sequence[str]) ->
     """
     local = user_path(path)
     if local.exists():
+        if not (local.is_dir() or local.is_file()):
+            raise UserError(f"{key}: {path} is a pipe or a device, expected a file or a folder")
         if revision is not None:
             raise UserError(f"{key}: {path} is on this machine, where revision {revision} means nothing; leave it out")
         return local

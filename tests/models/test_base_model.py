@@ -287,6 +287,18 @@ def unet_of_text(text):
     return lambda folder: (folder / "unet" / "config.json").write_text(text)
 
 
+def shard_of(name):
+    """Puts an index of one shard in place of the UNet's weights."""
+
+    def change(folder):
+        file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+        file.unlink()
+        index = {"metadata": {}, "weight_map": {"conv_in.weight": name}}
+        file.with_name(f"{file.name}.index.json").write_text(json.dumps(index))
+
+    return change
+
+
 def without_words(folder):
     """transformers would make a tokenizer of two words."""
     (folder / "tokenizer_2" / "tokenizer.json").unlink()
@@ -317,6 +329,8 @@ REFUSED = [  # what is done to the folder, keys of section model, what the sente
         for end in ("ckpt", "pt", "bin")
     ],
     *[(with_traps, {"vae": f"{{folder}}/dream.{end}"}, f"vae: .*dream.{end} .*code") for end in ("ckpt", "pt", "bin")],
+    *[(shard_of(name), {}, f"path: .*index.json .*{re.escape(repr(name))}") for name in (3, None, "../a", "/a", "")],
+    (shard_of("a"), {}, "path: .*unet lacks a, .*index.json"),
     *[(trapped(part), {}, f"path: .*/{part} .*code") for part in WEIGHTS],
     *[
         (config_of(part, **changes), keys, f"{key}: .*{words}")
