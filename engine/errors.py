@@ -21,7 +21,10 @@ def one_line(error: BaseException) -> str:
 
 def short(value: object) -> str:
     """Writes a value that was found as Python does, cut at 80 characters, for a message."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = f"a {type(value).__name__} of too many digits"
     return text if len(text) <= 80 else f"{text[:79]}…"
 
 

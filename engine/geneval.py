@@ -10,6 +10,7 @@ if not __package__:  # run as a script (PEP 366)
 
 import argparse
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -65,8 +66,12 @@ def layout(args: argparse.Namespace) -> None:
         raise UserError(f"--out: {args.out} exists already and is not overwritten; choose another place")
     prompts = read_metadata(args.metadata)
     images = find_images(args.images, prompts)
-    for prompt, files in zip(prompts, images, strict=True):
-        write_samples(args.out, prompt, files)
+    try:
+        for prompt, files in zip(prompts, images, strict=True):
+            write_samples(args.out, prompt, files)
+    except UserError:
+        shutil.rmtree(args.out, ignore_errors=True)  # it was not there
+        raise
     print(f"wrote     {args.out}\nholds     {len(prompts)} prompts with {len(images[0])} images each")
 
 

@@ -15,8 +15,9 @@ class JudgeTrainingDataConfig(Section):
         description="Preference pairs: Pick-a-Pic parquet files, all of a folder or folder/train-*.parquet; a .jsonl "
         'file of {image_0, image_1: path relative to the file, caption, label: 0, 1 or "tie" (which image is '
         "preferred)}, where label_0 and label_1 of sum 1 may stand for label, and num_examples, the pairs with this "
-        "caption, is optional; or `module:factory`: factory(seed, size) gives a map-style dataset of {image_0, "
-        "image_1: (3, H, W) in [-1, 1], caption, label_0, label_1}."
+        "caption, is optional; or `module:factory`, code that is imported and run: factory(seed, size) gives a "
+        "map-style dataset of {image_0, image_1: (3, H, W) in [-1, 1], caption, label_0, label_1}. Images are JPEG, "
+        "PNG, WebP or BMP of at most 50 million pixels, at most 16 times as long as wide; transparent is white."
     )
     heldout_source: str | None = Field(
         None,

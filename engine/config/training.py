@@ -141,8 +141,8 @@ class JudgeConfig(Section):
 
 class PromptsConfig(Section):
     train: str = Field(
-        description="File of training prompts: a JSON list of {caption: ...}, JSON lines of the same, or a text of one "
-        "prompt a line."
+        description="File of training prompts: a JSON list of {caption: ...}, JSON lines of the same, a table (.csv, "
+        ".tsv) with a column prompt or caption, or a text of one prompt a line."
     )
     heldout: str | None = Field(
         None,
@@ -276,8 +276,8 @@ class EvaluateConfig(Section):
     scorers: tuple[str, ...] = Field(
         (),
         description="Scorers independent of the judge: pickscore, hpsv2, hpsv2.1, image_reward, aesthetic, clip_score, "
-        "each also as name=weights with a file, folder or hub id; or `module:factory`, where factory(device) returns "
-        "score(images, prompts) -> {name: scores (N,)}.",
+        "each also as name=weights with a file, folder or hub id; or `module:factory`, code that is imported and run: "
+        "factory(device) returns score(images, prompts) -> {name: scores (N,)}.",
     )
     every: int | None = Field(
         None,

@@ -43,6 +43,7 @@ def find_lora(path: Path) -> tuple[Path, Lora]:
 def recipe_of(lora: Lora, source: Path) -> Config | None:
     """Returns the recipe of the run that a LoRA file lies in, else that of its header, whose paths are names alone.
 
+    Of a header no `module:factory` is taken, for a file that somebody publishes must not say which code runs here.
     None where there is neither, or that of another version.
     """
     if "strop.config" not in lora.facts:
@@ -51,9 +52,12 @@ def recipe_of(lora: Lora, source: Path) -> Config | None:
         with contextlib.suppress(UserError):
             if (folder / "config.yaml").is_file():
                 return load(folder / "config.yaml")
-    with contextlib.suppress(ValueError):
-        return Config.model_validate_json(lora.facts["strop.config"])
-    return None
+    try:
+        recipe = Config.model_validate_json(lora.facts["strop.config"])
+    except ValueError:
+        return None
+    scorers = tuple(spec for spec in recipe.evaluate.scorers if ":" not in spec)
+    return recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"scorers": scorers})})
 
 
 def base_of(lora: Lora, source: Path, base: str | None, components: str | None) -> ModelConfig:
