@@ -19,6 +19,15 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+def short(value: object) -> str:
+    """Writes a value that was found as Python does, cut at 80 characters, for a message."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = f"a {type(value).__name__} of too many digits"
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
 def exit_on_user_error(main: Callable[[Sequence[str]], None]) -> Callable[..., None]:
     """Wraps an entry point `main(argv)`; argv defaults to the command line."""
 

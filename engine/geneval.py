@@ -10,6 +10,7 @@ if not __package__:  # run as a script (PEP 366)
 
 import argparse
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from .evaluation.geneval import find_images, read_metadata, write_samples
 from .evaluation.geneval_results import FORMAT, Results, read_results
 from .evaluation.geneval_text import TITLE, as_markdown, as_text, result_of
 from .runtime.output import check_free, write_all
+from .user_files import user_path
 
 
 @exit_on_user_error
@@ -35,20 +37,29 @@ def main(argv: Sequence[str]) -> None:
 def _add_layout(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("layout", help="images in the official folders", description=layout.__doc__)
     add = parser.add_argument
-    add("--metadata", required=True, type=Path, help="GenEval's evaluation_metadata.jsonl")
-    add("--images", required=True, type=Path, help="a folder: 00012_3.png or 00012/0003.png is image 3 of prompt 12")
-    add("--out", required=True, type=Path, help="a new folder")
+    add("--metadata", required=True, type=user_path, help="GenEval's evaluation_metadata.jsonl")
+    add(
+        "--images",
+        required=True,
+        type=user_path,
+        help="a folder; 00012_3.png or 00012/0003.png: image 3 of prompt 12",
+    )
+    add("--out", required=True, type=user_path, help="a new folder")
 
 
 def _add_read(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("read", help="what the results show", description=read.__doc__)
     add = parser.add_argument
-    add("files", metavar="RESULTS.jsonl", nargs="+", type=Path, help="of the base model, then of tuned ones")
-    add("--metadata", type=Path, help="the prompts that there should be (default: as many as GenEval has of each task)")
+    add("files", metavar="RESULTS.jsonl", nargs="+", type=user_path, help="of the base model, then of tuned ones")
+    add(
+        "--metadata",
+        type=user_path,
+        help="the prompts that there should be (default: as many of a task as GenEval)",
+    )
     add("--partial", action="store_true", help="go on where prompts or images are missing or double")
     add("--published", action="store_true", help="published rows below one's own")
-    add("--out", type=Path, help="JSON with all numbers")
-    add("--markdown", type=Path, help="the printed tables as a Markdown file")
+    add("--out", type=user_path, help="JSON with all numbers")
+    add("--markdown", type=user_path, help="the printed tables as a Markdown file")
 
 
 def layout(args: argparse.Namespace) -> None:
@@ -56,8 +67,12 @@ def layout(args: argparse.Namespace) -> None:
     check_free("--out", args.out)
     prompts = read_metadata(args.metadata)
     images = find_images(args.images, prompts)
-    for prompt, files in zip(prompts, images, strict=True):
-        write_samples(args.out, prompt, files)
+    try:
+        for prompt, files in zip(prompts, images, strict=True):
+            write_samples(args.out, prompt, files)
+    except UserError:
+        shutil.rmtree(args.out, ignore_errors=True)  # it was not there
+        raise
     print(f"wrote     {args.out}\nholds     {len(prompts)} prompts with {len(images[0])} images each")
 
 

@@ -14,9 +14,8 @@ import json
 import secrets
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 
-from .errors import UserError, exit_on_user_error
+from .errors import UserError, exit_on_user_error, short
 from .runtime.output import check_free, write_all
 from .study.analysis import FORMAT
 from .study.analysis import analyse as analysis_of
@@ -27,6 +26,9 @@ from .study.page import make_study
 from .study.pairs import write_pairs
 from .study.systems import read_systems
 from .study.text import TITLE, as_markdown, as_text
+from .user_files import user_path
+
+MOST_RATERS = 10_000
 
 
 @exit_on_user_error
@@ -45,8 +47,8 @@ def _add_make(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("make", help="the page for the raters and the key", description=make.__doc__)
     add = parser.add_argument
     add("systems", metavar="FOLDER", nargs="+", help="FOLDER or NAME=FOLDER of each system, or one .jsonl of images")
-    add("--out", required=True, type=Path, help="a new folder: page/ goes to the raters, key.json stays here")
-    add("--prompts", type=Path, help="prompt of each image (default: prompts.jsonl, metadata.jsonl or prompts.txt)")
+    add("--out", required=True, type=user_path, help="a new folder: page/ goes to the raters, key.json stays here")
+    add("--prompts", type=user_path, help="prompts of the images (default: prompts.jsonl, metadata.jsonl, prompts.txt)")
     add("--raters", nargs="+", default=["10"], help="their names, or how many there are (default: 10)")
     add("--seed", type=int, help="of order, sides and names; kept in key.json (default: drawn)")
     add("--repeats", type=float, default=0.05, help="share of pairs shown twice, sides exchanged (default: 0.05)")
@@ -59,21 +61,21 @@ def _add_make(commands: argparse._SubParsersAction) -> None:
 def _add_analyse(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("analyse", help="what the answers show", description=analyse.__doc__)
     _add_answers(parser)
-    parser.add_argument("--out", type=Path, help="JSON with all numbers (default: analysis.json beside the key)")
-    parser.add_argument("--markdown", type=Path, help="the printed tables as a Markdown file")
+    parser.add_argument("--out", type=user_path, help="JSON with all numbers (default: analysis.json beside the key)")
+    parser.add_argument("--markdown", type=user_path, help="the printed tables as a Markdown file")
 
 
 def _add_pairs(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("pairs", help="preference pairs for a judge", description=pairs.__doc__)
     _add_answers(parser)
-    parser.add_argument("--out", required=True, type=Path, help="a new .jsonl file")
-    parser.add_argument("--images", type=Path, help="the blinded images (default: page/images beside the key)")
+    parser.add_argument("--out", required=True, type=user_path, help="a new .jsonl file")
+    parser.add_argument("--images", type=user_path, help="the blinded images (default: page/images beside the key)")
     parser.add_argument("--question", default="general", help="general (default), appeal or alignment")
 
 
 def _add_answers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("key", metavar="KEY", type=Path, help="key.json of the study")
-    parser.add_argument("files", metavar="FILE", nargs="+", type=Path, help="the files that raters have saved")
+    parser.add_argument("key", metavar="KEY", type=user_path, help="key.json of the study")
+    parser.add_argument("files", metavar="FILE", nargs="+", type=user_path, help="the files that raters have saved")
 
 
 def make(args: argparse.Namespace) -> None:
@@ -136,8 +138,11 @@ def pairs(args: argparse.Namespace) -> None:
 
 def _raters(words: list[str]) -> list[str]:
     """Returns the names of the raters; a number alone makes as many."""
-    if len(words) == 1 and words[0].isdigit():
-        words = [f"rater {number}" for number in range(1, int(words[0]) + 1)]
+    if len(words) == 1 and words[0].isdecimal():
+        count = int(words[0][:9])
+        if count > MOST_RATERS:
+            raise UserError(f"--raters: found {short(words[0])}, expected at most {MOST_RATERS:,}")
+        words = [f"rater {number}" for number in range(1, count + 1)]
     names = [word.strip() for word in words]
     if not names or len(set(names)) < len(names) or not all(0 < len(name) <= 40 for name in names):
         raise UserError(f"--raters: found {words}, expected different names of 1 to 40 characters, or a number from 1")

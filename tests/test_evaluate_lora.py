@@ -246,7 +246,7 @@ def test_a_folder_of_something_else_is_not_gone_on_with(evaluate, training_run, 
     Image.new("RGB", (8, 8)).save(smaller)
     assert f"{smaller.name} has 8x8 pixels, expected 16x16" in refused(*words)
     smaller.write_bytes(b"cut off")
-    assert f"{smaller.name} cannot be read" in refused(*words)
+    assert f"{smaller.name} is no image" in refused(*words)
 
 
 @pytest.mark.slow

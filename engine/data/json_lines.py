@@ -5,11 +5,11 @@ pair_files.py does not read by it: a broken row there is listed, and ends nothin
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import UserError, one_line
+from ..errors import UserError, one_line, short
+from ..user_files import parse_json, read_text
 
 
 def parsed(text: str, where: str) -> Iterator[tuple[int, object]]:
@@ -20,7 +20,7 @@ def parsed(text: str, where: str) -> Iterator[tuple[int, object]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield number, parse_json(line)
             except ValueError as error:
                 raise UserError(f"{where}: line {number} is not JSON ({one_line(error)})") from None
 
@@ -31,12 +31,12 @@ def read_objects(path: Path, where: str, expected: str) -> list[tuple[int, dict]
     where: the file, after the key that names it if there is one. expected: what the lines should be.
     """
     try:
-        rows = list(parsed(path.read_text(encoding="utf-8-sig"), where))
+        rows = list(parsed(read_text(path), where))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{where} cannot be read ({one_line(error)}); expected {expected}") from None
     for number, row in rows:
         if not isinstance(row, dict):
-            raise UserError(f"{where}: line {number}: found {repr(row)[:80]}, expected an object: {expected}")
+            raise UserError(f"{where}: line {number}: found {short(row)}, expected an object: {expected}")
     if not rows:
         raise UserError(f"{where}: found no lines, expected {expected}")
     return rows

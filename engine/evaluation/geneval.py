@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
+from ..data.image_files import BrokenImage, read_image
 from ..data.json_lines import read_objects
-from ..errors import UserError, one_line
+from ..errors import UserError, one_line, short
+from ..user_files import is_text
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 RELATIONS = ("left of", "right of", "above", "below")
@@ -58,15 +58,14 @@ def read_metadata(path: Path) -> list[Prompt]:
         where = f"{path}: line {line}"
         tag, text = row.get("tag"), row.get("prompt")
         if tag not in TASKS:
-            raise UserError(f"{where}: found the tag {tag!r}, expected one of {', '.join(TASKS)}")
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{where}: found the prompt {text!r}, expected a sentence")
+            raise UserError(f"{where}: found the tag {short(tag)}, expected one of {', '.join(TASKS)}")
+        if not is_text(text) or not text.strip():
+            raise UserError(f"{where}: found the prompt {short(text)}, expected a sentence")
         if text in prompts:
-            raise UserError(f"{where}: found the prompt {text!r} a second time, expected each once")
+            raise UserError(f"{where}: found the prompt {short(text)} a second time, expected each once")
         if not _asks(row):
-            include, exclude = (repr(row.get(name))[:80] for name in ("include", "exclude"))
             raise UserError(
-                f"{where}: found include {include} and exclude {exclude}, "
+                f"{where}: found include {short(row.get('include'))} and exclude {short(row.get('exclude', []))}, "
                 "expected lists of objects with class, count and, where they are asked for, color or position"
             )
         prompts[text] = Prompt(len(prompts), tag, text, row)
@@ -82,10 +81,9 @@ def write_samples(out: Path, prompt: Prompt, images: Sequence[Path]) -> None:
     try:
         prompt.write(out)
         for number, image in enumerate(images):
-            if image.suffix.lower() == ".png":
-                shutil.copyfile(image, prompt.sample(out, number))
-            else:
-                Image.open(image).convert("RGB").save(prompt.sample(out, number))
+            _save(image, prompt.sample(out, number))
+    except BrokenImage as error:
+        raise UserError(f"--images: {error}") from None
     except OSError as error:
         raise UserError(f"{prompt.folder(out)} cannot be written ({one_line(error)}); choose another place") from None
 
@@ -120,6 +118,14 @@ def find_images(folder: Path, prompts: Sequence[Prompt]) -> list[list[Path]]:
             f"expected {each} of each of {len(prompts)} prompts, both counted from 0"
         )
     return [[found[place] for place in places] for places in expected]
+
+
+def _save(image: Path, target: Path) -> None:
+    opened = read_image(image)
+    if image.suffix.lower() == ".png":
+        shutil.copyfile(image, target)
+    else:
+        opened.save(target)
 
 
 def _asks(row: Mapping) -> bool:

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 
 from ..config.training import JudgeConfig
 from ..models.conditioning import Conditioning
+from ..models.weight_files import save_tensors
 from . import files as judge_files
 from .candidates import Candidates
 from .clip import TimeConditionedCLIP
@@ -115,7 +116,7 @@ class TrainedJudge:
     def save(self, folder: Path, iteration: int) -> None:
         """Writes folder/JUDGE_FILE."""
         state = {name: value.contiguous() for name, value in self.judge.clip.state_dict().items()}
-        save_file(state, folder / JUDGE_FILE)
+        save_tensors(state, folder / JUDGE_FILE)
 
     def load(self, folder: Path) -> None:
         """Loads the weights that `save` wrote."""

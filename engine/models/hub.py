@@ -13,6 +13,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from ..errors import UserError, one_line
+from ..user_files import user_path
 
 REPOSITORY = re.compile(r"(?P<owner_name>[\w.-]+/[\w.-]+)(/(?P<file>.+\.\w+))?")
 
@@ -23,8 +24,10 @@ def fetch(path: str, revision: str | None, key: str, patterns: Sequence[str]) ->
     A hub id may name one file of its repository, owner/name/file; then that file is returned. key: the configuration
     key that holds `path`, for messages. Raises UserError if neither a local path nor a reachable repository exists.
     """
-    local = Path(path).expanduser()
+    local = user_path(path)
     if local.exists():
+        if not (local.is_dir() or local.is_file()):
+            raise UserError(f"{key}: {path} is a pipe or a device, expected a file or a folder")
         if revision is not None:
             raise UserError(f"{key}: {path} is on this machine, where revision {revision} means nothing; leave it out")
         return local

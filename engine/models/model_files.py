@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError, one_line
+from ..user_files import parse_json, read_text
 
 
 def read_config(folder: Path, part: str, key: str) -> dict:
@@ -35,7 +35,7 @@ def read_json(file: Path, key: str) -> dict:
     Raises UserError if the file cannot be read, is not JSON, or holds another kind of value.
     """
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = parse_json(read_text(file))
     except (OSError, ValueError) as error:
         raise UserError(f"{key}: {file} cannot be read as JSON ({one_line(error)})") from None
     if not isinstance(value, dict):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..evaluation.cells import markdown_table
+from ..user_files import public_name
 from .run import Run
 from .tables import score_rows
 from .verdict import verdict
@@ -22,8 +23,7 @@ def write_model_card(run: Run, folder: Path) -> Path:
 def model_card(run: Run) -> str:
     """Returns the card as Markdown; its numbers are those of summary.json."""
     recipe, summary = run.recipe, run.summary
-    base = Path(str(recipe["model"]["path"]).rstrip("/")).name if Path(recipe["model"]["path"]).exists() else None
-    base = base or recipe["model"]["path"]
+    base = public_name(recipe["model"]["path"])
     lora = Path(summary["paths"]["lora"]).name
     kohya = Path(summary["paths"]["lora_kohya"]).name
     tags = ["stable-diffusion", "text-to-image", "diffusers", "lora", "spo"]

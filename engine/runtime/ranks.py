@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, short
 from ..rows import Rows
 
 R = TypeVar("R", bound=Rows)
+MOST_PROCESSES = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +40,7 @@ def start(device: str) -> Ranks:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("run.device: found cuda, but PyTorch sees no GPU; use auto or cpu")
     kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    size, rank, local = (
-        int(os.environ.get(name, low)) for name, low in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
-    )
+    size, rank, local = _of_environment(torch.cuda.device_count() if kind == "cuda" else None)
     if size == 1:
         return Ranks(0, 1, torch.device(kind, 0) if kind == "cuda" else torch.device(kind))
     if kind == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
@@ -56,6 +55,32 @@ def start(device: str) -> Ranks:
         torch.cuda.set_device(local)
     deepspeed.init_distributed(dist_backend="nccl" if kind == "cuda" else "gloo", verbose=False)
     return Ranks(rank, size, torch.device(kind, local) if kind == "cuda" else torch.device(kind))
+
+
+def _of_environment(gpus: int | None) -> tuple[int, int, int]:
+    """Reads WORLD_SIZE, RANK and LOCAL_RANK, which a launcher sets all three: (processes, rank, rank on this machine).
+
+    gpus: how many there are here, None on a CPU. Raises UserError for what no launcher sets.
+    """
+    mend = "start with deepspeed or torchrun, which set it, or unset WORLD_SIZE, RANK and LOCAL_RANK for one process"
+
+    def number(name: str, default: int, beyond: int) -> int:
+        text = os.environ.get(name, str(default))
+        if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) < beyond):
+            raise UserError(f"{name}: found {short(text)}, expected a whole number below {beyond}; {mend}")
+        return int(text)
+
+    if "WORLD_SIZE" not in os.environ and os.environ.get("RANK", "0") != "0":
+        raise UserError(f"WORLD_SIZE: found none, but RANK is {short(os.environ['RANK'])}; {mend}")
+    size = number("WORLD_SIZE", 1, MOST_PROCESSES)
+    if size == 0:
+        raise UserError(f"WORLD_SIZE: found 0, expected a number from 1; {mend}")
+    if size == 1:
+        return 1, number("RANK", 0, 1), 0
+    missing = [name for name in ("RANK", "LOCAL_RANK") if name not in os.environ]
+    if missing:
+        raise UserError(f"{missing[0]}: found none, but WORLD_SIZE is {size}; {mend}")
+    return size, number("RANK", 0, size), number("LOCAL_RANK", 0, size if gpus is None else gpus)
 
 
 def rank_slice(count: int, ranks: Ranks) -> slice:

@@ -13,6 +13,7 @@ from ..data.json_lines import read_objects
 from ..data.prompts import read_prompts
 from ..errors import UserError
 from ..evaluation.geneval import IMAGE_SUFFIXES
+from ..user_files import is_text, user_path
 
 PROMPT_FILES = ("prompts.jsonl", "metadata.jsonl", "prompts.txt")  # looked for in the first folder, in this order
 FILE_KEYS = ("file", "name", "file_name", "image")
@@ -40,7 +41,7 @@ def read_systems(sources: list[str], prompts_file: Path | None) -> Systems:
     folder, file or line at fault.
     """
     if len(sources) == 1 and sources[0].endswith(".jsonl"):
-        return _from_list(Path(sources[0]))
+        return _from_list(user_path(sources[0]))
     folders = dict(_named(source) for source in sources)
     if len(folders) < 2 or len(folders) < len(sources):
         raise UserError(
@@ -64,7 +65,7 @@ def read_systems(sources: list[str], prompts_file: Path | None) -> Systems:
 
 def _named(source: str) -> tuple[str, Path]:
     name, equals, folder = source.partition("=")
-    path = Path(folder if equals else source)
+    path = user_path(folder if equals else source)
     return (name if equals else path.resolve().name), path
 
 
@@ -151,4 +152,4 @@ def _from_list(path: Path) -> Systems:
 
 
 def _first(row: dict, keys: tuple[str, ...]) -> str | None:
-    return next((row[key] for key in keys if isinstance(row.get(key), str)), None)
+    return next((row[key] for key in keys if is_text(row.get(key))), None)

@@ -157,8 +157,38 @@ def test_no_gpu_is_said_in_one_sentence():
 
 
 def test_several_ranks_on_a_cpu_without_a_compiler(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("PATH", "")
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1"), ("PATH", "")):
+        monkeypatch.setenv(name, value)
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(UserError, match=r"^2 processes on a CPU need a C\+\+ compiler"):
         start("cpu")
+
+
+@pytest.mark.parametrize(
+    "environment, words",
+    [
+        ("WORLD_SIZE=x", ("WORLD_SIZE: found 'x'",)),
+        ("WORLD_SIZE=-1", ("WORLD_SIZE: found '-1'",)),
+        ("WORLD_SIZE=0 RANK=0 LOCAL_RANK=0", ("WORLD_SIZE: found 0",)),
+        ("WORLD_SIZE=10000000000 RANK=0 LOCAL_RANK=0", ("WORLD_SIZE: found '10000000000'",)),
+        ("RANK=1", ("WORLD_SIZE: found none", "'1'")),
+        ("WORLD_SIZE=1 RANK=1", ("RANK: found '1'", "below 1")),
+        ("WORLD_SIZE=2", ("RANK: found none", "is 2")),
+        ("WORLD_SIZE=2 RANK=2 LOCAL_RANK=0", ("RANK: found '2'", "below 2")),
+        ("WORLD_SIZE=2 RANK=1", ("LOCAL_RANK: found none",)),
+        ("WORLD_SIZE=2 RANK=1 LOCAL_RANK=2", ("LOCAL_RANK: found '2'", "below 2")),
+    ],
+)
+def test_what_no_launcher_sets_is_refused_by_its_name(monkeypatch, environment, words):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for setting in environment.split():
+        monkeypatch.setenv(*setting.split("="))
+    with pytest.raises(UserError) as refused:
+        start("cpu")
+    assert [word for word in (*words, "deepspeed") if word not in str(refused.value)] == []
+
+
+def test_a_process_alone_needs_no_environment(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "-1")  # as some launchers say it
+    assert start("cpu") == Ranks(0, 1, CPU)
