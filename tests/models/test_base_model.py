@@ -316,7 +316,7 @@ def trapped(part):
 WRONG_TYPES = [  # part, key, value
     ("unet", "act_fn", None),
     ("unet", "norm_num_groups", 0),
-    ("vae", "layers_per_block", None),
+    ("vae", "norm_num_groups", 0),
     ("text_encoder", "num_hidden_layers", "x"),
 ]
 REFUSED = [  # what is done to the folder, keys of section model, what the sentence names
@@ -329,6 +329,14 @@ REFUSED = [  # what is done to the folder, keys of section model, what the sente
     (config_of("unet", sample_size=None), {}, "height: null"),
     (config_of("unet", sample_size="x"), {}, "path: .*sample_size .*'x'"),
     (config_of("unet", block_out_channels=3), {}, "path: .*block_out_channels 3"),
+    *[
+        (config_of(part, **{key: value}), {}, f"path: .*{part}/config.json .*{key} ")
+        for part, key, value in (
+            *(("unet", "layers_per_block", -1), ("unet", "transformer_layers_per_block", 0)),
+            *(("text_encoder", "hidden_size", "x"), ("text_encoder", "vocab_size", None)),
+            *(("text_encoder", "max_position_embeddings", []), ("text_encoder", "model_type", {})),
+        )
+    ],
     *[(config_of(part, **{key: value}), {}, f"path: .*{part} cannot") for part, key, value in WRONG_TYPES],
     (unet_of_text("{"), {}, "path: .*unet/config.json"),
     (unet_of_text("[1]"), {"path": "{sdxl_file}", "components": "{folder}"}, "components: .*unet/config.json"),
