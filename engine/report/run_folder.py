@@ -13,7 +13,8 @@ import yaml
 from torch import Tensor
 
 from ..errors import UserError, one_line
-from ..runtime.metrics import finite, read_records, write_atomically
+from ..runtime.files import write_atomically
+from ..runtime.metrics import finite, read_records
 from .html import page
 from .pictures import curves
 from .run import Run

@@ -13,12 +13,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config.training import OptimConfig
-from ..errors import UserError
+from ..errors import UserError, one_line
 from .ranks import Ranks
 
 # Gradients of a mean over the 16,384 or 65,536 numbers of a latent are 1e-4 and less: the foot of float16's range.
@@ -73,13 +73,22 @@ def write_state(folder: Path, rank: int, state: AdamWState, optimizer: torch.opt
 
 
 def read_state(folder: Path, rank: int, optimizer: torch.optim.Optimizer) -> AdamWState:
-    """Puts the moments of folder/optimizer-<rank>.safetensors into an optimizer, and returns the rest."""
+    """Puts the moments of folder/optimizer-<rank>.safetensors into an optimizer, and returns the rest.
+
+    Raises UserError if it is no safetensors file; nothing in it is ever run.
+    """
     moments: dict[int, dict[str, Tensor]] = {}
-    with safe_open(folder / f"optimizer-{rank}.safetensors", "pt") as file:
-        for key in file.keys():  # noqa: SIM118 (it is no dict)
-            name, i = key.rsplit(".", 1)
-            moments.setdefault(int(i), {})[name] = file.get_tensor(key)
-        counts = {name: int(value) for name, value in file.metadata().items()}
+    path = folder / f"optimizer-{rank}.safetensors"
+    try:
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 (it is no dict)
+                name, i = key.rsplit(".", 1)
+                moments.setdefault(int(i), {})[name] = file.get_tensor(key)
+            counts = {name: int(value) for name, value in file.metadata().items()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path}: found no optimizer state in safetensors ({one_line(error)}); go on from another checkpoint"
+        ) from None
     grads = [moments[i].pop("grad") for i in sorted(moments) if "grad" in moments[i]]
     state = {i: entries for i, entries in moments.items() if entries}
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
