@@ -22,6 +22,7 @@ from .methods.protocol import Method
 from .methods.spo.method import SPO
 from .methods.spo.rollout import check_steps
 from .models.base_model import quiet_libraries
+from .models.hub import model_inputs, source
 from .models.latent_diffusion import BATCH
 from .models.lora_file import write
 from .models.policy import Policy
@@ -32,6 +33,7 @@ from .report.run_folder import close_run, read_run, write_heldout
 from .runtime.checkpoint import Trainable
 from .runtime.optimizer import AdamWSettings, Optimizer, build_optimizer
 from .runtime.ranks import Ranks
+from .runtime.run_folder import Inputs
 from .runtime.session import Session
 
 
@@ -48,10 +50,10 @@ class Parts:
 def run(config: Config) -> None:
     """Trains by a recipe; the last lines on the terminal give the results and the paths of the files."""
     quiet_libraries()
-    with Session.start(config) as session:
+    with Session.start(config, inputs(config)) as session:
         with session.clock("load"):
             parts = build(session)
-            session.open(parts.models.trainable)
+            session.open()
             if session.ranks.first:
                 announce(session, parts.models.policy)
             session.ledger.at_peak = seconds_at_peak(config, parts.models.policy.family, session.ranks.device)
@@ -66,8 +68,8 @@ def run(config: Config) -> None:
             tuned = parts.evaluator("tuned model")
         summary = session.summary()
         summary["lora_iteration"] = monitor.best if monitor and monitor.stopped else session.done
-    if session.ranks.first:
-        close(config, parts, base, tuned, summary)
+        if session.ranks.first:
+            close(config, parts, base, tuned, summary)
 
 
 def build(session: Session) -> Parts:
@@ -91,6 +93,15 @@ def build(session: Session) -> Parts:
         ),
         Evaluator(models, scorers, embeddings, heldout, config, ranks),
     )
+
+
+def inputs(config: Config) -> Inputs:
+    """Returns what a run reads, by key. Raises UserError if a model is not there."""
+    decoder, heldout = config.rollout.decoder, config.prompts.heldout
+    more = {"prompts.train": Path(config.prompts.train)}
+    more |= {"prompts.heldout": Path(heldout)} if heldout else {}
+    more |= {"rollout.decoder": source(decoder, None, "rollout.decoder")} if decoder else {}
+    return model_inputs(config.model, config.judge) | more
 
 
 def go_back(session: Session, trainable: Trainable, iteration: int) -> None:

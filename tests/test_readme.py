@@ -22,8 +22,8 @@ from strop.engine.config.settings import RECIPES, differences, load
 from strop.engine.config.training import Config
 from strop.engine.errors import UserError
 from strop.engine.models.lora_file import read
-from strop.engine.runtime.checkpoint import MAY_CHANGE
 from strop.engine.runtime.metrics import read_records
+from strop.engine.runtime.run_folder import MAY_CHANGE
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

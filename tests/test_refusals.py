@@ -51,7 +51,13 @@ REFUSALS = [
     ("train {training} run.dir={run}", "run.dir", "{run}", "run.resume=true"),
     ("train {training} run.dir={run} run.resume=true optim.beta=5", "run.resume", "optim.beta: 10.0 -> 5.0"),
     ("train {training} run.dir={run} run.resume=true lora.rank=8", "run.resume", "lora.rank: 4 -> 8"),
-    ("train {training} run.dir={replaced} run.resume=true run.iterations=3", "{replaced}", "rank 2", "lora.rank"),
+    ("train {training} run.dir={replaced} run.resume=true run.iterations=3", "{replaced}", "000001", "newest_whole"),
+    ("train {training} run.dir={run} run.resume=true run.iterations=1", "run.iterations", "1", "2"),
+    ("train {training} run.dir={run} run.resume=true prompts.train={other}", "prompts.train", "{other}"),
+    ("train {training} run.dir={run} run.resume=true model.vae={model}/vae", "model.vae", "{model}/vae"),
+    ("train {training} run.dir={run} run.resume=true judge.path={swapped}", "judge.path", "model.safetensors"),
+    ("train {training} run.dir={own} run.resume=auto", "run.dir", "{own}", "not empty"),
+    ("train {training} run.dir={early}", "{early}", "run.resume=auto"),
     ("train-judge {judge} optim.step=3", "optim.step;", "optim.steps?"),
     ("train-judge {judge} model.path=nowhere", "model.path", "nowhere"),
     ("train-judge {judge} judge.path=nowhere", "judge.path", "nowhere"),
@@ -71,6 +77,8 @@ REFUSALS = [
         "run.resume",
         "optim.lr: 0.001 -> 0.0001",
     ),
+    ("train-judge {judge} run.dir={judge_run} run.resume=true judge.path={swapped}", "judge.path", "model.safetensors"),
+    ("train-judge {judge} run.dir={judge_run} run.resume=true data.source=a:b", "data.source", "recipe_modules:pairs"),
     ("train-judge {judge} run.dir={judge_run} run.resume=true data.heldout=9", "run.resume", "data.heldout: 20 -> 9"),
     ("plan nothing.yaml", "nothing.yaml"),
     ("plan {training} --gpu abacus", "--gpu", "'abacus'", "a100"),
@@ -267,10 +275,12 @@ BAD_FILES = [
 
 @pytest.fixture(scope="module")
 def places(
-    recipe_folder, training_run, judge_run, tiny_folder, tiny_sdxl_folder, clip_folder, pair_files, tmp_path_factory
+    recipe_folder, training_run, judge_run, tiny_sdxl_folder, clip_folder, request, pair_files, tmp_path_factory
 ):
     """The files and folders that the table names; none of them may change."""
     folder = tmp_path_factory.mktemp("places")
+    models = ("tiny_folder", "tiny_sdxl_folder", "clip_folder")
+    tiny_folder, tiny_sdxl_folder, clip_folder = map(request.getfixturevalue, models)
     for name, text in (("empty", "\n \n"), ("overlap", "g\nd e\nj\n"), ("file", "not a folder")):
         (folder / name).write_text(text)
     pair_files.jsonl(folder / "broken", pair_files.rows(32))
@@ -284,10 +294,19 @@ def places(
     shutil.copytree(training_run.folder, folder / "replaced")
     other.save_lora(folder / "replaced" / "checkpoints" / "000002")
     other.save_lora(folder / "nameless")
+    (folder / "other").write_text("a b c\nd e\ng h\n")
+    shutil.copytree(clip_folder, folder / "swapped")
+    weights = folder / "swapped" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\x01\x02\x03\x3c")
+    for name in ("own", "early"):
+        (folder / name / "tensorboard").mkdir(parents=True)
+        (folder / name / "config.yaml").touch()
+    (folder / "own" / "notes.txt").touch()
     (folder / "loras").mkdir()
     for name in "ab":
         shutil.copy(training_run.folder / "lora" / "run_kohya.safetensors", folder / "loras" / f"{name}.safetensors")
-    named = {name: folder / name for name in ("empty", "overlap", "file", "broken", "replaced", "nameless", "loras")}
+    made = ("empty", "overlap", "file", "broken", "replaced", "nameless", "loras", "other", "swapped", "own", "early")
+    named = {name: folder / name for name in made}
     named |= {"training": recipe_folder / "training.yaml", "judge": recipe_folder / "judge.yaml"}
     named |= {"run": training_run.folder, "judge_run": judge_run.folder}
     TINY.update(model=tiny_folder, judge=clip_folder)
@@ -295,8 +314,9 @@ def places(
 
 
 def contents(places):
-    """When each file of the places was last written to."""
-    return {file: file.stat().st_mtime_ns for place in places.values() for file in [place, *place.rglob("*")]}
+    """When each file of the places was last written to, but the lock, which says who has it."""
+    files = (file for place in places.values() for file in [place, *place.rglob("*")] if file.name != ".lock")
+    return {file: file.stat().st_mtime_ns for file in files}
 
 
 @pytest.fixture

@@ -7,7 +7,20 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from .settings import Section
-from .training import KERNELS, TRACKER, Count, Device, JudgeConfig, Kernels, ModelConfig, Seed, Tracker, ZeroConfig
+from .training import (
+    KERNELS,
+    RESUME,
+    TRACKER,
+    Count,
+    Device,
+    JudgeConfig,
+    Kernels,
+    ModelConfig,
+    Resume,
+    Seed,
+    Tracker,
+    ZeroConfig,
+)
 
 
 class JudgeTrainingDataConfig(Section):
@@ -96,7 +109,7 @@ class JudgeTrainingRunConfig(Section):
     log_every: int = Field(20, ge=1, description="Steps per line of metrics.jsonl and of the terminal.")
     tracker: Tracker = Field("tensorboard", description=TRACKER)
     save_every: int = Field(500, ge=1, description="Steps per checkpoint; the newest two stay, older ones are deleted.")
-    resume: bool = Field(False, description="Whether the run goes on from the newest checkpoint in run.dir.")
+    resume: Resume = Field(False, description=RESUME)
 
 
 class JudgeTrainingConfig(Section):

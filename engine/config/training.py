@@ -19,6 +19,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 Kernels = Literal["auto", "reference"]
 Tracker = Literal["tensorboard", "wandb", "none"]
+Resume = Literal[False, True, "auto", "newest_whole"]
 KERNELS = (
     "Which code computes the ops of strop.kernels: auto takes Triton's on a GPU, reference plain PyTorch everywhere, "
     "which is slower and helps to find errors."
@@ -27,7 +28,10 @@ TRACKER = (
     "Where the lines of metrics.jsonl are shown as well: TensorBoard (files in run.dir/tensorboard), Weights & Biases, "
     "or nowhere. wandb needs the extra strop[wandb], and stays offline where it has no login."
 )
-
+RESUME = (
+    "Whether the run goes on from the newest checkpoint in run.dir. auto begins a run where there is none, so that one "
+    "line begins a run and restarts it. newest_whole passes over damaged checkpoints."
+)
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1, le=10_000)]  # of what is in memory at once
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -310,7 +314,7 @@ class RunConfig(Section):
     log_every: int = Field(1, ge=1, description="Iterations per line of metrics.jsonl and of the terminal.")
     tracker: Tracker = Field("tensorboard", description=TRACKER)
     save_every: int = Field(10, ge=1, description="Iterations per checkpoint; one more is written at the end.")
-    resume: bool = Field(False, description="Whether the run goes on from the newest checkpoint in run.dir.")
+    resume: Resume = Field(False, description=RESUME)
     share_of_peak: bool = Field(
         False,
         description="Whether a run on a GPU that plan knows reports the share of its peak that rollout and update "

@@ -121,6 +121,3 @@ class TrainedJudge:
     def load(self, folder: Path) -> None:
         """Loads the weights that `save` wrote."""
         self.judge.clip.load_state_dict(load_file(folder / JUDGE_FILE))
-
-    def check(self, folder: Path) -> None:
-        """Checks nothing: resuming compares the configuration, which says which judge it is."""

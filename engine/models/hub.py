@@ -12,6 +12,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+from ..config.training import JudgeConfig, ModelConfig
 from ..errors import UserError, one_line
 from ..user_files import user_path
 
@@ -50,3 +51,27 @@ def fetch(path: str, revision: str | None, key: str, patterns: Sequence[str]) ->
     if file and not (Path(folder) / file).is_file():
         raise UserError(f"{key}: the hub's repository {hub_id['owner_name']} has no file {file}")
     return Path(folder) / (file or "")
+
+
+def source(path: str, revision: str | None, key: str) -> Path | str:
+    """Returns the local file or folder that `path` means, or for a hub id a text of it and its commit.
+
+    Raises UserError as `fetch`.
+    """
+    found = fetch(path, revision, key, ())
+    parts = found.parts
+    if Path(path).expanduser().exists() or "snapshots" not in parts:
+        return found
+    return f"{path}, commit {parts[parts.index('snapshots') + 1]}"
+
+
+def model_inputs(model: ModelConfig, judge: JudgeConfig) -> dict[str, Path | str]:
+    """Returns the `source` of all that the sections `model` and `judge` name, by key."""
+    named = {
+        "model.path": (model.path, model.revision),
+        "model.vae": (model.vae, None),
+        "model.components": (model.components, None),
+        "judge.path": (judge.path, judge.revision),
+        "judge.components": (judge.components, None),
+    }
+    return {key: source(path, revision, key) for key, (path, revision) in named.items() if path}

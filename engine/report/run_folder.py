@@ -15,8 +15,8 @@ from torch import Tensor
 from ..data.json_lines import read_objects
 from ..errors import UserError, one_line
 from ..models.model_files import read_json
+from ..runtime.files import write_atomically
 from ..runtime.metrics import finite, read_records
-from ..runtime.output import write_atomically
 from .html import page
 from .pictures import curves
 from .run import Run

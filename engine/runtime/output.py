@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from ..errors import UserError
+from .files import write_atomically
 
 
 def check_free(key: str, path: Path | None, mark: str = "") -> None:
@@ -22,13 +22,6 @@ def check_free(key: str, path: Path | None, mark: str = "") -> None:
         if mark and mark in path.read_text(encoding="utf-8")[:80]:
             return
     raise UserError(f"{key}: {path} exists already and is not overwritten; choose another place")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file so that a reader, also after a kill, sees either the old content or the new."""
-    draft = path.with_name(path.name + ".draft")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
 
 
 def write_all(texts: Mapping[Path | None, str]) -> None:

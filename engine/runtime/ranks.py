@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,6 +17,7 @@ from ..rows import Rows
 
 R = TypeVar("R", bound=Rows)
 MOST_PROCESSES = 100_000
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,34 @@ def _of_environment(gpus: int | None) -> tuple[int, int, int]:
     if missing:
         raise UserError(f"{missing[0]}: found none, but WORLD_SIZE is {size}; {mend}")
     return size, number("RANK", 0, size), number("LOCAL_RANK", 0, size if gpus is None else gpus)
+
+
+def on_first(ranks: Ranks, action: Callable[[], T]) -> T:
+    """Calls the action on the first rank; every rank returns its result, or raises its UserError."""
+    outcome: list = [None, None]  # result, error
+    if ranks.first:
+        try:
+            outcome[0] = action()
+        except UserError as error:
+            outcome[1] = str(error)
+    if ranks.size > 1:
+        dist.broadcast_object_list(outcome)
+    if outcome[1]:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
+def on_every(ranks: Ranks, action: Callable[[], object]) -> None:
+    """Calls the action on every rank and waits for all; if it raises a UserError on one, every rank raises that."""
+    mine, errors = None, [None] * ranks.size
+    try:
+        action()
+    except UserError as error:
+        mine = str(error)
+    if ranks.size > 1:
+        dist.all_gather_object(errors, mine)
+    if error := mine or next(filter(None, errors), None):
+        raise UserError(error)
 
 
 def rank_slice(count: int, ranks: Ranks) -> slice:
