@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from .settings import Section
-from .training import KERNELS, TRACKER, Device, JudgeConfig, Kernels, ModelConfig, Tracker, ZeroConfig
+from .training import KERNELS, RANK_TIMEOUT, TRACKER, Device, JudgeConfig, Kernels, ModelConfig, Tracker, ZeroConfig
 
 
 class JudgeTrainingDataConfig(Section):
@@ -91,6 +91,7 @@ class JudgeTrainingRunConfig(Section):
     tracker: Tracker = Field("tensorboard", description=TRACKER)
     save_every: int = Field(500, ge=1, description="Steps per checkpoint; the newest two stay, older ones are deleted.")
     resume: bool = Field(False, description="Whether the run goes on from the newest checkpoint in run.dir.")
+    rank_timeout: int = Field(600, ge=5, description=RANK_TIMEOUT)
 
 
 class JudgeTrainingConfig(Section):

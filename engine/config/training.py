@@ -27,6 +27,7 @@ TRACKER = (
     "Where the lines of metrics.jsonl are shown as well: TensorBoard (files in run.dir/tensorboard), Weights & Biases, "
     "or nowhere. wandb needs the extra strop[wandb], and stays offline where it has no login."
 )
+RANK_TIMEOUT = "Seconds that processes wait for one another; when one sleeps for longer, the others name it and end."
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Timestep = Annotated[int, Field(ge=0, le=999)]
@@ -310,6 +311,7 @@ class RunConfig(Section):
     tracker: Tracker = Field("tensorboard", description=TRACKER)
     save_every: int = Field(10, ge=1, description="Iterations per checkpoint; one more is written at the end.")
     resume: bool = Field(False, description="Whether the run goes on from the newest checkpoint in run.dir.")
+    rank_timeout: int = Field(600, ge=5, description=RANK_TIMEOUT)
     share_of_peak: bool = Field(
         False,
         description="Whether a run on a GPU that plan knows reports the share of its peak that rollout and update "
