@@ -55,6 +55,12 @@ def interrupt(number: int, frame: FrameType | None) -> None:
     raise Interrupted(number)
 
 
+def end_at_ctrl_c() -> None:
+    """Lets Ctrl-C end a script without a traceback while its modules are imported, which takes seconds."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def exit_on_user_error(main: Callable[[Sequence[str]], None]) -> Callable[..., None]:
     """Wraps an entry point `main(argv)`; argv defaults to the command line.
 
