@@ -50,6 +50,7 @@ class Session:
         self.ledger = Ledger(ranks.device)
         self.live = LiveLine(ranks.first)
         self.stop = Stop(ranks)
+        self.command = command()  # as long as the launcher is there to be asked
         self.tracker: Tracker | None = None  # on the first rank, from `begin` on
         self.done = 0  # iterations
         self.ending = 0  # the signal that ends the run after this iteration
@@ -125,7 +126,7 @@ class Session:
         newest = checkpoint.newest(self.dir)
         if newest is None:
             return f"{self.dir} holds no checkpoint to go on from"
-        return f"the checkpoint is {newest}, and this goes on from it: {command()} run.resume=true"
+        return f"the checkpoint is {newest}, and this goes on from it: {self.command} run.resume=true"
 
     def note(self, values: Mapping[str, Value | tuple[Value, Value]], weight: Value = 1.0) -> None:
         """Adds values to the columns of these names; weight is that of means which bring none."""

@@ -100,24 +100,31 @@ def test_what_a_launcher_repeats_is_no_second_signal(monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_terminal_that_is_gone_stops_no_print(tmp_path):
-    """The other end of a pseudoterminal is closed, as a window is; prints to it fail from then on."""
-    leader, follower = os.openpty()
-    script = "import os, signal; from strop.engine.runtime import stop, ranks; import torch; "
-    script += "s = stop.Stop(ranks.Ranks(0, 1, torch.device('cpu'))); s.waits = True; "
-    script += f"h = s.handled(); h.__enter__(); open({str(tmp_path / 'up')!r}, 'w').close(); signal.pause(); "
-    script += f"print('x' * 9999, flush=True); open({str(tmp_path / 'done')!r}, 'w').close()"
-    process = subprocess.Popen([sys.executable, "-c", script], stdin=follower, stdout=follower, stderr=follower)
-    os.close(follower)
-    try:
-        while not (tmp_path / "up").exists():
-            assert process.poll() is None
+def test_a_terminal_that_is_gone_fails_no_print():
+    """The other end of a pseudoterminal is closed, as a window is; what is written to it fails from then on."""
+    (leader, follower), (told, tell) = os.openpty(), os.pipe()
+    if not (child := os.fork()):
+        os.dup2(follower, 1)
+        os.dup2(follower, 2)
         os.close(leader)
-        process.send_signal(signal.SIGHUP)
-        process.wait(20)
-    finally:
-        process.kill()
-    assert (tmp_path / "done").exists()
+        try:
+            os.read(told, 1)
+            failed = [stream for stream in (1, 2) if not writable(stream)]
+            stop._leave_terminal()
+            os._exit(10 * len(failed) + sum(not writable(stream) for stream in (1, 2)))
+        finally:
+            os._exit(99)
+    os.close(follower)
+    os.close(leader)
+    os.write(tell, b"closed")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 20, "both failed before, none after"
+
+
+def writable(stream):
+    try:
+        return os.write(stream, b"a word") > 0
+    except OSError:
+        return False
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
