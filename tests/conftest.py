@@ -549,9 +549,13 @@ class Started:
         except subprocess.TimeoutExpired:
             pytest.fail(f"still running after {seconds} s\n{self.said()[-4000:]}")
 
-    def others(self):
-        """The processes of its group beside itself that are alive, from /proc."""
-        return [pid for pid in group_of(self.process.pid) if pid != self.process.pid]
+    def until_alone(self, seconds=60):
+        """Waits until no other process of the group is alive, where the command itself has ended."""
+        self.exit_code()
+        late = time.monotonic() + seconds
+        while alive := group_of(self.process.pid):
+            assert time.monotonic() < late, f"alive after {seconds} s: {alive}\n{self.said()[-4000:]}"
+            time.sleep(0.02)
 
     def end(self):
         with contextlib.suppress(ProcessLookupError):
@@ -579,10 +583,11 @@ def launch(tmp_path_factory, recipe_folder):
 
     @contextlib.contextmanager
     def start(script, *arguments, by=None, **environment):
-        if by is None:
-            by = (bin_folder / "deepspeed", "--num_accelerators", 2, "--master_port", free_port())
+        port = free_port()
+        by = by or (bin_folder / "deepspeed", "--num_accelerators", 2, "--master_port", port)
         printed = tmp_path_factory.mktemp("launch") / "printed"
         started = Started([*by, script, *arguments], printed, common | environment)
+        started.port = port
         try:
             yield started
         finally:

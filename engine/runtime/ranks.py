@@ -76,7 +76,7 @@ def _meet(device: torch.device, timeout: timedelta) -> Ranks:
         told = ", ".join(f"{name}={os.environ.get(name, 'not set')}" for name in names)
         raise UserError(
             f"the processes of the run did not find each other ({told}): {one_line(error)}; start as many as "
-            "WORLD_SIZE says, and on several machines name the network between them (docs/several_machines.md)"
+            "WORLD_SIZE says, on several machines with GLOO_SOCKET_IFNAME set as docs/several_machines.md has it"
         ) from None
     return Ranks(rank, size, device, PrefixStore("watch", store))
 

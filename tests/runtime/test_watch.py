@@ -1,6 +1,5 @@
-"""Ranks that lose their launcher or one another: by halves in this process, and in two processes (slow)."""
+"""Ranks that lose their launcher or one another: in one process; test_two_processes.py has them for real."""
 
-import os
 import shlex
 import signal
 import subprocess
@@ -11,7 +10,6 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from strop.engine import train
 from strop.engine.runtime import watch
 from strop.engine.runtime.ranks import Ranks
 from strop.engine.runtime.watch import Watch
@@ -127,25 +125,3 @@ def test_launchers_are_known_by_their_names(tmp_path, chain, said):
     typed = chain.format(**words).replace("-m ", "")
     done = subprocess.run(shlex.split(typed), cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == (said or f"2 {typed}").format(**words)
-
-
-def records(run):
-    file = run / "metrics.jsonl"
-    return file.read_text().count("\n") if file.exists() else 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
-def test_ranks_end_with_their_launcher_and_lose_nothing(launch, recipe, tmp_path, number):
-    """And torchrun, given what the sentence says, goes on bit for bit."""
-    run = tmp_path / "run"
-    keys = recipe("run.iterations=6", "run.save_every=9")
-    with launch(train.__file__, *keys) as started:
-        started.until(lambda: records(run))
-        os.kill(started.process.pid, number)
-        started.exit_code()
-        until(lambda: not started.others())
-        said = started.said()
-    assert "ended by SIGTERM; the checkpoint is " in said
-    assert "deepspeed --num_accelerators 2 " in said
-    print(said)
