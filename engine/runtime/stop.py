@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import time
 from contextlib import AbstractContextManager, suppress
-from signal import SIGHUP, Signals
+from signal import SIG_IGN, SIGHUP, Signals, signal
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 
-from ..errors import Interrupted, signals_to
+from ..errors import SIGNALS, Interrupted, signals_to
 from .ranks import Ranks
 
 ECHO = 5.0  # seconds in which a launcher repeats what the terminal has already sent to every rank
@@ -49,6 +49,12 @@ class Stop:
         self._number, self._since = number, time.monotonic()
         if self.ranks.first:
             _say(f"{Signals(number).name}: the run ends when this iteration is done, a second signal ends it at once")
+
+
+def ignore_signals(worker: int) -> None:
+    """Leaves it to the run to end this worker of a DataLoader, whose data the iteration needs (worker_init_fn)."""
+    for number in SIGNALS:
+        signal(number, SIG_IGN)
 
 
 def _say(sentence: str) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -65,6 +66,24 @@ def test_a_signal_costs_no_iteration(
     main([*keys, "run.resume=true"])
     whole, parts = load_file(straight / weights), load_file(tmp_path / "run" / weights)
     assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_a_signal_to_every_process_leaves_the_workers_that_load_pairs(judge_run, recipe, tmp_path, monkeypatch):
+    """Launchers and schedulers signal them, too, and the iteration needs what they load."""
+    reached, log = [], Session.log
+
+    def signal_workers_and_log(self, done, now=False):
+        for worker in psutil.Process().children():
+            reached.append(worker.pid)
+            worker.terminate()
+        log(self, done, now)
+
+    monkeypatch.setattr(Session, "log", signal_workers_and_log)
+    train_judge.main(recipe("data.workers=1", judge=True))
+    assert reached
+    files = (run / "judge" / "model.safetensors" for run in (judge_run.folder, tmp_path / "run"))
+    whole, parts = map(load_file, files)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
