@@ -33,7 +33,7 @@ FLOORS = {
     "config": {"pydantic", "yaml"},
     "schedules": {"torch"},
     "speed": {"diffusers", "peft", "torch"},
-    "runtime": {"deepspeed", "pynvml", "safetensors", "torch", "wandb"},
+    "runtime": {"deepspeed", "psutil", "pynvml", "safetensors", "torch", "wandb"},
     "models": {"diffusers", "huggingface_hub", "peft", "safetensors", "torch", "transformers"},
     "judge": {"diffusers", "safetensors", "torch", "transformers"},
     "data": {"PIL", "numpy", "pyarrow", "safetensors", "torch"},

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from .settings import Section
 from .training import (
     KERNELS,
+    RANK_TIMEOUT,
     RESUME,
     TRACKER,
     Count,
@@ -110,6 +111,7 @@ class JudgeTrainingRunConfig(Section):
     tracker: Tracker = Field("tensorboard", description=TRACKER)
     save_every: int = Field(500, ge=1, description="Steps per checkpoint; the newest two stay, older ones are deleted.")
     resume: Resume = Field(False, description=RESUME)
+    rank_timeout: int = Field(600, ge=5, description=RANK_TIMEOUT)
 
 
 class JudgeTrainingConfig(Section):

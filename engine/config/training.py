@@ -32,6 +32,7 @@ RESUME = (
     "Whether the run goes on from the newest checkpoint in run.dir. auto begins a run where there is none, so that one "
     "line begins a run and restarts it. newest_whole passes over damaged checkpoints."
 )
+RANK_TIMEOUT = "Seconds that processes wait for one another; when one sleeps for longer, the others name it and end."
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1, le=10_000)]  # of what is in memory at once
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -315,6 +316,7 @@ class RunConfig(Section):
     tracker: Tracker = Field("tensorboard", description=TRACKER)
     save_every: int = Field(10, ge=1, description="Iterations per checkpoint; one more is written at the end.")
     resume: Resume = Field(False, description=RESUME)
+    rank_timeout: int = Field(600, ge=5, description=RANK_TIMEOUT)
     share_of_peak: bool = Field(
         False,
         description="Whether a run on a GPU that plan knows reports the share of its peak that rollout and update "

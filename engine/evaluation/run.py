@@ -19,7 +19,8 @@ import torch
 from ..errors import UserError
 from ..models.base_model import BaseModel, quiet_libraries
 from ..runtime.output import check_free, write_all
-from ..runtime.ranks import Ranks, gather_rows, rank_slice, start
+from ..runtime.ranks import TIMEOUT, Ranks, gather_rows, rank_slice, start
+from ..runtime.watch import Watch
 from .arguments import Request
 from .draw import Work, draw
 from .gallery import gallery
@@ -60,14 +61,15 @@ def run(request: Request) -> None:
     if ranks.first:
         check_settings(request.out, settings)
         announce(request, systems, work, ranks)
-    check_scorers(scorers, names, work, log)
-    if ranks.first:
-        write_settings(request.out, settings)
-    wait(ranks)  # nobody writes before the folder is known to be the right one
-    progress = Progress(ranks.first)
-    draw(systems.all, work, progress)
-    score(scorers, names, work, log, progress)
-    wait(ranks)
+    with Watch(ranks, TIMEOUT):
+        check_scorers(scorers, names, work, log)
+        if ranks.first:
+            write_settings(request.out, settings)
+        wait(ranks)  # nobody writes before the folder is known to be the right one
+        progress = Progress(ranks.first)
+        draw(systems.all, work, progress)
+        score(scorers, names, work, log, progress)
+        wait(ranks)
     if not ranks.first:
         return
     log = ScoreLog.read(request.out / PARTS, ranks.rank)

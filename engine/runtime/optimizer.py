@@ -1,6 +1,6 @@
 """The optimizer: AdamW over a module's trainable parameters, its state sharded by DeepSpeed ZeRO over several ranks.
 
-One process runs plain AdamW: there is nothing to shard, and neither DeepSpeed nor a compiler is needed.
+One process runs plain AdamW: there is nothing to shard, and DeepSpeed is not needed.
 """
 
 from __future__ import annotations

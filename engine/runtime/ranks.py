@@ -3,60 +3,85 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, Store
 
-from ..errors import UserError, short
+from ..errors import UserError, one_line, short
 from ..rows import Rows
 
 R = TypeVar("R", bound=Rows)
-MOST_PROCESSES = 100_000
 T = TypeVar("T")
+MOST_PROCESSES = 100_000
+TIMEOUT = 600  # seconds that ranks wait for each other, unless a recipe says otherwise
+MARGIN = timedelta(seconds=10)  # after which an exchange fails: a rank that is gone has been named by then
 
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """The rank of this process among `size` processes, and its device."""
+    """The rank of this process among `size` processes, and its device. store: where they met, None for one process."""
 
     rank: int
     size: int
     device: torch.device
+    store: Store | None = None
 
     @property
     def first(self) -> bool:
         return self.rank == 0
 
 
-def start(device: str) -> Ranks:
-    """Joins the processes that `deepspeed` (or torchrun) started: NCCL on GPUs, gloo on CPUs; alone otherwise.
+def start(device: str, timeout: float = TIMEOUT) -> Ranks:
+    """Joins the processes that `deepspeed` or `torchrun` started: NCCL on GPUs, gloo on CPUs; alone otherwise.
 
-    device is "auto", "cpu" or "cuda". Raises UserError when a GPU was asked for and there is none, or when several
-    processes on a CPU lack the C++ compiler with which DeepSpeed builds its communication op.
+    device is "auto", "cpu" or "cuda". timeout: the longest wait for another rank, in seconds. Raises UserError when a
+    GPU was asked for and there is none, and when the processes do not find each other.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("run.device: found cuda, but PyTorch sees no GPU; use auto or cpu")
     kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    size, rank, local = _of_environment(torch.cuda.device_count() if kind == "cuda" else None)
+    size, _, local = _of_environment(torch.cuda.device_count() if kind == "cuda" else None)
     if size == 1:
         return Ranks(0, 1, torch.device(kind, 0) if kind == "cuda" else torch.device(kind))
-    if kind == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
-        raise UserError(
-            f"{size} processes on a CPU need a C++ compiler, with which DeepSpeed builds its communication op; "
-            "install g++ or start one process"
-        )
     os.environ["DS_ACCELERATOR"] = kind
     import deepspeed
 
     if kind == "cuda":
         torch.cuda.set_device(local)
-    deepspeed.init_distributed(dist_backend="nccl" if kind == "cuda" else "gloo", verbose=False)
-    return Ranks(rank, size, torch.device(kind, local) if kind == "cuda" else torch.device(kind))
+    ranks = _meet(torch.device(kind, local) if kind == "cuda" else torch.device(kind), timedelta(seconds=timeout))
+    # An op that no training calls, for whose sake DeepSpeed would wait for a compiler and for a lock file.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)  # takes the process group that is there
+    return ranks
+
+
+def _meet(device: torch.device, timeout: timedelta) -> Ranks:
+    """Finds the other processes at MASTER_ADDR:MASTER_PORT and joins them to torch.distributed's process group."""
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=PrefixStore("ranks", store),
+            rank=rank,
+            world_size=size,
+            timeout=timeout + MARGIN,
+            device_id=device if device.type == "cuda" else None,
+        )
+    except (RuntimeError, ValueError) as error:
+        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        told = ", ".join(f"{name}={os.environ.get(name, 'not set')}" for name in names)
+        raise UserError(
+            f"the processes of the run did not find each other ({told}): {one_line(error)}; start as many as "
+            "WORLD_SIZE says, on several machines with GLOO_SOCKET_IFNAME set as docs/several_machines.md has it"
+        ) from None
+    return Ranks(rank, size, device, PrefixStore("watch", store))
 
 
 def _of_environment(gpus: int | None) -> tuple[int, int, int]:

@@ -27,6 +27,7 @@ MAY_CHANGE = (  # on resume; everything else decides what the run computes
     "run.tracker",
     "run.save_every",
     "run.resume",
+    "run.rank_timeout",
     "run.share_of_peak",
     "evaluate.prompts",
     "evaluate.num_steps",

@@ -7,6 +7,7 @@ over iterations is in methods/loop.py.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -16,18 +17,21 @@ from typing import Any
 import torch
 
 from ...kernels import use_reference
-from ..errors import UserError
+from ..errors import Interrupted, UserError
 from . import checkpoint, ledger
 from .checkpoint import Facts, Recipe, Training
 from .columns import Column
 from .files import writing
+from .launchers import command
 from .ledger import Ledger
 from .metrics import Metrics, Value, read_records
 from .progress import LiveLine, Progress
 from .ranks import Ranks, start
 from .run_folder import Inputs, RunFolder
+from .stop import Stop
 from .stopwatch import Stopwatch
 from .tracker import Tracker, check_tracker, open_tracker
+from .watch import Watch
 
 
 class Session:
@@ -48,8 +52,11 @@ class Session:
         self.clock = Stopwatch(ranks.device)
         self.ledger = Ledger(ranks.device)
         self.live = LiveLine(ranks.first)
+        self.stop = Stop(ranks)
+        self.command = command()  # as long as the launcher is there to be asked
         self.tracker: Tracker | None = None  # on the first rank, from `begin` on
         self.done = 0  # iterations
+        self.ending = 0  # the signal that ends the run after this iteration
         self._begun = time.perf_counter()
         self._before: dict[str, Any] = {}  # what the checkpoint that the run goes on from says of it
         self._since_record: dict[str, float] = {}  # seconds by stage
@@ -60,20 +67,30 @@ class Session:
     def start(cls, config: Recipe, inputs: Inputs | None = None) -> Iterator[Session]:
         """Joins the processes of the run and checks its folder, writing nothing. Raises UserError as RunFolder.check.
 
-        So do, until the session ends, all errors of writing that a user can put right.
+        So do, until the session ends, all errors of writing that a user can put right. A signal ends the run with an
+        Interrupted that says how to go on.
         """
         check_tracker(config.run.tracker)
         use_reference(config.run.kernels == "reference")
-        session = cls(config, start(config.run.device), inputs)
-        with writing(session.dir), closing(session.folder):
+        session = cls(config, start(config.run.device, config.run.rank_timeout), inputs)
+        with (
+            session.stop.handled(),
+            Watch(session.ranks, config.run.rank_timeout, session.how_to_go_on),
+            writing(session.dir),
+            closing(session.folder),
+        ):
             session.folder.check()
-            with session.ledger:
-                try:
+            try:
+                with session.ledger:
                     yield session
-                finally:
-                    session.live.erase()
-                    if session.tracker:
-                        session.tracker.close()
+            except Interrupted as end:
+                if not session.ranks.first:
+                    sys.exit(128 + end.number)
+                raise Interrupted(end.number, f"ended by {end.name}; {session.how_to_go_on()}") from None
+            finally:
+                session.live.erase()
+                if session.tracker:
+                    session.tracker.close()
 
     def open(self) -> None:
         """Makes the run folder, or takes up that of a checkpoint. Raises UserError before anything is written."""
@@ -110,18 +127,35 @@ class Session:
         self.clock.lap()
 
     def iterations(self) -> Iterator[int]:
-        """Yields the iterations that are still to be done, counted from 0."""
-        for iteration in range(self.done, self.config.iterations):
-            self.live.iteration = f"{iteration + 1}/{self.config.iterations}"
-            yield iteration
+        """Yields the iterations that are still to be done, counted from 0. A signal waits until one is saved."""
+        self.stop.waits = True
+        try:
+            for iteration in range(self.done, self.config.iterations):
+                self.live.iteration = f"{iteration + 1}/{self.config.iterations}"
+                yield iteration
+        finally:
+            self.stop.waits = False
+        if number := self.stop.agreed():
+            raise Interrupted(number)
+
+    def how_to_go_on(self) -> str:
+        """Says which checkpoint there is and what to type."""
+        newest = checkpoint.newest(self.dir)
+        if newest is None:
+            return f"{self.dir} holds no checkpoint to go on from"
+        return f"the checkpoint is {newest}, and this goes on from it: {self.command} run.resume=true"
 
     def note(self, values: Mapping[str, Value | tuple[Value, Value]], weight: Value = 1.0) -> None:
         """Adds values to the columns of these names; weight is that of means which bring none."""
         self.metrics.add(values, weight)
 
     def log(self, done: int, now: bool = False) -> None:
-        """Writes and shows the record after `done` iterations, if it is due or `now` is set. Every rank calls it."""
-        if not (now or done == self.config.iterations or done % self.run.log_every == 0):
+        """Writes and shows the record after `done` iterations, if it is due, `now` is set or a signal has come.
+
+        Every rank calls it in every iteration.
+        """
+        self.ending = self.stop.agreed()
+        if not (now or self.ending or done == self.config.iterations or done % self.run.log_every == 0):
             return
         self._settle()
         seconds, self._since_record = self._since_record, {}
@@ -133,15 +167,20 @@ class Session:
                 self.tracker.write(record)
 
     def save(self, done: int, now: bool = False) -> None:
-        """Writes a checkpoint after `done` iterations, if it is due or `now`. Every rank calls it."""
+        """Writes a checkpoint after `done` iterations, if it is due or `now`. Every rank calls it.
+
+        It does so too, and raises Interrupted, if a signal has come to any rank.
+        """
         self.done = done
-        if now or done == self.config.iterations or done % self.run.save_every == 0:
+        if now or self.ending or done == self.config.iterations or done % self.run.save_every == 0:
             self._settle()
             with self.clock("save"):
                 sums, total = self.metrics.unflushed()
                 shared = {"seconds": self.seconds(), "since_record": self._since_record | {"total": total}}
                 shared |= {"ledger": self.ledger.totals(), "inputs": self.folder.digests}
                 checkpoint.save(self.training, self.config, done, self.ranks, Facts(shared, sums))
+        if self.ending:
+            raise Interrupted(self.ending)
 
     def _settle(self) -> None:
         """Adds what clock and ledger have measured since the last call to the record to come."""
