@@ -14,6 +14,7 @@ from transformers import CLIPTokenizer
 
 from ..config.training import JudgeConfig
 from ..models.conditioning import Conditioning
+from ..models.weight_files import check_finite
 from . import files as judge_files
 from .candidates import Candidates
 from .clip import TimeConditionedCLIP
@@ -118,8 +119,10 @@ class TrainedJudge:
         save_file(state, folder / JUDGE_FILE)
 
     def load(self, folder: Path) -> None:
-        """Loads the weights that `save` wrote."""
-        self.judge.clip.load_state_dict(load_file(folder / JUDGE_FILE))
+        """Loads the weights that `save` wrote. Raises UserError if they are not finite."""
+        state = load_file(folder / JUDGE_FILE)
+        check_finite(state, str(folder / JUDGE_FILE))
+        self.judge.clip.load_state_dict(state)
 
     def check(self, folder: Path) -> None:
         """Checks nothing: resuming compares the configuration, which says which judge it is."""

@@ -27,6 +27,7 @@ from torch import Tensor
 from ..config.training import Config
 from ..errors import UserError, one_line
 from .families.base import Family
+from .weight_files import check_finite
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 ADAPTER = "lora_adapter_metadata"  # the header key from which diffusers takes rank and alpha
@@ -133,6 +134,7 @@ def read(file: Path) -> Lora:
     if not down or adapter.get("unet.use_rslora"):
         why = "it scales by the root of the rank (rsLoRA)" if down else "it holds no tensors"
         raise UserError(f"{file} is no LoRA that strop reads: {why}")
+    check_finite(tensors, str(file))
     header.pop("format", None)
     return Lora(down, up, {layer: alpha.get(layer, _alpha(layer, adapter, len(down[layer]))) for layer in down}, header)
 
