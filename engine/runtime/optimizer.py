@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..config.training import OptimConfig
 from ..errors import UserError
+from .finite import Gate
 from .ranks import Ranks
 
 # Gradients of a mean over the 16,384 or 65,536 numbers of a latent are 1e-4 and less: the foot of float16's range.
@@ -52,27 +53,34 @@ class AdamWSettings:
 class LocalAdamW:
     """AdamW of one process, with accumulation, clipping and loss scaling."""
 
-    def __init__(self, module: nn.Module, settings: AdamWSettings):
+    def __init__(self, module: nn.Module, settings: AdamWSettings, ranks: Ranks):
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.settings = settings
         self.optimizer = _adamw(self.parameters, settings)
-        _unscale(self.parameters, settings.loss_scale)
+        self.gate = Gate(self.parameters, settings.loss_scale, ranks)
         self.waiting = 0  # micro-batches since the last optimizer step
         self.steps = 0
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor) -> Tensor:
+        """Adds the gradient of a micro-batch's loss, and returns whether that is finite, () bool; if not, adds zero."""
+        finite = self.gate.judge(loss, self.waiting + 1 >= self.settings.accumulate)
         (loss * (self.settings.loss_scale / self.settings.accumulate)).backward()
+        return finite
 
     def step(self) -> Tensor | float | None:
-        """Takes an optimizer step if `accumulate` micro-batches wait, and returns its gradient norm, else None."""
+        """Takes an optimizer step if `accumulate` micro-batches wait, and returns its gradient norm, else None.
+
+        A step whose norm is not finite is left out.
+        """
         self.waiting += 1
         if self.waiting < self.settings.accumulate:
             return None
         norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm or math.inf)
-        self.optimizer.step()
+        if self.gate.admits(norm):
+            self.optimizer.step()
+            self.steps += 1
         self.optimizer.zero_grad()
         self.waiting = 0
-        self.steps += 1
         return norm
 
     def set_lr(self, lr: float) -> None:
@@ -107,7 +115,7 @@ class ZeroAdamW:
 
         self.settings = settings
         parameters = [p for p in module.parameters() if p.requires_grad]
-        _unscale(parameters, settings.loss_scale)
+        self.gate = Gate(parameters, settings.loss_scale, ranks)
         with _scalars_not_broadcast(module):
             self.engine, *_ = deepspeed.initialize(
                 model=module,
@@ -129,15 +137,21 @@ class ZeroAdamW:
 
     @property
     def steps(self) -> int:
-        return self.engine.global_steps
+        return self.engine.global_steps - self.engine.skipped_steps
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor) -> Tensor:
+        finite = self.gate.judge(loss, self.engine.is_gradient_accumulation_boundary())
         self.engine.backward(loss * self.settings.loss_scale)
+        return finite
 
     def step(self) -> Tensor | float | None:
         boundary = self.engine.is_gradient_accumulation_boundary()
-        self.engine.step()
-        return self.engine.get_global_grad_norm() if boundary else None
+        self.engine.step()  # DeepSpeed itself leaves out a step whose norm is not finite
+        if not boundary:
+            return None
+        norm = self.engine.get_global_grad_norm()
+        self.gate.admits(norm)
+        return norm
 
     def set_lr(self, lr: float) -> None:
         for group in self.engine.optimizer.param_groups:
@@ -158,7 +172,7 @@ Optimizer = LocalAdamW | ZeroAdamW
 
 def build_optimizer(module: nn.Module, settings: AdamWSettings, ranks: Ranks) -> Optimizer:
     """Builds LocalAdamW for one rank and ZeroAdamW for several. Raises UserError as ZeroAdamW does."""
-    return LocalAdamW(module, settings) if ranks.size == 1 else ZeroAdamW(module, settings, ranks)
+    return LocalAdamW(module, settings, ranks) if ranks.size == 1 else ZeroAdamW(module, settings, ranks)
 
 
 @contextmanager
@@ -183,17 +197,6 @@ def _scalars_not_broadcast(module: nn.Module) -> Iterator[None]:
     finally:
         for p in scalars:
             del p.ds_optim_param
-
-
-def _unscale(parameters: list[nn.Parameter], scale: float) -> None:
-    """Makes each gradient be divided by the scale as it arrives; one that overflowed becomes zero."""
-
-    def unscaled(grad: Tensor) -> Tensor:
-        return torch.where(grad.isfinite().all(), grad / scale, torch.zeros_like(grad))
-
-    if scale != 1:
-        for p in parameters:
-            p.register_hook(unscaled)
 
 
 def _adamw(parameters: list[nn.Parameter], settings: AdamWSettings) -> torch.optim.AdamW:
