@@ -64,7 +64,7 @@ def load(judge: JudgeConfig, rng: torch.Generator | None) -> JudgeFiles:
     new_keys = {name for name in clip.state_dict() if is_modulation(name)} if plain else set()
     check_fit(clip, state, new_keys, f"judge.path: the tensors in {path} do not fit the CLIP of its config.json")
     _check_kind(judge, plain, path, rng is not None)
-    fill(clip, state, new_keys)
+    fill(clip, state, new_keys, f"judge.path: {path}")
     if new_keys:
         clip.reset_modulation(rng)
     return JudgeFiles(clip, tokenizer, mean, std)

@@ -14,7 +14,7 @@ from transformers import CLIPTokenizer
 
 from ..config.training import JudgeConfig
 from ..models.conditioning import Conditioning
-from ..models.weight_files import save_tensors
+from ..models.weight_files import check_finite, save_tensors
 from . import files as judge_files
 from .candidates import Candidates
 from .clip import TimeConditionedCLIP
@@ -119,5 +119,7 @@ class TrainedJudge:
         save_tensors(state, folder / JUDGE_FILE)
 
     def load(self, folder: Path) -> None:
-        """Loads the weights that `save` wrote."""
-        self.judge.clip.load_state_dict(load_file(folder / JUDGE_FILE))
+        """Loads the weights that `save` wrote. Raises UserError if they are not finite."""
+        state = load_file(folder / JUDGE_FILE)
+        check_finite(state, str(folder / JUDGE_FILE))
+        self.judge.clip.load_state_dict(state)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from ..runtime.checkpoint import Training
+from ..runtime.columns import GRAD_NORM, LEFT_OUT, UNSCORED
+from ..runtime.diagnosis import Diagnosis
 from ..runtime.optimizer import Optimizer
 from ..runtime.session import Session
 from .protocol import Method, Monitor
@@ -13,12 +15,13 @@ def train(session: Session, method: Method, optimizer: Optimizer, monitor: Monit
 
     monitor: evaluates the run meanwhile, and may end it.
     """
-    columns = (*method.columns, *(monitor.columns if monitor else ()))
+    columns = (*method.columns, LEFT_OUT, *(monitor.columns if monitor else ()))
     session.begin(Training(method.trainable, optimizer, method.rngs), columns, method.stage)
     if monitor:
         monitor.replay(session.metrics.past)
     if session.done == 0:
         measure(session, method, 0)
+    diagnosis = Diagnosis(optimizer.gate, session.dir, session.ranks.first)
     for iteration in session.iterations():
         optimizer.set_lr(method.learning_rate(iteration))
         with session.clock(method.stage):
@@ -28,11 +31,13 @@ def train(session: Session, method: Method, optimizer: Optimizer, monitor: Monit
         with session.clock("update"):
             for batch in method.batches(rows):
                 loss, stats = method.loss(batch)
-                optimizer.backward(loss)
+                finite = optimizer.backward(loss)
                 norm = optimizer.step()
-                session.note(stats, weight=len(batch))
+                session.note(stats, weight=len(batch) * finite)
+                session.note({LEFT_OUT.name: 1.0 - finite.double()})
                 if norm is not None:
-                    session.note({"grad_norm": norm})
+                    session.note({GRAD_NORM.name: norm})
+                    diagnosis.after_step(iteration + 1, facts.get(UNSCORED.name, 0))
         monitored = measure(session, method, iteration + 1, monitor)
         session.save(iteration + 1, now=monitored)
         if monitor and monitor.stopped:

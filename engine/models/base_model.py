@@ -26,7 +26,7 @@ from .families.find import family_of_file, family_of_folder
 from .families.shared import CHANNELS
 from .hub import fetch
 from .model_files import read_config, read_index
-from .weight_files import shards_of
+from .weight_files import check_finite, shards_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KINDS = {  # text encoders are named by the family
@@ -229,7 +229,8 @@ def load_network(
 ) -> torch.nn.Module:
     """Loads a network of class `kind` from folder `part` of a local folder or hub id. key: its configuration key.
 
-    Of a hub id only one set of weights is downloaded. Raises UserError if a file or a tensor is missing.
+    Of a hub id only one set of weights is downloaded. Raises UserError if a file or a tensor is missing, or a tensor is
+    not finite in `dtype`.
     """
     text = issubclass(kind, transformers.PreTrainedModel)
     model_folder, variant, safe = _weights(path, revision, part, key, text)
@@ -246,6 +247,7 @@ def load_network(
     missing_keys = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if missing_keys:
         raise UserError(f"{key}: {folder} lacks {len(missing_keys)} tensors, such as {missing_keys[0]}")
+    check_finite(model.state_dict(), f"{key}: {folder}")
     return model
 
 

@@ -28,7 +28,7 @@ from ..config.training import Config
 from ..errors import UserError, one_line, short
 from ..user_files import parse_json, public_name
 from .families.base import Family
-from .weight_files import save_tensors
+from .weight_files import check_finite, save_tensors
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 ADAPTER = "lora_adapter_metadata"  # the header key from which diffusers takes rank and alpha
@@ -141,6 +141,7 @@ def read(file: Path) -> Lora:
     if not down or adapter.get("unet.use_rslora"):
         why = "it scales by the root of the rank (rsLoRA)" if down else "it holds no tensors"
         raise UserError(f"{file} is no LoRA that strop reads: {why}")
+    check_finite(tensors, str(file))
     header.pop("format", None)
     return Lora(down, up, {layer: alpha.get(layer, _alpha(layer, adapter, len(down[layer]))) for layer in down}, header)
 

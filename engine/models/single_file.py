@@ -18,6 +18,7 @@ from ..errors import UserError, one_line
 from .families.find import holds
 from .families.shared import VAE_PREFIX
 from .model_files import read_shapes
+from .weight_files import check_finite
 
 
 def prediction_of(file: Path, key: str) -> dict:
@@ -33,7 +34,7 @@ def load_from_file(
     """Loads a network of class `kind` from the tensors under `prefix`, configured as in the folder `configured`.
 
     An empty prefix takes all tensors, which may then also be in diffusers' own key format. Raises UserError if a
-    tensor is missing or the tensors are of another architecture.
+    tensor is missing or not finite, or the tensors are of another architecture.
     """
     folder, part = configured.parent, configured.name
     options = {"config": str(folder), "subfolder": part, "torch_dtype": dtype, "local_files_only": True}
@@ -50,6 +51,7 @@ def load_from_file(
         raise UserError(f"{key}: {file} holds no {part} of the architecture in {folder} ({one_line(error)})") from None
     if any(tensor.is_meta for tensor in model.state_dict().values()):
         raise incomplete
+    check_finite(model.state_dict(), f"{key}: {file}")
     return model
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import stat
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,11 +121,29 @@ def check_fit(network: nn.Module, state: dict[str, Tensor], new_keys: Collection
         raise UserError(f"{file}: {listed}")
 
 
-def fill(network: nn.Module, state: dict[str, Tensor], new_keys: Collection[str]) -> None:
+def check_finite(state: Mapping[str, Tensor], file: str) -> None:
+    """Raises UserError that names the first tensor with a NaN or an infinity in it; file: "key: FILE".
+
+    It shows in the tensor's sum, so that nothing is copied. A sum that is not finite proves nothing, because that of
+    large finite numbers overflows too: only then is each number looked at.
+    """
+    for name, value in state.items():
+        wide = value.float() if value.element_size() == 1 else value  # PyTorch sums no float8
+        if not wide.sum().isfinite() and not (right := wide.isfinite()).all():
+            count, dtype = f"{int((~right).sum()):,} of {value.numel():,}", str(value.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{file}: found {count} numbers that are NaN or infinite as {dtype} in {name}, expected finite ones; "
+                "fetch or export the weights anew"
+            )
+
+
+def fill(network: nn.Module, state: dict[str, Tensor], new_keys: Collection[str], file: str) -> None:
     """Assigns tensors, in float32 on the CPU, to a network on the meta device; `new_keys` get uninitialised memory.
 
-    The state is emptied on the way, so that a billion parameters are not in memory twice.
+    The state is emptied on the way, so that a billion parameters are not in memory twice. file, and the UserError: as
+    of check_finite.
     """
+    check_finite(state, file)
     shapes = {name: value.shape for name, value in network.state_dict().items()}
     filled = {name: torch.empty(shapes[name]) for name in new_keys}
     while state:  # copied even from float32: the last bits of a product depend on how its operands lie in memory

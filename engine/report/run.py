@@ -12,7 +12,7 @@ from ..evaluation import monitor
 from ..methods.judge_training import columns as judge_training
 from ..methods.spo import columns as spo
 from ..methods.spo.rollout import segments
-from ..runtime.columns import SHORT, Column, Heatmap
+from ..runtime.columns import LEFT_OUT, SHORT, Column, Heatmap
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,4 +89,4 @@ class Run:
         last = next((record for record in reversed(self.records) if record.get(monitor.CHANGE.name)), None)
         labels = lambda column: tuple(last[column.name]) if isinstance(last[column.name], dict) else ()
         monitored = [replace(column, labels=labels(column)) for column in monitor.COLUMNS] if last else []
-        return (*(judge_training.COLUMNS if self.trains_judge else spo.COLUMNS), *monitored)
+        return (*(judge_training.COLUMNS if self.trains_judge else spo.COLUMNS), LEFT_OUT, *monitored)

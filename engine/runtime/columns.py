@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .signs import ends_above, grows, spikes
+from .signs import ends_above, ends_with_some, grows, spikes
 
 SHORT = 5  # iterations; of a run with fewer nothing is concluded
 
@@ -107,6 +107,28 @@ GRAD_NORM = Column(
             spikes(5.0, 0.02),
             "The gradient norm has {} spikes of more than five times its level: try a smaller optim.lr, or "
             "optim.max_grad_norm if it is null.",
+        ),
+    ),
+)
+LEFT_OUT = Column(
+    "left_out",
+    "total",
+    signs=(
+        Sign(
+            ends_with_some,
+            "{:,} micro-batches were left out, because their loss was NaN or infinite: try a smaller optim.lr, or a "
+            "model.dtype of more range.",
+        ),
+    ),
+)
+UNSCORED = Column(
+    "unscored",
+    "total",
+    signs=(
+        Sign(
+            ends_with_some,
+            "{:,} possible pairs have a score that is NaN or infinite and were not trained on: look at the judge, or "
+            "try a model.dtype of more range.",
         ),
     ),
 )

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..config.training import OptimConfig
 from ..errors import UserError, one_line
+from .finite import Gate
 from .ranks import Ranks
 
 # Gradients of a mean over the 16,384 or 65,536 numbers of a latent are 1e-4 and less: the foot of float16's range.
@@ -58,6 +59,7 @@ class AdamWState:
     steps: int
     waiting: int
     grads: list[Tensor]
+    counts: Tensor  # of the gate, since the last step
 
 
 def write_state(folder: Path, rank: int, state: AdamWState, optimizer: torch.optim.Optimizer) -> None:
@@ -67,7 +69,7 @@ def write_state(folder: Path, rank: int, state: AdamWState, optimizer: torch.opt
         for i, entries in optimizer.state_dict()["state"].items()
         for name, value in entries.items()
     }
-    tensors |= {f"grad.{i}": grad.contiguous() for i, grad in enumerate(state.grads)}
+    tensors |= {f"grad.{i}": grad.contiguous() for i, grad in enumerate(state.grads)} | {"counts.0": state.counts}
     counts = {"steps": str(state.steps), "waiting": str(state.waiting)}
     save_file(tensors, folder / f"optimizer-{rank}.safetensors", counts)
 
@@ -89,36 +91,44 @@ def read_state(folder: Path, rank: int, optimizer: torch.optim.Optimizer) -> Ada
         raise UserError(
             f"{path}: found no optimizer state in safetensors ({one_line(error)}); go on from another checkpoint"
         ) from None
+    gate = moments[0].pop("counts")
     grads = [moments[i].pop("grad") for i in sorted(moments) if "grad" in moments[i]]
     state = {i: entries for i, entries in moments.items() if entries}
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    return AdamWState(**counts, grads=grads)
+    return AdamWState(**counts, grads=grads, counts=gate)
 
 
 class LocalAdamW:
     """AdamW of one process, with accumulation, clipping and loss scaling."""
 
-    def __init__(self, module: nn.Module, settings: AdamWSettings):
+    def __init__(self, module: nn.Module, settings: AdamWSettings, ranks: Ranks):
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.settings = settings
         self.optimizer = _adamw(self.parameters, settings)
-        _unscale(self.parameters, settings.loss_scale)
+        self.gate = Gate(self.parameters, settings.loss_scale, ranks)
         self.waiting = 0  # micro-batches since the last optimizer step
         self.steps = 0
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor) -> Tensor:
+        """Adds the gradient of a micro-batch's loss, and returns whether that is finite, () bool; if not, adds zero."""
+        finite = self.gate.judge(loss, self.waiting + 1 >= self.settings.accumulate)
         (loss * (self.settings.loss_scale / self.settings.accumulate)).backward()
+        return finite
 
     def step(self) -> Tensor | float | None:
-        """Takes an optimizer step if `accumulate` micro-batches wait, and returns its gradient norm, else None."""
+        """Takes an optimizer step if `accumulate` micro-batches wait, and returns its gradient norm, else None.
+
+        A step whose norm is not finite is left out.
+        """
         self.waiting += 1
         if self.waiting < self.settings.accumulate:
             return None
         norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm or math.inf)
-        self.optimizer.step()
+        if self.gate.admits(norm):
+            self.optimizer.step()
+            self.steps += 1
         self.optimizer.zero_grad()
         self.waiting = 0
-        self.steps += 1
         return norm
 
     def set_lr(self, lr: float) -> None:
@@ -132,12 +142,13 @@ class LocalAdamW:
     def save(self, folder: Path) -> None:
         """Writes the state to folder/optimizer-0.safetensors."""
         waiting = [p.grad for p in self.parameters] if self.waiting else []
-        write_state(folder, 0, AdamWState(self.steps, self.waiting, waiting), self.optimizer)
+        write_state(folder, 0, AdamWState(self.steps, self.waiting, waiting, self.gate.counts), self.optimizer)
 
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote, into an optimizer of the same module."""
         state = read_state(folder, 0, self.optimizer)
         self.steps, self.waiting = state.steps, state.waiting
+        self.gate.counts.copy_(state.counts)
         for parameter, grad in zip(self.parameters, state.grads, strict=False):
             parameter.grad = grad.to(parameter.device)
 
@@ -155,10 +166,10 @@ class ZeroAdamW:
 
         self.settings, self.rank = settings, ranks.rank
         self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.gate = Gate(self.parameters, settings.loss_scale, ranks)
         self.waiting = 0  # micro-batches since the last optimizer step
         self.steps = 0
         self._sums: list[Tensor] = []  # of their gradients, by parameter
-        _unscale(self.parameters, settings.loss_scale)
         with _scalars_not_broadcast(module):
             self.engine, *_ = deepspeed.initialize(
                 model=module,
@@ -178,30 +189,36 @@ class ZeroAdamW:
                 },
             )
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor) -> Tensor:
+        finite = self.gate.judge(loss, self.waiting + 1 >= self.settings.accumulate)
         loss = loss * (self.settings.loss_scale / self.settings.accumulate)
         if self.settings.accumulate == 1:
-            return self.engine.backward(loss)
+            self.engine.backward(loss)
+            return finite
         grads = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
         if self._sums:
             torch._foreach_add_(self._sums, grads)
         else:
             self._sums = list(grads)
+        return finite
 
     def step(self) -> Tensor | float | None:
-        """Takes an optimizer step if `accumulate` micro-batches wait, and returns its gradient norm, else None."""
+        """Does as LocalAdamW's."""
         self.waiting += 1
         if self.waiting < self.settings.accumulate:
             return None
         if self._sums:
+            self.gate.open()
             # The gradient of this product is the sums, bit for bit; what is unscaled twice is scaled twice.
             products = [(p * grad).sum() for p, grad in zip(self.parameters, self._sums, strict=True)]
             self.engine.backward(torch.stack(products).sum() * self.settings.loss_scale)
             self._sums = []
-        self.engine.step()
+        self.engine.step()  # DeepSpeed itself leaves out a step whose norm is not finite
         self.waiting = 0
-        self.steps += 1
-        return self.engine.get_global_grad_norm()
+        norm = self.engine.get_global_grad_norm()
+        if self.gate.admits(norm):
+            self.steps += 1
+        return norm
 
     def set_lr(self, lr: float) -> None:
         for group in self.engine.optimizer.param_groups:
@@ -212,13 +229,14 @@ class ZeroAdamW:
 
     def save(self, folder: Path) -> None:
         """Writes this rank's share of the state to folder/optimizer-<rank>.safetensors."""
-        state = AdamWState(self.steps, self.waiting, self._sums)
+        state = AdamWState(self.steps, self.waiting, self._sums, self.gate.counts)
         write_state(folder, self.rank, state, self.engine.optimizer.optimizer)
 
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote, by as many ranks; the module's parameters have been loaded by then."""
         state = read_state(folder, self.rank, self.engine.optimizer.optimizer)
         self.steps, self.waiting = state.steps, state.waiting
+        self.gate.counts.copy_(state.counts)
         self._sums = [g.to(p.device) for g, p in zip(state.grads, self.parameters, strict=False)]
         self.engine.optimizer.refresh_fp32_params()  # the shares that the optimizer steps on
 
@@ -228,7 +246,7 @@ Optimizer = LocalAdamW | ZeroAdamW
 
 def build_optimizer(module: nn.Module, settings: AdamWSettings, ranks: Ranks) -> Optimizer:
     """Builds LocalAdamW for one rank and ZeroAdamW for several. Raises UserError as ZeroAdamW does."""
-    return LocalAdamW(module, settings) if ranks.size == 1 else ZeroAdamW(module, settings, ranks)
+    return LocalAdamW(module, settings, ranks) if ranks.size == 1 else ZeroAdamW(module, settings, ranks)
 
 
 @contextmanager
@@ -253,17 +271,6 @@ def _scalars_not_broadcast(module: nn.Module) -> Iterator[None]:
     finally:
         for p in scalars:
             del p.ds_optim_param
-
-
-def _unscale(parameters: list[nn.Parameter], scale: float) -> None:
-    """Makes each gradient be divided by the scale as it arrives; one that overflowed becomes zero."""
-
-    def unscaled(grad: Tensor) -> Tensor:
-        return torch.where(grad.isfinite().all(), grad / scale, torch.zeros_like(grad))
-
-    if scale != 1:
-        for p in parameters:
-            p.register_hook(unscaled)
 
 
 def _adamw(parameters: list[nn.Parameter], settings: AdamWSettings) -> torch.optim.AdamW:

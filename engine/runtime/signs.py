@@ -94,6 +94,11 @@ def repeats_at_end(times: int) -> Callable[[Values], int | None]:
     return check
 
 
+def ends_with_some(values: Values) -> int | None:
+    """Names the last of values that count from the run's beginning, if it is not 0."""
+    return int(values[-1]) or None
+
+
 def late_rows_empty(counts: ByLabel) -> str | None:
     """Names the last timesteps of a trajectory at which nothing was counted, "51 and 1"; counts: by t, noise first."""
     filled = [place for place, row in enumerate(counts.values()) if sum(row)]

@@ -388,7 +388,7 @@ def test_the_state_is_emptied_into_memory_of_its_own(spm):
     with torch.device("meta"):
         clip = TimeConditionedCLIP(CLIPModel(spm.config))
     state = dict(spm.state)
-    judge_files.fill(clip, state, set())
+    judge_files.fill(clip, state, set(), "key: file")
     assert not state
     assert not clip.state_dict()["logit_scale"].is_meta
     original = {value.data_ptr() for value in spm.state.values()}

@@ -1,5 +1,6 @@
 """runtime/optimizer on one rank: gradients through half precision, clipped or not. Several ranks: test_ranks.py."""
 
+import math
 from importlib.metadata import version
 from types import SimpleNamespace
 
@@ -44,15 +45,40 @@ def test_gradients_too_small_for_float16_arrive():
     torch.testing.assert_close(gradient("float16", [3e-3, 5e-4]), exact, rtol=2e-3, atol=0)
 
 
-def test_an_overflow_counts_as_zero_and_the_next_gradient_as_itself():
+def learn(adamw, module, slope):
+    """(whether the loss was finite, the norm) of a micro-batch whose gradient is `slope`, and whose loss shares it."""
+    return bool(adamw.backward(module(torch.tensor(slope)))), adamw.step()
+
+
+def test_a_step_that_overflows_is_left_out_and_the_next_gradient_counts_as_itself():
     module = HalfPath()
     adamw = optimizer(module, "float16", accumulate=2, weight_decay=0.0, lr=1e-2)
+    assert learn(adamw, module, [1.0, 1.0]) == (True, None)
     adamw.backward(module(torch.tensor([6e4, 1.0])) * 10)
-    assert module.weight.grad.tolist() == [0, 0]
-    adamw.step()
-    adamw.backward(module(torch.tensor([1.0, 1.0])))
-    adamw.step()
+    assert adamw.step().isinf()
+    assert (module.weight.tolist(), adamw.steps, adamw.gate.in_a_row) == ([1.0, 2.0], 0, 1)
+    learn(adamw, module, [1.0, 1.0])
+    learn(adamw, module, [1.0, 1.0])
     assert module.weight.tolist() == pytest.approx([0.99, 1.99], abs=1e-5)  # Adam's first step is lr, downhill
+    assert (adamw.steps, adamw.gate.in_a_row) == (1, 0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_micro_batch_that_is_not_finite_is_left_out_and_the_others_are_as_if_it_were_zero(bad):
+    module, without = HalfPath(), HalfPath()
+    adamw, other = (optimizer(each, accumulate=2, max_grad_norm=None) for each in (module, without))
+    assert learn(adamw, module, [bad, 1.0]) == (False, None)
+    assert module.weight.grad.tolist() == [0, 0]
+    learn(other, without, [0.0, 0.0])
+    assert learn(adamw, module, [3.0, 4.0]) == learn(other, without, [3.0, 4.0])
+    assert torch.equal(module.weight, without.weight)
+    assert (adamw.steps, adamw.gate.left_out, adamw.gate.in_a_row) == (1, 1, 0)
+    for row in (1, 2):  # a step of such micro-batches alone is left out, not taken by momentum
+        before = module.weight.clone()
+        learn(adamw, module, [bad, 1.0])
+        assert learn(adamw, module, [bad, 1.0])[1].isnan()
+        assert torch.equal(module.weight, before)
+        assert (adamw.steps, adamw.gate.left_out, adamw.gate.in_a_row) == (1, 2, row)
 
 
 def test_the_scale_belongs_to_float16_alone():

@@ -100,5 +100,5 @@ def load_clip(published: Published, weights: str | None, components: str | None,
     if "visual_projection.weight" not in state:
         raise UserError(f"{key}: {found} holds {described(state)}, expected a CLIP of transformers")
     check_fit(network, state, (), f"{key}: the tensors in {found} do not fit the CLIP of its config.json")
-    fill(network, state, ())
+    fill(network, state, (), f"{key}: {found}")
     return LoadedCLIP(network.to(options.device, options.dtype).eval().requires_grad_(False), tokenizer, mean, std)

@@ -79,8 +79,8 @@ class Weights:
     def fill(self, network: nn.Module, source: Source) -> None:
         """Fills a network on the meta device; source: its name -> the name in the file, and what is done to that.
 
-        Raises UserError that lists the tensors that are missing or misshapen, by their names in the file. What the
-        network does not have is left, as the authors' own code leaves it.
+        Raises UserError that lists the tensors that are missing or misshapen, by their names in the file, or names one
+        that is not finite. What the network does not have is left, as the authors' own code leaves it.
         """
         state, missing, misshapen = {}, [], []
         for name, expected in network.state_dict().items():
@@ -93,7 +93,7 @@ class Weights:
                 misshapen.append(f"{published} of {tuple(self.state[published].shape)} for {tuple(expected.shape)}")
         if missing or misshapen:
             raise self._misfit(missing, misshapen)
-        fill(network, state, ())
+        fill(network, state, (), f"{self.key}: {self.file}")
 
     def head(self, prefix: str, width: int) -> nn.Sequential:
         """Returns the linear layers `prefix`layers.{0,2,4,6,7}, without activations, from `width` to one number."""

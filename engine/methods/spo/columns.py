@@ -1,6 +1,6 @@
 """The columns that SPO reports: each with its form on the terminal, its curve, and the signs of trouble in it."""
 
-from ...runtime.columns import GRAD_NORM, PROMPTS, SHORT, Column, Curve, Heatmap, Sign, Trend
+from ...runtime.columns import GRAD_NORM, PROMPTS, SHORT, UNSCORED, Column, Curve, Heatmap, Sign, Trend
 from ...runtime.signs import early_rows_empty, ends_above, ends_below, falls_below, late_rows_empty, stays_low
 
 COLUMNS = (
@@ -13,6 +13,7 @@ COLUMNS = (
         trend=Trend("the judge's score", "up"),
     ),
     Column("pairs", "total", heading="pairs", form="{:,}"),
+    UNSCORED,
     Column(
         "kept",
         heading="kept",

@@ -10,7 +10,11 @@ from torch import Tensor
 
 from ...config.training import Config
 from ...data.embeddings import TrainingPrompts
+from ...errors import UserError
 from ...models.conditioning import Conditioning
+from ...runtime.columns import UNSCORED
+from ...runtime.diagnosis import last_checkpoint
+from ...runtime.ranks import gather_rows
 from ...runtime.session import Session
 from ..online import OnlineModels
 from ..protocol import Measured
@@ -36,7 +40,7 @@ class SPO:
 
     def __init__(self, config: Config, models: OnlineModels, prompts: TrainingPrompts, session: Session):
         self.config, self.policy, self.prompts, self.ranks = config, models.policy, prompts, session.ranks
-        self.counted = session.live.counted
+        self.counted, self.run_dir = session.live.counted, session.dir
         self.rollout = Rollout(
             models.policy, models.decoder, models.judge, models.schedule, config.rollout, session.clock, self.counted
         )
@@ -56,16 +60,27 @@ class SPO:
         return self.config.optim.lr
 
     def collect(self, iteration: int) -> tuple[Collected, Measured]:
-        """Returns the rollout of this rank's prompts, and its facts by the names of columns."""
+        """Returns the rollout of this rank's prompts, and its facts by the names of columns.
+
+        Raises UserError if no pair of any rank has finite scores.
+        """
         cond = self.prompts.mine(iteration)
         with self.policy.sampling(cond, self.config.rollout.text_kv) as sampling_cond:
             outcome = self.rollout(sampling_cond, self.rngs["rollout"])
+        unscored, possible = int(outcome.unscored), len(cond) * self.judged_steps  # one wait an iteration
+        everywhere = gather_rows(torch.tensor([[unscored, possible]], device=self.ranks.device), self.ranks).sum(0)
+        if unscored == possible and everywhere[0] == everywhere[1]:
+            raise UserError(
+                f"iteration {iteration + 1}: the judge's scores are all NaN or infinite; try a smaller optim.lr, a "
+                f"model.dtype of more range, or another judge.path; {last_checkpoint(self.run_dir)}"
+            )
         facts = {
             "prompts": len(cond),
             "pairs": len(outcome.pairs),
             "pairs_per_t": outcome.pairs_per_step,
             "judge": outcome.score,
-            "kept": outcome.pairs_per_step.sum() / (len(cond) * self.judged_steps),
+            "kept": outcome.pairs_per_step.sum() / possible,
+            UNSCORED.name: unscored,
         }
         return Collected(iteration, outcome.pairs, cond), facts
 

@@ -51,10 +51,11 @@ class PreferencePairs(Rows):
 def is_sure(scores: Tensor, chosen: Tensor, threshold: float) -> Tensor:
     """Returns whether p(winner) - p(loser) > threshold: (B,) bool. scores (K, B); chosen (2, B): winner's branch first.
 
-    The p are softmax(s_winner, s_loser), so this says s_winner - s_loser > 2 atanh(threshold).
+    The p are softmax(s_winner, s_loser), so this says s_winner - s_loser > 2 atanh(threshold). Of scores that are not
+    finite nothing is sure.
     """
     winner, loser = scores.gather(0, chosen)
-    return winner - loser > 2 * math.atanh(threshold)
+    return (winner - loser > 2 * math.atanh(threshold)) & (winner - loser).isfinite()
 
 
 def balance(pairs: PreferencePairs, prompts: int, ranks: Ranks, rng: torch.Generator) -> PreferencePairs:

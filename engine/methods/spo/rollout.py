@@ -39,11 +39,15 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The pairs above the threshold by step, then prompt; their number per step (T,); the mean score of branches."""
+    """The pairs above the threshold by step, then prompt; their number per step (T,).
+
+    score: mean of the branches' scores that are finite; unscored: how many possible pairs have one that is not.
+    """
 
     pairs: PreferencePairs
     pairs_per_step: Tensor
     score: Tensor
+    unscored: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +76,7 @@ class Rollout:
     def __call__(self, cond: Conditioning, rng: Rng) -> Outcome:
         judged = judged_segments(self.schedule, self.config)
         apart = any(len(segment) > 1 for segment in judged)
-        pairs, sure, scores = [], [], []
+        pairs, sure, scores, unscored = [], [], [], []
         pairs_per_step = torch.zeros(self.schedule.num_steps, device=self.schedule.device)
         x = self.schedule.prior((len(cond), *self.policy.latent_shape), rng)  # (B, C, H, W)
         current, eps = 0, None
@@ -89,6 +93,7 @@ class Rollout:
             with self.clock("rollout/judge"):
                 scores.append(self.judge.score(candidates, cond))  # (K, B)
             chosen = choose(scores[-1], self.config.pair, rng)  # (2, B)
+            unscored.append(len(segment) * (~scores[-1].gather(0, chosen).isfinite().all(0)).sum())
             for step, earlier, later in zip(segment, states, states[1:], strict=False):
                 pair = PreferencePairs.of_step(earlier, later, chosen, step)
                 pairs.append(pair.apart() if apart else pair)
@@ -98,7 +103,8 @@ class Rollout:
             if segment != judged[-1]:
                 x, eps = go_on(candidates, scores[-1], self.config.next_state, rng)
         pairs = PreferencePairs.cat(pairs)[torch.cat(sure).nonzero().flatten()]
-        return Outcome(pairs, pairs_per_step, torch.stack(scores).mean())
+        scores = torch.stack(scores)
+        return Outcome(pairs, pairs_per_step, scores[scores.isfinite()].mean(), torch.stack(unscored).sum())
 
     def candidates(self, branches: Tensor, step: int, cond: Conditioning, before: Tensor) -> Candidates:
         """Returns the branches (K, B, C, H, W), now at `step`, as the judge takes them.
