@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from . import settings
 from .settings import C, Section
@@ -19,7 +19,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 Kernels = Literal["auto", "reference"]
 Tracker = Literal["tensorboard", "wandb", "none"]
-Resume = Literal[False, True, "auto", "newest_whole"]
+Resume = Annotated[  # yes and no are words in YAML 1.2
+    Literal[False, True, "auto", "newest_whole"], BeforeValidator(lambda v: {"yes": True, "no": False}.get(str(v), v))
+]
 KERNELS = (
     "Which code computes the ops of strop.kernels: auto takes Triton's on a GPU, reference plain PyTorch everywhere, "
     "which is slower and helps to find errors."
@@ -288,17 +290,11 @@ class EvaluateConfig(Section):
     every: int | None = Field(
         None,
         ge=1,
-        description="Iterations between evaluations while training, on the first evaluate.watched held-out prompts and "
-        "always from the same noise. Each writes a checkpoint and samples/<iteration>.png. null evaluates before and "
-        "after the training alone.",
+        description="Iterations between evaluations while training, on the first evaluate.watched held-out prompts. "
+        "Each writes a checkpoint and samples/<iteration>.png. null evaluates before and after the training alone.",
     )
     watched: int = Field(16, ge=8, le=10_000, description="Held-out prompts of the evaluations while training.")
-    patience: int = Field(
-        2,
-        ge=1,
-        description="Evaluations in a row after which there is a warning that independent scores fall, or that the "
-        "judge's score alone rises while the pictures stray from the base's.",
-    )
+    patience: int = Field(2, ge=1, description="Wrong evaluations in a row (docs/guide.md) until there is a warning.")
     stop: bool = Field(
         False,
         description="Whether such a warning ends the run; lora/ then has the LoRA of its best evaluation, lora_last/ "
@@ -319,8 +315,8 @@ class RunConfig(Section):
     rank_timeout: int = Field(600, ge=5, description=RANK_TIMEOUT)
     share_of_peak: bool = Field(
         False,
-        description="Whether a run on a GPU that plan knows reports the share of its peak that rollout and update "
-        "reach. Another process then counts the operations of the recipe at the start, for about half a minute.",
+        description="Whether a run on a GPU that plan knows reports the share of its peak that it reaches. Another "
+        "process then counts the operations of the recipe, for about half a minute.",
     )
 
 
