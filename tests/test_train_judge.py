@@ -259,7 +259,7 @@ def test_broken_pairs_are_counted_named_and_left_out(file_recipe, tmp_path, caps
     arguments += ["optim.steps=4", "optim.batch=7", "optim.clean_share=0.5"]  # which see all pairs, half as they are
     main(arguments)
     named = (tmp_path / "run" / "broken.txt").read_text()
-    assert named == "pairs.jsonl line 10: images/9-1.jpg is no image\n"
+    assert named == "pairs.jsonl line 10: images/9-1.jpg is no image (JPEG, PNG, WEBP, BMP)\n"
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["broken_pairs"] == {"count": 1, "such_as": [named.strip()]}
     assert summary["training_pairs"] + summary["heldout_pairs"] == 31
