@@ -66,8 +66,12 @@ class Watch:
                         self.counts[rank], self.heard[rank] = count, time.monotonic()
 
     def _judge(self) -> None:
-        above = launchers()
+        above, last = launchers(), time.monotonic()
         while not self.left.wait(BEAT):
+            now = time.monotonic()
+            if now - last > DEAD * BEAT:  # it was this process that slept, as all do in a job that is suspended
+                self.heard = dict.fromkeys(self.heard, now)
+            last = now
             if above and launchers() != above:
                 above = []
                 os.kill(os.getpid(), signal.SIGTERM)
