@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 
 
 class UserError(Exception):
@@ -92,6 +92,6 @@ def exit_on_user_error(main: Callable[[Sequence[str]], None]) -> Callable[..., N
             sys.exit(128 + getattr(end, "number", signal.SIGINT))
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(128 + signal.SIGPIPE)
+            sys.exit(141)  # 128 + SIGPIPE, as of other commands
 
     return wrapper

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import AbstractContextManager, suppress
-from signal import SIG_IGN, SIGHUP, Signals, signal
+from signal import SIG_IGN, Signals, signal
 from types import FrameType
 
 import torch
@@ -40,7 +40,7 @@ class Stop:
         return int(number)  # one wait an iteration
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        if number == SIGHUP:
+        if Signals(number).name == "SIGHUP":
             _leave_terminal()
         if self._number and self.ranks.size > 1 and time.monotonic() < self._since + ECHO:
             return

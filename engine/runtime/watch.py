@@ -34,12 +34,14 @@ class Watch:
         self.counts = dict.fromkeys(range(ranks.size), 0)
         self.heard = dict.fromkeys(range(ranks.size), time.monotonic())  # when each was last seen alive
         self.left = threading.Event()
+        self.threads: list[threading.Thread] = []
 
     def __enter__(self) -> Watch:
         if self.ranks.store:
             self.store = self.ranks.store.clone()  # its own connection: the main thread waits in the other for long
-            for run in (self._beat, self._judge):
-                threading.Thread(target=run, daemon=True).start()
+            self.threads = [threading.Thread(target=run, daemon=True) for run in (self._beat, self._judge)]
+            for thread in self.threads:
+                thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -47,6 +49,8 @@ class Watch:
             time.sleep((DEAD + 1) * BEAT)
             self._end_if_silent(DEAD * BEAT)
         self.left.set()
+        for thread in self.threads:
+            thread.join(BEAT)  # one that is in the store while Python ends would crash
         if self.ranks.store and error is None:
             with suppress(RuntimeError):
                 self.ranks.store.set(f"left/{self.ranks.rank}", "")
@@ -62,8 +66,12 @@ class Watch:
                         self.counts[rank], self.heard[rank] = count, time.monotonic()
 
     def _judge(self) -> None:
-        above = launchers()
+        above, last = launchers(), time.monotonic()
         while not self.left.wait(BEAT):
+            now = time.monotonic()
+            if now - last > DEAD * BEAT:  # it was this process that slept, as all do in a job that is suspended
+                self.heard = dict.fromkeys(self.heard, now)
+            last = now
             if above and launchers() != above:
                 above = []
                 os.kill(os.getpid(), signal.SIGTERM)

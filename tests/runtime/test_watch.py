@@ -88,6 +88,17 @@ def test_a_rank_that_has_left_in_peace_is_not_silent(quick):
     assert quick == []
 
 
+def test_a_job_that_was_suspended_goes_on(quick, monkeypatch):
+    """SIGSTOP and SIGCONT to all ranks: by the clock, each has then not heard of the others for long."""
+    store, clock, slept = HashStore(), time.monotonic, 0
+    monkeypatch.setattr(watch.time, "monotonic", lambda: clock() + slept)
+    with Watch(rank(0, store, 2), 600), Watch(rank(1, store, 2), 600):
+        time.sleep(0.1)
+        slept = 3600
+        time.sleep(0.3)
+    assert quick == []
+
+
 def test_a_launcher_that_is_gone_is_a_sigterm(quick, monkeypatch):
     came = []
     former = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
