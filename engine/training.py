@@ -31,6 +31,7 @@ from .report.model_card import write_model_card
 from .report.pictures import before_after
 from .report.run_folder import close_run, read_run, write_heldout
 from .runtime.checkpoint import Trainable
+from .runtime.files import writing
 from .runtime.optimizer import AdamWSettings, Optimizer, build_optimizer
 from .runtime.ranks import Ranks
 from .runtime.run_folder import Inputs
@@ -151,10 +152,12 @@ def announce(session: Session, policy: Policy) -> None:
 def close(config: Config, parts: Parts, base: Evaluation, tuned: Evaluation, summary: dict) -> None:
     """Writes the LoRA in both formats, its model card, what was held out and the report; prints table and verdict."""
     run_dir, policy, heldout = Path(config.run.dir), parts.models.policy, parts.evaluator.all_prompts
-    lora = parts.models.trainable.save(run_dir / "lora", summary["lora_iteration"])
     kohya = run_dir / "lora" / f"{run_dir.resolve().name}_kohya.safetensors"
-    write(policy.lora(parts.models.trainable.facts(summary["lora_iteration"])), kohya, "kohya")
-    before_after(base.images, tuned.images, heldout[: len(base.images)], run_dir / "before_after.png")
+    with writing(run_dir / "lora"):
+        lora = parts.models.trainable.save(run_dir / "lora", summary["lora_iteration"])
+        write(policy.lora(parts.models.trainable.facts(summary["lora_iteration"])), kohya, "kohya")
+    with writing(run_dir / "before_after.png"):
+        before_after(base.images, tuned.images, heldout[: len(base.images)], run_dir / "before_after.png")
     write_heldout(run_dir, heldout, base.scores, tuned.scores)
     compared = {name: paired_delta(base.scores[name], tuned.scores[name]) for name in base.scores}
     paths = summary["paths"] | {"lora": str(lora), "lora_kohya": str(kohya)}

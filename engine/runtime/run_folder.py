@@ -5,6 +5,7 @@ Nothing in it is ever overwritten but by the run that it belongs to. What a chec
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
@@ -115,7 +116,8 @@ class RunFolder:
                 self._check_again()
             self.digests = self.digests or self._digests()
             remove_drafts(self.dir)
-            dump(self.config, self.dir / CONFIG)
+            dump(self.config, self.dir / f"{CONFIG}.draft")
+            os.replace(self.dir / f"{CONFIG}.draft", self.dir / CONFIG)
         except OSError as error:
             raise self._unusable("written", error) from None
 
