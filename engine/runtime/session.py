@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -144,8 +144,9 @@ class Session:
         self.ledger.add_to(self.metrics, seconds.get(self._collecting, 0.0) + seconds.get("update", 0.0))
         record = self.metrics.flush(done, optimizer_steps=self.training.optimizer.steps, seconds=seconds)
         if self.ranks.first:
-            self.live.erase()
-            self.progress.show(record)
+            with suppress(OSError):  # Ctrl-C ends `| tee log` before this run, whose checkpoint is still to come
+                self.live.erase()
+                self.progress.show(record)
             if self.tracker:
                 self.tracker.write(record)
 
