@@ -10,6 +10,8 @@ and threads. bench/results/reliability.json is written after every kill, and fin
 from __future__ import annotations
 
 import argparse
+import importlib
+import io
 import json
 import os
 import random
@@ -20,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -166,6 +168,14 @@ class Whole:
     writes: int
 
 
+def warm(folder: Path) -> None:
+    """Runs once in this process, so that those forked from it have all modules that a run imports on its way."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    importlib.import_module("deepspeed")
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        training.run(load(RECIPE, (*KEYS, f"run.dir={folder}", "run.iterations=1")))
+
+
 def whole_run(kind: Kind, folder: Path) -> Whole:
     """Runs to the end. Raises RuntimeError with what the run printed if it does not get there."""
     run = Run(folder, kind)
@@ -289,6 +299,7 @@ def main(argv: Sequence[str]) -> None:
     torch.set_num_threads(1)
     found = json.loads(args.results.read_text()) if args.results.exists() else {"kills": [], "soak": []}
     with scratch() as folder:
+        warm(folder / "warm")
         if args.soak:
             found["soak"] = soak(args.soak, folder / "soak")
             write_atomically(args.results, json.dumps(found, indent=1) + "\n")

@@ -80,10 +80,8 @@ def exit_on_user_error(main: Callable[[Sequence[str]], None]) -> Callable[..., N
     def wrapper(argv: Sequence[str] | None = None) -> None:
         try:
             with signals_to(interrupt):
-                try:
-                    main(sys.argv[1:] if argv is None else argv)
-                finally:
-                    sys.stdout.flush()  # what a closed pipe refuses is refused here, and not as Python exits
+                main(sys.argv[1:] if argv is None else argv)
+                sys.stdout.flush()
         except UserError as error:
             print(f"strop: {error}", file=sys.stderr)
             sys.exit(2)
@@ -91,7 +89,16 @@ def exit_on_user_error(main: Callable[[Sequence[str]], None]) -> Callable[..., N
             print(f"strop: {str(end) or 'interrupted'}", file=sys.stderr)
             sys.exit(128 + getattr(end, "number", signal.SIGINT))
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)  # 128 + SIGPIPE, as of other commands
+        finally:
+            _forget_what_nobody_reads()
 
     return wrapper
+
+
+def _forget_what_nobody_reads() -> None:
+    """Empties stdout, also where its pipe is closed: Python would complain of that as it exits."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from importlib.metadata import version
 from typing import Any
 
@@ -161,8 +161,9 @@ class Session:
         seconds, self._since_record = self._since_record, {}
         record = self.metrics.flush(done, optimizer_steps=self.training.optimizer.steps, seconds=seconds)
         if self.ranks.first:
-            self.live.erase()
-            self.progress.show(record)
+            with suppress(OSError):  # Ctrl-C ends `| tee log` before this run, whose checkpoint is still to come
+                self.live.erase()
+                self.progress.show(record)
             if self.tracker:
                 self.tracker.write(record)
 

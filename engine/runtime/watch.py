@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 
+from ..errors import signals_to
 from .launchers import launchers
 from .ranks import Ranks
 
@@ -46,8 +47,9 @@ class Watch:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self.ranks.store and isinstance(error, RuntimeError):  # so do gloo and NCCL say that an exchange failed
-            time.sleep((DEAD + 1) * BEAT)
-            self._end_if_silent(DEAD * BEAT)
+            with signals_to(lambda number, frame: None):  # with which the launcher answers a rank's death
+                time.sleep((DEAD + 1) * BEAT)
+                self._end_if_silent(DEAD * BEAT)
         self.left.set()
         for thread in self.threads:
             thread.join(BEAT)  # one that is in the store while Python ends would crash

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from strop.engine import train, train_judge
 from strop.engine.errors import SIGNALS, Interrupted, exit_on_user_error, interrupt, signals_to
 from strop.engine.runtime import stop
+from strop.engine.runtime.progress import Progress
 from strop.engine.runtime.ranks import Ranks
 from strop.engine.runtime.session import Session
 from strop.engine.runtime.stop import Stop
@@ -53,6 +54,12 @@ def handlers():
 def test_a_signal_costs_no_iteration(
     request, recipe, tmp_path, signals_in, monkeypatch, capsys, main, fixture, iteration, weights
 ):
+    """Also not where Ctrl-C has ended the `tee` that showed the run's lines."""
+
+    def show(self, record):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(Progress, "show", show)
     straight, before = request.getfixturevalue(fixture).folder, handlers()
     keys = recipe(judge=main is train_judge.main)
     signals_in(iteration, signal.SIGTERM)
@@ -164,13 +171,21 @@ def test_what_nohup_ignores_stays_ignored():
         signal.signal(signal.SIGHUP, former)
 
 
-def test_a_closed_pipe_ends_a_command_without_a_word():
+@pytest.mark.parametrize(
+    "then, code, said",
+    [("", 141, b""), ("os.kill(os.getpid(), 2)", 130, b"strop: ended by SIGINT\n"), ("sys.exit(3)", 3, b"")],
+    ids=["end", "Ctrl-C", "exit"],
+)
+def test_a_closed_pipe_ends_a_command_without_a_word_of_it(then, code, said):
     read, write = os.pipe()
     os.close(read)
-    script = "from strop.engine.errors import exit_on_user_error; exit_on_user_error(lambda argv: print('plan'))()"
-    done = subprocess.run([sys.executable, "-c", script], stdout=write, stderr=subprocess.PIPE, check=False)
+    script = "import os, sys; from strop.engine.errors import exit_on_user_error; "
+    script += f"exit_on_user_error(lambda argv: [print('plan'), {then}])()"
+    buffered = os.environ | {"PYTHONUNBUFFERED": ""}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=buffered, check=False)
     os.close(write)
-    assert (done.returncode, done.stderr) == (141, b"")
+    assert (done.returncode, done.stderr) == (code, said)
 
 
 @pytest.mark.parametrize("module", ["pydantic", "torch"])
