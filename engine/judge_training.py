@@ -16,6 +16,7 @@ from .methods.judge_training.method import JudgeTraining
 from .methods.loop import train
 from .models.base_model import load_unet, quiet_libraries
 from .models.latent_diffusion import LatentDiffusion
+from .plan.out_of_memory import memory_errors_explained
 from .report.run_folder import close_run
 from .runtime.metrics import read_records
 from .runtime.optimizer import AdamWSettings, Optimizer, build_optimizer
@@ -28,7 +29,7 @@ NAMED = 3  # broken pairs that the summary names; broken.txt has all
 def run(config: JudgeTrainingConfig) -> None:
     """Trains a judge by a recipe; the last lines on the terminal give the results and the paths of the files."""
     quiet_libraries()
-    with Session.start(config) as session:
+    with Session.start(config) as session, memory_errors_explained(session):
         method, optimizer = build(session)
         session.open(method.trainable)
         if session.ranks.first:

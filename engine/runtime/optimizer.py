@@ -139,6 +139,10 @@ class ZeroAdamW:
     def steps(self) -> int:
         return self.engine.global_steps - self.engine.skipped_steps
 
+    @property
+    def waiting(self) -> int:
+        return self.engine.micro_steps % self.settings.accumulate
+
     def backward(self, loss: Tensor) -> Tensor:
         finite = self.gate.judge(loss, self.engine.is_gradient_accumulation_boundary())
         self.engine.backward(loss * self.settings.loss_scale)
