@@ -59,6 +59,7 @@ setup(
         "pillow>=10",
         "pyarrow>=18",
         "ftfy>=6.1",  # prompts as open_clip reads them, which HPS needs
+        "psutil>=5.9",
         "nvidia-ml-py>=12.535",  # NVML; imports without a driver
         "matplotlib>=3.8",
         "tensorboard>=2.15",

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 if not __package__:  # run as a script (PEP 366)
     __package__ = "strop.engine"
+    from .errors import end_at_ctrl_c
+
+    end_at_ctrl_c()
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from .errors import exit_on_user_error
 from .evaluation.arguments import DTYPES, Request
 from .evaluation.protocols import NAMES as PROTOCOLS
 from .evaluation.scorers.names import NAMES as SCORERS
+from .user_files import user_path
 
 
 @exit_on_user_error
@@ -24,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="strop evaluate", description=main.__doc__)
     add = parser.add_argument
     add("systems", metavar="SYSTEM", nargs="+", help="run, LoRA (diffusers or kohya) or model folder; or NAME=PATH")
-    add("--out", required=True, type=Path, help="folder of images, scores, tables and gallery; the same goes on")
+    add("--out", required=True, type=user_path, help="folder of images, scores, tables and gallery; the same goes on")
     add("--base", help="model that LoRAs are added to, and compared with (default: that of the first LoRA)")
     add("--components", help="as model.components, for a base that is one .safetensors file")
     add("--prompts", help="file of prompts (default: the held-out prompts of the run that trained the first LoRA)")

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 if not __package__:  # run as a script (PEP 366)
     __package__ = "strop.engine"
+    from .errors import end_at_ctrl_c
+
+    end_at_ctrl_c()
 
 import argparse
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +25,7 @@ from .errors import UserError, exit_on_user_error
 from .models.base_model import DTYPES, load_unet, quiet_libraries
 from .models.lora_file import LORA_FILE, Lora, write
 from .models.lora_source import add_lora, base_of, find_lora
+from .user_files import user_path
 
 FORMATS = ("diffusers", "kohya", "merged")
 
@@ -29,9 +34,9 @@ FORMATS = ("diffusers", "kohya", "merged")
 def main(argv: Sequence[str]) -> None:
     """Converts a LoRA to the diffusers or the kohya (ComfyUI, A1111) format, or merges it into its base's UNet."""
     parser = argparse.ArgumentParser(prog="python -m strop.engine.export", description=main.__doc__)
-    parser.add_argument("checkpoint", type=Path, help="run folder, checkpoint folder, LoRA folder or LoRA file")
+    parser.add_argument("checkpoint", type=user_path, help="run folder, checkpoint folder, LoRA folder or LoRA file")
     parser.add_argument("--format", required=True, help="diffusers, kohya or merged")
-    parser.add_argument("--out", required=True, type=Path, help="a new .safetensors file, or a folder to put it in")
+    parser.add_argument("--out", required=True, type=user_path, help="a new .safetensors file, or a folder for it")
     parser.add_argument("--dtype", default="float32", help="float32 (default; nothing is lost), bfloat16 or float16")
     parser.add_argument("--base", help="merged: model to merge into, where it is not the one named in the LoRA")
     parser.add_argument("--components", help="merged: as model.components, for a base that is one .safetensors file")
@@ -45,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     dtype = DTYPES[args.dtype]
     if args.format == "merged":
         unet = merged(lora, source, base_of(lora, source, args.base, args.components), dtype)
-        save = lambda: unet.save_pretrained(target)
+        save = lambda: save_merged(unet, target)
     else:
         save = lambda: write(lora, target, args.format, dtype)
     try:
@@ -80,6 +85,14 @@ def merged(lora: Lora, source: Path, base: ModelConfig, dtype: torch.dtype) -> t
     for parameter in unet.parameters():
         parameter.data = parameter.data.to(dtype)
     return unet
+
+
+def save_merged(unet: torch.nn.Module, target: Path) -> None:
+    """Writes a UNet as diffusers does, the weights with the mode of config.json, which the umask gave."""
+    unet.save_pretrained(target)
+    mode = stat.S_IMODE((target / "config.json").stat().st_mode)
+    for file in target.glob("*.safetensors"):
+        file.chmod(mode)
 
 
 def closing(lora: Lora, source: Path, target: Path, form: str, dtype: str) -> str:

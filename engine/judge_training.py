@@ -5,9 +5,12 @@ A PickScore becomes a step-aware preference model in the same loop as every meth
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from .config.judge_training import JudgeTrainingConfig
+from .data.pair_files import is_factory
 from .data.pair_sets import PairSets, check_labeller, choose, make_sets
 from .evaluation.compare import rate_delta
 from .judge.denoiser import Denoiser
@@ -15,11 +18,13 @@ from .judge.model import StepAwarePreferenceModel
 from .methods.judge_training.method import JudgeTraining
 from .methods.loop import train
 from .models.base_model import load_unet, quiet_libraries
+from .models.hub import model_inputs
 from .models.latent_diffusion import LatentDiffusion
 from .plan.out_of_memory import memory_errors_explained
 from .report.run_folder import close_run
 from .runtime.metrics import read_records
 from .runtime.optimizer import AdamWSettings, Optimizer, build_optimizer
+from .runtime.run_folder import Inputs
 from .runtime.session import Session
 from .speed.apply import prepare
 
@@ -29,15 +34,15 @@ NAMED = 3  # broken pairs that the summary names; broken.txt has all
 def run(config: JudgeTrainingConfig) -> None:
     """Trains a judge by a recipe; the last lines on the terminal give the results and the paths of the files."""
     quiet_libraries()
-    with Session.start(config) as session, memory_errors_explained(session):
+    with Session.start(config, inputs(config)) as session, memory_errors_explained(session):
         method, optimizer = build(session)
-        session.open(method.trainable)
+        session.open()
         if session.ranks.first:
             announce(session, method.sets)
         train(session, method, optimizer)
         summary = session.summary()
-    if session.ranks.first:
-        close(session, method, summary)
+        if session.ranks.first:
+            close(session, method, summary)
 
 
 def build(session: Session) -> tuple[JudgeTraining, Optimizer]:
@@ -67,6 +72,16 @@ def build(session: Session) -> tuple[JudgeTraining, Optimizer]:
         stage=config.zero.stage,
     )
     return method, build_optimizer(judge.clip, settings, ranks)
+
+
+def inputs(config: JudgeTrainingConfig) -> Inputs:
+    """Returns what a run reads, by key: of pairs the lists and parquet files, not every image that a list names.
+
+    Raises UserError if a model is not there.
+    """
+    pairs = {"data.source": config.data.source, "data.heldout_source": config.data.heldout_source}
+    files = {k: v if is_factory(v) else Path(v).expanduser() for k, v in pairs.items() if v}
+    return model_inputs(config.model, config.judge) | files
 
 
 def announce(session: Session, sets: PairSets) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 if not __package__:  # run as a script (PEP 366)
     __package__ = "strop.engine"
+    from .errors import end_at_ctrl_c
+
+    end_at_ctrl_c()
 
 from collections.abc import Sequence
 

@@ -22,6 +22,7 @@ from .methods.protocol import Method
 from .methods.spo.method import SPO
 from .methods.spo.rollout import check_steps
 from .models.base_model import quiet_libraries
+from .models.hub import model_inputs, source
 from .models.latent_diffusion import BATCH
 from .models.lora_file import write
 from .models.policy import Policy
@@ -32,8 +33,10 @@ from .report.pictures import before_after
 from .report.run_folder import close_run, read_run, write_heldout
 from .runtime.checkpoint import Trainable
 from .runtime.diagnosis import last_checkpoint
+from .runtime.files import writing
 from .runtime.optimizer import AdamWSettings, Optimizer, build_optimizer
 from .runtime.ranks import Ranks
+from .runtime.run_folder import Inputs
 from .runtime.session import Session
 
 
@@ -50,10 +53,10 @@ class Parts:
 def run(config: Config) -> None:
     """Trains by a recipe; the last lines on the terminal give the results and the paths of the files."""
     quiet_libraries()
-    with Session.start(config) as session, memory_errors_explained(session):
+    with Session.start(config, inputs(config)) as session, memory_errors_explained(session):
         with session.clock("load"):
             parts = build(session)
-            session.open(parts.models.trainable)
+            session.open()
             if session.ranks.first:
                 announce(session, parts.models.policy)
             session.ledger.at_peak = seconds_at_peak(config, parts.models.policy.family, session.ranks.device)
@@ -71,8 +74,8 @@ def run(config: Config) -> None:
             raise UserError(f"the tuned model's scores are all NaN or infinite; {last_checkpoint(session.dir)}")
         summary = session.summary()
         summary["lora_iteration"] = monitor.best if monitor and monitor.stopped else session.done
-    if session.ranks.first:
-        close(config, parts, base, tuned, summary)
+        if session.ranks.first:
+            close(config, parts, base, tuned, summary)
 
 
 def build(session: Session) -> Parts:
@@ -107,6 +110,15 @@ def check_scores(base: Evaluation, prompts: list[str]) -> None:
                 f"{key}: the base model's score {name} is NaN or infinite for {len(bad)} of {len(values)} held-out "
                 f"prompts, such as {prompts[bad[0]]!r}, expected finite ones; try another model.dtype, or leave it out"
             )
+
+
+def inputs(config: Config) -> Inputs:
+    """Returns what a run reads, by key. Raises UserError if a model is not there."""
+    decoder, heldout = config.rollout.decoder, config.prompts.heldout
+    more = {"prompts.train": Path(config.prompts.train)}
+    more |= {"prompts.heldout": Path(heldout)} if heldout else {}
+    more |= {"rollout.decoder": source(decoder, None, "rollout.decoder")} if decoder else {}
+    return model_inputs(config.model, config.judge) | more
 
 
 def go_back(session: Session, trainable: Trainable, iteration: int) -> None:
@@ -156,10 +168,12 @@ def announce(session: Session, policy: Policy) -> None:
 def close(config: Config, parts: Parts, base: Evaluation, tuned: Evaluation, summary: dict) -> None:
     """Writes the LoRA in both formats, its model card, what was held out and the report; prints table and verdict."""
     run_dir, policy, heldout = Path(config.run.dir), parts.models.policy, parts.evaluator.all_prompts
-    lora = parts.models.trainable.save(run_dir / "lora", summary["lora_iteration"])
     kohya = run_dir / "lora" / f"{run_dir.resolve().name}_kohya.safetensors"
-    write(policy.lora(parts.models.trainable.facts(summary["lora_iteration"])), kohya, "kohya")
-    before_after(base.images, tuned.images, heldout[: len(base.images)], run_dir / "before_after.png")
+    with writing(run_dir / "lora"):
+        lora = parts.models.trainable.save(run_dir / "lora", summary["lora_iteration"])
+        write(policy.lora(parts.models.trainable.facts(summary["lora_iteration"])), kohya, "kohya")
+    with writing(run_dir / "before_after.png"):
+        before_after(base.images, tuned.images, heldout[: len(base.images)], run_dir / "before_after.png")
     write_heldout(run_dir, heldout, base.scores, tuned.scores)
     compared = {name: paired_delta(base.scores[name], tuned.scores[name]) for name in base.scores}
     paths = summary["paths"] | {"lora": str(lora), "lora_kohya": str(kohya)}

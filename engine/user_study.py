@@ -8,15 +8,19 @@ from __future__ import annotations
 
 if not __package__:  # run as a script (PEP 366)
     __package__ = "strop.engine"
+    from .errors import end_at_ctrl_c
+
+    end_at_ctrl_c()
 
 import argparse
 import json
 import secrets
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 
-from .errors import UserError, exit_on_user_error
+from .errors import UserError, exit_on_user_error, short
+from .runtime.output import check_free, write_all
+from .study.analysis import FORMAT
 from .study.analysis import analyse as analysis_of
 from .study.answers import read_answers
 from .study.balance import PAIR, Design
@@ -24,7 +28,10 @@ from .study.key import Key
 from .study.page import make_study
 from .study.pairs import write_pairs
 from .study.systems import read_systems
-from .study.text import as_markdown, as_text, is_analysis, is_markdown
+from .study.text import TITLE, as_markdown, as_text
+from .user_files import user_path
+
+MOST_RATERS = 10_000
 
 
 @exit_on_user_error
@@ -43,8 +50,8 @@ def _add_make(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("make", help="the page for the raters and the key", description=make.__doc__)
     add = parser.add_argument
     add("systems", metavar="FOLDER", nargs="+", help="FOLDER or NAME=FOLDER of each system, or one .jsonl of images")
-    add("--out", required=True, type=Path, help="a new folder: page/ goes to the raters, key.json stays here")
-    add("--prompts", type=Path, help="prompt of each image (default: prompts.jsonl, metadata.jsonl or prompts.txt)")
+    add("--out", required=True, type=user_path, help="a new folder: page/ goes to the raters, key.json stays here")
+    add("--prompts", type=user_path, help="prompts of the images (default: prompts.jsonl, metadata.jsonl, prompts.txt)")
     add("--raters", nargs="+", default=["10"], help="their names, or how many there are (default: 10)")
     add("--seed", type=int, help="of order, sides and names; kept in key.json (default: drawn)")
     add("--repeats", type=float, default=0.05, help="share of pairs shown twice, sides exchanged (default: 0.05)")
@@ -57,21 +64,21 @@ def _add_make(commands: argparse._SubParsersAction) -> None:
 def _add_analyse(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("analyse", help="what the answers show", description=analyse.__doc__)
     _add_answers(parser)
-    parser.add_argument("--out", type=Path, help="JSON with all numbers (default: analysis.json beside the key)")
-    parser.add_argument("--markdown", type=Path, help="the printed tables as a Markdown file")
+    parser.add_argument("--out", type=user_path, help="JSON with all numbers (default: analysis.json beside the key)")
+    parser.add_argument("--markdown", type=user_path, help="the printed tables as a Markdown file")
 
 
 def _add_pairs(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("pairs", help="preference pairs for a judge", description=pairs.__doc__)
     _add_answers(parser)
-    parser.add_argument("--out", required=True, type=Path, help="a new .jsonl file")
-    parser.add_argument("--images", type=Path, help="the blinded images (default: page/images beside the key)")
+    parser.add_argument("--out", required=True, type=user_path, help="a new .jsonl file")
+    parser.add_argument("--images", type=user_path, help="the blinded images (default: page/images beside the key)")
     parser.add_argument("--question", default="general", help="general (default), appeal or alignment")
 
 
 def _add_answers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("key", metavar="KEY", type=Path, help="key.json of the study")
-    parser.add_argument("files", metavar="FILE", nargs="+", type=Path, help="the files that raters have saved")
+    parser.add_argument("key", metavar="KEY", type=user_path, help="key.json of the study")
+    parser.add_argument("files", metavar="FILE", nargs="+", type=user_path, help="the files that raters have saved")
 
 
 def make(args: argparse.Namespace) -> None:
@@ -81,8 +88,7 @@ def make(args: argparse.Namespace) -> None:
             raise UserError(f"--{name}: found {getattr(args, name)}, expected a share of the pairs from 0 to 0.5")
     if not 0 <= args.too_fast < 3600:
         raise UserError(f"--too-fast: found {args.too_fast}, expected seconds from 0")
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise UserError(f"--out: {args.out} is there already; choose another folder, nothing is overwritten")
+    check_free("--out", args.out)
     raters = _raters(args.raters)
     systems = read_systems(args.systems, args.prompts)
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
@@ -112,17 +118,11 @@ def make(args: argparse.Namespace) -> None:
 def analyse(args: argparse.Namespace) -> None:
     """Counts the answers, with intervals, tests, agreement between raters, and how careful each of them was."""
     out = args.out or args.key.parent / "analysis.json"
-    for path, own in ((out, is_analysis), (args.markdown, is_markdown)):
-        if path is not None and path.exists() and not own(path):
-            raise UserError(f"{path} is there already and no analysis of a study; choose another place")
+    check_free("--out", out, FORMAT)
+    check_free("--markdown", args.markdown, TITLE)
     key = Key.read(args.key)
     result = analysis_of(key, read_answers(key, args.files))
-    try:
-        out.write_text(json.dumps(result, indent=1), encoding="utf-8")
-        if args.markdown:
-            args.markdown.write_text(as_markdown(result), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be written ({error.strerror}); choose another place") from None
+    write_all({out: json.dumps(result, indent=1), args.markdown: as_markdown(result)})
     print(f"{as_text(result)}\n\nall numbers: {out}")
 
 
@@ -141,8 +141,11 @@ def pairs(args: argparse.Namespace) -> None:
 
 def _raters(words: list[str]) -> list[str]:
     """Returns the names of the raters; a number alone makes as many."""
-    if len(words) == 1 and words[0].isdigit():
-        words = [f"rater {number}" for number in range(1, int(words[0]) + 1)]
+    if len(words) == 1 and words[0].isdecimal():
+        count = int(words[0][:9])
+        if count > MOST_RATERS:
+            raise UserError(f"--raters: found {short(words[0])}, expected at most {MOST_RATERS:,}")
+        words = [f"rater {number}" for number in range(1, count + 1)]
     names = [word.strip() for word in words]
     if not names or len(set(names)) < len(names) or not all(0 < len(name) <= 40 for name in names):
         raise UserError(f"--raters: found {words}, expected different names of 1 to 40 characters, or a number from 1")

@@ -5,6 +5,12 @@ import functools
 import importlib.util
 import io
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -515,3 +521,89 @@ def judge_run(recipe_folder, tmp_path_factory):
     """The recipe judge.yaml, run once for all tests: .folder, not to be written to, and .printed."""
     arguments = ["--local_rank=0", str(recipe_folder / "judge.yaml")]
     return run_once(train_judge.main, arguments, tmp_path_factory.mktemp("judge") / "run")
+
+
+class Started:
+    """A command in a process group of its own. said(): what it has printed until now, stderr included."""
+
+    def __init__(self, command, file, environment):
+        self.file = file
+        with open(file, "wb") as out:
+            self.process = subprocess.Popen(
+                list(map(str, command)), stdout=out, stderr=out, start_new_session=True, env=os.environ | environment
+            )
+
+    def said(self):
+        return self.file.read_text(errors="replace")
+
+    def until(self, condition, seconds=120):
+        """Waits until the condition holds; fails with what was printed where it does not, or the command ends first."""
+        late = time.monotonic() + seconds
+        while not (met := condition()):
+            assert self.process.poll() is None, f"exit code {self.process.returncode}\n{self.said()[-4000:]}"
+            assert time.monotonic() < late, f"not after {seconds} s\n{self.said()[-4000:]}"
+            time.sleep(0.02)
+        return met
+
+    def exit_code(self, seconds=240):
+        """Waits for the end."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"still running after {seconds} s\n{self.said()[-4000:]}")
+
+    def until_alone(self, seconds=60):
+        """Waits until no other process of the group is alive, where the command itself has ended."""
+        self.exit_code()
+        late = time.monotonic() + seconds
+        while alive := group_of(self.process.pid):
+            assert time.monotonic() < late, f"alive after {seconds} s: {alive}\n{self.said()[-4000:]}"
+            time.sleep(0.02)
+
+    def end(self):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def group_of(leader):
+    """Process ids of a process group, zombies left out."""
+    pids = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, group = file.read_text().rpartition(")")[2].split()[:3]
+            pids += [int(file.parent.name)] * (int(group) == leader and state != "Z")
+    return pids
+
+
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory, recipe_folder):
+    """launch(script, *arguments) starts a script in two processes by `deepspeed`, as a context manager -> Started.
+
+    by: the words before the script in place of the launcher's, such as torchrun's. Whatever was started ends with the
+    block, also where a test fails or takes too long.
+    """
+
+    @contextlib.contextmanager
+    def start(script, *arguments, by=None, **environment):
+        port = free_port()
+        by = by or (bin_folder / "deepspeed", "--num_accelerators", 2, "--master_port", port)
+        printed = tmp_path_factory.mktemp("launch") / "printed"
+        started = Started([*by, script, *arguments], printed, common | environment)
+        started.port = port
+        try:
+            yield started
+        finally:
+            started.end()
+
+    bin_folder = Path(sys.executable).parent
+    paths = {"PATH": (str(bin_folder), os.environ["PATH"])}
+    paths["PYTHONPATH"] = (str(recipe_folder), os.environ.get("PYTHONPATH", ""))
+    common = {name: os.pathsep.join(filter(None, path)) for name, path in paths.items()} | {"OMP_NUM_THREADS": "1"}
+    return start
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

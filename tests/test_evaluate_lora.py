@@ -13,6 +13,7 @@ from PIL import Image
 
 from strop.engine import cli
 from strop.engine.evaluation import draw, score
+from strop.engine.evaluation.geneval import find_images, read_metadata
 from strop.engine.evaluation.protocols import GENEVAL, PAPER
 from strop.engine.evaluation.sampling import Sampler
 from strop.engine.models.lora_file import Lora, read, write
@@ -113,6 +114,16 @@ def test_systems_scorers_and_images_of_a_prompt_may_be_added(evaluate, training_
     assert first.items() <= more.items()
 
 
+def test_where_all_is_drawn_a_scorer_is_loaded_once(evaluate, training_run, prompts, monkeypatch):
+    before = contents(evaluate(training_run.folder, "--prompts", prompts))
+    shutil.rmtree("out/parts")
+    loaded, load = [], score.load_scorer
+    monkeypatch.setattr(score, "load_scorer", lambda spec, *more: loaded.append(spec) or load(spec, *more))
+    assert contents(evaluate(training_run.folder, "--prompts", prompts)) == before
+    assert loaded
+    assert len(loaded) == len(set(loaded))
+
+
 def test_another_base_and_a_whole_model(evaluate, training_run, prompts, tiny_folder, tmp_path):
     other = shutil.copytree(tiny_folder, tmp_path / "other")
     words = training_run.folder, f"theirs={other}", "--prompts", prompts, "--published"
@@ -131,6 +142,22 @@ def test_its_pairs_are_a_study(evaluate, training_run, prompts):
     assert all(file.is_file() for column in systems.files for file in column)
 
 
+def test_geneval_is_drawn_where_its_script_looks_from_seeds_42_and_on(evaluate, training_run, tmp_path):
+    row = {"tag": "colors", "include": [{"class": "cat", "count": 1, "color": "red"}]}
+    rows = [row | {"prompt": prompt} for prompt in ("a b", "c")]
+    metadata = tmp_path / "metadata.jsonl"
+    metadata.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = evaluate(training_run.folder, "--prompts", metadata, "--protocol", "geneval")
+    for system in ("base", training_run.folder.name):
+        folder = out / "images" / system
+        found = find_images(folder, read_metadata(metadata))
+        assert found == [[folder / f"{n:05}" / "samples" / f"{seed:05}.png" for seed in range(4)] for n in range(2)]
+        assert [json.loads((folder / f"{n:05}" / "metadata.jsonl").read_text()) for n in range(2)] == rows
+    protocol = json.loads((out / "results.json").read_text())["protocol"]
+    assert (protocol["seed"], protocol["seeds"], protocol["noise"]) == (42, 4, "seed")
+    assert (out / json.loads((out / "scores.jsonl").read_text().splitlines()[0])["file"]).is_file()
+
+
 REFUSALS = [
     ("nowhere", "nowhere", "NAME=PATH"),
     ("{run} --protocol papers", "--protocol", "'papers'", "paper?"),
@@ -143,6 +170,8 @@ REFUSALS = [
     ("{run} --strength half", "--strength", "'half'"),
     ("{run} --scorers pickscore,pickscore={hps}", "--scorers", "pickscore twice"),
     ("runs/mine", "runs/mine", "no such file"),
+    ("{run} --protocol geneval", "--protocol", "--prompts", "evaluation_metadata.jsonl"),
+    ("{run} --protocol geneval --prompts {prompts}", "{prompts}: line 1", "JSON"),
     ("{run} --seeds 0", "--seeds", "0"),
     ("{run} {run}", "run", "NAME=PATH"),
     ("base={run}", "base", "NAME=PATH"),
@@ -207,17 +236,17 @@ def test_a_folder_of_something_else_is_not_gone_on_with(evaluate, training_run, 
         assert stopped.value.code == 2
         return capsys.readouterr().err
 
-    assert "protocol" in refused(*words, "--protocol", "geneval")
+    assert "protocol" in refused(*words, "--protocol", "paper")
     assert "prompts" in refused(words[0])
     assert "dtype" in refused(*words, "--dtype", "bfloat16")
     stranger = f"run={training_run.folder / 'checkpoints' / '000001'}"
     assert "another run" in refused(stranger, "--prompts", prompts)
-    assert "other files" in refused(*words, out=training_run.folder)
+    assert "exists already" in refused(*words, out=training_run.folder)
     assert contents(out) == before
     Image.new("RGB", (8, 8)).save(smaller)
     assert f"{smaller.name} has 8x8 pixels, expected 16x16" in refused(*words)
     smaller.write_bytes(b"cut off")
-    assert f"{smaller.name} cannot be read" in refused(*words)
+    assert f"{smaller.name} is no image" in refused(*words)
 
 
 @pytest.mark.slow
@@ -239,4 +268,4 @@ def test_noise_belongs_to_the_number_of_a_prompt_or_to_a_seed(diffusion, policy)
     of_prompt, of_seed = (draw.noise_of(1, sampler, 3, protocol) for protocol in (PAPER, GENEVAL))
     assert torch.equal(of_prompt, torch.randn(of_prompt.shape, generator=torch.Generator().manual_seed(1)))
     assert torch.equal(of_seed[0], of_seed[2])
-    assert not torch.equal(of_seed[0], draw.noise_of(0, sampler, 3, GENEVAL)[0])
+    assert torch.equal(of_seed[:1], torch.randn(of_seed[:1].shape, generator=torch.Generator().manual_seed(42 + 1)))

@@ -7,6 +7,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from strop.engine.config.settings import dump
 from strop.engine.config.training import Config
 from strop.engine.export import main
 from strop.engine.models.lora_file import facts, read, write
@@ -38,6 +39,8 @@ def leave_run(run, folder, sizes=(0.1, 0.2), final=2, targets=ATTENTION):
         checkpoint = run / "checkpoints" / f"{i:06d}"
         policy.save_lora(checkpoint, facts(config, policy.family, i))
         (checkpoint / "state.json").write_text("{}")
+        dump(config, checkpoint / "config.yaml")
+    dump(config, run / "config.yaml")
     if final:
         about = facts(config, policies[final].family, final)
         policies[final].save_lora(run / "lora", about)
@@ -132,6 +135,7 @@ def test_merged_weights_draw_the_image_of_the_lora(family, targets, tiny_folder,
 @torch.no_grad()
 def test_merging_is_the_sum_in_float32(run, tmp_path, tiny_folder):
     main([str(run), "--format", "merged", "--out", str(tmp_path / "mine"), "--dtype", "float16"])
+    assert len({file.stat().st_mode for file in (tmp_path / "mine" / "unet").iterdir()}) == 1
     merged = UNet2DConditionModel.from_pretrained(tmp_path / "mine" / "unet").state_dict()
     lora = read(run / "lora" / "pytorch_lora_weights.safetensors")
     for name, value in UNet2DConditionModel.from_pretrained(tiny_folder / "unet").state_dict().items():

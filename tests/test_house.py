@@ -23,19 +23,20 @@ PARTS = ("engine", "kernels", "bench", "tests")
 EVERYWHERE, LIBRARY, SHIPPED = r".*", r"(engine|kernels)/.*", r"(engine|kernels|bench)/.*"
 HOT = r"(engine/(methods|schedules|speed)|kernels)/.*|engine/models/(policy|guided_unet)\.py"
 
-# The floors from bottom to top, each with the libraries that it may import besides the standard one. errors and rows
-# are files; what has no floor of its own at the top of engine/ is a door and stands above all others.
+# The floors from bottom to top, each with the libraries that it may import besides the standard one. Those
+# named as a file at the top of engine/ are that file; what has no floor of its own there is a door, above all others.
 FLOORS = {
     "kernels": {"torch", "triton"},
     "errors": set(),
+    "user_files": set(),
     "rows": {"torch"},
     "config": {"pydantic", "yaml"},
     "schedules": {"torch"},
     "speed": {"diffusers", "peft", "torch"},
-    "runtime": {"deepspeed", "pynvml", "safetensors", "torch", "wandb"},
+    "runtime": {"deepspeed", "psutil", "pynvml", "safetensors", "torch", "wandb"},
     "models": {"diffusers", "huggingface_hub", "peft", "safetensors", "torch", "transformers"},
     "judge": {"diffusers", "safetensors", "torch", "transformers"},
-    "data": {"PIL", "pyarrow", "safetensors", "torch"},
+    "data": {"PIL", "numpy", "pyarrow", "safetensors", "torch"},
     "methods": {"torch"},
     "evaluation": {"PIL", "ftfy", "numpy", "scipy", "torch", "tqdm", "transformers"},
     "report": {"PIL", "matplotlib", "numpy", "torch", "yaml"},
@@ -228,10 +229,16 @@ def vocabulary(source: Source) -> Iterator[str]:
             yield f"line {node.lineno}: `{word}` is a former word; say winner / loser, preference pair, branch"
 
 
+def image_opening(source: Source) -> Iterator[str]:
+    for call in source.nodes(ast.Call):
+        if dotted(call.func) == "Image.open" and "formats" not in {keyword.arg for keyword in call.keywords}:
+            yield f"line {call.lineno}: Image.open takes all there is; images of users are read in data/image_files.py"
+
+
 PLACES = {
     EVERYWHERE: (import_style, unsafe_loading, hidden_state, banners),
     SHIPPED: (own_floor_and_below, sizes),
-    LIBRARY: (outside_imports, global_rng, docstrings, vocabulary),
+    LIBRARY: (outside_imports, global_rng, docstrings, vocabulary, image_opening),
     HOT: (host_syncs,),
 }
 WALLS = {wall: place for place, walls in PLACES.items() for wall in walls}
@@ -270,6 +277,7 @@ TRIALS = [  # the wall, where the snippet stands, one to stop, one to let pass
     (sizes, "bench/a.py", "def f(a, b, c, /, d, *e, g, **h): ...", "def f(self, a, b, c, d, *e, **f): ..."),
     (docstrings, SPO, "'Head.'\ndef f(): ...", "'Head.'\ndef _f(): ..."),
     (docstrings, SPO, "x = 1", ""),
+    (image_opening, SPO, "Image.open(f)", "Image.open(f, formats=OURS)"),
     (vocabulary, SPO, "win_lose = 1", "winner = 1"),
 ]
 

@@ -22,8 +22,8 @@ from strop.engine.config.settings import RECIPES, differences, load
 from strop.engine.config.training import Config
 from strop.engine.errors import UserError
 from strop.engine.models.lora_file import read
-from strop.engine.runtime.checkpoint import MAY_CHANGE
 from strop.engine.runtime.metrics import read_records
+from strop.engine.runtime.run_folder import MAY_CHANGE
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -31,7 +31,8 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [README, ROOT / "CONTRIBUTING.md", *DOCS]
 LINKED = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "kernels" / "README.md", *ROOT.glob("bench/**/README.md")]
 FENCE = re.compile(r"^```(.*?)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
-LAUNCHER = ("--num_gpus", "--num_accelerators")
+LAUNCHER = {"--num_gpus", "--num_accelerators", "--hostfile", "--no_ssh", "--node_rank", "--master_addr"}
+LAUNCHER |= {"--nnodes", "--nproc_per_node"}
 
 
 class Command(NamedTuple):
@@ -60,7 +61,10 @@ class Command(NamedTuple):
                 return "strop.engine.cli", [option]
             case ["python", "-m", module, *rest]:
                 return module, rest
-            case ["deepspeed", option, count, script, *rest] if option in LAUNCHER and count.isdigit():
+            case ["deepspeed" | "torchrun", option, *words] if any(word.endswith(".py") for word in words):
+                at = next(at for at, word in enumerate(words) if word.endswith(".py"))
+                assert {option, *(word for word in words[:at] if word.startswith("-"))} <= LAUNCHER
+                script, *rest = words[at:]
                 assert (ROOT / script).is_file(), script
                 return f"strop.{Path(script).with_suffix('').as_posix().replace('/', '.')}", rest
         raise AssertionError(f"{self.line!r}: no program that a page may name")
@@ -125,6 +129,8 @@ def test_command_is_one_that_its_program_takes(command, recipe_of):
     if first == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
         assert set(rest) <= set(targets)
+    elif first == "export":
+        assert {word.partition("=")[0] for word in rest} <= {"NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"}
     elif first == "source":
         assert rest == [".venv/bin/activate"]
     elif first == "pytest" or (first == "python" and rest[0] != "-m"):

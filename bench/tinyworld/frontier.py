@@ -41,8 +41,8 @@ from strop.engine.judge.model import StepAwarePreferenceModel
 from strop.engine.models.base_model import load_unet, quiet_libraries
 from strop.engine.models.latent_diffusion import LatentDiffusion
 from strop.engine.plan.meter import EXTRA_FORMULAS
-from strop.engine.runtime.checkpoint import MAY_CHANGE
 from strop.engine.runtime.metrics import read_records
+from strop.engine.runtime.run_folder import MAY_CHANGE
 
 ROOT = Path(__file__).parents[2]
 EXACT, FAST = "configs/tinyworld.yaml", "configs/tinyworld_fast.yaml"

@@ -69,7 +69,7 @@ def _type(annotation: Any) -> str:
     """Names a type as YAML has it, such as `text` or `list of integer`."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Literal:
-        return " or ".join(f"`{value}`" for value in inner)
+        return " or ".join(f"`{_yaml(value)}`" for value in inner)
     if origin in (Union, types.UnionType):
         return " or ".join("null" if part is type(None) else _type(part) for part in inner)
     if origin in (tuple, list):

@@ -7,7 +7,21 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from .settings import Section
-from .training import KERNELS, TRACKER, Device, JudgeConfig, Kernels, ModelConfig, Tracker, ZeroConfig
+from .training import (
+    KERNELS,
+    RANK_TIMEOUT,
+    RESUME,
+    TRACKER,
+    Count,
+    Device,
+    JudgeConfig,
+    Kernels,
+    ModelConfig,
+    Resume,
+    Seed,
+    Tracker,
+    ZeroConfig,
+)
 
 
 class JudgeTrainingDataConfig(Section):
@@ -15,8 +29,9 @@ class JudgeTrainingDataConfig(Section):
         description="Preference pairs: Pick-a-Pic parquet files, all of a folder or folder/train-*.parquet; a .jsonl "
         'file of {image_0, image_1: path relative to the file, caption, label: 0, 1 or "tie" (which image is '
         "preferred)}, where label_0 and label_1 of sum 1 may stand for label, and num_examples, the pairs with this "
-        "caption, is optional; or `module:factory`: factory(seed, size) gives a map-style dataset of {image_0, "
-        "image_1: (3, H, W) in [-1, 1], caption, label_0, label_1}."
+        "caption, is optional; or `module:factory`, code that is imported and run: factory(seed, size) gives a "
+        "map-style dataset of {image_0, image_1: (3, H, W) in [-1, 1], caption, label_0, label_1}. Images are JPEG, "
+        "PNG, WebP or BMP of at most 50 million pixels, at most 16 times as long as wide; transparent is white."
     )
     heldout_source: str | None = Field(
         None,
@@ -24,9 +39,12 @@ class JudgeTrainingDataConfig(Section):
         "pairs off data.source by caption, or asks a factory with another seed.",
     )
     train: int | None = Field(
-        None, ge=1, description="Most training pairs; null takes all that the run can see. A factory needs a number."
+        None,
+        ge=1,
+        le=10**8,
+        description="Most training pairs; null takes all that the run can see. A factory needs a number.",
     )
-    heldout: int = Field(512, ge=1, description="Most held-out pairs; accuracy is measured on them.")
+    heldout: int = Field(512, ge=1, le=10**6, description="Most held-out pairs; accuracy is measured on them.")
     labels: Literal["given", "pickscore"] = Field(
         "given",
         description="Where labels come from: given takes those of the data; pickscore lets judge.path, which is then a "
@@ -48,13 +66,15 @@ class JudgeTrainingDataConfig(Section):
         "`pair-cache` beside run.dir; null computes them in every step, and reads a row group of parquet for every "
         "pair. Pairs of a factory are not cached.",
     )
-    workers: int = Field(0, ge=0, description="Processes that load pairs; 0 loads them in the training process.")
+    workers: int = Field(
+        0, ge=0, le=256, description="Processes that load pairs; 0 loads them in the training process."
+    )
 
 
 class JudgeTrainingOptimConfig(Section):
     steps: int = Field(ge=1, description="Optimizer steps.")
-    batch: int = Field(16, ge=1, description="Pairs per forward and backward pass and process.")
-    accumulate: int = Field(1, ge=1, description="Batches per optimizer step.")
+    batch: Count = Field(16, description="Pairs per forward and backward pass and process.")
+    accumulate: Count = Field(1, description="Batches per optimizer step.")
     lr: float = Field(3e-6, gt=0, description="Peak AdamW learning rate.")
     weight_decay: float = Field(0.3, ge=0, description="AdamW weight decay.")
     warmup: int = Field(
@@ -84,13 +104,14 @@ class JudgeTrainingRunConfig(Section):
         description="Run folder, which must be new or empty unless run.resume is set. The judge goes to its subfolder "
         "`judge`."
     )
-    seed: int = Field(42, ge=0, description="Seed of everything random in the run; process r uses seed + r.")
+    seed: Seed = Field(42, description="Seed of everything random in the run; process r uses seed + r.")
     device: Device = Field("auto", description="Where the run computes; auto takes a GPU where there is one.")
     kernels: Kernels = Field("auto", description=KERNELS)
     log_every: int = Field(20, ge=1, description="Steps per line of metrics.jsonl and of the terminal.")
     tracker: Tracker = Field("tensorboard", description=TRACKER)
     save_every: int = Field(500, ge=1, description="Steps per checkpoint; the newest two stay, older ones are deleted.")
-    resume: bool = Field(False, description="Whether the run goes on from the newest checkpoint in run.dir.")
+    resume: Resume = Field(False, description=RESUME)
+    rank_timeout: int = Field(600, ge=5, description=RANK_TIMEOUT)
 
 
 class JudgeTrainingConfig(Section):

@@ -12,13 +12,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
-from ..errors import UserError, one_line
+from ..errors import UserError, one_line, short
+from ..user_files import is_text, read_text, user_path
+from .plain_yaml import parse, written
 
 
 class Section(BaseModel):
-    """A frozen section of a recipe; unknown keys, NaN, infinity, and true or false for a number are errors."""
+    """A frozen section of a recipe; unknown keys, NaN, infinity, and true or false for a number are errors.
+
+    A text that begins with ~/ is a path in the home folder.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -31,8 +36,17 @@ class Section(BaseModel):
                 raise ValueError(f"{name} is {str(value).lower()}, but must be a number")
         return values
 
+    @field_validator("*", mode="after")
+    @classmethod
+    def _text_and_paths(cls, value: Any) -> Any:
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str) and (not is_text(text) or "\0" in text):
+                raise ValueError(f"found {short(text)}, expected text without half characters and zeros")
+        return str(user_path(value)) if isinstance(value, str) and value.startswith("~") else value
+
 
 C = TypeVar("C", bound=Section)
+MOST_BYTES = 2**18  # of a recipe
 RECIPES = Path(__file__).parents[2] / "configs"  # beside engine/, in a checkout and in a wheel
 
 
@@ -53,7 +67,7 @@ def load(path: str | Path, overrides: Sequence[str], cls: type[C]) -> C:
 
 def dump(config: Section, path: Path) -> None:
     """Writes the resolved configuration, every default filled in, as YAML that `load` reads back equal."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    path.write_text(written(config.model_dump(mode="json")), encoding="utf-8")
 
 
 def keys(cls: type[BaseModel], prefix: str = "") -> list[str]:
@@ -99,18 +113,18 @@ def recipes() -> list[str]:
 
 def _recipe_file(path: str | Path) -> Path:
     """Returns the file of a recipe, which is named by a path or by its name in configs/ without .yaml."""
-    named = RECIPES / f"{path}.yaml"
-    return named if Path(path).name == str(path) and not Path(path).exists() and named.is_file() else Path(path)
+    named, file = RECIPES / f"{path}.yaml", user_path(str(path))
+    return named if file.name == str(path) and not file.exists() and named.is_file() else file
 
 
 def _read_yaml(path: Path) -> dict:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = parse(read_text(path, MOST_BYTES))
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); give the path of a recipe, or one of {', '.join(recipes())}"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path}: not valid YAML ({one_line(error)})") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: found {type(tree).__name__}, expected sections such as `model:` and `run:`")
@@ -120,24 +134,27 @@ def _read_yaml(path: Path) -> dict:
 def _apply(tree: dict, override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise UserError(f"override {override!r}: expected section.key=value, such as optim.lr=1e-4")
+        raise UserError(f"override {short(override)}: expected section.key=value, such as optim.lr=1e-4")
     *sections, last = key.split(".")
     for section in sections:
         if tree.get(section) is None:  # absent, or there and empty
             tree[section] = {}
         tree = tree[section]
         if not isinstance(tree, dict):
-            raise UserError(f"override {override!r}: {section} is a key, expected a section; write section.key=value")
+            raise UserError(
+                f"override {short(override)}: {section} is a key, expected a section; write section.key=value"
+            )
     try:
-        tree[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"override {override!r}: {value!r} is not valid YAML; put text in quotes") from None
+        tree[last] = parse(value)
+    except (yaml.YAMLError, ValueError) as error:
+        why = getattr(error, "problem", None) or "not valid YAML"
+        raise UserError(f"override {short(override)}: {one_line(why)}, in YAML; put text in quotes") from None
 
 
 def _sentence(cls: type[BaseModel], error: ValidationError) -> str:
     """Writes the first of pydantic's complaints as a sentence that a person can act on."""
     first = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key = ".".join(str(part) for part in first["loc"])[:80]
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         near = _nearest(cls, key)
@@ -151,9 +168,11 @@ def _sentence(cls: type[BaseModel], error: ValidationError) -> str:
     if first["type"] == "value_error":
         return f"{key}: {first['ctx']['error']}{more}"
     if first["type"] == "model_type":
-        return f"{key}: found {first['input']!r}, expected keys and values, as docs/configuration.md has them{more}"
+        return (
+            f"{key}: found {short(first['input'])}, expected keys and values, as docs/configuration.md has them{more}"
+        )
     expected = first["msg"].removeprefix("Input should be ").removeprefix("Tuple should have ")
-    return f"{key}: found {first['input']!r}, expected {expected.split(' after validation')[0]}{more}"
+    return f"{key}: found {short(first['input'])}, expected {expected.split(' after validation')[0]}{more}"
 
 
 def _nearest(cls: type[BaseModel], key: str) -> str | None:

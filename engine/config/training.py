@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from . import settings
 from .settings import C, Section
@@ -19,6 +19,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 Kernels = Literal["auto", "reference"]
 Tracker = Literal["tensorboard", "wandb", "none"]
+Resume = Annotated[  # yes and no are words in YAML 1.2
+    Literal[False, True, "auto", "newest_whole"], BeforeValidator(lambda v: {"yes": True, "no": False}.get(str(v), v))
+]
 KERNELS = (
     "Which code computes the ops of strop.kernels: auto takes Triton's on a GPU, reference plain PyTorch everywhere, "
     "which is slower and helps to find errors."
@@ -27,10 +30,16 @@ TRACKER = (
     "Where the lines of metrics.jsonl are shown as well: TensorBoard (files in run.dir/tensorboard), Weights & Biases, "
     "or nowhere. wandb needs the extra strop[wandb], and stays offline where it has no login."
 )
-
+RESUME = (
+    "Whether the run goes on from the newest checkpoint in run.dir. auto begins a run where there is none, so that one "
+    "line begins a run and restarts it. newest_whole passes over damaged checkpoints."
+)
+RANK_TIMEOUT = "Seconds that processes wait for one another; when one sleeps for longer, the others name it and end."
 Momentum = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1, le=10_000)]  # of what is in memory at once
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Timestep = Annotated[int, Field(ge=0, le=999)]
-Pixels = Annotated[int, Field(ge=8, multiple_of=8)]
+Pixels = Annotated[int, Field(ge=8, le=4096, multiple_of=8)]
 
 
 class ModelConfig(Section):
@@ -98,8 +107,7 @@ class ModelConfig(Section):
         description="Whether torch.compile compiles the UNet, the VAE decoder and the judge's image tower. It takes "
         "minutes at the start of a run, less where PyTorch finds the cache of an earlier one "
         "(TORCHINDUCTOR_CACHE_DIR). On two CPU cores it took four minutes and then saved 8 % of an iteration of "
-        "tinyworld; it is not yet measured "
-        "on a GPU.",
+        "tinyworld; it is not yet measured on a GPU.",
     )
     tf32: bool | None = Field(
         None,
@@ -140,8 +148,8 @@ class JudgeConfig(Section):
 
 class PromptsConfig(Section):
     train: str = Field(
-        description="File of training prompts: a JSON list of {caption: ...}, JSON lines of the same, or a text of one "
-        "prompt a line."
+        description="File of training prompts: a JSON list of {caption: ...}, JSON lines of the same, a table (.csv, "
+        ".tsv) with a column prompt or caption, or a text of one prompt a line."
     )
     heldout: str | None = Field(
         None,
@@ -151,7 +159,7 @@ class PromptsConfig(Section):
 
 
 class LoraConfig(Section):
-    rank: int = Field(4, ge=1, description="Rank of the LoRA; its alpha is equal, so that its scale is 1.")
+    rank: int = Field(4, ge=1, le=1024, description="Rank of the LoRA; its alpha is equal, so that its scale is 1.")
     target_modules: tuple[str, ...] = Field(
         ("to_q", "to_k", "to_v", "to_out.0"),
         min_length=1,
@@ -160,8 +168,8 @@ class LoraConfig(Section):
 
 
 class RolloutConfig(Section):
-    prompts: int = Field(10, ge=1, description="Prompts per iteration and process; each gets one trajectory.")
-    k: int = Field(4, ge=2, description="Branches drawn from one noisy latent at each fork.")
+    prompts: Count = Field(10, description="Prompts per iteration and process; each gets one trajectory.")
+    k: int = Field(4, ge=2, le=256, description="Branches drawn from one noisy latent at each fork.")
     num_steps: int = Field(20, ge=2, le=1000, description="DDIM steps of a rollout.")
     t_range: tuple[Timestep, Timestep] = Field(
         (0, 751),
@@ -242,11 +250,10 @@ class OptimConfig(Section):
         True,
         description="Whether the guided prediction (rollout.guidance) is trained, or the one with the prompt alone.",
     )
-    micro_batch: int = Field(10, ge=1, description="Pairs per backward pass and process; fewer take less memory.")
-    accumulate: int = Field(1, ge=1, description="Micro-batches per optimizer step.")
-    passes: int = Field(
+    micro_batch: Count = Field(10, description="Pairs per backward pass and process; fewer take less memory.")
+    accumulate: Count = Field(1, description="Micro-batches per optimizer step.")
+    passes: Count = Field(
         1,
-        ge=1,
         description="Passes over the pairs of each rollout, shuffled anew for each; the reference predicts once for "
         "all of them. More than 1 is an approximation, because later passes train on pairs of an older policy.",
     )
@@ -267,32 +274,27 @@ class ZeroConfig(Section):
 
 
 class EvaluateConfig(Section):
-    prompts: int = Field(64, ge=1, description="Held-out prompts, from the top of prompts.heldout.")
+    prompts: int = Field(64, ge=1, le=100_000, description="Held-out prompts, from the top of prompts.heldout.")
     num_steps: int = Field(20, ge=1, le=1000, description="Deterministic DDIM steps (eta 0) per image.")
     guidance: float = Field(5.0, ge=1, description="Classifier-free guidance scale of the evaluation.")
-    batch: int = Field(32, ge=1, description="Images per forward pass; fewer take less memory.")
-    seed: int = Field(0, ge=0, description="Seed of the initial noise, which is the same for base and tuned model.")
-    pictures: int = Field(10, ge=1, description="Prompts whose images before_after.png shows.")
+    batch: Count = Field(32, description="Images per forward pass; fewer take less memory.")
+    seed: Seed = Field(0, description="Seed of the initial noise, which is the same for base and tuned model.")
+    pictures: int = Field(10, ge=1, le=1000, description="Prompts whose images before_after.png shows.")
     scorers: tuple[str, ...] = Field(
         (),
-        description="Scorers independent of the judge: pickscore, hpsv2, hpsv2.1, image_reward, aesthetic, clip_score, "
-        "each also as name=weights with a file, folder or hub id; or `module:factory`, where factory(device) returns "
-        "score(images, prompts) -> {name: scores (N,)}.",
+        description="Scorers beside the judge, all but the first independent of it: pickscore, hpsv2, hpsv2.1, "
+        "image_reward, aesthetic, clip_score, each also as name=weights with a file, folder or hub id; or "
+        "`module:factory`, code that is imported and run: factory(device) returns score(images, prompts) -> {name: "
+        "scores (N,)}.",
     )
     every: int | None = Field(
         None,
         ge=1,
-        description="Iterations between evaluations while training, on the first evaluate.watched held-out prompts and "
-        "always from the same noise. Each writes a checkpoint and samples/<iteration>.png. null evaluates before and "
-        "after the training alone.",
+        description="Iterations between evaluations while training, on the first evaluate.watched held-out prompts. "
+        "Each writes a checkpoint and samples/<iteration>.png. null evaluates before and after the training alone.",
     )
-    watched: int = Field(16, ge=8, description="Held-out prompts of the evaluations while training.")
-    patience: int = Field(
-        2,
-        ge=1,
-        description="Evaluations in a row after which there is a warning that independent scores fall, or that the "
-        "judge's score alone rises while the pictures stray from the base's.",
-    )
+    watched: int = Field(16, ge=8, le=10_000, description="Held-out prompts of the evaluations while training.")
+    patience: int = Field(2, ge=1, description="Wrong evaluations in a row (docs/guide.md) until there is a warning.")
     stop: bool = Field(
         False,
         description="Whether such a warning ends the run; lora/ then has the LoRA of its best evaluation, lora_last/ "
@@ -303,17 +305,18 @@ class EvaluateConfig(Section):
 class RunConfig(Section):
     dir: str = Field(description="Run folder, which must be new or empty unless run.resume is set.")
     iterations: int = Field(ge=1, description="Rollouts, each followed by optim.passes over its preference pairs.")
-    seed: int = Field(42, ge=0, description="Seed of everything random in the run; process r uses seed + r.")
+    seed: Seed = Field(42, description="Seed of everything random in the run; process r uses seed + r.")
     device: Device = Field("auto", description="Where the run computes; auto takes a GPU where there is one.")
     kernels: Kernels = Field("auto", description=KERNELS)
     log_every: int = Field(1, ge=1, description="Iterations per line of metrics.jsonl and of the terminal.")
     tracker: Tracker = Field("tensorboard", description=TRACKER)
     save_every: int = Field(10, ge=1, description="Iterations per checkpoint; one more is written at the end.")
-    resume: bool = Field(False, description="Whether the run goes on from the newest checkpoint in run.dir.")
+    resume: Resume = Field(False, description=RESUME)
+    rank_timeout: int = Field(600, ge=5, description=RANK_TIMEOUT)
     share_of_peak: bool = Field(
         False,
-        description="Whether a run on a GPU that plan knows reports the share of its peak that rollout and update "
-        "reach. Another process then counts the operations of the recipe at the start, for about half a minute.",
+        description="Whether a run on a GPU that plan knows reports the share of its peak that it reaches. Another "
+        "process then counts the operations of the recipe, for about half a minute.",
     )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 
-FORMAT = 1  # of the entries; a part of their names
+FORMAT = 2  # of the entries; a part of their names
 CHECKSUM = 16  # bytes, at the start of an entry
 
 

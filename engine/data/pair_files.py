@@ -7,13 +7,12 @@ pair_scan.py decides how many of them a run accepts. pair_sets.py handles a `mod
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 
 import pyarrow.parquet as parquet
@@ -22,11 +21,14 @@ from PIL import Image
 from pyarrow import ArrowException
 from torch import Tensor
 
-from ..errors import UserError, one_line
+from ..errors import UserError, one_line, short
+from ..user_files import is_text, parse_json, read_bytes
+from .image_files import MOST_BYTES, decoded, read_image
 
 IMAGES = ("jpg_0", "jpg_1")
 LABELS = ("label_0", "label_1")
 OPTIONAL_COLUMNS = ("num_example_per_prompt", "has_label", "are_different")  # of Pick-a-Pic
+FOOTER = 2**16  # bytes
 JSONL_GROUP = 16  # consecutive rows that one process reads
 
 
@@ -66,7 +68,7 @@ class PairSource(ABC):
         return self._or_raise_broken(self._images, row)
 
     def identity(self, row: int) -> list:
-        """Returns JSON values that identify this row's images; they change if the files change.
+        """Returns JSON values that identify this row's images; they change if the images change.
 
         Raises BrokenPair if a file is missing.
         """
@@ -86,14 +88,14 @@ class PairSource(ABC):
 
     def _append(self, caption: object, label: tuple | None) -> str:
         """Adds a row's caption and label; returns what is wrong with them, or an empty text."""
-        if not isinstance(caption, str):
-            return "no caption"
+        if not is_text(caption):
+            return "no caption" if not isinstance(caption, str) else f"its caption is no text ({short(caption)})"
         if label is not None:
             if len(label) == 1:
-                return f'its label is {label[0]!r}, expected 0, 1 or "tie"'
+                return f'its label is {short(label[0])}, expected 0, 1 or "tie"'
             numbers = all(isinstance(part, int | float) and 0 <= part <= 1 for part in label)
             if not numbers or abs(sum(label) - 1) > 1e-6:
-                return f"its labels are {label[0]} and {label[1]}, expected two numbers of sum 1"
+                return f"its labels are {short(label[0])} and {short(label[1])}, expected two numbers of sum 1"
             label = (float(label[0]), float(label[1]))
         self.captions.append(caption)
         self.labels.append(label)
@@ -114,6 +116,7 @@ class ParquetPairs(PairSource):
     """
 
     files: list[Path] = field(default_factory=list)
+    stamps: list[list] = field(default_factory=list)  # of each file, JSON values that change with it
     places: list[tuple[int, int, int]] = field(default_factory=list)  # file, row group, row in the group
     _read_group: tuple | None = None  # process, file, row group, its table
 
@@ -129,9 +132,10 @@ class ParquetPairs(PairSource):
 
     def _index(self, number: int, key: str, labelled: bool) -> None:
         try:
+            self.stamps.append(_stamp(self.files[number]))
             with parquet.ParquetFile(self.files[number]) as file:
                 self._index_file(number, file, key, labelled)
-        except (ArrowException, OSError) as error:
+        except (ArrowException, OSError, ValueError) as error:
             raise UserError(f"{key}: {self.files[number]} cannot be read as parquet ({_reason(error)})") from None
 
     def _index_file(self, number: int, file: parquet.ParquetFile, key: str, labelled: bool) -> None:
@@ -162,7 +166,7 @@ class ParquetPairs(PairSource):
 
     def _identity(self, row: int) -> list:
         number, *place = self.places[row]
-        return [self.files[number].name, *_stamp(self.files[number]), *place]
+        return [*self.stamps[number], *place]
 
     def group(self, row: int) -> tuple[int, int]:
         return self.places[row][:2]
@@ -195,7 +199,7 @@ class JsonlPairs(PairSource):
         """Reads the lines, not the images. Raises UserError if the file cannot be read."""
         source = cls(folder=path.parent, file=path.name)
         try:
-            with path.open(encoding="utf-8") as lines:
+            with path.open(encoding="utf-8-sig") as lines:
                 for number, line in enumerate(lines, start=1):
                     if line.strip():
                         source._index(number, line, labelled)
@@ -209,8 +213,8 @@ class JsonlPairs(PairSource):
     def _index(self, number: int, line: str, labelled: bool) -> None:
         row, why = _parsed(line)
         num_examples = row.get("num_examples")
-        if num_examples is not None and (not isinstance(num_examples, int) or num_examples < 1):
-            why = f"its num_examples is {num_examples!r}, expected a whole number from 1"
+        if num_examples is not None and (not isinstance(num_examples, int) or not 1 <= num_examples < 2**31):
+            why = f"its num_examples is {short(num_examples)}, expected a whole number from 1"
         why = why or self._append(row["caption"], _label(row) if labelled else None)
         if why:
             self.broken.append(f"{self.file} line {number}: {why}")
@@ -223,13 +227,14 @@ class JsonlPairs(PairSource):
         return f"{self.file} line {self.lines[row]}"
 
     def _identity(self, row: int) -> list:
-        return [part for path in self.paths[row] for part in (path, *_stamp(self.folder / path))]
+        contents = (read_bytes(self.folder / path, MOST_BYTES) for path in self.paths[row])
+        return [hashlib.blake2b(content, digest_size=20).hexdigest() for content in contents]
 
     def group(self, row: int) -> tuple[int, int]:
         return (0, row // JSONL_GROUP)
 
     def _images(self, row: int) -> list[Image.Image]:
-        return [_decoded((self.folder / path).read_bytes(), path) for path in self.paths[row]]
+        return [read_image(self.folder / path, path) for path in self.paths[row]]
 
 
 def open_source(spec: str, key: str, labelled: bool) -> PairSource:
@@ -238,11 +243,12 @@ def open_source(spec: str, key: str, labelled: bool) -> PairSource:
     key: the configuration key of `spec`, for messages; labelled: whether rows must have labels. Raises UserError if
     `spec` names neither.
     """
-    path = Path(spec).expanduser()
+    path = Path(spec)
     if path.suffix == ".jsonl" and path.is_file():
         return JsonlPairs.open(path, key, labelled)
     if path.is_dir() or "*" in path.name:
-        files = list(path.rglob("*.parquet") if path.is_dir() else path.parent.glob(path.name))
+        found = path.rglob("*.parquet") if path.is_dir() else path.parent.glob(path.name)
+        files = [file for file in found if file.is_file()]
         if not files:
             raise UserError(f"{key}: {spec} holds no .parquet file; expected those of Pick-a-Pic")
         return ParquetPairs.open(files, key, labelled)
@@ -253,13 +259,14 @@ def open_source(spec: str, key: str, labelled: bool) -> PairSource:
 
 def is_factory(spec: str) -> bool:
     """Whether `spec` names code, such as strop.bench.tinyworld.pairs:load, and not files."""
-    return ":" in spec and not Path(spec).expanduser().exists()
+    return ":" in spec and not Path(spec).exists()
 
 
 def resized(image: Image.Image, height: int, width: int) -> Tensor:
     """Converts an image to (3, height, width) in [-1, 1] by PIL's bicubic resizing and a centre crop.
 
-    For a square this is what CLIP's image processor does.
+    For a square this is what CLIP's image processor does. What is resized and cropped away is not much, because
+    image_files.py refuses long strips.
     """
     if image.width * height >= image.height * width:
         size = (image.width * height // image.height, height)
@@ -275,9 +282,9 @@ def resized(image: Image.Image, height: int, width: int) -> Tensor:
 def _parsed(line: str) -> tuple[dict, str]:
     """Parses a line of JSON; returns the object and what is wrong with it, or an empty text."""
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        return {}, f"not JSON ({error.msg.removesuffix(' at')} at column {error.colno})"
+        row = parse_json(line)
+    except ValueError as error:
+        return {}, f"not JSON ({one_line(error)})"
     if not isinstance(row, dict):
         return {}, "no object of image_0, image_1, caption and label"
     missing = [name for name in ("image_0", "image_1", "caption") if not isinstance(row.get(name), str)]
@@ -294,20 +301,20 @@ def _label(row: dict) -> tuple:
 
 def _decoded(content: bytes | dict | None, name: str) -> Image.Image:
     """Decodes the image of a file's bytes, or of the {bytes, path} that the library `datasets` writes."""
-    content = content.get("bytes") if isinstance(content, dict) else content
-    if not content:
-        raise ValueError(f"{name} is empty")
-    try:
-        return Image.open(BytesIO(content)).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        why = "is no image" if isinstance(error, Image.UnidentifiedImageError) else f"is damaged ({_reason(error)})"
-        raise ValueError(f"{name} {why}") from None
+    return decoded((content.get("bytes") if isinstance(content, dict) else content) or b"", name)
 
 
 def _stamp(path: Path) -> list:
-    """Returns a file's size and time of last change, which differ if its content was replaced."""
+    """Returns a parquet file's place, size, time of last change, and a hash of the end of it.
+
+    There it says where each column of each row group lies and what its smallest and largest values are. The images
+    themselves are too many to be read at every start.
+    """
     state = path.stat()
-    return [state.st_size, state.st_mtime_ns]
+    with path.open("rb") as file:
+        file.seek(max(0, state.st_size - FOOTER))
+        footer = hashlib.blake2b(file.read(), digest_size=20).hexdigest()
+    return [str(path.resolve()), state.st_size, state.st_mtime_ns, footer]
 
 
 def _reason(error: Exception) -> str:

@@ -241,5 +241,5 @@ def _cache_entries(
     if config.data.cache is None:
         return None
     default = Path(config.run.dir).parent / "pair-cache"
-    folder = default if config.data.cache == "auto" else Path(config.data.cache).expanduser()
+    folder = default if config.data.cache == "auto" else Path(config.data.cache)
     return Entries.of(PairCache(folder), diffusion, judge)

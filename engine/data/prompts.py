@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import csv
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from ..errors import UserError
+from ..errors import UserError, short
+from ..user_files import is_text, parse_json, read_text, user_path
+from .json_lines import parsed
 
-FORMS = "a JSON list of {caption: ...}, JSON lines of the same (.jsonl), or text with one prompt a line"
+FORMS = (
+    "a JSON list of {caption: ...}, JSON lines of the same (.jsonl), a table with a column prompt or caption (.csv, "
+    ".tsv), or text with one prompt a line"
+)
+NAMES = ("caption", "prompt")  # of the text in an entry
 
 
 def read_prompts(path: str, key: str) -> list[str]:
-    """Reads the prompts of a .json, .jsonl or text file; skips empty ones. Raises UserError naming key and entry.
+    """Reads the prompts of a .json, .jsonl, .csv, .tsv or text file; skips empty ones.
 
-    An entry of .json or .jsonl is an object with `caption` or `prompt`, or the text alone.
+    An entry of .json or .jsonl is an object with `caption` or `prompt`, or the text alone. Only a line feed or a
+    carriage return ends a line. Raises UserError naming key and entry.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(user_path(path))
     except OSError as error:
         raise UserError(f"{key}: {path} cannot be read ({error.strerror}); expected {FORMS}") from None
-    except UnicodeDecodeError:
+    except ValueError:
         raise UserError(f"{key}: {path} is not UTF-8 text; expected {FORMS}") from None
-    readers = {".json": _json_list, ".jsonl": _json_lines}
-    read = readers.get(Path(path).suffix.lower(), lambda text, where: iter(text.splitlines()))
-    prompts = [prompt.strip() for prompt in read(text.removeprefix("\ufeff"), f"{key}: {path}") if prompt.strip()]
+    readers = {".json": _json_list, ".jsonl": _json_lines, ".csv": _table, ".tsv": _table}
+    read = readers.get(Path(path).suffix.lower(), _lines)
+    prompts = [prompt.strip() for prompt in read(text, f"{key}: {path}") if prompt.strip()]
     if not prompts:
         raise UserError(f"{key}: {path} holds no prompt; expected {FORMS}")
     return prompts
@@ -62,9 +71,39 @@ def batch_of(prompts: list[str], iteration: int, size: int, seed: int) -> list[s
     return [prompts[place] for place in order[begin : begin + size].tolist()]
 
 
+def _lines(text: str, where: str) -> Iterator[str]:
+    """Yields the lines of a text, which must not be JSON by another name."""
+    for part, name in ((text, ".json"), (text.strip().partition("\n")[0], ".jsonl")):
+        with contextlib.suppress(ValueError):
+            if isinstance(parse_json(part), list | dict):
+                raise UserError(f"{where} holds JSON, expected text with one prompt a line; give it a name in {name}")
+    return iter(text.split("\n"))
+
+
+def _table(text: str, where: str) -> Iterator[str]:
+    """Yields the column `caption` or `prompt` of a table whose first line names the columns, after a tab in a .tsv."""
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if where.lower().endswith(".tsv") else ",")
+    try:
+        header = [name.strip().lower() for name in next(rows, [])]
+        columns = [header.index(name) for name in NAMES if name in header]
+        if len(columns) != 1 or header.count(header[columns[0]]) > 1:
+            raise UserError(
+                f"{where}: found the columns {short(', '.join(header))}, expected one that is called prompt or caption"
+            )
+        for row in rows:
+            if row and len(row) != len(header):
+                raise UserError(
+                    f"{where}: line {rows.line_num} has {len(row)} cells, expected the {len(header)} of the first "
+                    "line; put a text with a comma in quotes"
+                )
+            yield row[columns[0]] if row else ""
+    except csv.Error as error:
+        raise UserError(f"{where}: line {rows.line_num} is no row of a table ({error})") from None
+
+
 def _json_list(text: str, where: str) -> Iterator[str]:
     try:
-        entries = json.loads(text)
+        entries = parse_json(text)
     except ValueError as error:
         raise UserError(f"{where} is not valid JSON ({error}); expected a list of {{caption: ...}}") from None
     if not isinstance(entries, list):
@@ -74,21 +113,16 @@ def _json_list(text: str, where: str) -> Iterator[str]:
 
 
 def _json_lines(text: str, where: str) -> Iterator[str]:
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where}: line {number} is not valid JSON ({error})") from None
-        yield _caption(entry, f"{where}: line {number}")
+    return (_caption(entry, f"{where}: line {number}") for number, entry in parsed(text, where))
 
 
 def _caption(entry: object, where: str) -> str:
-    if isinstance(entry, str):
-        return entry
-    for name in ("caption", "prompt"):
-        if isinstance(entry, dict) and isinstance(entry.get(name), str):
-            return entry[name]
-    contents = f"keys {', '.join(map(str, entry))}" if isinstance(entry, dict) and entry else repr(entry)[:80]
+    texts = [entry] if isinstance(entry, str) else []
+    if isinstance(entry, dict):
+        texts = [entry[name] for name in NAMES if isinstance(entry.get(name), str)]
+    if texts and not is_text(texts[0]):
+        raise UserError(f"{where}: found {short(texts[0])}, expected text without half characters (lone surrogates)")
+    if texts:
+        return texts[0]
+    contents = f"keys {', '.join(map(str, entry))[:80]}" if isinstance(entry, dict) and entry else short(entry)
     raise UserError(f"{where} has no caption; found {contents}, expected {{caption: text}}")

@@ -12,12 +12,15 @@ from typing import NamedTuple, get_args
 
 from ..config.training import Device, Dtype
 from ..errors import UserError
+from ..user_files import user_path
+from .protocols import GENEVAL
 from .protocols import NAMES as PROTOCOLS
 from .scorers.names import NAMES as SCORERS
 
 BASE = "base"
 NAME = re.compile(r"[\w.+-]{1,40}")
 LORA_FOLDERS = ("lora", "unet")  # folders whose name says nothing
+MOST = 10_000  # images of a prompt, and of a batch
 DTYPES, DEVICES = get_args(Dtype), get_args(Device)
 
 
@@ -60,14 +63,16 @@ class Request:
         _one_of("--device", args.device, DEVICES)
         for name in ("seeds", "batch"):
             value = getattr(args, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name}: found {value}, expected a number from 1")
-        if args.prompts is not None and not Path(args.prompts).is_file():
+            if value is not None and not 1 <= value <= MOST:
+                raise UserError(f"--{name}: found {value}, expected a number from 1 to {MOST:,}")
+        if args.prompts is None and args.protocol == GENEVAL.name:
             raise UserError(
-                f"--prompts: found no file {args.prompts}, expected a file of prompts (.txt, .json, .jsonl)"
+                "--protocol: geneval draws GenEval's prompts; --prompts names its evaluation_metadata.jsonl"
             )
-        if args.out.exists() and not args.out.is_dir():
-            raise UserError(f"--out: {args.out} is a file, expected a folder")
+        if args.prompts is not None and not user_path(args.prompts).is_file():
+            raise UserError(
+                f"--prompts: found no file {args.prompts}, expected a file of prompts (.txt, .json, .jsonl, .csv)"
+            )
         scorers = None if args.scorers is None else _scorers(args.scorers)
         fields = {name: getattr(args, name) for name in cls.__dataclass_fields__ if hasattr(args, name)}
         return cls(**fields | {"scorers": scorers, "strengths": _strengths(args.strength), "sources": sources})
@@ -81,7 +86,7 @@ def _source(word: str) -> Source:
     name, equals, path = word.partition("=")
     if not equals:
         path, name = word, ""
-    local = Path(path).expanduser()
+    local = user_path(path)
     if not local.exists() and not (equals and re.fullmatch(r"[\w.-]+/[\w.-]+", path)):
         raise UserError(f"{path}: found no such file or folder, expected a run, a LoRA or a model; or NAME=PATH")
     if not name:

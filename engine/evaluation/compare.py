@@ -13,10 +13,7 @@ import torch
 from scipy.special import ndtr, stdtr, stdtrit
 from torch import Tensor
 
-from .intervals import Z, binomial_p, holm, wilson
-
-ENOUGH = 8  # prompts or questions; with fewer, nothing is said of chance
-SURE = 0.05  # the p-value below which a change is beyond chance
+from .intervals import ENOUGH, SURE, Z, binomial_p, corrected, wilson
 
 
 def paired_delta(base: Tensor | Sequence[float], tuned: Tensor | Sequence[float]) -> dict:
@@ -76,8 +73,7 @@ def beyond_chance(rows: Mapping[str, dict]) -> dict[str, int]:
 
     rows: of paired_delta or rate_delta; their p-values are corrected together (Holm). A row without p is 0.
     """
-    tested = [name for name, row in rows.items() if row.get("p") is not None]
-    adjusted = dict(zip(tested, holm([rows[name]["p"] for name in tested]), strict=True))
+    adjusted = corrected(rows)
     return {
         name: int(math.copysign(1, row["delta"])) if row.get("delta") and adjusted.get(name, 1.0) < SURE else 0
         for name, row in rows.items()

@@ -69,10 +69,8 @@ def _draw(
 
 def noise_of(seed: int, sampler: Sampler, prompts: int, protocol: Protocol) -> Tensor:
     """Returns the noise (P, C, h, w) of image `seed` of all prompts, on the host, as Protocol.noise says."""
-    shape, schedule = sampler.network.latent_shape, sampler.schedule
-    rng = torch.Generator(sampler.diffusion.device).manual_seed(protocol.seed + seed)
-    rows = prompts if protocol.noise == "prompt" else 1
-    return schedule.prior((rows, *shape), rng).expand(prompts, *shape).to("cpu")
+    noise = sampler.noise(prompts if protocol.noise == "prompt" else 1, protocol.seed + seed)
+    return noise.expand(prompts, -1, -1, -1).to("cpu")
 
 
 def _missing(system: System, work: Work) -> list[Batch]:

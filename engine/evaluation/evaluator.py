@@ -1,6 +1,6 @@
 """Evaluates base and tuned model on held-out prompts: same noise, deterministic DDIM, judge and scorers.
 
-Its scores never train anything: the prompts are held out and scorers are independent of the judge.
+Its scores never train anything, and the prompts are held out.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ..models.conditioning import Conditioning
 from ..runtime.ranks import Ranks, gather_rows, rank_slice
 from .drift import statistics
 from .sampling import Sampler
+from .scorers.scorer import levels
 
 Score = Callable[[Tensor, list[str]], dict[str, Tensor]]
 
@@ -76,8 +77,7 @@ class Evaluator:
         count = count or len(self.all_prompts)
         rows = rank_slice(count, self.ranks)
         prompts, pictures = self.all_prompts[rows], min(self.config.pictures, rows.stop - rows.start)
-        rng = torch.Generator(self.diffusion.device).manual_seed(self.config.seed)
-        noise = self.schedule.prior((len(self.all_prompts), *self.policy.latent_shape), rng)[rows]
+        noise = self.sampler.noise(len(self.all_prompts), self.config.seed)[rows]
         scores: dict[str, list[Tensor]] = {}
         measured, images = [], []
         starts = range(0, len(prompts), self.config.batch)
@@ -92,7 +92,7 @@ class Evaluator:
         for start in starts:
             some = prompts[start : start + self.config.batch]
             cond = self.embeddings[some]
-            batch = as_stored(self.sampler(noise[start : start + len(some)], cond, bar.update))
+            batch = levels(self.sampler(noise[start : start + len(some)], cond, bar.update)) / 127.5 - 1
             for score, values in self._score(batch, some, cond).items():
                 scores.setdefault(score, []).append(values)
             measured.append(statistics(batch))
@@ -104,8 +104,3 @@ class Evaluator:
     def _score(self, images: Tensor, prompts: list[str], cond: Conditioning) -> dict[str, Tensor]:
         scored = {name: values for score in self.scorers for name, values in score(images, prompts).items()}
         return {**scored, "judge": self.judge.score_images(images.unsqueeze(0), cond.judge, t=0)[0]}
-
-
-def as_stored(images: Tensor) -> Tensor:
-    """Rounds images in [-1, 1] to what 8 bits a channel store, as scorers/scorer.py does for PIL."""
-    return ((images / 2 + 0.5).clamp(0, 1) * 255).round() / 127.5 - 1

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..data.image_files import read_image
 from .images import Images
 from .result_text import HEADER, blocks, note, number
 from .results import Scores
@@ -99,9 +100,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = 
 
 
 def _embedded(file: Path) -> str:
-    with Image.open(file) as image:
-        lossless = max(image.size) <= SMALL
-        image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-        out = io.BytesIO()
-        image.convert("RGB").save(out, "WEBP", lossless=lossless, quality=80)
+    image, out = read_image(file), io.BytesIO()
+    lossless = max(image.size) <= SMALL
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    image.save(out, "WEBP", lossless=lossless, quality=80)
     return f"data:image/webp;base64,{base64.b64encode(out.getvalue()).decode()}"

@@ -1,7 +1,7 @@
 """GenEval's prompts and the folder layout that its official script reads; detectors and their weights are not here.
 
 Source: Ghosh et al., 2023 (arXiv 2310.11513). The prompts are a file of its authors, evaluation_metadata.jsonl, a JSON
-object a line. The images of prompt n lie beside its line: NNNNN/metadata.jsonl and NNNNN/samples/0000.png, 0001.png ...
+object a line. The images of prompt n lie beside its line: NNNNN/metadata.jsonl, NNNNN/samples/00000.png, 00001.png ...
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
-from ..errors import UserError, one_line
+from ..data.image_files import BrokenImage, read_image
+from ..data.json_lines import read_objects
+from ..errors import UserError, one_line, short
+from ..user_files import is_text
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 RELATIONS = ("left of", "right of", "above", "below")
 OFFICIAL = {"single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100, "color_attr": 100}
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +35,16 @@ class Prompt:
 
     def sample(self, out: Path, number: int) -> Path:
         """Returns where image `number` (from 0) of this prompt lies in the layout."""
-        return self.folder(out) / "samples" / f"{number:04}.png"
+        return self.folder(out) / "samples" / f"{number:05}.png"
 
     def folder(self, out: Path) -> Path:
         """Returns the folder of this prompt in the layout."""
         return out / f"{self.number:05}"
+
+    def write(self, out: Path) -> None:
+        """Writes this prompt's line where the layout has it, and makes the folder of its images."""
+        (self.folder(out) / "samples").mkdir(parents=True, exist_ok=True)
+        (self.folder(out) / "metadata.jsonl").write_text(json.dumps(self.row), encoding="utf-8")
 
 
 def read_metadata(path: Path) -> list[Prompt]:
@@ -48,35 +54,36 @@ def read_metadata(path: Path) -> list[Prompt]:
     there before, or something asked for in another form than GenEval's.
     """
     prompts: dict[str, Prompt] = {}
-    for line, row in json_lines(path, "the prompts of GenEval (evaluation_metadata.jsonl)"):
-        where = f"{path}, line {line}"
+    for line, row in read_objects(path, str(path), "the prompts of GenEval (evaluation_metadata.jsonl)"):
+        where = f"{path}: line {line}"
         tag, text = row.get("tag"), row.get("prompt")
         if tag not in TASKS:
-            raise UserError(f"{where}: found the tag {tag!r}, expected one of {', '.join(TASKS)}")
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{where}: found the prompt {text!r}, expected a sentence")
+            raise UserError(f"{where}: found the tag {short(tag)}, expected one of {', '.join(TASKS)}")
+        if not is_text(text) or not text.strip():
+            raise UserError(f"{where}: found the prompt {short(text)}, expected a sentence")
         if text in prompts:
-            raise UserError(f"{where}: found the prompt {text!r} a second time, expected each once")
+            raise UserError(f"{where}: found the prompt {short(text)} a second time, expected each once")
         if not _asks(row):
             raise UserError(
-                f"{where}: found include {_short(row.get('include'))} and exclude {_short(row.get('exclude', []))}, "
+                f"{where}: found include {short(row.get('include'))} and exclude {short(row.get('exclude', []))}, "
                 "expected lists of objects with class, count and, where they are asked for, color or position"
             )
         prompts[text] = Prompt(len(prompts), tag, text, row)
     return list(prompts.values())
 
 
-def write_samples(out: Path, prompt: Prompt, images: Sequence[Image.Image | Path]) -> None:
+def write_samples(out: Path, prompt: Prompt, images: Sequence[Path]) -> None:
     """Writes the images of one prompt, and its line, where the official script looks for them.
 
-    PNG files are copied byte for byte; files of other kinds and PIL images become RGB and PNG. Raises UserError for
+    PNG files are copied byte for byte; files of other kinds become RGB and PNG. Raises UserError for
     what cannot be read or written.
     """
     try:
-        (prompt.folder(out) / "samples").mkdir(parents=True, exist_ok=True)
-        (prompt.folder(out) / "metadata.jsonl").write_text(json.dumps(prompt.row), encoding="utf-8")
+        prompt.write(out)
         for number, image in enumerate(images):
             _save(image, prompt.sample(out, number))
+    except BrokenImage as error:
+        raise UserError(f"--images: {error}") from None
     except OSError as error:
         raise UserError(f"{prompt.folder(out)} cannot be written ({one_line(error)}); choose another place") from None
 
@@ -91,7 +98,7 @@ def find_images(folder: Path, prompts: Sequence[Prompt]) -> list[list[Path]]:
         raise UserError(f"--images: found no folder {folder}, expected the images of {len(prompts)} prompts")
     found: dict[tuple[int, int], Path] = {}
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in SUFFIXES:
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
             continue
         numbers = re.findall(r"\d+", str(path.relative_to(folder).with_suffix("")))
         if len(numbers) < 2:
@@ -113,34 +120,12 @@ def find_images(folder: Path, prompts: Sequence[Prompt]) -> list[list[Path]]:
     return [[found[place] for place in places] for places in expected]
 
 
-def json_lines(path: Path, what: str) -> list[tuple[int, dict]]:
-    """Reads a file of one JSON object a line, as (number of the line from 1, object). UserError names file and line."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({one_line(error)}); expected {what}") from None
-    rows = []
-    for line, content in enumerate(text.split("\n"), start=1):
-        if not content.strip():
-            continue
-        try:
-            row = json.loads(content)
-        except ValueError as error:
-            raise UserError(f"{path}, line {line}: not JSON ({one_line(error)}); expected {what}") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {line}: found {_short(row)}, expected one JSON object a line: {what}")
-        rows.append((line, row))
-    if not rows:
-        raise UserError(f"{path}: found no lines, expected {what}")
-    return rows
-
-
-def _save(image: Image.Image | Path, target: Path) -> None:
-    if isinstance(image, Path) and image.suffix.lower() == ".png":
+def _save(image: Path, target: Path) -> None:
+    opened = read_image(image)
+    if image.suffix.lower() == ".png":
         shutil.copyfile(image, target)
-        return
-    opened = Image.open(image) if isinstance(image, Path) else image
-    opened.convert("RGB").save(target)
+    else:
+        opened.save(target)
 
 
 def _asks(row: Mapping) -> bool:
@@ -159,8 +144,3 @@ def _asks(row: Mapping) -> bool:
         if "position" in asked and (type(position[1]) is not int or not 0 <= position[1] < min(place, len(include))):
             return False
     return True
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:79]}…"

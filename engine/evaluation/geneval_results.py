@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 from scipy.special import stdtrit
 
+from ..data.json_lines import read_objects
 from ..errors import UserError
-from .geneval import OFFICIAL, TASKS, Prompt, json_lines
-from .intervals import Z, holm, wilson
+from ..runtime.signs import listed
+from .geneval import OFFICIAL, TASKS, Prompt
+from .intervals import ENOUGH, SURE, Z, corrected, wilson
 
 FORMAT = "strop-geneval/1"
-ENOUGH = 8  # prompts of a task; with fewer, nothing is said of chance
-SURE = 0.05  # the p-value below which a change is beyond chance
 FLIPS = 20_000
 OVERALL = "overall"
 
@@ -52,8 +52,8 @@ def read_results(path: Path, prompts: Sequence[Prompt] | None = None) -> Results
     cells: Cells = {}
     folders, doubles = set(), []
     known = None if prompts is None else {(prompt.tag, prompt.text) for prompt in prompts}
-    for line, row in json_lines(path, "results of GenEval's script"):
-        where = f"{path}, line {line}"
+    for line, row in read_objects(path, str(path), "results of GenEval's script"):
+        where = f"{path}: line {line}"
         tag, text, name, correct = (row.get(key) for key in ("tag", "prompt", "filename", "correct"))
         if tag not in TASKS:
             raise UserError(f"{where}: found the tag {tag!r}, expected one of {', '.join(TASKS)}")
@@ -102,10 +102,9 @@ def compare(base: Results, tuned: Results) -> dict[str, dict]:
         )
     gains = {task: _gains(base, tuned, task) for task in base.tasks}
     rows = {task: _change(*gains[task]) for task in gains}
-    tested = [task for task in rows if rows[task]["p"] is not None]
-    adjusted = dict(zip(tested, holm([rows[task]["p"] for task in tested]), strict=True))
+    adjusted = corrected(rows)
     every = np.concatenate([gain / images.sum() for gain, images in gains.values()])
-    p = sign_flip_p(every) if len(tested) == len(rows) else None
+    p = sign_flip_p(every) if len(adjusted) == len(rows) else None
     rows = {task: row | {"p_holm": adjusted.get(task)} for task, row in rows.items()}
     rows[OVERALL] = _mean_of(rows, "delta") | {"p": p, "p_holm": p}
     return {task: row | {"verdict": _verdict(row)} for task, row in rows.items()}
@@ -202,7 +201,7 @@ def _official_missing(cells: Cells, folders: set[int]) -> list[str]:
     if not wrong:
         return []
     gaps = [f"{number:05}" for number in sorted(set(range(sum(OFFICIAL.values()))) - folders)]
-    named = f" (no folder {_listed(gaps)})" if -1 not in folders and gaps else ""
+    named = f" (no folder {_first(gaps)})" if -1 not in folders and gaps else ""
     return [f"the prompts are not GenEval's {sum(OFFICIAL.values())}: {', '.join(wrong)}{named}"]
 
 
@@ -218,8 +217,8 @@ def _doubles(names: Sequence[str]) -> list[str]:
 
 
 def _sentence(names: Sequence[str], what: str) -> str:
-    return f"{what}: {len(names)} ({_listed(names)})"
+    return f"{what}: {len(names)} ({_first(names)})"
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def _first(names: Sequence[str]) -> str:
+    return listed([*names[:3], *([f"{len(names) - 3} more"] if len(names) > 3 else [])])

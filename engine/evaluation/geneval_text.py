@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
+from .cells import markdown_table, p_value, shortened
 from .geneval_results import FORMAT, OVERALL, TASKS, Results, compare, scores
 from .published import GENEVAL
 
@@ -34,11 +35,8 @@ def as_text(result: dict) -> str:
 
 def as_markdown(result: dict) -> str:
     """The same as a page of Markdown."""
-    blocks = [TITLE]
-    for header, *rows in _tables(result):
-        cells = [header, ["---", *("---:" for _ in header[1:])], *rows]
-        blocks.append("\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in cells))
-    return "\n\n".join([*blocks, *_sentences(result)]) + "\n"
+    tables = [markdown_table(header, rows) for header, *rows in _tables(result)]
+    return "\n\n".join([TITLE, *tables, *_sentences(result)]) + "\n"
 
 
 def _tables(result: dict) -> list[list[tuple[str, ...]]]:
@@ -49,16 +47,16 @@ def _tables(result: dict) -> list[list[tuple[str, ...]]]:
             (_title(task), str(row["prompts"]), str(row["images"]), f"{100 * row['score']:.2f}", _interval(row))
             for task, row in system["scores"].items()
         ]
-        tables.append([(_short(name, 24), "prompts", "images", "score", "interval"), *rows])
+        tables.append([(shortened(name, 24), "prompts", "images", "score", "interval"), *rows])
     base = next(iter(result["systems"]))
     for name, changes in result["changes"].items():
         before, after = (result["systems"][system]["scores"] for system in (base, name))
         rows = [
             (_title(task), *(f"{100 * side[task]['score']:.2f}" for side in (before, after)),
-             f"{100 * row['delta']:+.2f}", _interval(row, "+"), _p(row["p_holm"]))
+             f"{100 * row['delta']:+.2f}", _interval(row, "+"), p_value(row["p_holm"]))
             for task, row in changes.items()
         ]  # fmt: skip
-        title = f"{_short(name, 12)} : {_short(base, 9)}"
+        title = f"{shortened(name, 12)} : {shortened(base, 9)}"
         tables.append([(title, "before", "after", "change", "interval", "p (Holm)"), *rows])
     published = result["published_not_measured_here"]
     if published:
@@ -102,16 +100,8 @@ def _title(task: str) -> str:
     return CELLS.get(task, task)
 
 
-def _short(name: str, width: int) -> str:
-    return name if len(name) <= width else f"{name[: width - 1]}…"
-
-
 def _interval(row: dict, sign: str = "") -> str:
     if row["ci95"] is None:
         return "too few"
     low, high = (f"{100 * end:{sign}.2f}" for end in row["ci95"])
     return f"{low} to {high}"
-
-
-def _p(value: float | None) -> str:
-    return "" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"

@@ -1,4 +1,4 @@
-"""The drawn images of an evaluation as files: DIR/images/<system>/<prompt number>-<seed>.png.
+"""The drawn images of an evaluation as files: DIR/images/<system>/<prompt number>-<seed>.png, or as GenEval has them.
 
 A file is written whole or not at all, so that whatever is there is finished.
 """
@@ -6,17 +6,21 @@ A file is written whole or not at all, so that whatever is there is finished.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from ..data.image_files import BrokenImage, image_size, read_image
 from ..errors import UserError, one_line
+from .geneval import Prompt
 from .scorers.scorer import pil_images
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +39,15 @@ def batches(prompts: int, seeds: int, size: int) -> list[Batch]:
 
 @dataclass(frozen=True, slots=True)
 class Images:
-    """The image files below a folder."""
+    """The image files below a folder; geneval: the prompts, if images are to lie as GenEval's script reads them."""
 
     root: Path
+    geneval: Sequence[Prompt] = ()
 
     def file(self, system: str, number: int, seed: int) -> Path:
         """Returns the path of image `seed` of prompt `number`, below `root`."""
-        return self.root / "images" / system / f"{number:05d}-{seed}.png"
+        folder = self.root / "images" / system
+        return self.geneval[number].sample(folder, seed) if self.geneval else folder / f"{number:05d}-{seed}.png"
 
     def files(self, system: str, batch: Batch) -> Iterator[Path]:
         """Yields the paths of the images of a batch."""
@@ -54,12 +60,12 @@ class Images:
     def check(self, system: str, batch: Batch, size: tuple[int, int]) -> None:
         """Raises UserError for an image that is there and not `size` (height, width), or cannot be read."""
         for file in filter(Path.is_file, self.files(system, batch)):
-            with _opened(file) as image:
-                if image.size != size[::-1]:
-                    raise UserError(
-                        f"{file} has {image.height}x{image.width} pixels, expected {size[0]}x{size[1]} as {system} "
-                        "draws them by this protocol; remove it, or choose another --out"
-                    )
+            width, height = _readable(image_size, file)
+            if (height, width) != size:
+                raise UserError(
+                    f"{file} has {height}x{width} pixels, expected {size[0]}x{size[1]} as {system} draws them by this "
+                    "protocol; remove it, or choose another --out"
+                )
 
     def write(self, system: str, batch: Batch, images: Tensor) -> None:
         """Writes images (N, 3, H, W) in [-1, 1]. Raises UserError where that is impossible."""
@@ -75,23 +81,14 @@ class Images:
                 ) from None
 
     def read(self, system: str, batch: Batch) -> Tensor:
-        """Reads images as (N, 3, H, W) in [-1, 1], equal to what evaluator.as_stored makes of them."""
-        arrays = []
-        for file in self.files(system, batch):
-            with _opened(file) as image:
-                try:
-                    arrays.append(np.asarray(image.convert("RGB")))
-                except (OSError, SyntaxError) as error:
-                    raise _unreadable(file, error) from None
+        """Reads images as (N, 3, H, W) in [-1, 1], equal to those that the evaluator scores."""
+        arrays = [np.asarray(_readable(read_image, file)) for file in self.files(system, batch)]
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1  # (N, 3, H, W)
 
 
-def _opened(file: Path) -> Image.Image:
+def _readable(read: Callable[[Path], T], file: Path) -> T:
+    """Calls read(file). Raises UserError, which says how the image is had again."""
     try:
-        return Image.open(file)
-    except (OSError, SyntaxError) as error:
-        raise _unreadable(file, error) from None
-
-
-def _unreadable(file: Path, error: Exception) -> UserError:
-    return UserError(f"{file} cannot be read as an image ({one_line(error)}); remove it, and it is drawn again")
+        return read(file)
+    except BrokenImage as error:
+        raise UserError(f"{error}; remove it, and it is drawn again") from None

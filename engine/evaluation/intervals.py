@@ -7,11 +7,14 @@ drawn anew as a whole.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 Z = 1.959963984540054  # of a 95% interval
+ENOUGH = 8  # prompts or questions; with fewer, nothing is said of chance
+SURE = 0.05  # the p-value below which a change is beyond chance
 
 
 def wilson(rate: float, count: int) -> list[float]:
@@ -37,6 +40,12 @@ def holm(p_values: list[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
         adjusted[place] = largest
     return adjusted
+
+
+def corrected(rows: Mapping[str, Mapping]) -> dict[str, float]:
+    """Returns Holm's adjusted p-values of those rows that have a p, by their names."""
+    tested = {name: row["p"] for name, row in rows.items() if row.get("p") is not None}
+    return dict(zip(tested, holm(list(tested.values())), strict=True))
 
 
 @dataclass(frozen=True, slots=True)

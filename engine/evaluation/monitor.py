@@ -4,6 +4,8 @@ An evaluation is wrong if an independent score has fallen beyond chance; or if t
 independent one has, and the pictures have strayed from the base's (drift.py). After `evaluate.patience` wrong ones in a
 row there is a warning, and by `evaluate.stop` the run ends. The best evaluation is, of those that are not wrong, the
 one whose independent scores (the judge's, if there are none) have risen most, as a mean of base standard deviations.
+PickScore is not independent: the paper's judges and tinyworld's are trained from one. A judge's files do not say from
+what it was trained, so it is taken to be so for all.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from .drift import DRIFT, drift, strayed
 from .evaluator import Evaluation, Evaluator
 from .scorers.scorer import pil_images
 
-JUDGE = "judge"
+JUDGE, PICKSCORE = "judge", "pickscore"
 HELDOUT = Column("heldout")
 CHANGE = Column(
     "heldout_change",
@@ -57,6 +59,11 @@ WRONG = Column(
     ),
 )
 COLUMNS = (HELDOUT, CHANGE, STRAYED, WRONG)
+
+
+def independent_of_judge(score: str) -> bool:
+    """Whether a score is measured by something that a judge was not trained from."""
+    return score not in (JUDGE, PICKSCORE)
 
 
 class Past(NamedTuple):
@@ -121,14 +128,14 @@ class Monitor:
         return ((tuned.scores[name].mean() - before.mean()) / before.std().clamp(min=1e-6)).item()
 
     def _merit(self, change: dict[str, float | None]) -> float:
-        independent = [value for name, value in change.items() if name != JUDGE and value is not None]
+        independent = [value for name, value in change.items() if independent_of_judge(name) and value is not None]
         return sum(independent) / len(independent) if independent else change[JUDGE] or 0.0
 
     def _reasons(self, tuned: Evaluation, moved: Tensor) -> str:
         """Says what is wrong with an evaluation; nothing if it is not."""
         rows = {name: paired_delta(self.base.scores[name], tuned.scores[name]) for name in self.scores}
         direction = beyond_chance(rows)
-        independent = [name for name in self.scores if name != JUDGE]
+        independent = list(filter(independent_of_judge, self.scores))
         if fell := [name for name in independent if direction[name] < 0]:
             return f"{' and '.join(fell)} fell"
         out = strayed(moved) if direction[JUDGE] > 0 and not any(direction[name] > 0 for name in independent) else []

@@ -5,7 +5,7 @@ Tables of other papers differ most by what they leave unsaid here, so a protocol
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 from ..config.training import Config
 from ..errors import UserError
@@ -37,10 +37,6 @@ class Protocol:
             f"{self.name}: {self.sampler}, {self.steps} steps, eta {self.eta:g}, guidance {self.guidance:g}, {size}, "
             f"{images} a prompt, seed {self.seed}, {start}"
         )
-
-    def with_seeds(self, seeds: int) -> Protocol:
-        """Returns the protocol with another number of images a prompt."""
-        return replace(self, seeds=seeds)
 
     def to_json(self) -> dict:
         """Returns the protocol as JSON holds it."""

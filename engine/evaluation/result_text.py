@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from .compare import ENOUGH
+from .cells import markdown_table, shortened
+from .intervals import ENOUGH
 
 WIDTHS = (18, 10, 10, 24, 14)  # of a terminal's columns: system, mean, change, interval, wins
 HEADER = ("", "mean", "change", "95% interval", "wins")
@@ -35,19 +36,12 @@ def as_markdown(results: Mapping) -> str:
         lora = f", LoRA {system['lora']} at strength {system['strength']:g}" if "lora" in system else ""
         lines.append(f"- {name}: {system['model']['path']}{lora}")
     for name, rows in blocks(results):
-        lines += ["", f"| {name} | {' | '.join(HEADER[1:])} |", "|---|---|---|---|---|"]
-        lines += [f"| {' | '.join(row)} |" for row in rows]
+        lines += ["", markdown_table((name, *HEADER[1:]), rows)]
     lines += ["", f"{note(results)}", "", *(f"- {sentence}" for sentence in results["verdict"])]
     published = results.get("published")
     if published:
-        lines += [
-            "",
-            f"{published['source']}:",
-            "",
-            f"| | {' | '.join(published['columns'])} |",
-            "|---|---|---|---|---|",
-        ]
-        lines += [f"| {row[0]} | {' | '.join(map(number, row[1:]))} |" for row in published["rows"]]
+        rows = [(row[0], *map(number, row[1:])) for row in published["rows"]]
+        lines += ["", f"{published['source']}:", "", markdown_table(("", *published["columns"]), rows)]
     return "\n".join(lines) + "\n"
 
 
@@ -84,11 +78,6 @@ def number(value: float | None, sign: str = "") -> str:
     if value is None:
         return "-"
     return f"{value:{sign}.3f}" if abs(value) < 10 else f"{value:{sign}.2f}"
-
-
-def shortened(text: str, width: int) -> str:
-    """Returns the text, its middle left out where it is longer than `width`."""
-    return text if len(text) <= width else f"{text[: width - 7]}..{text[-5:]}"
 
 
 def _line(cells: tuple[str, ...]) -> str:

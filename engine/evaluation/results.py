@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .compare import ENOUGH, beyond_chance, paired_delta
-from .intervals import wilson
+from .compare import beyond_chance, paired_delta
+from .intervals import ENOUGH, wilson
 from .score import ScoreLog
 
 Scores = dict[str, dict[str, Tensor]]  # by score and system: (P, S) of P prompts and S seeds, float64

@@ -10,6 +10,7 @@ import json
 import textwrap
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -17,13 +18,16 @@ import torch
 
 from ..errors import UserError
 from ..models.base_model import BaseModel, quiet_libraries
-from ..runtime.ranks import Ranks, gather_rows, rank_slice, start
+from ..runtime.output import check_free, write_all
+from ..runtime.ranks import TIMEOUT, Ranks, gather_rows, rank_slice, start
+from ..runtime.watch import Watch
 from .arguments import Request
 from .draw import Work, draw
 from .gallery import gallery
+from .geneval import read_metadata
 from .images import Images, batches
 from .progress import Progress
-from .protocols import protocol_of
+from .protocols import GENEVAL, protocol_of
 from .published import published
 from .result_text import as_markdown, as_text
 from .results import Scores, results_of, table_of, verdict
@@ -40,30 +44,32 @@ def run(request: Request) -> None:
     quiet_libraries()
     systems = read_systems(request)
     protocol = protocol_of(request.protocol, systems.config)
-    protocol = protocol if request.seeds is None else protocol.with_seeds(request.seeds)
+    protocol = protocol if request.seeds is None else replace(protocol, seeds=request.seeds)
     systems = sized(systems, protocol)
-    prompts = prompts_of(request, systems.config)
+    geneval = read_metadata(Path(request.prompts)) if protocol.name == GENEVAL.name else []
+    prompts = [prompt.text for prompt in geneval] or prompts_of(request, systems.config)
     scorers = request.scorers or (systems.config and systems.config.evaluate.scorers) or DEFAULT_SCORERS
     try:
         ranks = start(request.device)
     except UserError as error:
         raise UserError(str(error).replace("run.device", "--device")) from None
     every = batches(len(prompts), protocol.seeds, request.batch)
-    work = Work(protocol, prompts, every[rank_slice(len(every), ranks)], Images(request.out), ranks.device)
+    work = Work(protocol, prompts, every[rank_slice(len(every), ranks)], Images(request.out, geneval), ranks.device)
     settings = settings_of(request, systems, work)
     log = ScoreLog.read(request.out / PARTS, ranks.rank)
     names = [system.name for system in systems.all]
     if ranks.first:
         check_settings(request.out, settings)
         announce(request, systems, work, ranks)
-    check_scorers(scorers, names, work, log)
-    if ranks.first:
-        write_settings(request.out, settings)
-    wait(ranks)  # nobody writes before the folder is known to be the right one
-    progress = Progress(ranks.first)
-    draw(systems.all, work, progress)
-    score(scorers, names, work, log, progress)
-    wait(ranks)
+    with Watch(ranks, TIMEOUT):
+        check_scorers(scorers, names, work, log)
+        if ranks.first:
+            write_settings(request.out, settings)
+        wait(ranks)  # nobody writes before the folder is known to be the right one
+        progress = Progress(ranks.first)
+        draw(systems.all, work, progress)
+        score(scorers, names, work, log, progress)
+        wait(ranks)
     if not ranks.first:
         return
     log = ScoreLog.read(request.out / PARTS, ranks.rank)
@@ -108,9 +114,7 @@ def check_settings(out: Path, settings: dict) -> None:
     """
     file = out / SETTINGS
     if not file.is_file():
-        if out.is_dir() and any(out.iterdir()):
-            raise UserError(f"--out: {out} holds other files, expected a new folder or one of an evaluation")
-        return
+        return check_free("--out", out)
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
         differing = [key for key in settings if key != "systems" and before[key] != settings[key]]
@@ -137,11 +141,7 @@ def write_settings(out: Path, settings: dict) -> None:
     known = {}
     with suppress(OSError, ValueError, KeyError):
         known = json.loads(file.read_text(encoding="utf-8"))["systems"]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        _write(file, json.dumps(settings | {"systems": known | settings["systems"]}, indent=1))
-    except OSError as error:
-        raise UserError(f"--out: {out} cannot be written ({error.strerror}); choose another place") from None
+    write_all({file: json.dumps(settings | {"systems": known | settings["systems"]}, indent=1)})
 
 
 def announce(request: Request, systems: Systems, work: Work, ranks: Ranks) -> None:
@@ -162,6 +162,9 @@ def write_results(results: Mapping, table: Scores, work: Work) -> None:
     """Writes results.json, results.md, scores.jsonl, pairs.jsonl and gallery.html into the folder."""
     out, systems = work.images.root, list(results["systems"])
     lines, pairs = [], []
+    for prompt in work.images.geneval:
+        for name in systems:
+            prompt.write(out / "images" / name)
     for number, prompt in enumerate(work.prompts):
         for seed in range(work.protocol.seeds):
             files = {name: work.images.file(name, number, seed).relative_to(out).as_posix() for name in systems}
@@ -170,11 +173,14 @@ def write_results(results: Mapping, table: Scores, work: Work) -> None:
                 scores = {measure: by_system[name][number, seed].item() for measure, by_system in table.items()}
                 row = {"prompt": prompt, "number": number, "seed": seed, "system": name, "file": files[name]}
                 lines.append(row | {"scores": scores})
-    _write(out / "results.json", json.dumps(results, indent=1) + "\n")
-    _write(out / "results.md", as_markdown(results))
-    _write(out / "scores.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    _write(out / "pairs.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in pairs))
-    _write(out / "gallery.html", gallery(results, table, work.prompts, work.images))
+    texts = {
+        "results.json": json.dumps(results, indent=1) + "\n",
+        "results.md": as_markdown(results),
+        "scores.jsonl": "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines),
+        "pairs.jsonl": "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in pairs),
+        "gallery.html": gallery(results, table, work.prompts, work.images),
+    }
+    write_all({out / name: text for name, text in texts.items()})
 
 
 def close(out: Path, results: Mapping) -> None:
@@ -193,9 +199,3 @@ def _identity(system: Mapping) -> dict:
 def _shown(system: Mapping) -> str:
     lora = f"{system['lora']} at strength {system['strength']:g} on " if "lora" in system else ""
     return lora + system["model"]["path"]
-
-
-def _write(file: Path, text: str) -> None:
-    unfinished = file.with_suffix(".tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..models.conditioning import Conditioning
@@ -21,6 +22,11 @@ class Sampler:
     diffusion: LatentDiffusion
     schedule: Schedule
     text_kv: bool = True
+
+    def noise(self, count: int, seed: int) -> Tensor:
+        """Returns the noise (count, C, h, w) that a seed draws, on the models' device."""
+        rng = torch.Generator(self.diffusion.device).manual_seed(seed)
+        return self.schedule.prior((count, *self.network.latent_shape), rng)
 
     def __call__(self, x: Tensor, cond: Conditioning, on_step: Callable[[], object]) -> Tensor:
         """Returns images (N, 3, H, W) in [-1, 1] from noise (N, C, h, w); on_step is called after each step."""

@@ -90,8 +90,12 @@ def missing(scorer: str, systems: Sequence[str], work: Work, log: ScoreLog) -> l
 
 
 def check_scorers(scorers: Sequence[str], systems: Sequence[str], work: Work, log: ScoreLog) -> None:
-    """Loads each scorer that is still needed and lets it go, so that an unfit file shows before hours of drawing."""
-    for spec in scorers:
+    """Loads each scorer that is still needed and lets it go, so that an unfit file shows before hours of drawing.
+
+    It does nothing where everything is drawn: `score` then loads them at once, and what others have scored is kept.
+    """
+    drawn = all(work.images.has(system, batch) for system in systems for batch in work.batches)
+    for spec in () if drawn else scorers:
         if missing(spec, systems, work, log):
             load_scorer(spec, KEY, work.device)
 

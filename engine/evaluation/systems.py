@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -12,7 +12,8 @@ from ..data.prompts import read_prompts, split_prompts
 from ..errors import UserError
 from ..models.base_model import BaseModel
 from ..models.lora_file import Lora
-from ..models.lora_source import base_of, check_lora, find_lora
+from ..models.lora_source import base_of, check_lora, find_lora, recipe_of
+from ..user_files import user_path
 from .arguments import BASE, Request
 from .protocols import Protocol
 
@@ -61,10 +62,10 @@ def read_systems(request: Request) -> Systems:
     Raises UserError for a source that is neither, a base that nobody names, and a LoRA that does not fit its base.
     """
     models = {s.name: s.path for s in request.sources if _is_model(s.path)}
-    loras = {s.name: find_lora(Path(s.path).expanduser()) for s in request.sources if s.name not in models}
+    loras = {s.name: find_lora(user_path(s.path)) for s in request.sources if s.name not in models}
     if not loras and request.base is None:
         raise UserError("found no LoRA that names its base; name the model to compare with by --base")
-    config = next(filter(None, (_recipe(lora) for _, lora in loras.values())), None)
+    config = next(filter(None, (recipe_of(lora, file) for file, lora in loras.values())), None)
     base = _base(request, loras, config)
     systems = [System(BASE, base)]
     for source in request.sources:
@@ -87,7 +88,7 @@ def sized(systems: Systems, protocol: Protocol) -> Systems:
         return systems
     height, width = protocol.size
     update = {"height": height, "width": width}
-    changed = [_with_model(system, system.model.model_copy(update=update)) for system in systems.all]
+    changed = [replace(system, model=system.model.model_copy(update=update)) for system in systems.all]
     return Systems(changed, systems.config)
 
 
@@ -107,20 +108,9 @@ def prompts_of(request: Request, config: Config | None) -> list[str]:
     return split_prompts(known, min(count, len(set(known)) - 1), config.run.seed)[1]
 
 
-def _with_model(system: System, model: ModelConfig) -> System:
-    return System(system.name, model, system.source, system.lora, system.strength)
-
-
 def _is_model(path: str) -> bool:
-    local = Path(path).expanduser()
+    local = user_path(path)
     return (local / "model_index.json").is_file() if local.exists() else True
-
-
-def _recipe(lora: Lora) -> Config | None:
-    try:
-        return Config.model_validate_json(lora.facts.get("strop.config", ""))
-    except ValueError:  # there is none, or that of another version
-        return None
 
 
 def _base(request: Request, loras: dict[str, tuple[Path, Lora]], config: Config | None) -> ModelConfig:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 
@@ -21,7 +20,7 @@ from ..errors import UserError
 from ..models.clip_files import PICKSCORE_CLIP, TOKENIZER, ClipFolders, clip_network, clip_tokenizer, mean_and_std
 from ..models.hub import fetch
 from ..models.model_files import read_json
-from ..models.weight_files import SAFETENSORS, check_fit, fill, read_weights, weights_file
+from ..models.weight_files import SAFETENSORS, check_fit, fill, read_weights, save_tensors, weights_file
 from .clip import TimeConditionedCLIP
 
 RECORD = "judge.json"
@@ -78,7 +77,7 @@ def save(folder: Path, files: JudgeFiles, kind: str) -> None:
     clip.config.save_pretrained(folder)
     files.tokenizer.save_pretrained(folder)
     state = {name: value.contiguous() for name, value in clip.state_dict().items()}
-    save_file(state, folder / SAFETENSORS, metadata={"format": "pt"})
+    save_tensors(state, folder / SAFETENSORS, {"format": "pt"})
     size = clip.config.vision_config.image_size
     pixels = {"image_mean": files.mean, "image_std": files.std, "size": size}
     (folder / "preprocessor_config.json").write_text(json.dumps(pixels, indent=2))

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 
 from ..config.training import JudgeConfig
 from ..models.conditioning import Conditioning
-from ..models.weight_files import check_finite
+from ..models.weight_files import check_finite, save_tensors
 from . import files as judge_files
 from .candidates import Candidates
 from .clip import TimeConditionedCLIP
@@ -116,13 +116,10 @@ class TrainedJudge:
     def save(self, folder: Path, iteration: int) -> None:
         """Writes folder/JUDGE_FILE."""
         state = {name: value.contiguous() for name, value in self.judge.clip.state_dict().items()}
-        save_file(state, folder / JUDGE_FILE)
+        save_tensors(state, folder / JUDGE_FILE)
 
     def load(self, folder: Path) -> None:
         """Loads the weights that `save` wrote. Raises UserError if they are not finite."""
         state = load_file(folder / JUDGE_FILE)
         check_finite(state, str(folder / JUDGE_FILE))
         self.judge.clip.load_state_dict(state)
-
-    def check(self, folder: Path) -> None:
-        """Checks nothing: resuming compares the configuration, which says which judge it is."""

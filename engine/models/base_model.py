@@ -8,7 +8,6 @@ which runs none of its code; no other code of a repository is ever run.
 from __future__ import annotations
 
 import importlib.util
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,19 +15,18 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
-from safetensors import SafetensorError
 from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ..config.training import ModelConfig
-from ..errors import UserError, one_line
+from ..errors import UserError, one_line, short
 from . import single_file
 from .families.base import Family
 from .families.find import family_of_file, family_of_folder
 from .families.shared import CHANNELS
 from .hub import fetch
 from .model_files import read_config, read_index
-from .weight_files import check_finite
+from .weight_files import check_finite, shards_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KINDS = {  # text encoders are named by the family
@@ -98,8 +96,11 @@ class BaseModel:
 
     def outline(self, name: str) -> torch.nn.Module:
         """Returns the network `name` on the meta device: the names and shapes of its weights, and no numbers."""
-        with torch.device("meta"):
-            return network_kind(self.family, name).from_config(self.config(name))
+        try:
+            with torch.device("meta"):
+                return network_kind(self.family, name).from_config(self.config(name))
+        except Exception as error:  # as in load_network
+            raise UserError(f"{self.key}: {self.folder / name} cannot be built ({one_line(error)})") from None
 
     def image_size(self) -> tuple[int, int]:
         """Returns (height, width) in pixels of the images that the model draws. Raises UserError as latent_shape."""
@@ -180,6 +181,8 @@ def latent_shape(model: ModelConfig, unet: dict, factor: int, source: Path | str
     """Computes BaseModel.latent_shape for the UNet configuration `unet`; source: its model, for messages."""
     default_sides, blocks = unet.get("sample_size"), len(unet.get("block_out_channels", range(4)))
     default_sides = default_sides if isinstance(default_sides, list) else [default_sides] * 2
+    if len(default_sides) != 2 or not all(type(side) in (int, type(None)) for side in default_sides):
+        raise UserError(f"model.path: {source} has the sample_size {short(default_sides)}, expected one or two numbers")
     multiple = factor * 2 ** (blocks - 1)
     shape = []
     for side, default in zip(("height", "width"), default_sides, strict=True):
@@ -236,7 +239,7 @@ def load_network(
     options["dtype" if text else "torch_dtype"] = dtype  # two libraries, two names
     try:
         model, report = kind.from_pretrained(folder, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+    except Exception as error:  # diffusers, transformers and torch raise many kinds for bad values of a configuration
         why = one_line(error)
         if not safe:
             why = "its pickled weights are broken, or more than tensors and may run code; convert them to safetensors"
@@ -278,6 +281,9 @@ def _weights(path: str, revision: str | None, part: str, key: str, text: bool) -
         except UserError as error:  # without the network: of two sets of weights the other may have been fetched
             first_error = first_error or error
             continue
+        one_file, index = (folder / part / file for file in files[:2])
+        if index.is_file() and not one_file.is_file():
+            shards_of(index, key)
         if any(next(folder.glob(pattern), None) for pattern in patterns):
             return folder, variant, ending == "safetensors"
     raise first_error or UserError(f"{key}: {folder / part} holds no weights; expected {stem}.safetensors")
@@ -302,7 +308,7 @@ def _load_files(kind: type, folder: Path, part: str, key: str):
         raise UserError(f"{key}: {folder} has no folder {part}/, which every model in diffusers format has")
     try:
         return kind.from_pretrained(folder / part, local_files_only=True)
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
+    except Exception as error:  # the parsers of tokenizers raise Exception itself
         raise UserError(f"{key}: {folder / part} cannot be loaded ({one_line(error)})") from None
 
 

@@ -10,6 +10,7 @@ policy.py decides which layers have a LoRA and trains it.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -17,20 +18,22 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config.training import Config
-from ..errors import UserError, one_line
+from ..errors import UserError, one_line, short
+from ..user_files import parse_json, public_name
 from .families.base import Family
-from .weight_files import check_finite
+from .weight_files import check_finite, save_tensors
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 ADAPTER = "lora_adapter_metadata"  # the header key from which diffusers takes rank and alpha
+ALPHA, PATTERNS = "unet.lora_alpha", "unet.alpha_pattern"
+PLAIN_NAME = re.compile(r"[\w.]{1,200}")
 Format = Literal["diffusers", "kohya"]
 
 TOP = "down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding"
@@ -83,23 +86,25 @@ class Lora:
 def facts(config: Config, family: Family, iteration: int) -> dict[str, str]:
     """Returns header entries that name a LoRA's base model, recipe and iteration; family: of the base model.
 
-    Besides strop's own keys these are the keys by which user interfaces sort LoRAs: kohya's `ss_` and Stability's
-    `modelspec.` (github.com/Stability-AI/ModelSpec).
+    A path of this machine is there by its last name alone, because such a file is published. Besides strop's own keys
+    these are the keys by which user interfaces sort LoRAs: kohya's `ss_` and Stability's `modelspec.`
+    (github.com/Stability-AI/ModelSpec).
     """
-    model = config.model
+    model, base = config.model, public_name(config.model.path)
     return {
         "strop.version": version("strop"),
-        "strop.base_model": model.path,
+        "strop.base_model": base,
         "strop.family": family.name,
         "strop.iteration": str(iteration),
-        "strop.config": config.model_dump_json(),
+        "strop.config": json.dumps(_without_paths(config.model_dump(mode="json"))),
         **family.lora_header,
-        "ss_sd_model_name": model.path,
+        "ss_sd_model_name": base,
         "ss_v2": "False",
         "ss_seed": str(config.run.seed),
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.implementation": "diffusers",
         "modelspec.resolution": f"{model.width or family.size}x{model.height or family.size}",
+        "modelspec.title": Path(config.run.dir).resolve().name,
         "modelspec.date": datetime.now().isoformat(timespec="seconds"),
     }
 
@@ -110,13 +115,13 @@ def read(file: Path) -> Lora:
         with safe_open(file, framework="pt") as opened:
             header = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
-        adapter = json.loads(header.pop(ADAPTER, "{}"))
+        adapter = _adapter(header.pop(ADAPTER, "{}"))
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{file}: cannot be read as a LoRA ({one_line(error)}); expected a safetensors file") from None
     down, up, alpha = {}, {}, {}
     for name, value in tensors.items():
         layer, part = _layer_and_part(name)
-        if part == "alpha":
+        if part == "alpha" and value.numel() == 1:
             alpha[layer] = value.item()
         elif part in UP:
             up[layer] = value
@@ -129,7 +134,9 @@ def read(file: Path) -> Lora:
                 "lora_unet_down_blocks_ ... .lora_down.weight (kohya)"
             )
     for layer in down | up | alpha:
-        if layer not in down or layer not in up or down[layer].shape[0] != up[layer].shape[1]:
+        both = [factor[layer] for factor in (down, up) if layer in factor]
+        matrices = len(both) == 2 and all(value.dim() in (2, 4) and value.numel() for value in both)
+        if not matrices or down[layer].shape[0] != up[layer].shape[1]:
             raise UserError(f"{file} is no whole LoRA: the two factors of {layer} are not both there, or do not fit")
     if not down or adapter.get("unet.use_rslora"):
         why = "it scales by the root of the rank (rsLoRA)" if down else "it holds no tensors"
@@ -142,6 +149,7 @@ def read(file: Path) -> Lora:
 def write(lora: Lora, file: Path, form: Format, dtype: torch.dtype = torch.float32) -> Path:
     """Writes a LoRA to `file`, whose folder is created. float32, the default, keeps the trained weights bit for bit."""
     rank, alpha = _most_common(lora.ranks), _most_common(lora.alpha)
+    title = lora.facts.get("modelspec.title", file.stem) if file.name == LORA_FILE else file.stem
     header = {
         **lora.facts,
         "format": "pt",
@@ -150,8 +158,8 @@ def write(lora: Lora, file: Path, form: Format, dtype: torch.dtype = torch.float
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
         "ss_network_alpha": f"{alpha:g}",
-        "ss_output_name": file.stem,
-        "modelspec.title": file.stem,
+        "ss_output_name": title,
+        "modelspec.title": title,
     }
     if form == "diffusers":
         names = {layer: f"unet.{layer}.lora." for layer in lora.down}
@@ -171,7 +179,7 @@ def write(lora: Lora, file: Path, form: Format, dtype: torch.dtype = torch.float
     up = {f"{names[layer]}up.weight": value for layer, value in lora.up.items()}
     tensors = {name: value.to("cpu", dtype).contiguous() for name, value in (down | up).items()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors | alphas, file, metadata=header)
+    save_tensors(tensors | alphas, file, header)
     return file
 
 
@@ -189,11 +197,43 @@ def _layer_and_part(name: str) -> tuple[str, str]:
     return "", ""
 
 
+def _adapter(text: str) -> dict:
+    """Parses diffusers' header entry and checks what is read of it. Raises ValueError."""
+    adapter = parse_json(text)
+    patterns = adapter.get(PATTERNS, {}) if isinstance(adapter, dict) else None
+    if not isinstance(patterns, dict):
+        raise ValueError(f"its {ADAPTER} is {short(adapter)}, expected an object")
+    for name, value in {"lora_alpha": adapter.get(ALPHA, 1), **patterns}.items():
+        if not PLAIN_NAME.fullmatch(name):
+            raise ValueError(f"its alpha_pattern holds {short(name)}, expected names of layers and no expressions")
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"its alpha of {short(name)} is {short(value)}, expected a number")
+    return adapter
+
+
 def _alpha(layer: str, adapter: Mapping, rank: int) -> float:
-    """Returns a layer's alpha by diffusers' header, whose patterns are PEFT's; without a header, its rank (scale 1)."""
-    patterns = adapter.get("unet.alpha_pattern", {}).items()
-    matching = (value for pattern, value in patterns if re.fullmatch(rf"(.*\.)?({pattern})", layer))
-    return float(next(matching, adapter.get("unet.lora_alpha", rank)))
+    """Returns a layer's alpha by diffusers' header; without one, its rank (scale 1).
+
+    PEFT takes a pattern for a regular expression of the end of a layer's name. Those that say more than a name are
+    refused, because one can be made that never comes to an end.
+    """
+    patterns = adapter.get(PATTERNS, {}).items()
+    matching = (value for pattern, value in patterns if f".{layer}".endswith(f".{pattern}"))
+    return float(next(matching, adapter.get(ALPHA, rank)))
+
+
+def _without_paths(value: Any) -> Any:
+    """Returns JSON values in which paths of this machine are their last names, also after name=."""
+    if isinstance(value, dict):
+        return {key: _without_paths(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(part) for part in value]
+    if not isinstance(value, str):
+        return value
+    if (whole := public_name(value)) != value:
+        return whole
+    name, equals, path = value.partition("=")
+    return f"{name}{equals}{public_name(path)}" if equals else value
 
 
 def _most_common(by_layer: Mapping[str, float]) -> float:

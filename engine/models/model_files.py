@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from ..errors import UserError, one_line
+from ..errors import UserError, one_line, short
+from ..user_files import parse_json, read_text
+
+MOST = 10**6
+COUNTS = {  # what is computed with, and the least that it may be
+    **dict.fromkeys(("hidden_size", "vocab_size", "max_position_embeddings", "latent_channels", "layers_per_block"), 1),
+    **{"transformer_layers_per_block": 1, "steps_offset": 0},
+}
 
 
 def read_config(folder: Path, part: str, key: str) -> dict:
@@ -20,7 +26,16 @@ def read_config(folder: Path, part: str, key: str) -> dict:
     file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
     if not file.is_file():
         raise UserError(f"{key}: {folder / part} has no {file.name}")
-    return read_json(file, key)
+    config = read_json(file, key)
+    for name, least in COUNTS.items():
+        value = config.get(name, least)
+        by_block = isinstance(value, list) and name.endswith("_per_block")
+        if not by_block and not (type(value) is int and least <= value <= MOST):
+            found = f"{file} has {name} {short(value)}"
+            raise UserError(f"{key}: {found}, expected a whole number from {least} to {MOST:,}")
+    if not isinstance(config.get("model_type", ""), str):
+        raise UserError(f"{key}: {file} has model_type {short(config['model_type'])}, expected a name")
+    return config
 
 
 def read_index(folder: Path, key: str) -> dict:
@@ -35,7 +50,7 @@ def read_json(file: Path, key: str) -> dict:
     Raises UserError if the file cannot be read, is not JSON, or holds another kind of value.
     """
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = parse_json(read_text(file))
     except (OSError, ValueError) as error:
         raise UserError(f"{key}: {file} cannot be read as JSON ({one_line(error)})") from None
     if not isinstance(value, dict):

@@ -146,7 +146,3 @@ class TrainedLora:
     def load(self, folder: Path) -> None:
         """Loads the LoRA of a folder. Raises UserError if it does not fit the policy."""
         self.policy.load_lora(folder)
-
-    def check(self, folder: Path) -> None:
-        """Raises UserError if the LoRA of a folder does not fit the policy; changes nothing."""
-        self.policy.check_lora(folder)

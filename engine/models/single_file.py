@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from diffusers.loaders.single_file_utils import SingleFileComponentError, create_diffusers_clip_model_from_ldm
-from safetensors import SafetensorError, safe_open
+from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
+from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import UserError, one_line
@@ -19,8 +19,6 @@ from .families.find import holds
 from .families.shared import VAE_PREFIX
 from .model_files import read_shapes
 from .weight_files import check_finite
-
-CONVERSION_ERRORS = (OSError, ValueError, RuntimeError, LookupError, AttributeError)
 
 
 def prediction_of(file: Path, key: str) -> dict:
@@ -49,7 +47,7 @@ def load_from_file(
             model = kind.from_single_file(state, **options)
     except NotImplementedError:  # raised when a tensor without data is moved
         raise incomplete from None
-    except (*CONVERSION_ERRORS, SingleFileComponentError, SafetensorError) as error:
+    except Exception as error:  # diffusers raises many kinds for what it does not know
         raise UserError(f"{key}: {file} holds no {part} of the architecture in {folder} ({one_line(error)})") from None
     if any(tensor.is_meta for tensor in model.state_dict().values()):
         raise incomplete

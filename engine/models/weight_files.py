@@ -7,16 +7,17 @@ that an index names. Which tensors a network needs, and what they are called, it
 from __future__ import annotations
 
 import contextlib
+import stat
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..errors import UserError, one_line
+from ..errors import UserError, one_line, short
 from .model_files import read_json
 
 SAFETENSORS, PICKLES = "model.safetensors", "pytorch_model.bin"
@@ -40,15 +41,27 @@ def read_weights(path: Path, key: str) -> dict[str, Tensor]:
         raise UserError(f"{key}: {path} has neither {SAFETENSORS} nor {PICKLES}, nor an index of their shards")
     if not file.name.endswith(".index.json"):
         return read_tensors(file, key)
-    shards = read_json(file, key).get("weight_map")
-    if not isinstance(shards, dict):
-        raise UserError(f"{key}: {file} has no weight_map")
     state = {}
-    for name in sorted(set(shards.values())):
-        if not (file.parent / name).is_file():
-            raise UserError(f"{key}: {file.parent} lacks {name}, which {file.name} names")
-        state |= read_tensors(file.parent / name, key)
+    for shard in shards_of(file, key):
+        state |= read_tensors(shard, key)
     return state
+
+
+def shards_of(index: Path, key: str) -> list[Path]:
+    """Returns the files that an index of shards names, all of which lie beside it. Raises UserError otherwise."""
+    names = read_json(index, key).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise UserError(f"{key}: {index} has no weight_map, expected the file of each tensor")
+    for tensor, name in names.items():
+        if not isinstance(name, str) or name in ("", "..") or Path(name).name != name or "\\" in name:
+            raise UserError(
+                f"{key}: {index} names {short(name)} for {short(tensor)}, expected the name of a file beside it"
+            )
+    shards = [index.parent / name for name in sorted(set(names.values()))]
+    lacking = [shard.name for shard in shards if not shard.is_file()]
+    if lacking:
+        raise UserError(f"{key}: {index.parent} lacks {shortened(lacking)}, which {index.name} names")
+    return shards
 
 
 def read_tensors(file: Path, key: str) -> dict[str, Tensor]:
@@ -72,6 +85,14 @@ def read_tensors(file: Path, key: str) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise UserError(f"{key}: {file} holds no state dict; found {_described(state)}, expected names and tensors")
     return state
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path, header: dict[str, str] | None = None) -> None:
+    """Writes a .safetensors file with the mode that the umask gives; safetensors alone lets only its owner read it."""
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(tensors, file, metadata=header)
+    file.chmod(stat.S_IMODE(mode))
 
 
 def check_fit(network: nn.Module, state: dict[str, Tensor], new_keys: Collection[str], file: str) -> None:

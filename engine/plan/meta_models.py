@@ -74,7 +74,7 @@ class ModelBuilder:
         path = self.config.rollout.decoder
         if path is None:
             return None
-        folder = Path(path).expanduser()
+        folder = Path(path)
         config = read_config(folder, "", "rollout.decoder") if folder.is_dir() else {}
         network = self._built(lambda: KINDS["tiny_decoder"].from_config(config), self.dtype)
         return TinyDecoder(network, self.config.model.decode_rows)
@@ -164,8 +164,8 @@ class BlankTokenizer:
 
 def _base_model(model: ModelConfig, family: Family | None) -> tuple[Family, dict[str, dict], str]:
     """Returns (family, configurations by part, where they come from)."""
-    path = Path(model.path).expanduser()
-    folder = path if path.is_dir() else Path(model.components).expanduser() if model.components else None
+    path = Path(model.path)
+    folder = path if path.is_dir() else Path(model.components) if model.components else None
     if folder is not None and folder.is_dir():
         key = "model.path" if path.is_dir() else "model.components"
         family = family_of_folder(folder, key)
@@ -191,7 +191,7 @@ def _family(path: Path, model: ModelConfig, asked: Family | None) -> tuple[Famil
 
 def _vae(path: str, model_vae: dict) -> dict:
     """Returns the configuration of model.vae: a folder's own, else the model's, which is taken not to overflow."""
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if not folder.is_dir():
         return model_vae | {"force_upcast": False}
     return read_config(folder, "vae" if (folder / "vae").is_dir() else "", "model.vae")
@@ -199,7 +199,7 @@ def _vae(path: str, model_vae: dict) -> dict:
 
 def _judge(judge: JudgeConfig) -> tuple[CLIPConfig, str]:
     """Returns (configuration of the judge's CLIP, where it comes from)."""
-    folders = [Path(path).expanduser() for path in (judge.path, judge.components) if path]
+    folders = [Path(path) for path in (judge.path, judge.components) if path]
     folder = next((folder for folder in folders if (folder / "config.json").is_file()), None)
     if folder is None:
         return CLIPConfig(**PICKSCORE), "PickScore's CLIP, ViT-H/14"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..evaluation.cells import markdown_table
+from ..user_files import public_name
 from .run import Run
 from .tables import count, score_rows
 from .verdict import verdict
@@ -21,8 +23,7 @@ def write_model_card(run: Run, folder: Path) -> Path:
 def model_card(run: Run) -> str:
     """Returns the card as Markdown; its numbers are those of summary.json."""
     recipe, summary = run.recipe, run.summary
-    base = Path(str(recipe["model"]["path"]).rstrip("/")).name if Path(recipe["model"]["path"]).exists() else None
-    base = base or recipe["model"]["path"]
+    base = public_name(recipe["model"]["path"])
     lora = Path(summary["paths"]["lora"]).name
     kohya = Path(summary["paths"]["lora_kohya"]).name
     tags = ["stable-diffusion", "text-to-image", "diffusers", "lora", "spo"]
@@ -42,11 +43,9 @@ def model_card(run: Run) -> str:
 
 
 def _scores(run: Run) -> str:
-    rows = "\n".join(f"| {' | '.join(row)} |" for row in score_rows(run))
     return (
         f"Means over {count(run.summary.get('heldout_prompts'))} prompts that were not trained on, the same noise for "
-        "both models.\n\n"
-        f"| | base | tuned | change | 95% interval |\n|---|---|---|---|---|\n{rows}"
+        "both models.\n\n" + markdown_table(("", "base", "tuned", "change", "95% interval"), score_rows(run))
     )
 
 

@@ -115,7 +115,7 @@ def cut_apart(path: Path) -> list[BeforeAfter]:
     """Returns the pictures in a file of `before_after`, by prompt; none where it is missing or does not say where."""
     if not path.is_file():
         return []
-    with Image.open(path) as sheet:
+    with Image.open(path, formats=["PNG"]) as sheet:
         sheet.load()
         if PLACES not in sheet.info:
             return []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import yaml
@@ -15,7 +16,7 @@ from ..methods.spo.rollout import segments
 from ..runtime.columns import LEFT_OUT, SHORT, Column, Heatmap
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Run:
     """The files of a run folder: metrics.jsonl, summary.json ({} before it is written), config.yaml ("" for none).
 
@@ -28,7 +29,7 @@ class Run:
     config: str
     prompts: list[dict] = field(default_factory=list)
 
-    @property
+    @cached_property
     def recipe(self) -> dict:
         """The configuration as a tree; {} where there is none."""
         return yaml.safe_load(self.config) or {}
@@ -69,8 +70,9 @@ class Run:
 
     @property
     def independent(self) -> list[str]:
-        """The held-out scores that were measured by something else than the judge."""
-        return [name for name, row in self.compared.items() if name != "judge" and row["delta"] is not None]
+        """The held-out scores that were measured by something else than the judge and what it was trained from."""
+        compared = filter(monitor.independent_of_judge, self.compared)
+        return [name for name in compared if self.compared[name]["delta"] is not None]
 
     @property
     def trains_judge(self) -> bool:

@@ -12,8 +12,11 @@ from pathlib import Path
 import yaml
 from torch import Tensor
 
+from ..data.json_lines import read_objects
 from ..errors import UserError, one_line
-from ..runtime.metrics import finite, read_records, write_atomically
+from ..models.model_files import read_json
+from ..runtime.files import write_atomically
+from ..runtime.metrics import finite, read_records
 from .html import page
 from .pictures import curves
 from .run import Run
@@ -51,9 +54,11 @@ def read_run(run_dir: Path | str) -> Run:
         raise UserError(f"{run_dir}: cannot be read ({one_line(error)})") from None
     if text and not isinstance(tree, dict):
         raise UserError(f"{config_file}: found {type(tree).__name__}, expected sections such as `model:` and `run:`")
-    summary = next(iter(_objects(run_dir / "summary.json")), {})
-    prompts = _objects(run_dir / "heldout.jsonl")
-    return Run(run_dir, records, summary, text, prompts)
+    file, heldout = run_dir / "summary.json", run_dir / "heldout.jsonl"
+    summary = read_json(file, "report") if file.exists() else {}
+    expected = "the scores of held-out prompts; delete it to see the report without it"
+    prompts = [row for _, row in read_objects(heldout, str(heldout), expected)] if heldout.exists() else []
+    return Run(run_dir, records, finite(summary), text, finite(prompts))
 
 
 def write_summary(run_dir: Path | str, summary: dict) -> Path:
@@ -88,20 +93,3 @@ def close_run(run_dir: Path, summary: dict) -> None:
 def said(run: Run) -> str:
     """Returns the headline of a run's verdict for the terminal, in lines of at most 80 columns."""
     return textwrap.fill(verdict(run).headline, 80)
-
-
-def _objects(file: Path) -> list[dict]:
-    """Returns the JSON object in a file, or those in the lines of a .jsonl; none where there is no such file.
-
-    Raises UserError, with the file's name, for anything else.
-    """
-    try:
-        text = file.read_text(encoding="utf-8") if file.exists() else ""
-        texts = text.splitlines() if file.suffix == ".jsonl" else [text]
-        objects = [finite(json.loads(each)) for each in texts if each]
-    except (ValueError, OSError) as error:
-        raise UserError(f"{file}: not valid JSON ({one_line(error)}); delete it to see the report without it") from None
-    for found in objects:
-        if not isinstance(found, dict):
-            raise UserError(f"{file}: found {type(found).__name__}, expected an object")
-    return objects

@@ -2,6 +2,7 @@
 
 import textwrap
 
+from ..evaluation.monitor import independent_of_judge
 from ..runtime.ledger import NOT_AVAILABLE
 from ..runtime.progress import duration
 from .run import Run
@@ -92,11 +93,11 @@ def score_rows(run: Run) -> list[tuple[str, str, str, str, str]]:
 def by_change(run: Run) -> tuple[str, list[int]]:
     """Returns a held-out score and the lines of heldout.jsonl, the one first whose score rose most.
 
-    The score is the first that tells prompts apart: measured by something else than the judge where there is such a
-    one, and not only right or wrong. ("", []) where there is none.
+    The score is the first that tells prompts apart: one that is independent of the judge where there is such a one, and
+    not only right or wrong. ("", []) where there is none.
     """
     scores = (run.prompts[0].get("scores") or {}) if run.prompts else {}
-    for name in sorted(scores, key=lambda name: name == "judge"):
+    for name in sorted(scores, key=independent_of_judge, reverse=True):
         values = [(line.get("scores") or {}).get(name) or {} for line in run.prompts]
         changes = {
             row: each["tuned"] - each["base"]

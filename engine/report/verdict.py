@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal, NamedTuple
 
-from ..evaluation.compare import ENOUGH, beyond_chance, two_means
+from ..evaluation.compare import beyond_chance, two_means
+from ..evaluation.intervals import ENOUGH
+from ..evaluation.monitor import PICKSCORE
 from ..runtime.columns import SHORT, Column, Heatmap
 from ..runtime.signs import LEAST, listed, parts
 from .run import Run
@@ -19,6 +21,7 @@ from .run import Run
 NOT_MEASURED = "not measured"
 FEW, ALIKE = "too few to say", "all changes alike"
 ONLY_THE_JUDGE = "The run was measured only by the judge it was trained to please."
+NO_WITNESS = "pickscore is not independent: judges are trained from PickScore."
 
 
 class Finding(NamedTuple):
@@ -130,6 +133,8 @@ def _independent(run: Run, directions: Mapping[str, int]) -> Iterator[Finding]:
     """Says which scores are not the judge's, and warns where only the judge was pleased."""
     if run.trains_judge or not run.compared:
         return
+    if PICKSCORE in run.compared:
+        yield Finding("open", NO_WITNESS)
     if not run.independent:
         yield Finding("open", ONLY_THE_JUDGE)
         return

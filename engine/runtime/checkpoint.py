@@ -1,56 +1,37 @@
-"""The run folder: opened without overwriting anything, and checkpoints from which a run goes on bit for bit.
+"""Checkpoints, from which a run goes on bit for bit: how they are written, checked, found and read.
 
-A checkpoint holds what is trained, the optimizer state (sharded as ZeRO has it), the generators' states and the
-iteration, but no frozen models. The Trainable decides which files its weights have.
+A checkpoint is a folder run.dir/checkpoints/<iteration> of six digits. It holds what is trained, the optimizer's state
+(sharded as ZeRO has it), the generators' states, sums that are not in metrics.jsonl yet, and the iteration, but no
+frozen models. The Trainable decides which files its weights have. Whether a run may go on from it, run_folder.py knows.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from ..config.judge_training import JudgeTrainingConfig
-from ..config.settings import differences, dump
-from ..config.training import Config, load
-from ..errors import UserError
+from ..config.settings import dump
+from ..config.training import Config
+from .digests import digests_of
+from .files import sync, writing
 from .optimizer import Optimizer
-from .ranks import Ranks
+from .ranks import Ranks, on_every
 
 Recipe = Config | JudgeTrainingConfig
-MAY_CHANGE = (  # on resume; everything else decides what the run computes
-    "run.dir",
-    "run.iterations",
-    "run.device",
-    "run.kernels",
-    "run.log_every",
-    "run.tracker",
-    "run.save_every",
-    "run.resume",
-    "run.share_of_peak",
-    "evaluate.prompts",
-    "evaluate.num_steps",
-    "evaluate.guidance",
-    "evaluate.batch",
-    "evaluate.seed",
-    "evaluate.pictures",
-    "evaluate.scorers",
-    "evaluate.every",
-    "evaluate.watched",
-    "evaluate.patience",
-    "evaluate.stop",
-    "data.cache",
-    "data.workers",
-    "data.max_broken",
-)
+CONFIG, STATE, DIGESTS = "config.yaml", "state.json", "digests.json"
+NAME, DRAFT = re.compile(r"\d{6}"), re.compile(r"\.\d{6}\.draft")
 
 
 class Trainable(Protocol):
@@ -62,10 +43,7 @@ class Trainable(Protocol):
         """Writes the weights into a folder, as they are after `iteration` iterations."""
 
     def load(self, folder: Path) -> None:
-        """Reads the weights from a folder that `save` wrote. Raises as `check` does."""
-
-    def check(self, folder: Path) -> None:
-        """Raises UserError where the weights in the folder do not fit; changes nothing."""
+        """Reads the weights from a folder that `save` wrote. Raises UserError where they do not fit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,142 +55,157 @@ class Training:
     rngs: Mapping[str, torch.Generator]
 
 
-def check_run(config: Recipe, ranks: Ranks) -> None:
-    """Raises the UserErrors of `open_run` that need no trainable, early and without writing anything."""
-    _on_first(ranks, lambda: _check(config, ranks))
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a checkpoint holds beside the training. shared: JSON values, alike on all ranks; own: a rank's tensors."""
+
+    shared: Mapping[str, Any]
+    own: Mapping[str, Tensor]
 
 
-def open_run(config: Recipe, ranks: Ranks, trainable: Trainable) -> Path | None:
-    """Makes the run folder, writes config.yaml, and returns the checkpoint to go on from, or None for a new run.
+def save(training: Training, config: Recipe, iteration: int, ranks: Ranks, facts: Facts) -> Path:
+    """Writes the checkpoint run.dir/checkpoints/<iteration>; returns its path. Every rank calls it.
 
-    Raises UserError, on every rank and before anything is written, for a folder that holds something, cannot be
-    written, or does not fit run.resume and the trainable.
-    """
-    return _on_first(ranks, lambda: _open(config, ranks, trainable))
-
-
-def save(training: Training, config: Recipe, iteration: int, ranks: Ranks, spent: Mapping[str, Any]) -> Path:
-    """Writes the checkpoint run.dir/checkpoints/<iteration>, which gets its name when it is complete; returns its path.
-
-    spent: seconds and the ledger's totals so far, for `spent_before`. Checkpoints beyond `Trainable.keep` are removed.
-    Every rank calls it.
+    It gets its name when all of it is on the disk, so that neither a kill nor a power cut leaves a broken one. Then
+    checkpoints beyond `Trainable.keep` are removed. Raises UserError, on every rank, if a file cannot be written.
     """
     final = Path(config.run.dir) / "checkpoints" / f"{iteration:06d}"
     draft = final.with_name(f".{final.name}.draft")
-    if ranks.first:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-    _wait(ranks)
-    training.optimizer.save(draft)
-    states = {name: rng.get_state() for name, rng in training.rngs.items()}
-    save_file(states, draft / f"generators-{ranks.rank}.safetensors")
-    if ranks.first:
-        training.trainable.save(draft, iteration)
-        dump(config, draft / "config.yaml")
-        (draft / "state.json").write_text(json.dumps({"iteration": iteration, "ranks": ranks.size, **spent}))
-    _wait(ranks)
-    if ranks.first:
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(draft, final)
-        keep = training.trainable.keep
-        for folder in _finished(Path(config.run.dir))[: -keep if keep else 0]:
-            shutil.rmtree(folder, ignore_errors=True)
-    _wait(ranks)
+    states = {f"generator.{name}": rng.get_state() for name, rng in training.rngs.items()}
+    tensors = states | {f"own.{name}": value.cpu() for name, value in facts.own.items()}
+
+    def begin() -> None:
+        if ranks.first:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+
+    def write() -> None:
+        training.optimizer.save(draft)
+        save_file(tensors, draft / _rank_file(ranks))
+        if ranks.first:
+            training.trainable.save(draft, iteration)
+            dump(config, draft / CONFIG)
+            state = {"iteration": iteration, "ranks": ranks.size, **facts.shared}
+            (draft / STATE).write_text(json.dumps(state), encoding="utf-8")
+
+    def finish() -> None:
+        if ranks.first:
+            _seal(draft)
+            _remove(final)
+            os.replace(draft, final)
+            sync(final.parent)
+            keep = training.trainable.keep
+            for folder in finished(Path(config.run.dir))[: -keep if keep else 0]:
+                _remove(folder)
+
+    def guarded(part: Callable[[], None]) -> None:
+        with writing(draft):
+            part()
+
+    for part in (begin, write, finish):
+        on_every(ranks, partial(guarded, part))
     return final
 
 
-def restore(training: Training, checkpoint: Path, ranks: Ranks) -> int:
-    """Restores the weights, the optimizer and the generators of a checkpoint; returns how many iterations were done."""
-    training.trainable.load(checkpoint)
-    training.optimizer.load(checkpoint)
-    states = load_file(checkpoint / f"generators-{ranks.rank}.safetensors")
-    for name, rng in training.rngs.items():
-        rng.set_state(states[name])
-    return _state(checkpoint)["iteration"]
+def restore(training: Training, checkpoint: Path, ranks: Ranks) -> dict[str, Tensor]:
+    """Restores weights, optimizer and generators; returns what `save` was given as this rank's own.
+
+    Every rank calls it. Raises UserError, on every rank, if a file cannot be read.
+    """
+    own = {}
+
+    def read() -> None:
+        training.trainable.load(checkpoint)
+        training.optimizer.load(checkpoint)
+        tensors = load_file(checkpoint / _rank_file(ranks))
+        for name, rng in training.rngs.items():
+            rng.set_state(tensors[f"generator.{name}"])
+        own.update((name.removeprefix("own."), t) for name, t in tensors.items() if name.startswith("own."))
+
+    on_every(ranks, read)
+    return own
 
 
-def spent_before(checkpoint: Path | None, name: str) -> dict[str, Any]:
-    """Returns the entry of `spent` that `save` wrote under this name, {} for a new run."""
-    return _state(checkpoint).get(name, {}) if checkpoint else {}
+def state_of(checkpoint: Path) -> dict[str, Any]:
+    """Returns the iteration, the number of ranks, and what `save` was given as shared by all ranks."""
+    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+
+
+def finished(run_dir: Path) -> list[Path]:
+    """Returns the checkpoints of a run, the newest last, damaged ones too; drafts and other folders are none."""
+    folders = (run_dir / "checkpoints").glob("[0-9]*")
+    ours = [p for p in folders if NAME.fullmatch(p.name) and any((p / n).is_file() for n in (CONFIG, STATE, DIGESTS))]
+    return sorted(ours)
 
 
 def newest(run_dir: Path) -> Path | None:
-    """Returns the checkpoint of the latest iteration, None where there is none; unfinished ones do not count."""
-    return next(reversed(_finished(run_dir)), None)
+    """Returns the checkpoint of the latest iteration, None where there is none."""
+    return next(reversed(finished(run_dir)), None)
 
 
-def _on_first(ranks: Ranks, action: Callable[[], Path | None]) -> Path | None:
-    """Calls the action on the first rank; every rank returns its result, or raises its UserError."""
-    outcome: list = [None, None]  # result, error
-    if ranks.first:
-        try:
-            outcome[0] = action()
-        except UserError as error:
-            outcome[1] = str(error)
-    if ranks.size > 1:
-        dist.broadcast_object_list(outcome)
-    if outcome[1]:
-        raise UserError(outcome[1])
-    return outcome[0]
-
-
-def _open(config: Recipe, ranks: Ranks, trainable: Trainable) -> Path | None:
-    checkpoint = _check(config, ranks)
-    if checkpoint:
-        trainable.check(checkpoint)
-    run_dir = Path(config.run.dir)
+def damage(checkpoint: Path) -> str:
+    """Says what is wrong with a checkpoint, by the digests of its files; nothing if it is whole."""
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        dump(config, run_dir / "config.yaml")
-    except OSError as error:
-        raise UserError(f"run.dir: {run_dir} cannot be written ({error.strerror}); choose another folder") from None
-    return checkpoint
-
-
-def _check(config: Recipe, ranks: Ranks) -> Path | None:
-    """Returns the checkpoint to go on from, or None for a new run, whose folder must be new or empty."""
-    run_dir = Path(config.run.dir)
-    if config.run.resume:
-        return _checkpoint_to_resume(config, run_dir, ranks)
+        expected = _digests(checkpoint)
+    except (OSError, ValueError):
+        return f"{DIGESTS} is missing or cannot be read"
+    if missing := sorted(name for name in {STATE, CONFIG, *expected} if not (checkpoint / name).is_file()):
+        return f"{missing[0]} is missing"
     try:
-        holds_files = run_dir.exists() and any(run_dir.iterdir())
+        changed = [name for name, digest in _digests_of(checkpoint, expected).items() if digest != expected[name]]
     except OSError as error:
-        raise UserError(f"run.dir: {run_dir} cannot be used ({error.strerror}); choose another folder") from None
-    if holds_files:
-        raise UserError(
-            f"run.dir: {run_dir} is not empty; choose a new folder, or run.resume=true to go on with the run in it"
-        )
-    return None
+        return f"{error.filename or checkpoint} cannot be read ({error.strerror})"
+    if changed or STATE not in expected:
+        return f"{sorted(changed or [STATE])[0]} is not as it was written"
+    iteration = state_of(checkpoint)["iteration"]
+    return "" if iteration == int(checkpoint.name) else f"{STATE} is of iteration {iteration}"
 
 
-def _checkpoint_to_resume(config: Recipe, run_dir: Path, ranks: Ranks) -> Path:
-    checkpoint = newest(run_dir)
-    if checkpoint is None:
-        raise UserError(f"run.resume: {run_dir} holds no checkpoint; leave run.resume out to begin a run there")
-    split = isinstance(config, Config) and not config.prompts.heldout  # which evaluate.prompts then decides
-    may_change = [key for key in MAY_CHANGE if not (split and key == "evaluate.prompts")]
-    changed = differences(load(checkpoint / "config.yaml", cls=type(config)), config, may_change)
-    if changed:
-        raise UserError(
-            f"run.resume: {checkpoint} belongs to another configuration ({'; '.join(changed)}); "
-            "set these keys back or begin a new run"
-        )
-    size = _state(checkpoint)["ranks"]
-    if size != ranks.size:
-        raise UserError(
-            f"run.resume: found {ranks.size} processes, expected {size}, as {checkpoint} was written by; start {size}"
-        )
-    return checkpoint
+def remove_drafts(run_dir: Path) -> None:
+    """Removes checkpoints that were not finished."""
+    for folder in (run_dir / "checkpoints").glob(".*.draft"):
+        if DRAFT.fullmatch(folder.name):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _finished(run_dir: Path) -> list[Path]:
-    return sorted(p for p in (run_dir / "checkpoints").glob("[0-9]*") if (p / "state.json").is_file())
+def _rank_file(ranks: Ranks) -> str:
+    return f"rank-{ranks.rank}.safetensors"
 
 
-def _state(checkpoint: Path) -> dict:
-    return json.loads((checkpoint / "state.json").read_text())
+def _digests(checkpoint: Path) -> dict[str, str]:
+    """Reads the digests of a checkpoint's files by name. ValueError where that is not what the file holds."""
+    digests = json.loads((checkpoint / DIGESTS).read_text(encoding="utf-8"))
+    if not isinstance(digests, dict) or not all(Path(name).name == name for name in digests):
+        raise ValueError(f"{DIGESTS} does not hold names and digests")
+    return digests
 
 
-def _wait(ranks: Ranks) -> None:
-    if ranks.size > 1:
-        dist.barrier()
+def _digests_of(checkpoint: Path, names: Mapping[str, str]) -> dict[str, str]:
+    return digests_of(checkpoint / name for name in names)
+
+
+def _seal(draft: Path) -> None:
+    """Writes digests of all files, and waits until everything is on the disk."""
+    (draft / DIGESTS).write_text(json.dumps(digests_of(sorted(draft.iterdir()))), encoding="utf-8")
+    for path in (*draft.iterdir(), draft):
+        sync(path)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Removes the files of a checkpoint; if others lie in its folder, or nobody knows which are its own, it is moved
+    aside as it is."""
+    if not checkpoint.exists():
+        return
+    try:
+        for name in _digests(checkpoint):
+            (checkpoint / name).unlink(missing_ok=True)
+        (checkpoint / DIGESTS).unlink()
+        checkpoint.rmdir()
+    except (OSError, ValueError):
+        os.replace(checkpoint, _free(checkpoint))
+
+
+def _free(checkpoint: Path) -> Path:
+    """Returns a name that is not in use: 000010.old, 000010.old1 and so on."""
+    names = (checkpoint.with_name(f"{checkpoint.name}.old{number or ''}") for number in range(10**6))
+    return next(name for name in names if not name.exists())

@@ -21,6 +21,7 @@ from .ranks import Ranks
 class Gate:
     """Lets the gradients of finite losses through to the parameters, divided by the scale of the backward pass.
 
+    counts (2,): micro-batches left out and others since the last optimizer step, on this rank until one is due.
     left_out: micro-batches of the last optimizer step, on all ranks, whose loss was not finite; in_a_row: optimizer
     steps left out since the last one that was taken. All is decided on the device until a step is due: the host then
     waits for the gradient's norm, once. It would hand the device no more work before that step anyway, and what it has
@@ -29,7 +30,7 @@ class Gate:
 
     def __init__(self, parameters: Sequence[nn.Parameter], scale: float, ranks: Ranks):
         self._scale, self._several = scale, ranks.size > 1
-        self._counts = torch.zeros(2, device=parameters[0].device)  # micro-batches left out, and others
+        self.counts = torch.zeros(2, device=parameters[0].device)  # micro-batches left out, and others
         self.left_out = self.in_a_row = 0
         for p in parameters:
             p.register_hook(self._passed)
@@ -40,16 +41,20 @@ class Gate:
         If no loss of the step was finite, on any rank, the gradient becomes NaN, so that the step is left out.
         """
         self._finite = loss.detach().isfinite()
-        self._counts += torch.stack([~self._finite, self._finite])
+        self.counts += torch.stack([~self._finite, self._finite])
         if last and self._several:
-            dist.all_reduce(self._counts)
-        self._instead = torch.where(self._counts[1] > 0, 0.0, math.nan) if last else torch.zeros_like(self._counts[1])
+            dist.all_reduce(self.counts)
+        self._instead = torch.where(self.counts[1] > 0, 0.0, math.nan) if last else torch.zeros_like(self.counts[1])
         return self._finite
+
+    def open(self) -> None:
+        """Lets sums of gradients that were let through before pass once more, as they are."""
+        self._finite = torch.ones_like(self._finite)
 
     def admits(self, norm: Tensor | float) -> bool:
         """Takes the norm of the gradient of an optimizer step, the same on every rank; returns if it is finite."""
-        norm, left_out = torch.stack([torch.as_tensor(norm).to(self._counts), self._counts[0]]).tolist()  # one wait
-        self._counts.zero_()
+        norm, left_out = torch.stack([torch.as_tensor(norm).to(self.counts), self.counts[0]]).tolist()  # one wait
+        self.counts.zero_()
         self.left_out = int(left_out)
         self.in_a_row = 0 if math.isfinite(norm) else self.in_a_row + 1
         return not self.in_a_row

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .columns import Column
+from .files import write_atomically, writing
 
 Value = Tensor | float
 # The fields of every record beside its columns: iterations done, optimizer steps of the whole run, and, since the last
@@ -90,9 +91,25 @@ class Metrics:
         nonfinite = [name for name, value in record.items() if finite(value) != value]
         record = finite(record) | ({"nonfinite": nonfinite} if nonfinite else {})
         if self._enabled:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record, allow_nan=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # a checkpoint that counts on this line is to come
         return record
+
+    def unflushed(self) -> tuple[dict[str, Tensor], float]:
+        """Returns this rank's sums (2, N) by column, which no record has yet, and the seconds since the last record."""
+        sums = {name: self._sums[:, slot].clone() for name, slot in self._slots.items()}
+        return sums, time.perf_counter() - self._marks[-1][1]
+
+    def take_up(self, sums: Mapping[str, Tensor], seconds: float) -> None:
+        """Goes on from what `unflushed` returned; columns that are other ones now begin with nothing."""
+        for name, value in sums.items():
+            slot = self._slots.get(name)
+            if slot and value.shape == self._sums[:, slot].shape:
+                self._sums[:, slot] = value.to(self._device)
+        last = self._before.get("iteration", 0)
+        self._marks[-1] = (last, time.perf_counter() - seconds, self._marks[-1][2])
 
     def rewind(self, iteration: int) -> None:
         """Cuts the lines after `iteration` from metrics.jsonl and goes on from the totals of the last line that stays.
@@ -173,13 +190,6 @@ def finite(value):
     if isinstance(value, list):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file so that a reader, also after a kill, sees either the old content or the new."""
-    draft = path.with_name(path.name + ".draft")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
 
 
 def _record(line: str) -> dict | None:

@@ -1,6 +1,6 @@
 """The optimizer: AdamW over a module's trainable parameters, its state sharded by DeepSpeed ZeRO over several ranks.
 
-One process runs plain AdamW: there is nothing to shard, and neither DeepSpeed nor a compiler is needed.
+One process runs plain AdamW: there is nothing to shard, and DeepSpeed is not needed.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config.training import OptimConfig
-from ..errors import UserError
+from ..errors import UserError, one_line
 from .finite import Gate
 from .ranks import Ranks
 
@@ -48,6 +50,52 @@ class AdamWSettings:
         names = [field.name for field in fields(cls) if field.name not in ("stage", "loss_scale")]
         settings = {name: getattr(optim, name) for name in names}
         return cls(**settings, stage=stage, loss_scale=FLOAT16_SCALE if dtype == "float16" else 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class AdamWState:
+    """What an optimizer holds beside its moments: steps taken, micro-batches that wait, and the sums of their grads."""
+
+    steps: int
+    waiting: int
+    grads: list[Tensor]
+    counts: Tensor  # of the gate, since the last step
+
+
+def write_state(folder: Path, rank: int, state: AdamWState, optimizer: torch.optim.Optimizer) -> None:
+    """Writes a rank's state and its optimizer's moments to folder/optimizer-<rank>.safetensors."""
+    tensors = {
+        f"{name}.{i}": value.contiguous()
+        for i, entries in optimizer.state_dict()["state"].items()
+        for name, value in entries.items()
+    }
+    tensors |= {f"grad.{i}": grad.contiguous() for i, grad in enumerate(state.grads)} | {"counts.0": state.counts}
+    counts = {"steps": str(state.steps), "waiting": str(state.waiting)}
+    save_file(tensors, folder / f"optimizer-{rank}.safetensors", counts)
+
+
+def read_state(folder: Path, rank: int, optimizer: torch.optim.Optimizer) -> AdamWState:
+    """Puts the moments of folder/optimizer-<rank>.safetensors into an optimizer, and returns the rest.
+
+    Raises UserError if it is no safetensors file; nothing in it is ever run.
+    """
+    moments: dict[int, dict[str, Tensor]] = {}
+    path = folder / f"optimizer-{rank}.safetensors"
+    try:
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 (it is no dict)
+                name, i = key.rsplit(".", 1)
+                moments.setdefault(int(i), {})[name] = file.get_tensor(key)
+            counts = {name: int(value) for name, value in file.metadata().items()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path}: found no optimizer state in safetensors ({one_line(error)}); go on from another checkpoint"
+        ) from None
+    gate = moments[0].pop("counts")
+    grads = [moments[i].pop("grad") for i in sorted(moments) if "grad" in moments[i]]
+    state = {i: entries for i, entries in moments.items() if entries}
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    return AdamWState(**counts, grads=grads, counts=gate)
 
 
 class LocalAdamW:
@@ -92,69 +140,84 @@ class LocalAdamW:
         return _bytes(self.optimizer)
 
     def save(self, folder: Path) -> None:
-        state = {"optimizer": self.optimizer.state_dict(), "waiting": self.waiting, "steps": self.steps}
-        state["grads"] = [p.grad for p in self.parameters] if self.waiting else None
-        torch.save(state, folder / "optimizer.pt")
+        """Writes the state to folder/optimizer-0.safetensors."""
+        waiting = [p.grad for p in self.parameters] if self.waiting else []
+        write_state(folder, 0, AdamWState(self.steps, self.waiting, waiting, self.gate.counts), self.optimizer)
 
     def load(self, folder: Path) -> None:
-        state = torch.load(folder / "optimizer.pt", weights_only=True)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.waiting, self.steps = state["waiting"], state["steps"]
-        for parameter, grad in zip(self.parameters, state["grads"] or [], strict=False):
-            parameter.grad = grad
+        """Reads what `save` wrote, into an optimizer of the same module."""
+        state = read_state(folder, 0, self.optimizer)
+        self.steps, self.waiting = state.steps, state.waiting
+        self.gate.counts.copy_(state.counts)
+        for parameter, grad in zip(self.parameters, state.grads, strict=False):
+            parameter.grad = grad.to(parameter.device)
 
 
 class ZeroAdamW:
     """AdamW of several ranks through a DeepSpeedEngine, ZeRO stage 1 or 2; the same interface as LocalAdamW.
 
+    Gradients are accumulated here, each rank's own, and DeepSpeed is given their sum at every optimizer step: it then
+    reduces once a step, and a checkpoint can hold the sums that wait, which DeepSpeed's own cannot.
     Raises UserError for a version of DeepSpeed that cannot train the module.
     """
 
     def __init__(self, module: nn.Module, settings: AdamWSettings, ranks: Ranks):
         import deepspeed
 
-        self.settings = settings
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        self.gate = Gate(parameters, settings.loss_scale, ranks)
+        self.settings, self.rank = settings, ranks.rank
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.gate = Gate(self.parameters, settings.loss_scale, ranks)
+        self.waiting = 0  # micro-batches since the last optimizer step
+        self.steps = 0
+        self._sums: list[Tensor] = []  # of their gradients, by parameter
         with _scalars_not_broadcast(module):
             self.engine, *_ = deepspeed.initialize(
                 model=module,
-                model_parameters=parameters,
-                optimizer=_adamw(parameters, settings),
+                model_parameters=self.parameters,
+                optimizer=_adamw(self.parameters, settings),
                 config={
                     "train_micro_batch_size_per_gpu": settings.micro_batch,
-                    "gradient_accumulation_steps": settings.accumulate,
+                    "gradient_accumulation_steps": 1,
                     "gradient_clipping": settings.max_grad_norm or 0.0,  # 0 never clips
                     "zero_optimization": {
                         "stage": settings.stage,
                         "overlap_comm": False,
-                        "reduce_bucket_size": sum(p.numel() for p in parameters),  # DeepSpeed's own takes 2 GB
+                        "reduce_bucket_size": sum(p.numel() for p in self.parameters),  # DeepSpeed's own takes 2 GB
                     },
                     "zero_allow_untested_optimizer": True,
                     "steps_per_print": 10**9,
                 },
             )
 
-    @property
-    def steps(self) -> int:
-        return self.engine.global_steps - self.engine.skipped_steps
-
-    @property
-    def waiting(self) -> int:
-        return self.engine.micro_steps % self.settings.accumulate
-
     def backward(self, loss: Tensor) -> Tensor:
-        finite = self.gate.judge(loss, self.engine.is_gradient_accumulation_boundary())
-        self.engine.backward(loss * self.settings.loss_scale)
+        finite = self.gate.judge(loss, self.waiting + 1 >= self.settings.accumulate)
+        loss = loss * (self.settings.loss_scale / self.settings.accumulate)
+        if self.settings.accumulate == 1:
+            self.engine.backward(loss)
+            return finite
+        grads = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
+        if self._sums:
+            torch._foreach_add_(self._sums, grads)
+        else:
+            self._sums = list(grads)
         return finite
 
     def step(self) -> Tensor | float | None:
-        boundary = self.engine.is_gradient_accumulation_boundary()
-        self.engine.step()  # DeepSpeed itself leaves out a step whose norm is not finite
-        if not boundary:
+        """Does as LocalAdamW's."""
+        self.waiting += 1
+        if self.waiting < self.settings.accumulate:
             return None
+        if self._sums:
+            self.gate.open()
+            # The gradient of this product is the sums, bit for bit; what is unscaled twice is scaled twice.
+            products = [(p * grad).sum() for p, grad in zip(self.parameters, self._sums, strict=True)]
+            self.engine.backward(torch.stack(products).sum() * self.settings.loss_scale)
+            self._sums = []
+        self.engine.step()  # DeepSpeed itself leaves out a step whose norm is not finite
+        self.waiting = 0
         norm = self.engine.get_global_grad_norm()
-        self.gate.admits(norm)
+        if self.gate.admits(norm):
+            self.steps += 1
         return norm
 
     def set_lr(self, lr: float) -> None:
@@ -165,10 +228,17 @@ class ZeroAdamW:
         return _bytes(self.engine.optimizer.optimizer)
 
     def save(self, folder: Path) -> None:
-        self.engine.save_checkpoint(str(folder), tag="zero", exclude_frozen_parameters=True)
+        """Writes this rank's share of the state to folder/optimizer-<rank>.safetensors."""
+        state = AdamWState(self.steps, self.waiting, self._sums, self.gate.counts)
+        write_state(folder, self.rank, state, self.engine.optimizer.optimizer)
 
     def load(self, folder: Path) -> None:
-        self.engine.load_checkpoint(str(folder), tag="zero", load_module_strict=False)
+        """Reads what `save` wrote, by as many ranks; the module's parameters have been loaded by then."""
+        state = read_state(folder, self.rank, self.engine.optimizer.optimizer)
+        self.steps, self.waiting = state.steps, state.waiting
+        self.gate.counts.copy_(state.counts)
+        self._sums = [g.to(p.device) for g, p in zip(state.grads, self.parameters, strict=False)]
+        self.engine.optimizer.refresh_fp32_params()  # the shares that the optimizer steps on
 
 
 Optimizer = LocalAdamW | ZeroAdamW

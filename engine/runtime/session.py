@@ -7,25 +7,31 @@ over iterations is in methods/loop.py.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...kernels import use_reference
+from ..errors import Interrupted, UserError
 from . import checkpoint, ledger
-from .checkpoint import Recipe, Training
+from .checkpoint import Facts, Recipe, Training
 from .columns import Column
+from .files import writing
+from .launchers import command
 from .ledger import Ledger
 from .metrics import Metrics, Value, read_records
 from .progress import LiveLine, Progress
 from .ranks import Ranks, start
+from .run_folder import Inputs, RunFolder
+from .stop import Stop
 from .stopwatch import Stopwatch
 from .tracker import Tracker, check_tracker, open_tracker
+from .watch import Watch
 
 
 class Session:
@@ -38,40 +44,60 @@ class Session:
     training: Training
     progress: Progress
 
-    def __init__(self, config: Recipe, ranks: Ranks):
+    def __init__(self, config: Recipe, ranks: Ranks, inputs: Inputs | None = None):
+        """inputs: what the run reads, see RunFolder."""
         self.config, self.run, self.ranks = config, config.run, ranks
-        self.dir = Path(config.run.dir)
+        self.folder = RunFolder(config, ranks, inputs or {})
+        self.dir = self.folder.dir
         self.clock = Stopwatch(ranks.device)
         self.ledger = Ledger(ranks.device)
         self.live = LiveLine(ranks.first)
+        self.stop = Stop(ranks)
+        self.command = command()  # as long as the launcher is there to be asked
         self.tracker: Tracker | None = None  # on the first rank, from `begin` on
         self.done = 0  # iterations
+        self.ending = 0  # the signal that ends the run after this iteration
         self._begun = time.perf_counter()
-        self._resumed: Path | None = None
-        self._seconds_before: dict[str, float] = {}
+        self._before: dict[str, Any] = {}  # what the checkpoint that the run goes on from says of it
+        self._since_record: dict[str, float] = {}  # seconds by stage
         self._collecting = ""  # the stage whose seconds, with those of the update, are a method's work
 
     @classmethod
     @contextmanager
-    def start(cls, config: Recipe) -> Iterator[Session]:
-        """Joins the processes of the run and checks its folder, writing nothing. Raises UserError as `check_run`."""
+    def start(cls, config: Recipe, inputs: Inputs | None = None) -> Iterator[Session]:
+        """Joins the processes of the run and checks its folder, writing nothing. Raises UserError as RunFolder.check.
+
+        So do, until the session ends, all errors of writing that a user can put right. A signal ends the run with an
+        Interrupted that says how to go on.
+        """
         check_tracker(config.run.tracker)
         use_reference(config.run.kernels == "reference")
-        session = cls(config, start(config.run.device))
-        checkpoint.check_run(config, session.ranks)
-        with session.ledger:
+        session = cls(config, start(config.run.device, config.run.rank_timeout), inputs)
+        with (
+            session.stop.handled(),
+            Watch(session.ranks, config.run.rank_timeout, session.how_to_go_on),
+            writing(session.dir),
+            closing(session.folder),
+        ):
+            session.folder.check()
             try:
-                yield session
+                with session.ledger:
+                    yield session
+            except Interrupted as end:
+                if not session.ranks.first:
+                    sys.exit(128 + end.number)
+                raise Interrupted(end.number, f"ended by {end.name}; {session.how_to_go_on()}") from None
             finally:
                 session.live.erase()
                 if session.tracker:
                     session.tracker.close()
 
-    def open(self, trainable: checkpoint.Trainable) -> None:
-        """Makes the run folder, or finds the checkpoint to go on from. Raises UserError before anything is written."""
-        self._resumed = checkpoint.open_run(self.config, self.ranks, trainable)
-        self.ledger.before = checkpoint.spent_before(self._resumed, "ledger")
-        self._seconds_before = checkpoint.spent_before(self._resumed, "seconds")
+    def open(self) -> None:
+        """Makes the run folder, or takes up that of a checkpoint. Raises UserError before anything is written."""
+        self.folder.open()
+        if self.folder.checkpoint:
+            self._before = checkpoint.state_of(self.folder.checkpoint)
+        self.ledger.before = self._before.get("ledger", {})
 
     def begin(self, training: Training, columns: Sequence[Column], stage: str) -> None:
         """Restores the checkpoint, if there is one, and begins to measure. It is called just before the loop.
@@ -80,13 +106,20 @@ class Session:
         the loop is expected to take as long again after it, and the remaining time of records includes that.
         """
         self.training, self._collecting = training, stage
-        if self._resumed:
-            self.done = checkpoint.restore(training, self._resumed, self.ranks)
+        own = {}
+        if self.folder.checkpoint:
+            own = checkpoint.restore(training, self.folder.checkpoint, self.ranks)
+            self.done = self._before["iteration"]
             if self.ranks.first:
                 print(f"going on after iteration {self.done}", flush=True)
         columns = (*columns, *ledger.COLUMNS)
         iterations = self.config.iterations
-        self.metrics = Metrics(self.dir, self.ranks.device, self.ranks.first, columns, self.done, iterations)
+        try:
+            self.metrics = Metrics(self.dir, self.ranks.device, self.ranks.first, columns, self.done, iterations)
+        except ValueError as error:
+            raise UserError(f"{error}; mend or remove that line") from None
+        self._since_record = dict(self._before.get("since_record", {}))
+        self.metrics.take_up(own, self._since_record.pop("total", 0.0))
         self.metrics.seconds_after_loop = self.clock.seconds().get("evaluate", 0.0)
         if self.ranks.first:
             self.tracker = open_tracker(self.run.tracker, self.dir, self.done, self.config.model_dump(mode="json"))
@@ -94,21 +127,38 @@ class Session:
         self.clock.lap()
 
     def iterations(self) -> Iterator[int]:
-        """Yields the iterations that are still to be done, counted from 0."""
-        for iteration in range(self.done, self.config.iterations):
-            self.live.iteration = f"{iteration + 1}/{self.config.iterations}"
-            yield iteration
+        """Yields the iterations that are still to be done, counted from 0. A signal waits until one is saved."""
+        self.stop.waits = True
+        try:
+            for iteration in range(self.done, self.config.iterations):
+                self.live.iteration = f"{iteration + 1}/{self.config.iterations}"
+                yield iteration
+        finally:
+            self.stop.waits = False
+        if number := self.stop.agreed():
+            raise Interrupted(number)
+
+    def how_to_go_on(self) -> str:
+        """Says which checkpoint there is and what to type."""
+        newest = checkpoint.newest(self.dir)
+        if newest is None:
+            return f"{self.dir} holds no checkpoint to go on from"
+        return f"the checkpoint is {newest}, and this goes on from it: {self.command} run.resume=true"
 
     def note(self, values: Mapping[str, Value | tuple[Value, Value]], weight: Value = 1.0) -> None:
         """Adds values to the columns of these names; weight is that of means which bring none."""
         self.metrics.add(values, weight)
 
     def log(self, done: int, now: bool = False) -> None:
-        """Writes and shows the record after `done` iterations, if it is due or `now` is set. Every rank calls it."""
-        if not (now or done == self.config.iterations or done % self.run.log_every == 0):
+        """Writes and shows the record after `done` iterations, if it is due, `now` is set or a signal has come.
+
+        Every rank calls it in every iteration.
+        """
+        self.ending = self.stop.agreed()
+        if not (now or self.ending or done == self.config.iterations or done % self.run.log_every == 0):
             return
-        seconds = self.clock.lap()
-        self.ledger.add_to(self.metrics, seconds.get(self._collecting, 0.0) + seconds.get("update", 0.0))
+        self._settle()
+        seconds, self._since_record = self._since_record, {}
         record = self.metrics.flush(done, optimizer_steps=self.training.optimizer.steps, seconds=seconds)
         if self.ranks.first:
             self.live.erase()
@@ -117,16 +167,31 @@ class Session:
                 self.tracker.write(record)
 
     def save(self, done: int, now: bool = False) -> None:
-        """Writes a checkpoint after `done` iterations, if it is due or `now`. Every rank calls it."""
+        """Writes a checkpoint after `done` iterations, if it is due or `now`. Every rank calls it.
+
+        It does so too, and raises Interrupted, if a signal has come to any rank.
+        """
         self.done = done
-        if now or done == self.config.iterations or done % self.run.save_every == 0:
+        if now or self.ending or done == self.config.iterations or done % self.run.save_every == 0:
+            self._settle()
             with self.clock("save"):
-                spent = {"seconds": self.seconds(), "ledger": self.ledger.totals()}
-                checkpoint.save(self.training, self.config, done, self.ranks, spent)
+                sums, total = self.metrics.unflushed()
+                shared = {"seconds": self.seconds(), "since_record": self._since_record | {"total": total}}
+                shared |= {"ledger": self.ledger.totals(), "inputs": self.folder.digests}
+                checkpoint.save(self.training, self.config, done, self.ranks, Facts(shared, sums))
+        if self.ending:
+            raise Interrupted(self.ending)
+
+    def _settle(self) -> None:
+        """Adds what clock and ledger have measured since the last call to the record to come."""
+        lap = self.clock.lap()
+        for stage, seconds in lap.items():
+            self._since_record[stage] = self._since_record.get(stage, 0.0) + seconds
+        self.ledger.add_to(self.metrics, lap.get(self._collecting, 0.0) + lap.get("update", 0.0))
 
     def seconds(self) -> dict[str, float]:
         """Returns seconds by stage and in total since the run began, those before a resumption included."""
-        before = self._seconds_before
+        before = self._before.get("seconds", {})
         now = self.clock.seconds() | {"total": time.perf_counter() - self._begun}
         return {stage: before.get(stage, 0.0) + now.get(stage, 0.0) for stage in {**before, **now}}
 

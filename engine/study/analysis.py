@@ -7,7 +7,7 @@ from statistics import median
 
 import numpy as np
 
-from ..evaluation.intervals import Resampling, binomial_p, bootstrap_p, holm, percentiles, wilson
+from ..evaluation.intervals import SURE, Resampling, binomial_p, bootstrap_p, corrected, percentiles, wilson
 from .agreement import ordinal_alpha
 from .answers import Answers
 from .balance import PAIR
@@ -64,12 +64,11 @@ def _cells(key: Key, answers: Answers, pair: tuple[int, int], question: str) -> 
 
 def _pair(key: Key, pair: tuple[int, int], cells: dict, resampling: Resampling | None) -> dict:
     questions = {question: _question(cells[question], resampling) for question in cells}
-    tested = [question for question, row in questions.items() if row["p"] is not None]
-    for question, p in zip(tested, holm([questions[question]["p"] for question in tested]), strict=True):
+    for question, p in corrected(questions).items():
         row = questions[question]
         row["p_holm"] = p
         better = key.systems[pair[row["rate"] < 0.5]]
-        row["verdict"] = f"{better} is preferred" if p < 0.05 else "no preference shown"
+        row["verdict"] = f"{better} is preferred" if p < SURE else "no preference shown"
     return {"first": key.systems[pair[0]], "second": key.systems[pair[1]], "questions": questions}
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import UserError, one_line
+from ..errors import UserError
+from ..models.model_files import read_json
 from .balance import DEGRADED, PAIR, REPEAT, SENTINEL, Item
 from .key import Key
 
@@ -88,13 +88,8 @@ def read_answers(key: Key, files: list[Path]) -> Answers:
 
 
 def _read(key: Key, path: Path) -> tuple[str, list[Vote]]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); expected a file that a rater has saved") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({one_line(error)}); expected a file that a rater has saved") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    content = read_json(path, "a file that a rater has saved")
+    if content.get("format") != FORMAT:
         raise UserError(f'{path}: found no "format": "{FORMAT}", expected a file that a rater has saved')
     if content.get("manifest") != key.manifest:
         raise UserError(

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..errors import UserError, one_line
+from ..models.model_files import read_json
 from .balance import DEGRADED, Item
 
 FORMAT = "strop-study-key/1"
@@ -41,16 +42,14 @@ class Key:
     @classmethod
     def read(cls, path: Path) -> Key:
         """Reads a key. Raises UserError where the file is none."""
+        content = read_json(path, "the key of a study")
         try:
-            content = json.loads(path.read_text("utf-8"))
             if content["format"] != FORMAT:
                 raise ValueError(f"its format is {content['format']!r}")
             images = {(image["prompt"], image["system"]): image["file"] for image in content["images"]}
             plans = {rater: [Item(**item) for item in items] for rater, items in content["items"].items()}
             items = {rater: {item.token: item for item in items} for rater, items in plans.items()}
             return cls(**{name: content[name] for name in PLAIN}, images=images, items=items)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}); expected the key.json of a study") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is no key of a study ({one_line(error)}); expected its key.json") from None
 

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-from ..errors import UserError, one_line, warn
+from ..data.image_files import BrokenImage, read_image
+from ..errors import UserError, warn
 from .balance import DEGRADED, SENTINEL, Design, Item, plan
 from .key import Key, twin
 from .systems import Systems
@@ -132,9 +133,8 @@ def _images_of(systems: Systems, prompt: int, controls: set) -> Iterator[tuple[i
 
 def _read(path: Path) -> Image.Image:
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"study make: found no image {path}; expected the file that its list names") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"study make: {path} cannot be read as an image ({one_line(error)}); make it anew") from None
+        return read_image(path)
+    except BrokenImage as error:
+        raise UserError(
+            f"study make: {error}; expected the image that its folder or list names, or make it anew"
+        ) from None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..data.pair_files import open_source
 from ..errors import UserError
+from ..runtime.output import write_all
 from .answers import Answers
 from .balance import PAIR
 from .key import Key
@@ -38,11 +39,7 @@ def write_pairs(key: Key, answers: Answers, question: str, images: Path, out: Pa
         raise UserError(
             "study pairs: found no answer to a pair in these files; expected those of raters who have begun"
         )
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out: {out} cannot be written ({error.strerror}); choose another place") from None
+    write_all({out: "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)})
     source = open_source(str(out), "--out", labelled=True)
     if source.broken or len(source) != len(lines):
         raise UserError(f"--out: {out} does not load as pairs: {source.broken[:1]}")

@@ -5,15 +5,16 @@ It reads names and prompts. The images themselves are read when the page is made
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..data.json_lines import read_objects
 from ..data.prompts import read_prompts
 from ..errors import UserError
+from ..evaluation.geneval import IMAGE_SUFFIXES
+from ..user_files import is_text, user_path
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PROMPT_FILES = ("prompts.jsonl", "metadata.jsonl", "prompts.txt")  # looked for in the first folder, in this order
 FILE_KEYS = ("file", "name", "file_name", "image")
 PROMPT_KEYS = ("prompt", "caption", "text")
@@ -40,7 +41,7 @@ def read_systems(sources: list[str], prompts_file: Path | None) -> Systems:
     folder, file or line at fault.
     """
     if len(sources) == 1 and sources[0].endswith(".jsonl"):
-        return _from_list(Path(sources[0]))
+        return _from_list(user_path(sources[0]))
     folders = dict(_named(source) for source in sources)
     if len(folders) < 2 or len(folders) < len(sources):
         raise UserError(
@@ -64,7 +65,7 @@ def read_systems(sources: list[str], prompts_file: Path | None) -> Systems:
 
 def _named(source: str) -> tuple[str, Path]:
     name, equals, folder = source.partition("=")
-    path = Path(folder if equals else source)
+    path = user_path(folder if equals else source)
     return (name if equals else path.resolve().name), path
 
 
@@ -115,7 +116,7 @@ def _prompts(path: Path, stems: list[str]) -> list[str]:
 
 def _prompts_by_stem(path: Path) -> dict[str, str]:
     """Returns the prompts of a .jsonl whose lines name their files, or nothing where no line does."""
-    rows = _rows(path, "--prompts")
+    rows = read_objects(path, f"--prompts: {path}", "JSON lines")
     named = [(number, row, _first(row, FILE_KEYS)) for number, row in rows]
     if all(file is None for _, _, file in named):
         return {}
@@ -123,51 +124,32 @@ def _prompts_by_stem(path: Path) -> dict[str, str]:
     for number, row, file in named:
         prompt = _first(row, PROMPT_KEYS)
         if file is None or prompt is None:
-            raise UserError(f'--prompts: {path} line {number}: expected {{"file": name, "prompt": text}}')
+            raise UserError(f'--prompts: {path}: line {number}: expected {{"file": name, "prompt": text}}')
         name = Path(file).name
         stem = Path(name).stem if Path(name).suffix.lower() in IMAGE_SUFFIXES else name
         if prompts.setdefault(stem, prompt) != prompt:
-            raise UserError(f"--prompts: {path} line {number}: {stem} has two prompts, expected one")
+            raise UserError(f"--prompts: {path}: line {number}: {stem} has two prompts, expected one")
     return prompts
 
 
 def _from_list(path: Path) -> Systems:
     """Reads lines of {"prompt": text, "images": {system: file}}; files are relative to the .jsonl."""
-    rows = _rows(path, "study make")
-    form = 'expected {"prompt": text, "images": {system: file, ...}} with the same two or more systems in every line'
+    form = '{"prompt": text, "images": {system: file, ...}} with the same two or more systems in every line'
+    rows = read_objects(path, f"study make: {path}", form)
     names = list(rows[0][1].get("images") or ())
     if len(names) < 2:
-        raise UserError(f"study make: {path} line {rows[0][0]}: found the systems {names}, {form}")
+        raise UserError(f"study make: {path}: line {rows[0][0]}: found the systems {names}, expected {form}")
     prompts, files = [], []
     for number, row in rows:
         prompt, images = _first(row, PROMPT_KEYS), row.get("images")
         whole = isinstance(images, dict) and images.keys() == set(names)
         if prompt is None or not whole or not all(isinstance(file, str) for file in images.values()):
-            raise UserError(f"study make: {path} line {number}: {form}")
+            raise UserError(f"study make: {path}: line {number}: expected {form}")
         prompts.append(prompt)
         files.append([path.parent / images[name] for name in names])
     stems = [str(number) for number, _ in rows]
     return Systems(names, stems, prompts, [list(column) for column in zip(*files, strict=True)])
 
 
-def _rows(path: Path, key: str) -> list[tuple[int, dict]]:
-    """Returns (line number, object) of each line of a .jsonl file."""
-    rows = []
-    try:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            if line.strip():
-                rows.append((number, json.loads(line)))
-    except OSError as error:
-        raise UserError(f"{key}: {path} cannot be read ({error.strerror}); expected a .jsonl file") from None
-    except ValueError as error:
-        raise UserError(f"{key}: {path}: found no JSON after line {len(rows)} ({error}); expected JSON lines") from None
-    if not rows:
-        raise UserError(f"{key}: {path} is empty, expected JSON lines")
-    for number, row in rows:
-        if not isinstance(row, dict):
-            raise UserError(f"{key}: {path} line {number}: found {str(row)[:40]!r}, expected a JSON object")
-    return rows
-
-
 def _first(row: dict, keys: tuple[str, ...]) -> str | None:
-    return next((row[key] for key in keys if isinstance(row.get(key), str)), None)
+    return next((row[key] for key in keys if is_text(row.get(key))), None)

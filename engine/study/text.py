@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
-from pathlib import Path
 
-from .analysis import ENOUGH, FORMAT, TOO_FEW
+from ..evaluation.cells import markdown_table, p_value, shortened
+from ..evaluation.intervals import SURE
+from .analysis import ENOUGH, TOO_FEW
 
 TITLE = "# User study"
 FEW_RATERS = 5
@@ -15,37 +15,18 @@ WIDTHS = (24, 5, 5, 5, 7, 14, 8, 0)  # of the columns on the terminal; the last 
 
 def as_text(result: dict) -> str:
     """The tables for a terminal, 80 columns wide."""
-    blocks = [_wrapped(_summary(result))]
+    blocks = [textwrap.fill(_summary(result), 80)]
     for title, header, rows in _tables(result):
         lines = [_line((title[:23], *header)), *(_line((f"  {row[0]}"[:23], *row[1:])) for row in rows)]
         blocks.append("\n".join(lines))
-    blocks += [_wrapped(sentence) for sentence in _sentences(result)]
+    blocks += [textwrap.fill(sentence, 80) for sentence in _sentences(result)]
     return "\n\n".join(blocks)
 
 
 def as_markdown(result: dict) -> str:
     """The same as a page of Markdown."""
-    blocks = [TITLE, _summary(result)]
-    for title, header, rows in _tables(result):
-        cells = [[title, *header], ["---", *("---:" for _ in header)], *rows]
-        blocks.append("\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in cells))
-    return "\n\n".join([*blocks, *_sentences(result)]) + "\n"
-
-
-def is_analysis(path: Path) -> bool:
-    """Whether a file is the JSON of an analysis, which may be remade."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def is_markdown(path: Path) -> bool:
-    """Whether a file is the Markdown of an analysis, which may be remade."""
-    try:
-        return path.read_text(encoding="utf-8").startswith(TITLE)
-    except (OSError, ValueError):
-        return False
+    tables = [markdown_table((title, *header), rows) for title, header, rows in _tables(result)]
+    return "\n\n".join([TITLE, _summary(result), *tables, *_sentences(result)]) + "\n"
 
 
 def _summary(result: dict) -> str:
@@ -70,11 +51,11 @@ def _pair_table(pair: dict, titles: dict[str, str]) -> tuple:
     rows = []
     for question, row in pair["questions"].items():
         counts = [str(row[name]) for name in ("win", "tie", "lose")]
-        rows.append((titles[question], *counts, _number(row["rate"]), _interval(row), _p(row["p_holm"])))
+        rows.append((titles[question], *counts, _number(row["rate"]), _interval(row), p_value(row["p_holm"])))
         among = {"ci95": row["ci95_decided"], "verdict": row["verdict"]}
         rows.append(("  ties left out", str(row["win"]), "", str(row["lose"]), _number(row["rate_decided"]),
                      _interval(among) if among["ci95"] else "", ""))  # fmt: skip
-    title = f"{_short(pair['first'])} : {_short(pair['second'])}"
+    title = f"{shortened(pair['first'], 10)} : {shortened(pair['second'], 10)}"
     return title, ("win", "tie", "lose", "rate", "interval", "p (Holm)"), rows
 
 
@@ -82,7 +63,7 @@ def _strength_table(title: str, strengths: dict | None) -> tuple:
     rows = []
     for name, row in (strengths["systems"] if strengths else {}).items():
         interval = "{:.2f} to {:.2f}".format(*row["ci95"]) if row["ci95"] else ""
-        rows.append((_short(name, 20), "", "", "", f"{row['strength']:.2f}", interval))
+        rows.append((shortened(name, 20), "", "", "", f"{row['strength']:.2f}", interval))
     return title, ("", "", "", "strength", "interval"), rows or [("no finite estimate",)]
 
 
@@ -91,7 +72,7 @@ def _rater_table(result: dict) -> tuple:
     for name, rater in result["raters"].items():
         passed, repeats, left = rater["sentinels"], rater["consistency"]["general"], rater["left"]["general"]
         rows.append((
-            _short(name, 20),
+            shortened(name, 20),
             _share(rater["answered"], rater["shown"]),
             _share(passed["passed"], passed["of"]),
             _share(repeats["same"], repeats["of"]),
@@ -108,7 +89,9 @@ def _question_table(result: dict) -> tuple:
         left, same = care["left"][question], care["consistency"][question]
         alpha = result["alpha"][question]
         shares = "", _share(same["same"], same["of"])
-        rows.append((title, "", *shares, "" if alpha is None else f"{alpha:.2f}", _number(left["rate"]), _p(left["p"])))
+        rows.append(
+            (title, "", *shares, "" if alpha is None else f"{alpha:.2f}", _number(left["rate"]), p_value(left["p"]))
+        )
     return "all raters", ("", "", "same", "alpha", "left chosen", "p"), rows
 
 
@@ -122,10 +105,10 @@ def _sentences(result: dict) -> list[str]:
         said = "; ".join(f"{', '.join(questions)}: {verdict}" for verdict, questions in verdicts.items())
         sentences.append(f"{pair['first']} against {pair['second']}. {said[0].upper()}{said[1:]}.")
     for question, left in result["all_raters"]["left"].items():
-        if left["p"] is not None and left["p"] < 0.05:
+        if left["p"] is not None and left["p"] < SURE:
             side = "left" if left["rate"] > 0.5 else "right"
             sentences.append(
-                f"The {side} image was favoured, {result['questions'][question].lower()} (p {_p(left['p'])})."
+                f"The {side} image was favoured, {result['questions'][question].lower()} (p {p_value(left['p'])})."
             )
     if 1 < len(result["raters"]) < FEW_RATERS:
         sentences.append(f"Fewer than {FEW_RATERS} raters: the intervals are rough.")
@@ -138,24 +121,12 @@ def _line(cells: tuple[str, ...]) -> str:
     return (f"{first:<{WIDTHS[0]}}" + " ".join(padded)).rstrip()
 
 
-def _wrapped(text: str) -> str:
-    return textwrap.fill(text, 80)
-
-
-def _short(name: str, width: int = 10) -> str:
-    return name if len(name) <= width else f"{name[: width - 1]}…"
-
-
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
 def _interval(row: dict) -> str:
     return "{:.3f} to {:.3f}".format(*row["ci95"]) if row["ci95"] else TOO_FEW
-
-
-def _p(value: float | None) -> str:
-    return "" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _share(part: int, of: int) -> str:

@@ -7,7 +7,7 @@ import yaml
 from pydantic import ValidationError
 
 from strop.engine.config.judge_training import JudgeTrainingConfig
-from strop.engine.config.settings import differences, dump, keys
+from strop.engine.config.settings import differences, dump, keys, varied
 from strop.engine.config.training import Config, load
 from strop.engine.errors import UserError
 
@@ -53,7 +53,7 @@ def test_a_recipe_gives_its_values(recipe):
     """The defaults are those of docs/configuration.md."""
     config = load(recipe(SPO | {"optim": {"lr": "5e-4", "micro_batch": 7}}))
     assert (config.model.path, config.run.iterations, config.optim.micro_batch) == ("models/sd", 3, 7)
-    assert config.optim.lr == 5e-4  # YAML itself takes 5e-4 for a word
+    assert config.optim.lr == 5e-4
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
@@ -83,6 +83,16 @@ def test_a_fast_recipe_changes_the_rollout_and_how_its_pairs_are_used(name):
         ("lora.target_modules=[to_q]", "lora.target_modules", ("to_q",)),
         ("evaluate.scorers=[my.module:make]", "evaluate.scorers", ("my.module:make",)),
         ("evaluate.every=null", "evaluate.every", None),
+        ("rollout.k=010", "rollout.k", 10),
+        ("rollout.k=+8", "rollout.k", 8),
+        ("optim.beta=1e+1", "optim.beta", 10.0),
+        ("run.dir=010", "run.dir", "010"),
+        ("run.dir=1:30", "run.dir", "1:30"),
+        ("run.dir=2026-01-02", "run.dir", "2026-01-02"),
+        ("run.dir=no", "run.dir", "no"),
+        ("run.resume=yes", "run.resume", True),
+        ("run.dir=~/runs/one", "run.dir", str(Path.home() / "runs/one")),
+        ("prompts.train=~/a.txt", "prompts.train", str(Path.home() / "a.txt")),
         ("model={path: elsewhere}", "model.path", "elsewhere"),
     ],
 )
@@ -113,7 +123,7 @@ REFUSED = [  # override, words of the sentence; of each kind of rule a row, for 
     ("rollout.t_range=[751, 0]", "t_range", "[751, 0]"),
     ("rollout.t_range=[0, 1000]", "rollout.t_range.1", "1000", "999"),
     ("run.dir=5", "run.dir", "found 5", "string"),
-    ("run.resume=maybe", "run.resume", "'maybe'", "boolean"),
+    ("run.resume=maybe", "run.resume", "'maybe'", "'auto'"),
     ("rollout.K=3", "key rollout.K;", "rollout.k?"),
     ("rolout.k=3", "key rolout;", "rollout?"),
     ("optim.max_gradnorm=1", "key optim.max_gradnorm;", "optim.max_grad_norm?"),
@@ -125,6 +135,24 @@ REFUSED = [  # override, words of the sentence; of each kind of rule a row, for 
     ("", "''", "section.key=value"),
     ("model.path.x=1", "'model.path.x=1'", "path"),
     ("optim.lr=[", "'optim.lr=['", "YAML"),
+    ("rollout.k=1:30", "rollout.k", "'1:30'", "integer"),
+    ("rollout.k=0x10", "rollout.k", "'0x10'", "integer"),
+    (f"rollout.k={'9' * 5000}", "rollout.k", "99…", "integer"),
+    (f"run.seed={'9' * 15}", "run.seed", "9" * 15, "4294967296"),
+    ("model.height=80000", "model.height", "80000", "4096"),
+    ("rollout.prompts=10000000", "rollout.prompts", "10000000", "10000"),
+    (f"run.dir=[{'x' * 300}]", "run.dir", "xx…", "string"),
+    (f"{'x' * 300}=1", "unknown key xxx"),
+    (f"optim.lr=[{'x' * 300}", "xx…", "YAML"),
+    ("optim={lr: 1, lr: 2}", "lr twice"),
+    ("optim={lr: &a 1, eps: *a}", "alias *a"),
+    ("optim=" + "[" * 10_000, "20 levels"),
+    ("optim={[a]: 1}", "as a key"),
+    ("optim={1: 1}", "optim.1"),
+    ("optim.lr=!!python/name:os.system", "python/name"),
+    ("optim.lr=!!int abc", "YAML"),
+    ('run.dir="\\ud800"', "run.dir", "half"),
+    ('run.dir="a\\0"', "run.dir", "zeros"),
 ]
 
 
@@ -132,6 +160,38 @@ REFUSED = [  # override, words of the sentence; of each kind of rule a row, for 
 def test_a_wrong_override_is_refused_with_its_key(recipe, override, words):
     sentence = complaint(recipe(), override)
     assert [word for word in words if word not in sentence] == []
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        ("run: {dir: x, iterations: 1}", "run twice"),
+        ("optim: {lr: 1e-5, lr: 1e-4}", "lr twice"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]", "alias *a"),
+        ("optim: " + "{lr: " * 500, "20 levels"),
+        ("optim: {lr: 1e-5}\n---\nrun: 3", "single document"),
+        ("#" * 2**18, "more than 262,144"),
+    ],
+)
+def test_a_recipe_that_says_two_things_or_too_much_is_refused(recipe, more, words):
+    path = recipe()
+    path.write_text(path.read_text() + more)
+    assert words in complaint(path)
+
+
+def test_a_recipe_of_a_windows_editor_is_read(recipe):
+    path = recipe(SPO | {"optim": {"lr": 2e-5}})
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert load(path).optim.lr == 2e-5
+
+
+@pytest.mark.parametrize(
+    "text", ["1e-5", "010", "1:30", "yes", "2026-01-02", "null", "0x1", "1_000", "a: b", "*a", "½"]
+)
+def test_any_text_is_dumped_as_itself(recipe, tmp_path, text):
+    config = varied(load(recipe()), {"run.dir": text})
+    dump(config, tmp_path / "resolved.yaml")
+    assert load(tmp_path / "resolved.yaml") == config
 
 
 def test_an_override_fills_an_empty_section(recipe):

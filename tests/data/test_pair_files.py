@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
@@ -47,6 +49,14 @@ def test_rows_that_teach_nothing_are_left_out(tmp_path, pair_files):
     assert opened(folder, labelled=False).labels == [None] * 9
 
 
+def test_a_byte_order_mark_and_other_ends_of_lines(tmp_path, pair_files):
+    path = pair_files.jsonl(tmp_path / "pairs", pair_files.rows(3))
+    lines = path.read_text(encoding="utf-8").replace('"a e"', '"a\u2028e\x85"').replace("\n", "\r\n")
+    path.write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    source = opened(path)
+    assert (source.captions, source.broken) == (["a\u2028e\x85", "b e", "c e"], [])
+
+
 def test_parquet_files_by_pattern_and_without_the_columns_that_may_lack(tmp_path, pair_files):
     folder = pair_files.parquet(tmp_path / "pairs", pair_files.rows(10))
     assert len(opened(folder / "train-*1.parquet")) == 5
@@ -89,6 +99,9 @@ MALFORMED = [  # what is done to a line, words that its sentence holds
     (lambda line: line.replace('"label": ', '"label": 1'), "label is 1"),
     (lambda line: line.replace("{", '{"num_examples": 0, '), "num_examples is 0"),
     (lambda line: line.replace('"label"', '"winner"'), "labels are None and None"),
+    (lambda line: line.replace('"caption": "', '"caption": "\\ud83d'), "caption is no text"),
+    (lambda line: line.replace("{", '{"num_examples": 1' + "0" * 5000 + ", "), "limit"),
+    (lambda line: "[" * 100_000, "nested"),
     (lambda line: '{"label_0": 0.7, "label_1": 0.7, ' + line.replace('"label"', '"x"')[1:], "are 0.7 and 0.7"),
 ]
 
@@ -141,6 +154,29 @@ def test_identity_changes_with_the_file(tmp_path, pair_files):
     assert opened(path).identity(0) != before
     folder = pair_files.parquet(tmp_path / "parquet", pair_files.rows(4))
     assert len({str(opened(folder).identity(row)) for row in range(4)}) == 4
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+@pytest.mark.parametrize("place", ["beside", "in its place"])
+def test_twins_of_name_size_and_time_are_told_apart(tmp_path, form, place, pair_files):
+    rows, identities = pair_files.rows(4), []
+    for row in rows:
+        row["jpg_0"], row["jpg_1"] = (side.ljust(2000, b"\0") for side in (row["jpg_0"], row["jpg_1"]))
+    swapped = [row | {"jpg_0": row["jpg_1"], "jpg_1": row["jpg_0"]} for row in rows]
+    for name, content in (("a", rows), ("b", swapped)):
+        folder = tmp_path / ("pairs" if place == "in its place" else name)
+        shutil.rmtree(folder, ignore_errors=True)
+        path = getattr(pair_files, form)(folder, content)
+        for file in folder.rglob("*.*"):
+            os.utime(file, (0, 0))
+        identities.append([opened(path).identity(row) for row in range(4)])
+    assert all(a != b for a, b in zip(*identities, strict=True))
+
+
+def test_a_copy_elsewhere_is_the_same(tmp_path, pair_files):
+    path = pair_files.jsonl(tmp_path / "a", pair_files.rows(2))
+    copy = shutil.copytree(tmp_path / "a", tmp_path / "b") / path.name
+    assert opened(copy).identity(1) == opened(path).identity(1)
 
 
 NO_SOURCES = {  # the file that is opened, in a folder with broken files; words of the sentence

@@ -6,7 +6,8 @@ import pytest
 import torch
 from scipy.stats import ttest_ind
 
-from strop.engine.evaluation.compare import ENOUGH, beyond_chance, paired_delta, rate_delta, two_means
+from strop.engine.evaluation.compare import beyond_chance, paired_delta, rate_delta, two_means
+from strop.engine.evaluation.intervals import ENOUGH
 
 
 def test_students_interval_by_hand():

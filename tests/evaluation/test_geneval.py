@@ -11,7 +11,7 @@ from scipy.special import stdtrit
 from strop.engine import cli
 from strop.engine.evaluation import geneval_results
 from strop.engine.evaluation.compare import paired_delta
-from strop.engine.evaluation.geneval import find_images, read_metadata, write_samples
+from strop.engine.evaluation.geneval import find_images, read_metadata
 from strop.engine.evaluation.geneval_results import (
     OVERALL,
     _change,
@@ -73,10 +73,8 @@ def test_layout_there_and_back(metadata, tmp_path, capsys):
     assert sorted(path.name for path in out.iterdir()) == [f"{number:05}" for number in range(4)]
     for number, files in enumerate(find_images(out, prompts)):
         assert json.loads((out / f"{number:05}" / "metadata.jsonl").read_text()) == ROWS[number]
-        assert files == [out / f"{number:05}" / "samples" / f"{image:04}.png" for image in range(2)]
+        assert files == [out / f"{number:05}" / "samples" / f"{image:05}.png" for image in range(2)]
         assert [Image.open(file).getpixel((0, 0)) for file in files] == [(number, 0, 7), (number, 1, 7)]
-    write_samples(out, prompts[3], [Image.new("RGBA", (4, 4), (1, 2, 3, 0))] * 4)
-    assert Image.open(out / "00003" / "samples" / "0003.png").mode == "RGB"
 
 
 def test_task_means_by_hand(metadata, tmp_path):
@@ -251,7 +249,7 @@ def test_metadata_that_is_not_right_is_refused(mistake, metadata, tmp_path, caps
     with pytest.raises(SystemExit, match="2"):
         cli.main(["geneval", "layout", "--metadata", str(metadata), "--images", "x", "--out", str(tmp_path / "out")])
     said = capsys.readouterr().err
-    assert "line 4" in said
+    assert "metadata.jsonl: line 4" in said
     assert named in said
 
 

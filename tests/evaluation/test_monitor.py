@@ -53,11 +53,22 @@ STILL = evaluation(judge=1.5, quality=0.0)
         ([STILL, STILL], [0, 0]),  # nothing independent rose, but the pictures are what they were
         ([evaluation(PICTURES + 0.8, judge=1.5, quality=0.3)], [0]),  # a change of style that people like
         ([evaluation(judge=0.0, quality=-0.4)], [1]),  # worse, though the judge is not pleased either
+        ([evaluation(judge=0.5, quality=0.0, pickscore=-0.4)], [0]),  # no witness, neither when it falls
+        ([evaluation(PICTURES + 0.8, judge=1.5, quality=0.0, pickscore=1.5)], [1]),  # nor when it rises
     ],
-    ids=["healthy", "quality falls", "brighter only", "judge only", "style", "worse"],
+    ids=[
+        "healthy",
+        "quality falls",
+        "brighter only",
+        "judge only",
+        "style",
+        "worse",
+        "pickscore falls",
+        "pickscore rises",
+    ],
 )
 def test_what_is_wrong(later, wrong, tmp_path, capsys):
-    monitor = monitor_of([BASE, *later], tmp_path)
+    monitor = monitor_of([evaluation(**dict.fromkeys(later[0].scores, 0.0)), *later], tmp_path)
     assert [record["wrong"] for record in measured(monitor, len(later))] == wrong
     assert not monitor.stopped
     assert ("evaluate.patience" in capsys.readouterr().err) == (sum(wrong) >= 2)
@@ -100,7 +111,14 @@ def test_a_resumed_run_goes_on_counting(tmp_path):
     assert (resumed.stopped, resumed.best) == (whole.stopped, whole.best) == (True, 1)
 
 
-def test_without_a_scorer_the_judge_decides_what_is_best(tmp_path):
+@pytest.mark.parametrize("other", ["quality", "pickscore"])
+def test_what_is_best_is_decided_by_the_judge_only_without_an_independent_score(other, tmp_path):
+    """A judge was trained from PickScore, whose score decides nothing: the two go opposite ways here."""
+    scores = [(0.0, 0.0), (0.5, 0.9), (0.9, 0.5)]
+    base, *later = (evaluation(**{"judge": judge, other: score}) for judge, score in scores)
+    monitor = monitor_of([base, *later], tmp_path)
+    measured(monitor, 2)
+    assert monitor.best == {"quality": 1, "pickscore": 2}[other]
     low, high = evaluation(judge=0.5), evaluation(judge=0.9)
     monitor = monitor_of([evaluation(judge=0.0), low, high, low], tmp_path)
     measured(monitor, 3)

@@ -263,6 +263,17 @@ def one_shard(file, other):
     return index.parent
 
 
+def index_of(*names):
+    """Puts an index of one shard in place of the weights."""
+
+    def change(folder, other):
+        (folder / WEIGHTS[0]).unlink()
+        content = {"weight_map": dict.fromkeys(["logit_scale"], *names)} if names else {}
+        (folder / f"{WEIGHTS[0]}.index.json").write_text(json.dumps(content))
+
+    return change
+
+
 def two_file_tokenizer(folder, other):
     """As older repositories have it; of half of it transformers would make a tokenizer of letters."""
     vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
@@ -293,6 +304,11 @@ REFUSED = {  # where it is, what is done to it and to its components; the kind; 
     "nested": ("released", lambda file, _: torch.save({"module": {}}, file), "spm", True, "path", "dict", "'module'"),
     "suffix": ("released", nameless, "spm", True, "path", "spm.ckpt"),
     "one shard": ("released", one_shard, "spm", True, "path", "model-00002-of-00002", "model.safetensors.index.json"),
+    **{
+        f"shard {name}": ("saved", index_of(name), "spm", False, "path", "model.safetensors.index.json", repr(name)[:9])
+        for name in (3, None, "../model.safetensors", "/model.safetensors", "..", "", ["a"])
+    },
+    "no map": ("saved", index_of(), "spm", False, "path", "weight_map"),
     "no components": ("released", None, "spm", False, "components", "{path}", "config.json"),
     "no tokenizer": ("folder", without(*SETTINGS), "pickscore", False, "components", "{path}", "tokenizer", HUB),
     "no pixels": ("folder", without(SETTINGS[2]), "pickscore", False, "components", "{path}", SETTINGS[2], HUB),

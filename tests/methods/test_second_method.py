@@ -78,7 +78,7 @@ def run(arguments):
         embeddings = Embeddings(models.diffusion, models.judge, [TEXTS])
         prompts = TrainingPrompts(TEXTS, embeddings, config.rollout.prompts, config.run.seed, session.ranks)
         method = Reinforce(config, models, prompts)
-        session.open(method.trainable)
+        session.open()
         settings = AdamWSettings.of(config.optim, 1, "float32")
         train(session, method, build_optimizer(models.policy.unet, settings, session.ranks))
         return models.policy.lora_state(), read_records(session.metrics.path), session.summary()

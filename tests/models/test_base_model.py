@@ -287,6 +287,18 @@ def unet_of_text(text):
     return lambda folder: (folder / "unet" / "config.json").write_text(text)
 
 
+def shard_of(name):
+    """Puts an index of one shard in place of the UNet's weights."""
+
+    def change(folder):
+        file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+        file.unlink()
+        index = {"metadata": {}, "weight_map": {"conv_in.weight": name}}
+        file.with_name(f"{file.name}.index.json").write_text(json.dumps(index))
+
+    return change
+
+
 def without_words(folder):
     """transformers would make a tokenizer of two words."""
     (folder / "tokenizer_2" / "tokenizer.json").unlink()
@@ -301,6 +313,12 @@ def trapped(part):
     return lambda folder: pickle_weights(folder, part, {"weight": Trap(folder / "sprung")})
 
 
+WRONG_TYPES = [  # part, key, value
+    ("unet", "act_fn", None),
+    ("unet", "norm_num_groups", 0),
+    ("vae", "norm_num_groups", 0),
+    ("text_encoder", "num_hidden_layers", "x"),
+]
 REFUSED = [  # what is done to the folder, keys of section model, what the sentence names
     (without_words, {}, "path: .*tokenizer_2 .*tokenizer.json .*vocab.json"),
     (config_of("text_encoder_2", vocab_size=60), {}, "path: .*tokenizer_2 has 64 .*text_encoder_2 60"),
@@ -309,6 +327,17 @@ REFUSED = [  # what is done to the folder, keys of section model, what the sente
     (None, {"path": "{sd15_file}"}, "components: null, .*stable-diffusion-v1-5"),
     (None, {"height": 32, "width": 24}, "width: found 24, .*16"),
     (config_of("unet", sample_size=None), {}, "height: null"),
+    (config_of("unet", sample_size="x"), {}, "path: .*sample_size .*'x'"),
+    (config_of("unet", block_out_channels=3), {}, "path: .*block_out_channels 3"),
+    *[
+        (config_of(part, **{key: value}), {}, f"path: .*{part}/config.json .*{key} ")
+        for part, key, value in (
+            *(("unet", "layers_per_block", -1), ("unet", "transformer_layers_per_block", 0)),
+            *(("text_encoder", "hidden_size", "x"), ("text_encoder", "vocab_size", None)),
+            *(("text_encoder", "max_position_embeddings", []), ("text_encoder", "model_type", {})),
+        )
+    ],
+    *[(config_of(part, **{key: value}), {}, f"path: .*{part} cannot") for part, key, value in WRONG_TYPES],
     (unet_of_text("{"), {}, "path: .*unet/config.json"),
     (unet_of_text("[1]"), {"path": "{sdxl_file}", "components": "{folder}"}, "components: .*unet/config.json"),
     (with_traps, {"path": "{folder}/dream.safetensors"}, "path: .*dream.safetensors"),
@@ -317,6 +346,8 @@ REFUSED = [  # what is done to the folder, keys of section model, what the sente
         for end in ("ckpt", "pt", "bin")
     ],
     *[(with_traps, {"vae": f"{{folder}}/dream.{end}"}, f"vae: .*dream.{end} .*code") for end in ("ckpt", "pt", "bin")],
+    *[(shard_of(name), {}, f"path: .*index.json .*{re.escape(repr(name))}") for name in (3, None, "../a", "/a", "")],
+    (shard_of("a"), {}, "path: .*unet lacks a, .*index.json"),
     *[(trapped(part), {}, f"path: .*/{part} .*code") for part in WEIGHTS],
     *[
         (config_of(part, **changes), keys, f"{key}: .*{words}")

@@ -1,6 +1,8 @@
 """models/lora_file: every name of both formats at full size, and files that diffusers opens to the very same model."""
 
 import json
+import os
+import stat
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from strop.engine.config.settings import differences
 from strop.engine.config.training import Config
 from strop.engine.errors import UserError
 from strop.engine.models.families.find import family_named
@@ -223,7 +226,8 @@ def config(tmp_path):
 def test_the_header_says_where_it_comes_from(policy, config, form, tmp_path):
     file = write(policy.lora(facts(config, family_named("sdxl"), 7)), tmp_path / "mine.safetensors", form)
     actual = header(file)
-    assert Config.model_validate_json(actual["strop.config"]) == config
+    recipe = Config.model_validate_json(actual["strop.config"])
+    assert differences(config, recipe) == [f"run.dir: {str(tmp_path / 'run')!r} -> 'run'"]
     expected = {
         "strop.base_model": "somebody/a-model",
         "strop.family": "sdxl",
@@ -248,6 +252,40 @@ def test_the_header_says_where_it_comes_from(policy, config, form, tmp_path):
     assert (ADAPTER, LORA_FILE) == (LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE)
 
 
+def test_a_published_file_names_no_place_of_this_machine(policy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("models/base", "judges/mine"):
+        (tmp_path / folder).mkdir(parents=True)
+    config = Config(
+        model={"path": str(tmp_path / "models" / "base"), "vae": "somebody/a-vae"},
+        judge={"path": "judges/mine"},
+        prompts={"train": str(tmp_path / "train.txt"), "heldout": "/home/me/heldout.txt"},
+        evaluate={"scorers": [f"pickscore={tmp_path}/pick.bin", "hpsv2", "package.module:make"]},
+        run={"dir": str(tmp_path / "runs" / "mine"), "iterations": 9},
+    )
+    file = policy.save_lora(tmp_path / "out", facts(config, family_named("sd15"), 7))
+    actual = header(file)
+    assert not [
+        name for name, value in actual.items() if "/home" in value or str(tmp_path) in value or "/mine" in value
+    ]
+    recipe = Config.model_validate_json(actual["strop.config"])
+    assert (recipe.model.path, recipe.model.vae, recipe.judge.path) == ("base", "somebody/a-vae", "mine")
+    assert (recipe.prompts.train, recipe.prompts.heldout) == ("train.txt", "heldout.txt")
+    assert recipe.evaluate.scorers == ("pickscore=pick.bin", "hpsv2", "package.module:make")
+    assert {actual[name] for name in ("strop.base_model", "ss_sd_model_name")} == {"base"}
+    assert {actual[name] for name in ("modelspec.title", "ss_output_name")} == {"mine"}, "not that of every LoRA"
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600)])
+def test_a_file_has_the_mode_that_the_umask_gives(policy, tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        file = policy.save_lora(tmp_path)
+        assert stat.S_IMODE(policy.save_lora(tmp_path).stat().st_mode) == stat.S_IMODE(file.stat().st_mode) == mode
+    finally:
+        os.umask(before)
+
+
 def test_converting_keeps_the_header(policy, config, tmp_path):
     first = write(policy.lora(facts(config, family_named("sd15"), 7)), tmp_path / "a.safetensors", "diffusers")
     second = write(read(first), tmp_path / "b.safetensors", "kohya")
@@ -260,7 +298,19 @@ def test_converting_keeps_the_header(policy, config, tmp_path):
 
 LAYER = "mid_block.attentions.0.proj_in"
 DOWN, UP = f"unet.{LAYER}.lora.down.weight", f"unet.{LAYER}.lora.up.weight"
+KOHYA_ALPHA = "lora_unet_mid_block_attentions_0_proj_in.alpha"
 TWO, ONE = torch.zeros(2, 3), torch.zeros(3, 1)
+
+
+def patterns(value):
+    return {ADAPTER: json.dumps({"unet.alpha_pattern": value})}
+
+
+@pytest.mark.parametrize("pattern", [LAYER, "proj_in", "attentions.0.proj_in"])
+def test_an_alpha_is_that_of_the_end_of_a_name(pattern, tmp_path):
+    file = tmp_path / "a.safetensors"
+    save_file({DOWN: TWO, UP: TWO.T.contiguous()}, file, metadata=patterns({"j_in": 7, pattern: 5}))
+    assert read(file).alpha == {LAYER: 5.0}
 
 
 @pytest.mark.parametrize(
@@ -275,6 +325,16 @@ TWO, ONE = torch.zeros(2, 3), torch.zeros(3, 1)
         ({DOWN: TWO, UP: ONE}, {}, f"two factors of {LAYER} "),
         ({DOWN: TWO, UP: TWO.T}, {ADAPTER: json.dumps({"unet.use_rslora": True})}, "rsLoRA"),
         ({DOWN: TWO, UP: TWO.T}, {ADAPTER: "{"}, "cannot be read"),
+        ({DOWN: TWO, UP: TWO.T}, {ADAPTER: "[" * 100_000}, "nested"),
+        ({DOWN: TWO, UP: TWO.T}, {ADAPTER: "[1]"}, "is [1], expected an object"),
+        ({DOWN: TWO, UP: TWO.T}, patterns([1]), "expected an object"),
+        ({DOWN: TWO, UP: TWO.T}, patterns({"(a+)+$": 1}), "alpha_pattern holds '(a+)+$'"),
+        ({DOWN: TWO, UP: TWO.T}, patterns({LAYER: "1"}), f"alpha of '{LAYER}' is '1'"),
+        ({DOWN: TWO, UP: TWO.T}, {ADAPTER: '{"unet.lora_alpha": NaN}'}, "alpha of 'lora_alpha' is nan"),
+        ({DOWN: torch.zeros(0, 3), UP: torch.zeros(3, 0)}, {}, f"two factors of {LAYER} "),
+        ({DOWN: torch.zeros(2), UP: torch.zeros(2)}, {}, f"two factors of {LAYER} "),
+        ({DOWN: torch.zeros(()), UP: TWO.T}, {}, f"two factors of {LAYER} "),
+        ({KOHYA_ALPHA: torch.zeros(2)}, {}, f"found {KOHYA_ALPHA} among"),
         (None, b"", "cannot be read"),
         (None, b"not a tensor in sight", "cannot be read"),
     ],

@@ -38,7 +38,7 @@ def report(folder):
 
 def write(folder, records=None, summary=None, heldout=None):
     for name, objects in (("metrics.jsonl", records), ("heldout.jsonl", heldout)):
-        if objects is not None:
+        if objects:
             (folder / name).write_text("".join(json.dumps(each) + "\n" for each in objects))
     if summary is not None:
         (folder / "summary.json").write_text(json.dumps(summary))

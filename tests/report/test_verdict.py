@@ -7,11 +7,12 @@ import pytest
 import torch
 import yaml
 
-from strop.engine.evaluation.compare import ENOUGH, paired_delta
+from strop.engine.evaluation.compare import paired_delta
+from strop.engine.evaluation.intervals import ENOUGH
 from strop.engine.methods.judge_training import columns as judge_training
 from strop.engine.methods.spo import columns as spo
 from strop.engine.report.run import Run
-from strop.engine.report.tables import score_rows
+from strop.engine.report.tables import by_change, score_rows
 from strop.engine.report.verdict import verdict
 from strop.engine.runtime.columns import SHORT
 
@@ -75,6 +76,20 @@ def test_a_run_measured_by_its_judge_alone_says_so(rng):
     run = a_run(demo(), scores(rng, judge=0.3))
     assert "only by the judge" in verdict(run).headline
     assert any("only by the judge" in text for text in kinds(run, "open"))
+
+
+def test_pickscore_is_no_witness_of_a_run_by_a_judge_that_was_trained_from_it(rng):
+    alone = a_run(demo(), scores(rng, pickscore=0.3, judge=0.3))
+    assert alone.independent == []
+    assert "only by the judge" in verdict(alone).headline
+    assert any("pickscore is not independent" in text for text in kinds(alone, "open"))
+    assert verdict(alone).directions["pickscore"] == 1
+    pleased = a_run(demo(), scores(rng, pickscore=0.3, quality=0.0, judge=0.3))
+    (warning,) = kinds(pleased, "bad")
+    assert "quality did not" in warning
+    assert "pickscore" not in warning
+    pleased.prompts.append({"scores": {name: {"base": 0.0, "tuned": 0.5} for name in pleased.compared}})
+    assert by_change(pleased) == ("quality", [0])
 
 
 def test_what_was_lost_and_what_pleases_the_judge_alone_are_warnings(rng):

@@ -1,11 +1,6 @@
 """Several ranks: exchange and balance of pairs, ZeRO's update and its state, over gloo with the deepspeed launcher."""
 
 import json
-import os
-import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -51,44 +46,37 @@ def new_policy(model):
     return policy
 
 
-def settings(stage, micro_batch):
+def settings(stage, micro_batch, accumulate=1):
     return AdamWSettings(
-        lr=1e-3, weight_decay=1e-4, max_grad_norm=1.0, accumulate=1, micro_batch=micro_batch, stage=stage
+        lr=1e-3, weight_decay=1e-4, max_grad_norm=1.0, accumulate=accumulate, micro_batch=micro_batch, stage=stage
     )
 
 
 def lora_after(model, policy, optimizer, ranks, inner_steps=1):
-    """One pass over all pairs, each micro-batch cut into as many parts as there are ranks."""
+    """One pass over all pairs, each micro-batch cut into as many parts as there are ranks. Returns gradient norms."""
     diffusion = LatentDiffusion.load(ModelConfig(path=str(model)), CPU)
     cond = diffusion.encode(["a b", "c"])
     learner = Learner(policy, diffusion.schedule(20, 1.0, 5.0), OptimConfig(beta=10.0, clip=0.1))
+    norms = []
     for batch in all_pairs(inner_steps).split(MICRO_BATCH):
         rank_slice = MICRO_BATCH // ranks.size
         part = batch[slice(ranks.rank * rank_slice, (ranks.rank + 1) * rank_slice)]
         [mine] = micro_batches(part, len(part), cond)
         optimizer.backward(learner.loss(mine)[0])
-        optimizer.step()
-
-
-def launch(script, *arguments):
-    """Runs a script in two processes by the launcher that users have; returns the finished process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launcher = Path(sys.executable).with_name("deepspeed")
-    command = [launcher, "--num_accelerators", "2", "--master_port", port, script, *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{launcher.parent}{os.pathsep}{os.environ['PATH']}"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+        norm = optimizer.step()
+        norms += [] if norm is None else [float(norm)]
+    return norms
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tiny_folder, tmp_path_factory):
-    """What each of two ranks found, see two_ranks.py."""
-    if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
-        pytest.skip("DeepSpeed builds its communication op for CPUs with a C++ compiler, and there is none")
-    out = tmp_path_factory.mktemp("two-ranks")
-    done = launch(Path(__file__).with_name("two_ranks.py"), tiny_folder, out)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+def two_ranks(tiny_folder, tmp_path_factory, launch):
+    """What each of two ranks found, see two_ranks.py. Building an op there would wait for ever on another's lock."""
+    out, ops = tmp_path_factory.mktemp("two-ranks"), tmp_path_factory.mktemp("ops")
+    lock = ops / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    with launch(Path(__file__).with_name("two_ranks.py"), tiny_folder, out, TORCH_EXTENSIONS_DIR=str(ops)) as started:
+        assert started.exit_code() == 0, started.said()[-3000:]
     return out, [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -109,20 +97,23 @@ def test_every_rank_gets_as_many_pairs_and_each_pair_goes_once(two_ranks, counts
         assert numbers[0] != sorted(numbers[0]), "the pairs are shuffled"
 
 
-@pytest.mark.parametrize("name, inner_steps", [("stage-1", 1), ("stage-2", 1), ("inner-steps", 2)])
-def test_two_ranks_make_the_update_of_one(two_ranks, tiny_folder, name, inner_steps):
+UPDATES = [("stage-1-1", 1, 1), ("stage-1-2", 1, 2), ("stage-2-1", 1, 1), ("stage-2-2", 1, 2), ("inner-steps", 2, 1)]
+
+
+@pytest.mark.parametrize("name, inner_steps, accumulate", UPDATES)
+def test_two_ranks_make_the_update_of_one(two_ranks, tiny_folder, name, inner_steps, accumulate):
     out, ranks = two_ranks
     policy = new_policy(tiny_folder)
     start_state = {key: value.clone() for key, value in policy.lora_state().items()}
-    alone = build_optimizer(policy.unet, settings(1, MICRO_BATCH), Ranks(0, 1, CPU))
+    alone = build_optimizer(policy.unet, settings(1, MICRO_BATCH, accumulate), Ranks(0, 1, CPU))
     lora_after(tiny_folder, policy, alone, Ranks(0, 1, CPU), inner_steps)
     one = {key: value.clone() for key, value in policy.lora_state().items()}
-    assert max((one[key] - start_state[key]).abs().max() for key in one) > 1e-3  # two Adam steps of lr 1e-3
+    assert max((one[key] - start_state[key]).abs().max() for key in one) > 9e-4  # Adam steps of lr 1e-3
     policy.load_lora(out / name)
     for key, value in policy.lora_state().items():
         torch.testing.assert_close(value, one[key], rtol=0, atol=2e-5, msg=key)
     for rank in ranks:  # two moments sharded; step counters and padding are all that is left over
-        assert rank[f"{name} steps"] == alone.steps == 2
+        assert rank[f"{name} steps"] == alone.steps == 2 / accumulate
         assert rank[f"{name} bytes"] == pytest.approx(alone.state_bytes() / 2, rel=0.02)
 
 
@@ -144,10 +135,14 @@ def test_what_is_not_finite_on_one_rank_is_left_out_on_all(two_ranks, stage, acc
 
 
 @pytest.mark.parametrize("stage", [1, 2], ids=["zero-1", "zero-2"])
-def test_a_sharded_checkpoint_goes_on_bit_for_bit(two_ranks, tiny_folder, stage):
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_a_sharded_checkpoint_goes_on_bit_for_bit(two_ranks, tiny_folder, stage, accumulate):
+    """Also with gradients that wait: of three to a step, two are in the checkpoint."""
     out, ranks = two_ranks
-    assert [rank[f"resumed-{stage}"] for rank in ranks] == [True, True]
-    saved = sum(file.stat().st_size for file in (out / f"stage-{stage}").rglob("*") if file.is_file())
+    name = f"stage-{stage}-{accumulate}"
+    assert [rank[f"resumed {name}"] for rank in ranks] == [True, True]
+    assert len(ranks[0][f"norms {name}"]) == {1: 2, 2: 1, 3: 1}[accumulate]
+    saved = sum(file.stat().st_size for file in (out / name).rglob("*") if file.is_file())
     assert saved < (tiny_folder / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size, "no frozen base in it"
 
 
@@ -173,9 +168,31 @@ def test_no_gpu_is_said_in_one_sentence():
         start("cuda")
 
 
-def test_several_ranks_on_a_cpu_without_a_compiler(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(UserError, match=r"^2 processes on a CPU need a C\+\+ compiler"):
+@pytest.mark.parametrize(
+    "environment, words",
+    [
+        ("WORLD_SIZE=x", ("WORLD_SIZE: found 'x'",)),
+        ("WORLD_SIZE=-1", ("WORLD_SIZE: found '-1'",)),
+        ("WORLD_SIZE=0 RANK=0 LOCAL_RANK=0", ("WORLD_SIZE: found 0",)),
+        ("WORLD_SIZE=10000000000 RANK=0 LOCAL_RANK=0", ("WORLD_SIZE: found '10000000000'",)),
+        ("RANK=1", ("WORLD_SIZE: found none", "'1'")),
+        ("WORLD_SIZE=1 RANK=1", ("RANK: found '1'", "below 1")),
+        ("WORLD_SIZE=2", ("RANK: found none", "is 2")),
+        ("WORLD_SIZE=2 RANK=2 LOCAL_RANK=0", ("RANK: found '2'", "below 2")),
+        ("WORLD_SIZE=2 RANK=1", ("LOCAL_RANK: found none",)),
+        ("WORLD_SIZE=2 RANK=1 LOCAL_RANK=2", ("LOCAL_RANK: found '2'", "below 2")),
+    ],
+)
+def test_what_no_launcher_sets_is_refused_by_its_name(monkeypatch, environment, words):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for setting in environment.split():
+        monkeypatch.setenv(*setting.split("="))
+    with pytest.raises(UserError) as refused:
         start("cpu")
+    assert [word for word in (*words, "deepspeed") if word not in str(refused.value)] == []
+
+
+def test_a_process_alone_needs_no_environment(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "-1")  # as some launchers say it
+    assert start("cpu") == Ranks(0, 1, CPU)

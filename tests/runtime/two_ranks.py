@@ -6,9 +6,11 @@ Each rank writes what it has to OUT_FOLDER/rank-<rank>.json; its LoRA after the 
 import argparse
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from test_ranks import MICRO_BATCH, PROMPTS, all_pairs, lora_after, new_policy, settings
 
 from strop.engine.methods.spo.pairs import balance
@@ -71,22 +73,25 @@ def main():
             f"{c} {inner}": balanced(ranks, c, inner) for c in ([7, 5], [12, 0], [1, 0], [0, 0]) for inner in (1, 2)
         },
     }
-    for stage in (1, 2):
+    for stage, accumulate in product((1, 2), (1, 2, 3)):
+        name, adamw = f"stage-{stage}-{accumulate}", settings(stage, MICRO_BATCH // 2, accumulate)
         policy = new_policy(args.model)
-        optimizer = build_optimizer(policy.unet, settings(stage, MICRO_BATCH // 2), ranks)
+        optimizer = build_optimizer(policy.unet, adamw, ranks)
         lora_after(args.model, policy, optimizer, ranks)
-        results |= spent(f"stage-{stage}", optimizer)
-        optimizer.save(args.out / f"stage-{stage}")
+        results |= spent(name, optimizer)
+        (args.out / name).mkdir(exist_ok=True)
+        optimizer.save(args.out / name)
         if ranks.first:
-            policy.save_lora(args.out / f"stage-{stage}")
+            policy.save_lora(args.out / name)
+        dist.barrier()
         again = new_policy(args.model)
-        again.load_lora(args.out / f"stage-{stage}")
-        resumed = build_optimizer(again.unet, settings(stage, MICRO_BATCH // 2), ranks)
-        resumed.load(args.out / f"stage-{stage}")
-        lora_after(args.model, policy, optimizer, ranks)
-        lora_after(args.model, again, resumed, ranks)
+        again.load_lora(args.out / name)
+        resumed = build_optimizer(again.unet, adamw, ranks)
+        resumed.load(args.out / name)
+        norms = [lora_after(args.model, *each, ranks) for each in ((policy, optimizer), (again, resumed))]
         pairs = zip(policy.parameters, again.parameters, strict=True)
-        results[f"resumed-{stage}"] = all(torch.equal(a, b) for a, b in pairs)
+        results[f"resumed {name}"] = all(torch.equal(a, b) for a, b in pairs) and norms[0] == norms[1]
+        results[f"norms {name}"] = norms[0]
     policy = new_policy(args.model)
     optimizer = build_optimizer(policy.unet, settings(1, MICRO_BATCH // 2), ranks)
     lora_after(args.model, policy, optimizer, ranks, inner_steps=2)

@@ -149,7 +149,7 @@ MISTAKES = {
     "a question is missing": (with_answer(answers={"general": "left"}), "answer 1", "alignment"),
     "no time": (with_answer(ms=None), "answer 1", "None"),
     "twice": (lambda content: content | {"answers": content["answers"] * 2}, "several answers"),
-    "a list": (lambda content: [content], "strop-study-answers/1"),
+    "a list": (lambda content: [content], "list"),
 }
 
 
@@ -173,10 +173,10 @@ def test_a_file_that_is_not_right_is_refused_by_name(mistake, study, tmp_path, c
     [
         ("{key} {anna} {anna}", ("anna.json", "'anna'")),
         ("{key} {images}", ("images", "cannot be read")),
-        ("{key} {text}", ("text.txt", "not JSON")),
+        ("{key} {text}", ("text.txt", "cannot be read as JSON")),
         ("{anna} {anna}", ("anna.json", "no key")),
-        ("{key} {anna} --out {anna}", ("anna.json", "there already")),
-        ("{key} {anna} --markdown {text}", ("text.txt", "there already")),
+        ("{key} {anna} --out {anna}", ("anna.json", "exists already")),
+        ("{key} {anna} --markdown {text}", ("text.txt", "exists already")),
     ],
 )
 def test_a_mistake_in_the_command(line, words, study, capsys):

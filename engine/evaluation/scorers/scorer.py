@@ -67,15 +67,19 @@ def in_batches(
 def pil_images(images: Tensor | Sequence[Image.Image]) -> list[Image.Image]:
     """Returns images as PIL has them. A tensor (N, 3, H, W) in [-1, 1] becomes bytes as diffusers saves them.
 
-    That is, x / 2 + 0.5, clamped to [0, 1], times 255, rounded to the nearest (a half to the even neighbour): an image
-    has the score of its PNG.
+    An image has the score of its PNG.
     """
     if not isinstance(images, Tensor):
         return list(images)
     if images.dim() != 4 or images.shape[1] != 3:
         raise ValueError(f"a scorer needs images (N, 3, H, W), got {tuple(images.shape)}")
-    pixels = ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8)
+    pixels = levels(images.float()).to("cpu", torch.uint8)
     return [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).numpy()]  # (N, H, W, 3)
+
+
+def levels(images: Tensor) -> Tensor:
+    """Rounds images in [-1, 1] to what 8 bits a channel store, 0 to 255; a half to the even neighbour."""
+    return ((images / 2 + 0.5).clamp(0, 1) * 255).round()
 
 
 def fetch_published(path: str, patterns: Sequence[str], key: str, source: str) -> Path:

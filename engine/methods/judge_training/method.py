@@ -25,6 +25,7 @@ from ...judge.pixels import training_pixels
 from ...models.conditioning import Conditioning
 from ...runtime.ranks import gather_rows
 from ...runtime.session import Session
+from ...runtime.stop import ignore_signals
 from ..protocol import Measured
 from .columns import COLUMNS
 
@@ -87,7 +88,9 @@ class JudgeTraining:
         if self._loader is None:
             total, seed = optim.steps * optim.accumulate, self.config.run.seed
             rows = islice(rank_batches(len(self.sets.train), optim.batch, total, seed, self.ranks), begin, None)
-            self._loader = iter(DataLoader(self.sets.train, batch_sampler=rows, num_workers=self.config.data.workers))
+            workers = self.config.data.workers
+            loader = DataLoader(self.sets.train, batch_sampler=rows, num_workers=workers, worker_init_fn=ignore_signals)
+            self._loader = iter(loader)
         count, batches = optim.accumulate * optim.batch, range(begin, begin + optim.accumulate)
         return zip(batches, self._loader, strict=False), {"prompts": count, "pairs": count}
 

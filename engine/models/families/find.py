@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ...errors import UserError
+from ...errors import UserError, short
 from ..model_files import read_config, read_index, read_json, read_shapes
 from .base import Family
 from .sd15 import SD15
@@ -104,6 +104,8 @@ def _other_unet(unet: dict) -> str | None:
     name = unet.get("_class_name", "UNet2DConditionModel")
     if name != "UNet2DConditionModel":
         return f"a model around a {name}"
+    if not isinstance(widths := unet.get("block_out_channels", []), list):
+        return f"a model with block_out_channels {short(widths)} in its UNet"
     if other_kind := _other_channels(unet.get("in_channels", 4)):
         return other_kind
     if unet.get("out_channels", 4) != CHANNELS:
