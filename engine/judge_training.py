@@ -20,6 +20,7 @@ from .methods.loop import train
 from .models.base_model import load_unet, quiet_libraries
 from .models.hub import model_inputs
 from .models.latent_diffusion import LatentDiffusion
+from .plan.out_of_memory import memory_errors_explained
 from .report.run_folder import close_run
 from .runtime.metrics import read_records
 from .runtime.optimizer import AdamWSettings, Optimizer, build_optimizer
@@ -33,7 +34,7 @@ NAMED = 3  # broken pairs that the summary names; broken.txt has all
 def run(config: JudgeTrainingConfig) -> None:
     """Trains a judge by a recipe; the last lines on the terminal give the results and the paths of the files."""
     quiet_libraries()
-    with Session.start(config, inputs(config)) as session:
+    with Session.start(config, inputs(config)) as session, memory_errors_explained(session):
         method, optimizer = build(session)
         session.open()
         if session.ranks.first:

@@ -26,11 +26,13 @@ from .models.hub import model_inputs, source
 from .models.latent_diffusion import BATCH
 from .models.lora_file import write
 from .models.policy import Policy
+from .plan.out_of_memory import memory_errors_explained
 from .plan.peak import seconds_at_peak
 from .report.model_card import write_model_card
 from .report.pictures import before_after
 from .report.run_folder import close_run, read_run, write_heldout
 from .runtime.checkpoint import Trainable
+from .runtime.diagnosis import last_checkpoint
 from .runtime.files import writing
 from .runtime.optimizer import AdamWSettings, Optimizer, build_optimizer
 from .runtime.ranks import Ranks
@@ -51,7 +53,7 @@ class Parts:
 def run(config: Config) -> None:
     """Trains by a recipe; the last lines on the terminal give the results and the paths of the files."""
     quiet_libraries()
-    with Session.start(config, inputs(config)) as session:
+    with Session.start(config, inputs(config)) as session, memory_errors_explained(session):
         with session.clock("load"):
             parts = build(session)
             session.open()
@@ -60,6 +62,7 @@ def run(config: Config) -> None:
             session.ledger.at_peak = seconds_at_peak(config, parts.models.policy.family, session.ranks.device)
         with session.clock("evaluate"), parts.models.policy.reference():
             base = parts.evaluator("base model")  # first, so that whatever a scorer cannot do shows at once
+            check_scores(base, parts.evaluator.all_prompts)
         evaluate = config.evaluate
         monitor = Monitor(parts.evaluator, base, evaluate, session.dir) if evaluate.every else None
         train(session, parts.method, parts.optimizer, monitor)
@@ -67,6 +70,8 @@ def run(config: Config) -> None:
             go_back(session, parts.models.trainable, monitor.best)
         with session.clock("evaluate"):
             tuned = parts.evaluator("tuned model")
+        if not any(values.isfinite().any() for values in tuned.scores.values()):
+            raise UserError(f"the tuned model's scores are all NaN or infinite; {last_checkpoint(session.dir)}")
         summary = session.summary()
         summary["lora_iteration"] = monitor.best if monitor and monitor.stopped else session.done
         if session.ranks.first:
@@ -94,6 +99,17 @@ def build(session: Session) -> Parts:
         ),
         Evaluator(models, scorers, embeddings, heldout, config, ranks),
     )
+
+
+def check_scores(base: Evaluation, prompts: list[str]) -> None:
+    """Raises UserError that names a score which is not finite for the base model."""
+    for name, values in base.scores.items():
+        if bad := (~values.isfinite()).nonzero().flatten().tolist():
+            key = "judge.path" if name == "judge" else "evaluate.scorers"
+            raise UserError(
+                f"{key}: the base model's score {name} is NaN or infinite for {len(bad)} of {len(values)} held-out "
+                f"prompts, such as {prompts[bad[0]]!r}, expected finite ones; try another model.dtype, or leave it out"
+            )
 
 
 def inputs(config: Config) -> Inputs:

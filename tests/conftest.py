@@ -455,6 +455,9 @@ def examiner(device):
         return {"brightness": images.mean((1, 2, 3)), "words": words}
     return examine
 
+def gloomy(device):
+    return lambda images, prompts: {"gloom": images.new_tensor([float("nan" if p == "h i" else 1) for p in prompts])}
+
 def pairs(seed, size):
     """Bright against dark: the brighter image is preferred; every eighth pair is a tie."""
     rng = torch.Generator().manual_seed(seed)

@@ -104,3 +104,41 @@ def test_scores_of_the_judge_that_are_not_finite(recipe, tmp_path, monkeypatch, 
     assert [record["unscored"] for record in records] == [3, 6]  # of 2 prompts and 3 judged steps, those of prompt 0
     assert [record["pairs"] for record in records] == [3, 6]
     assert all(math.isfinite(record["judge"]) for record in records)
+
+
+def test_a_score_of_the_base_model_that_is_not_finite_ends_the_run_before_it_trains(recipe, tmp_path, capsys):
+    code, lines = sentences(train.main, recipe("evaluate.scorers=[recipe_modules:gloomy]"), capsys)
+    assert (code, len(lines)) == (2, 1)
+    assert [word for word in ("evaluate.scorers", "gloom", "1 of 3", "'h i'") if word not in lines[0]] == []
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "error, method, words",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU"), "loss", ("2.00 GiB", "update")),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "collect", ("9",)),
+    ],
+    ids=["gpu", "cpu"],
+)
+def test_out_of_memory_is_one_sentence_with_the_keys_to_turn(recipe, monkeypatch, capsys, error, method, words):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(SPO, method, full)
+    code, lines = sentences(train.main, recipe("evaluate.pictures=1"), capsys)
+    key = "model.gradient_checkpointing=true" if method == "loss" else "model.unet_rows=64"
+    assert (code, len(lines)) == (2, 1)
+    assert [word for word in (*words, key, "out of memory", "checkpoint") if word not in lines[0]] == []
+
+
+def test_a_run_too_short_for_an_optimizer_step_says_so(recipe, tmp_path, monkeypatch, capsys):
+    """After the first iteration, where the pairs turned out to be too few, and in its summary and report."""
+    batches = SPO.batches
+    monkeypatch.setattr(SPO, "batches", lambda self, rows: list(batches(self, rows))[:1])
+    code, lines = sentences(train.main, recipe("optim.accumulate=3"), capsys)
+    assert (code, len(lines)) == (0, 1)
+    assert [word for word in ("optim.accumulate", "3", "1 micro-batches") if word not in lines[0]] == []
+    shown = (tmp_path / "run" / "report.html").read_text()
+    assert "2 micro-batches, too few for an optimizer step" in shown
+    assert "No optimizer step was made" in shown

@@ -46,6 +46,7 @@ REFUSALS = [
     ("train {training} lora.target_modules=[to_x]", "lora.target_modules", "['to_x']"),
     ("train {training} rollout.judge_every=4", "rollout.judge_every", "4", "3"),
     ("train {training} rollout.decoder=nowhere", "rollout.decoder", "nowhere"),
+    ("train {training} optim.accumulate=5", "optim.accumulate", "5", "at most 4"),
     ("train {training} run.resume=true", "run.resume", "holds no checkpoint"),
     ("train {training} run.dir={file}/run", "run.dir", "{file}"),
     ("train {training} run.dir={run}", "run.dir", "{run}", "run.resume=true"),

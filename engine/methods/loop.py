@@ -38,6 +38,8 @@ def train(session: Session, method: Method, optimizer: Optimizer, monitor: Monit
                 if norm is not None:
                     session.note({GRAD_NORM.name: norm})
                     diagnosis.after_step(iteration + 1, facts.get(UNSCORED.name, 0))
+            if iteration == 0:
+                diagnosis.after_first(optimizer, session.config.iterations)
         monitored = measure(session, method, iteration + 1, monitor)
         session.save(iteration + 1, now=monitored)
         if monitor and monitor.stopped:

@@ -44,7 +44,7 @@ def _best_fix(config: Config, memory: MemoryUse, measure: Measure, available: fl
     smallest, or None where nothing makes it smaller."""
     phase, before = memory.peak_phase, memory.peak
     best = None
-    for settings in _options(phase, config):
+    for settings in options(phase, config):
         after = measure(varied(config, settings)).phases[phase]
         if after < (best.after if best else before):
             best = Fix(settings, phase, before, after)
@@ -53,7 +53,7 @@ def _best_fix(config: Config, memory: MemoryUse, measure: Measure, available: fl
     return best
 
 
-def _options(phase: str, config: Config) -> Iterator[Settings]:
+def options(phase: str, config: Config) -> Iterator[Settings]:
     """Yields settings that may make a phase smaller, the mildest first."""
     model, optim = config.model, config.optim
     if phase == "rollout: UNet":

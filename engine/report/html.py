@@ -146,7 +146,7 @@ def _extremes(run: Run, cuts: Sequence[BeforeAfter]) -> str:
     for title, rows in groups.items():
         body += f"<tr><th>{title}</th><th>base</th><th>tuned</th><th>change</th></tr>" if rows else ""
         for row in rows:
-            prompt, values = run.prompts[row]["prompt"], run.prompts[row]["scores"][score]
+            prompt, values = run.prompts[row].get("prompt", ""), run.prompts[row]["scores"][score]
             numbers = (number(values["base"]), number(values["tuned"]), number(values["tuned"] - values["base"], "+"))
             picture = _pair(cuts[row]) if row < len(cuts) else ""
             cells = "".join(f"<td>{escape(text)}</td>" for text in numbers)
@@ -179,7 +179,7 @@ def _before_and_after(run: Run, cuts: Sequence[BeforeAfter]) -> str:
         return _section("Before and after", picture)
     figures = ""
     for cut, line in zip(cuts, run.prompts or [{}] * len(cuts), strict=False):
-        scores = line.get("scores", {}).items()
+        scores = (line.get("scores") or {}).items()
         changes = "".join(f"<span>{escape(name)} {_change(values)}</span>" for name, values in scores)
         figures += f"<figure>{_pair(cut)}<figcaption>{escape(line.get('prompt', ''))}{changes}</figcaption></figure>"
     note = _note("The two pictures of a prompt start from the same noise.")
@@ -187,7 +187,7 @@ def _before_and_after(run: Run, cuts: Sequence[BeforeAfter]) -> str:
 
 
 def _change(values: dict) -> str:
-    return f"{number(values['base'])} to {number(values['tuned'])}"
+    return f"{number(values.get('base'))} to {number(values.get('tuned'))}"
 
 
 def _pair(cut: BeforeAfter) -> str:

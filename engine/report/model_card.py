@@ -7,7 +7,7 @@ from pathlib import Path
 from ..evaluation.cells import markdown_table
 from ..user_files import public_name
 from .run import Run
-from .tables import score_rows
+from .tables import count, score_rows
 from .verdict import verdict
 
 LICENCE = "<!-- Fill in: the licence of this LoRA, which that of the base model may bind. -->"
@@ -31,7 +31,7 @@ def model_card(run: Run) -> str:
         "---\n" + f"base_model: {base}\nlibrary_name: diffusers\ntags: [{', '.join(tags)}]\n" + "---",
         f"# {run.dir.resolve().name}",
         "A LoRA that was trained with step-by-step preference optimization (SPO, arXiv 2406.04314), by "
-        f"strop {summary['version']}.",
+        f"strop {summary.get('version')}.",
         f"**{verdict(run).headline}**",
         "![base model above, tuned model below](../before_after.png)",
         "## Figures\n\n" + _scores(run),
@@ -43,10 +43,9 @@ def model_card(run: Run) -> str:
 
 
 def _scores(run: Run) -> str:
-    count = run.summary.get("heldout_prompts")
     return (
-        f"Means over {count:,} prompts that were not trained on, the same noise for both models.\n\n"
-        + markdown_table(("", "base", "tuned", "change", "95% interval"), score_rows(run))
+        f"Means over {count(run.summary.get('heldout_prompts'))} prompts that were not trained on, the same noise for "
+        "both models.\n\n" + markdown_table(("", "base", "tuned", "change", "95% interval"), score_rows(run))
     )
 
 
@@ -55,12 +54,13 @@ def _training(recipe: dict, summary: dict, base: str) -> str:
     facts = {
         "base model": base,
         "judge": Path(str(recipe["judge"]["path"]).rstrip("/")).name,
-        "prompts": f"{summary['prompts']:,} in {summary['iterations']:,} iterations",
-        "preference pairs": f"{summary['pairs']:,}",
-        "optimizer steps": f"{summary['optimizer_steps']:,}, learning rate {optim['lr']:g}, beta {optim['beta']:g}",
+        "prompts": f"{count(summary.get('prompts'))} in {count(summary.get('iterations'))} iterations",
+        "preference pairs": count(summary.get("pairs")),
+        "optimizer steps": f"{count(summary.get('optimizer_steps'))}, learning rate {optim['lr']:g}, "
+        f"beta {optim['beta']:g}",
         "LoRA": f"rank {lora['rank']} on {', '.join(lora['target_modules'])}",
         "rollout": f"{rollout['num_steps']} steps, k = {rollout['k']}, guidance {rollout['guidance']:g}",
-        "seed": str(summary["seed"]),
+        "seed": str(summary.get("seed")),
     }
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in facts.items())
 

@@ -96,9 +96,9 @@ def by_change(run: Run) -> tuple[str, list[int]]:
     The score is the first that tells prompts apart: one that is independent of the judge where there is such a one, and
     not only right or wrong. ("", []) where there is none.
     """
-    scores = run.prompts[0].get("scores", {}) if run.prompts else {}
+    scores = (run.prompts[0].get("scores") or {}) if run.prompts else {}
     for name in sorted(scores, key=independent_of_judge, reverse=True):
-        values = [line.get("scores", {}).get(name) or {} for line in run.prompts]
+        values = [(line.get("scores") or {}).get(name) or {} for line in run.prompts]
         changes = {
             row: each["tuned"] - each["base"]
             for row, each in enumerate(values)
@@ -135,16 +135,23 @@ def count_rows(summary: dict) -> list[tuple[str, str]]:
     judge = "training_pairs" in summary
     counts = JUDGE_COUNTS if judge else COUNTS
     rows = [(label, summary.get(name)) for name, label in counts.items()]
-    rows = [(label, NOT_MEASURED if value is None else f"{value:,}") for label, value in rows]
+    rows = [(label, count(value)) for label, value in rows]
     pace = summary.get("prompts_per_second")
     if pace is not None:
         items, stage = ("pairs", "show") if judge else ("prompts", "rollout")
         rows.insert(2, (f"{items} per second", f"{pace:.3g} in {stage} and update"))
+    if waiting := summary.get("waiting_micro_batches"):
+        rows.append(("not learned from", f"{waiting:,} micro-batches, too few for an optimizer step"))
     state = summary.get("optimizer_state_bytes_per_rank")
     if state is not None:
         rows.append(("optimizer state", f"{state / 2**20:,.1f} MiB per process"))
     named = {name: summary.get(name) for name in ("device", "seed", "version")}
     return rows + [(name, str(value)) for name, value in named.items() if value is not None]
+
+
+def count(value: int | None) -> str:
+    """Writes a count, or that there is none."""
+    return NOT_MEASURED if value is None else f"{value:,}"
 
 
 def ledger_rows(summary: dict) -> list[tuple[str, str]]:

@@ -104,6 +104,8 @@ def _closing(run: Run, directions: Mapping[str, int]) -> Iterator[Finding]:
         yield Finding("open", f"The run is not finished: it has {reached} so far. Held-out scores are {NOT_MEASURED}.")
     elif not run.compared:
         yield Finding("open", f"Held-out scores are {NOT_MEASURED}.")
+    if run.summary.get("optimizer_steps") == 0:
+        yield Finding("bad", "No optimizer step was made, so that nothing was learned: look at optim.accumulate.")
     if run.short:
         yield Finding("open", f"Too short to judge: the run has {run.iterations} iterations, fewer than {SHORT}.")
 

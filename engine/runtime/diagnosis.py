@@ -7,6 +7,7 @@ from pathlib import Path
 from ..errors import UserError, warn
 from .checkpoint import newest
 from .finite import Gate
+from .optimizer import Optimizer
 
 PATIENCE = 2  # optimizer steps in a row that are left out
 
@@ -16,7 +17,7 @@ class Diagnosis:
 
     def __init__(self, gate: Gate, run_dir: Path, first: bool):
         """first: of the ranks, which warns."""
-        self._gate, self._run_dir, self._silent = gate, run_dir, not first
+        self._gate, self._run_dir, self._first, self._silent = gate, run_dir, first, not first
         self._source, self._since = "", 0  # what was not finite first, and in which iteration
 
     def after_step(self, iteration: int, unscored: float) -> None:
@@ -44,6 +45,15 @@ class Diagnosis:
                 "said once, the column left_out of metrics.jsonl counts such micro-batches"
             )
             self._silent = True
+
+    def after_first(self, optimizer: Optimizer, iterations: int) -> None:
+        """Warns after the first iteration if at its pace the run ends without an optimizer step."""
+        waiting, accumulate = optimizer.waiting, optimizer.settings.accumulate
+        if self._first and not optimizer.steps and 0 < waiting * iterations < accumulate:
+            warn(
+                f"optim.accumulate: found {accumulate}, but the first iteration had {waiting} micro-batches: with "
+                f"{iterations} like it no optimizer step is made, and nothing is learned; take a smaller number"
+            )
 
 
 def last_checkpoint(run_dir: Path) -> str:

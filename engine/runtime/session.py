@@ -217,6 +217,7 @@ class Session:
             "prompts_per_second": last["prompts"] / work_seconds,
             "pairs": last.get("pairs"),
             "optimizer_steps": optimizer.steps,
+            "waiting_micro_batches": optimizer.waiting,
             "optimizer_state_bytes_per_rank": optimizer.state_bytes(),
             "world_size": self.ranks.size,
             "device": self.device_name,

@@ -19,6 +19,7 @@ class Stopwatch:
     """
 
     def __init__(self, device: torch.device | str):
+        self.failed = ""  # the innermost stage that an exception has left
         self._cuda = torch.device(device).type == "cuda"
         self._seconds: dict[str, float] = {}
         self._at_last_lap: dict[str, float] = {}
@@ -38,6 +39,9 @@ class Stopwatch:
         self._open.append([stage, now])
         try:
             yield
+        except BaseException:
+            self.failed = self.failed or stage
+            raise
         finally:
             now = self._now()
             self._pending.append((*self._open.pop(), now))

@@ -22,6 +22,7 @@ from strop.engine.report.run import Run
 from strop.engine.report.run_folder import make_report, read_run, write_heldout, write_summary
 from strop.engine.report.tables import closing_table, ledger_rows, stage_rows
 from strop.engine.report.verdict import number, verdict
+from strop.engine.runtime.columns import LEFT_OUT
 
 LEDGER = {
     "gpu_hours": 1234.5678, "energy_kwh": 0.8214, "share_of_peak": 0.434, "utilisation": 0.973,
@@ -246,7 +247,7 @@ def test_closing_table_of_a_judge_counts_pairs(judge_dir):
 def test_a_judge_that_is_not_measured_yet(judge_dir):
     (judge_dir / "summary.json").unlink()
     run = read_run(judge_dir)
-    assert run.columns == judge_training.COLUMNS
+    assert run.columns == (*judge_training.COLUMNS, LEFT_OUT)
     assert "not finished: it has logged iteration 8" in verdict(run).findings[0].text
     assert "not measured" in verdict(run).headline
 

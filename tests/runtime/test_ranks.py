@@ -117,6 +117,23 @@ def test_two_ranks_make_the_update_of_one(two_ranks, tiny_folder, name, inner_st
         assert rank[f"{name} bytes"] == pytest.approx(alone.state_bytes() / 2, rel=0.02)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2], ids=["zero-1", "zero-2"])
+def test_what_is_not_finite_on_one_rank_is_left_out_on_all(two_ranks, stage, accumulate):
+    """One rank's bad loss counts as zero; steps of bad losses alone, or with a bad gradient, change no weight."""
+    _, ranks = two_ranks
+    one, other = (rank["not finite"][f"{stage} {accumulate}"] for rank in ranks)
+    assert [row[:4] for row in one] == [row[:4] for row in other]
+    weights, *counts = zip(*(row[:4] for row in one), strict=True)
+    assert weights[:2] == pytest.approx((0.999, 0.998), abs=2e-4)  # Adam's steps of lr 1e-3, downhill
+    assert weights[1] == weights[2] == weights[3]
+    assert counts == [(1, 2, 2, 2), (0, accumulate, 2 * accumulate, 0), (0, 0, 1, 2)]
+    assert [[row[4] for row in rank] for rank in (one, other)] == [
+        [True, True, False, True],
+        [True, False, False, True],
+    ]
+
+
 @pytest.mark.parametrize("stage", [1, 2], ids=["zero-1", "zero-2"])
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
 def test_a_sharded_checkpoint_goes_on_bit_for_bit(two_ranks, tiny_folder, stage, accumulate):

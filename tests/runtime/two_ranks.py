@@ -5,6 +5,7 @@ Each rank writes what it has to OUT_FOLDER/rank-<rank>.json; its LoRA after the 
 
 import argparse
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -36,6 +37,24 @@ def balanced(ranks, counts, inner_steps=1):
 
 def spent(name, optimizer):
     return {f"{name} steps": optimizer.steps, f"{name} bytes": optimizer.state_bytes()}
+
+
+def not_finite(stage, accumulate, ranks):
+    """What becomes of four optimizer steps: all well, one rank's loss NaN, both ranks' loss, one rank's gradient."""
+    module = torch.nn.Linear(4, 1, bias=False)
+    torch.nn.init.ones_(module.weight)
+    optimizer = build_optimizer(module, replace(settings(stage, 1), accumulate=accumulate), ranks)
+    found = []
+    for bad_ranks, gradient in (((), False), ((1,), False), ((0, 1), False), ((1,), True)):
+        for _ in range(accumulate):
+            loss, bad = module(torch.ones(4)).sum(), ranks.rank in bad_ranks
+            if bad and gradient:
+                loss.register_hook(lambda grad: grad * torch.nan)
+            finite = optimizer.backward(loss * torch.nan if bad and not gradient else loss)
+            optimizer.step()
+        gate = optimizer.gate
+        found.append([module.weight[0, 0].item(), optimizer.steps, gate.left_out, gate.in_a_row, bool(finite)])
+    return found
 
 
 def main():
@@ -79,6 +98,8 @@ def main():
     results |= spent("inner-steps", optimizer)
     if ranks.first:
         policy.save_lora(args.out / "inner-steps")
+    cases = ((1, 1), (2, 1), (1, 2), (2, 2))
+    results["not finite"] = {f"{stage} {many}": not_finite(stage, many, ranks) for stage, many in cases}
     (args.out / f"rank-{ranks.rank}.json").write_text(json.dumps(results))
 
 

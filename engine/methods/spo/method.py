@@ -54,6 +54,12 @@ class SPO:
         timesteps = models.schedule.t[:-1]
         self.columns = [replace(c, labels=timesteps) if c.name == "pairs_per_t" else c for c in COLUMNS]
         self.judged_steps = sum(map(len, judged_segments(models.schedule, config.rollout)))
+        most = config.iterations * self.learner.batch_count(config.rollout.prompts * self.judged_steps)
+        if config.optim.accumulate > most:
+            raise UserError(
+                f"optim.accumulate: found {config.optim.accumulate}, expected at most {most}, the micro-batches of the "
+                "whole run; with more, no optimizer step is made and nothing is learned"
+            )
 
     def learning_rate(self, iteration: int) -> float:
         """Returns the learning rate, which is constant, as published."""

@@ -1,0 +1,51 @@
+"""Says in one sentence where a run was out of memory, and which keys take less there: those that fit.py turns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..config.training import Config
+from ..errors import UserError
+from ..runtime.checkpoint import Recipe
+from ..runtime.diagnosis import last_checkpoint
+from ..runtime.session import Session
+from .fit import options
+
+PHASES = {  # of fit.py, by the clock's stages
+    "rollout": "rollout: UNet",
+    "rollout/trunk": "rollout: UNet",
+    "rollout/branches": "rollout: UNet",
+    "rollout/decode": "rollout: decode",
+    "evaluate": "evaluation",
+    "update": "update",
+}
+ON_CPU = "can't allocate memory"
+
+
+@contextmanager
+def memory_errors_explained(session: Session) -> Iterator[None]:
+    """Raises UserError in place of PyTorch's errors of a GPU, or a CPU, that is out of memory."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and ON_CPU not in str(error):
+            raise
+        stage, asked = session.clock.failed, re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+        raise UserError(
+            f"out of memory{f' in {stage}' if stage else ''}{f', asked for {asked[1]}' if asked else ''}: take less by "
+            f"{', '.join(keys(session.config, stage))}, as `strop plan` says; {last_checkpoint(session.dir)}"
+        ) from None
+
+
+def keys(config: Recipe, stage: str) -> list[str]:
+    """Returns the settings to turn where a stage needs too much memory, as key=value, the mildest first."""
+    if not isinstance(config, Config):
+        batch, accumulate = config.optim.batch, config.optim.accumulate
+        smaller = {"optim.batch": max(1, batch // 2), "optim.accumulate": accumulate * 2}
+        return [f"{key}={value}" for key, value in smaller.items()]
+    mildest = next(options(PHASES.get(stage, ""), config), {"rollout.prompts": max(1, config.rollout.prompts // 2)})
+    return [f"{key}={str(value).lower()}" for key, value in mildest.items()]
