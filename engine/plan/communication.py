@@ -16,13 +16,10 @@ INT, BOOL = 8, 1
 def zero_bytes(config: Config, counts: RowCounts, lora: int, ranks: int) -> float:
     """Returns the bytes that ZeRO sends to one process in an iteration; `lora` numbers are trained.
 
-    Gradients are all-reduced at every optimizer step, with stage 2 at every micro-batch; the parameters are gathered
-    after every optimizer step.
+    Gradients are all-reduced at every optimizer step, and the parameters gathered after it.
     """
     gather = (ranks - 1) / ranks * FLOAT * lora
-    steps = counts.micro_batches / config.optim.accumulate
-    reductions = counts.micro_batches if config.zero.stage == 2 else steps
-    return gather * (2 * reductions + steps)
+    return gather * 3 * counts.micro_batches / config.optim.accumulate
 
 
 def pair_bytes(counts: RowCounts, latent: int) -> float:

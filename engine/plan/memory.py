@@ -55,7 +55,7 @@ def memory_use(builder: ModelBuilder, counts: RowCounts, costs: UnitCosts, ranks
     parts = models | {"optimizer state": 2 * lora / ranks + master}
     resident = sum(parts.values())
     pairs = counts.rollout_pairs * pair_bytes(counts, latent)
-    gradients = gradient_bytes(config.zero.stage, lora, ranks)
+    gradients = gradient_bytes(config.zero.stage, lora, ranks, config.optim.accumulate)
     largest, images = counts.largest, costs.image_bytes * counts.largest["decode"]
     sampling = costs.unet.text_kv_bytes * (counts.prompts + 1) + costs.unet.merged_bytes + pairs
     decode = decoding_bytes(costs.decode_peak, costs.image_bytes, largest["decode"], config.model.decode_rows)
@@ -76,14 +76,15 @@ def memory_use(builder: ModelBuilder, counts: RowCounts, costs: UnitCosts, ranks
     return MemoryUse(parts, phases)
 
 
-def gradient_bytes(stage: int, lora: float, ranks: int) -> float:
+def gradient_bytes(stage: int, lora: float, ranks: int, accumulate: int) -> float:
     """Returns the bytes of the gradients of `lora` bytes of parameters under this ZeRO stage.
 
-    With several processes, the bucket in which gradients travel and a flat copy of it are included.
+    With several processes, the bucket in which gradients travel and a flat copy of it are included, and where a step
+    takes several micro-batches, their sums.
     """
     if ranks == 1:
         return lora
-    return (lora if stage == 1 else lora / ranks) + 2 * lora
+    return (lora if stage == 1 else lora / ranks) + 2 * lora + (lora if accumulate > 1 else 0)
 
 
 def update_rows(builder: ModelBuilder, counts: RowCounts) -> int:

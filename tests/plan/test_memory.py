@@ -84,8 +84,9 @@ def test_zero_shards_the_optimizer_and_then_the_gradients(config, measure):
     alone, four = measure(config), measure(config, ranks=4)
     assert four.parts["optimizer state"] == (2 / 4 + 1 / 4) * GB
     assert "balance of pairs" in four.phases.keys() - alone.phases.keys()
-    assert gradient_bytes(1, 1 * GB, 1) == 1 * GB
-    assert gradient_bytes(1, 1 * GB, 4) - gradient_bytes(2, 1 * GB, 4) == 0.75 * GB
+    assert gradient_bytes(1, 1 * GB, 1, 2) == 1 * GB
+    assert gradient_bytes(1, 1 * GB, 4, 1) - gradient_bytes(2, 1 * GB, 4, 1) == 0.75 * GB
+    assert gradient_bytes(2, 1 * GB, 4, 2) - gradient_bytes(2, 1 * GB, 4, 1) == 1 * GB, "the sums of micro-batches"
 
 
 @pytest.mark.parametrize(
