@@ -24,8 +24,8 @@ def command() -> str:
     """Returns the command line of the outermost launcher, or of this process, as one would type it."""
     above = launchers()
     words = above[-1].cmdline() if above else sys.orig_argv
-    if len(words) > 1 and Path(words[0]).parent == Path(words[1]).parent:  # bin/python bin/strop
-        words = [Path(words[1]).name, *words[2:]]
+    if len(words) > 1 and Path(words[1]).is_absolute() and Path(words[0]).parent == Path(words[1]).parent:
+        words = [Path(words[1]).name, *words[2:]]  # bin/python bin/strop
     return shlex.join(words)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch.distributed import HashStore
 
 from strop.engine.errors import interrupt, signals_to
-from strop.engine.runtime import watch
+from strop.engine.runtime import launchers, watch
 from strop.engine.runtime.ranks import Ranks
 from strop.engine.runtime.watch import Watch
 
@@ -141,3 +141,16 @@ def test_launchers_are_known_by_their_names(tmp_path, chain, said):
     typed = chain.format(**words).replace("-m ", "")
     done = subprocess.run(shlex.split(typed), cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == (said or f"2 {typed}").format(**words)
+
+
+@pytest.mark.parametrize(
+    "words, typed",
+    [
+        (["python", "-m", "strop.engine.train", "a b.yaml"], "python -m strop.engine.train 'a b.yaml'"),
+        (["/env/bin/python", "/env/bin/strop", "train", "r.yaml"], "strop train r.yaml"),
+    ],
+)
+def test_the_command_is_what_one_would_type(monkeypatch, words, typed):
+    monkeypatch.setattr(launchers, "launchers", lambda: [])
+    monkeypatch.setattr(sys, "orig_argv", words)
+    assert launchers.command() == typed
