@@ -35,7 +35,9 @@ from strop.engine import training
 from strop.engine.config.training import load
 from strop.engine.errors import exit_on_user_error
 from strop.engine.runtime import ledger
-from strop.engine.runtime.metrics import read_records, write_atomically
+from strop.engine.runtime.files import write_atomically
+from strop.engine.runtime.metrics import read_records
+from strop.engine.runtime.progress import duration
 
 RESULTS = Path("bench/results/reliability.json")
 RECIPE = "configs/tinyworld.yaml"
@@ -109,24 +111,25 @@ class Run:
         keys = (*KEYS, f"run.dir={self.folder}", f"optim.accumulate={kind.accumulate}", *more)
         port = free_port()
         self.processes = [self._fork(rank, kind.ranks, port, keys, write) for rank in range(kind.ranks)]
+        self._codes: dict[int, int] = {}  # of the processes that have ended
 
     def wait(self, seconds: float) -> list[int] | None:
         """Returns the ranks' exit codes, negative for signals; None when one still runs after so many seconds."""
-        codes: dict[int, int] = {}
         end = time.monotonic() + seconds
-        while len(codes) < len(self.processes):
-            for process in self.processes:
-                if process not in codes and (done := os.waitpid(process, os.WNOHANG))[0]:
-                    codes[process] = os.waitstatus_to_exitcode(done[1])
+        while running := [process for process in self.processes if process not in self._codes]:
+            for process in running:
+                if (done := os.waitpid(process, os.WNOHANG))[0]:
+                    self._codes[process] = os.waitstatus_to_exitcode(done[1])
             if time.monotonic() > end:
-                self.processes = [process for process in self.processes if process not in codes]
-                return None
+                break
             time.sleep(0.01)
-        return [codes[process] for process in self.processes]
+        return None if running else [self._codes[process] for process in self.processes]
 
     def kill(self) -> None:
+        """Kills the ranks that still run, and waits for them."""
         for process in self.processes:
-            os.kill(process, signal.SIGKILL)
+            if process not in self._codes:
+                os.kill(process, signal.SIGKILL)
         self.wait(PATIENCE)
 
     def said(self) -> str:
@@ -311,6 +314,7 @@ def main(argv: Sequence[str]) -> None:
             write_atomically(args.results, json.dumps(found, indent=1) + "\n")
             return
         whole: dict[Kind, Whole] = {}
+        begun, before = time.monotonic(), len(found["kills"])
         for number in range(len(found["kills"]), args.kills):
             kind = KINDS[number % len(KINDS)]
             if kind not in whole:
@@ -321,7 +325,9 @@ def main(argv: Sequence[str]) -> None:
             found["kills"].append(outcome)
             write_atomically(args.results, json.dumps(found, indent=1) + "\n")
             word = "bit for bit" if outcome["equal"] else f"LOST: {outcome['codes']}, {outcome['said']}"
-            print(f"{number + 1}/{args.kills}  {kind}, {where} {outcome['at']}: {word}", flush=True)
+            pace = (time.monotonic() - begun) / (number + 1 - before)
+            eta = duration(pace * (args.kills - number - 1))
+            print(f"{number + 1}/{args.kills}  ETA {eta}  {kind}, {where} {outcome['at']}: {word}", flush=True)
             shutil.rmtree(folder / f"{number}")
     print(table(found["kills"]))
 
