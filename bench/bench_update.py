@@ -16,7 +16,8 @@ from strop.engine.methods.spo.update import Learner, MicroBatch
 from strop.engine.models.base_model import load_unet
 from strop.engine.models.latent_diffusion import LatentDiffusion
 from strop.engine.models.policy import Policy
-from strop.engine.runtime.optimizer import AdamWSettings, LocalAdamW
+from strop.engine.runtime.optimizer import AdamWSettings, build_optimizer
+from strop.engine.runtime.ranks import Ranks
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,7 +29,7 @@ def test_update(benchmark, forward, monkeypatch):
     model, lora, rows = config.model, config.lora, config.optim.micro_batch
     diffusion = LatentDiffusion.load(model, device)
     policy = Policy(load_unet(model, device), lora.rank, lora.target_modules, seed=0)
-    optimizer = LocalAdamW(policy.unet, AdamWSettings.of(config.optim, 1, model.dtype))
+    optimizer = build_optimizer(policy.unet, AdamWSettings.of(config.optim, 1, model.dtype), Ranks(0, 1, device))
     schedule = diffusion.schedule(config.rollout.num_steps, config.rollout.eta, config.rollout.guidance)
     rng = torch.Generator().manual_seed(0)
     x_t = torch.randn(1, rows, *policy.latent_shape, generator=rng)

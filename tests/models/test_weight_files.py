@@ -1,5 +1,6 @@
 """models/weight_files: weights that are not finite are refused where they are loaded, by file and tensor."""
 
+import json
 import shutil
 
 import pytest
@@ -9,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from strop.engine import cli
 from strop.engine.errors import UserError
 from strop.engine.models.weight_files import check_finite
+from strop.engine.runtime.checkpoint import DIGESTS
+from strop.engine.runtime.digests import digests_of
 
 UNET = "diffusion_pytorch_model.safetensors"
 POISONED = [  # the model, its file of weights, the command that loads it
@@ -38,6 +41,10 @@ def test_weights_that_are_not_finite_are_refused(
     name = next(name for name in sorted(state) if name.endswith("weight"))
     state[name].flatten()[-1] = torch.nan
     save_file(state, poisoned / file, metadata={"format": "pt"})
+    if model == "run":  # whose digests would notice, too
+        checkpoint = (poisoned / file).parent
+        names = json.loads((checkpoint / DIGESTS).read_text())
+        (checkpoint / DIGESTS).write_text(json.dumps(digests_of(checkpoint / name for name in names)))
     monkeypatch.chdir(tmp_path)
     words = command.format(recipe=recipe_file, poisoned=poisoned, model=tiny_folder).split()
     with pytest.raises(SystemExit) as stopped:

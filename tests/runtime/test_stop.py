@@ -22,6 +22,20 @@ from strop.engine.runtime.stop import Stop
 TWO = Ranks(0, 2, torch.device("cpu"))
 
 
+@pytest.fixture(autouse=True)
+def default_handlers():
+    """Signals as a terminal leaves them: a job that nohup or a shell began in the background ignores some."""
+    defaults = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def signals_in(monkeypatch):
     """signals_in(2, SIGTERM): this process gets the signals in the second iteration, before it is logged."""

@@ -15,7 +15,8 @@ from strop.engine.methods.spo.rollout import Rollout
 from strop.engine.methods.spo.update import Learner
 from strop.engine.models.base_model import load_unet
 from strop.engine.models.latent_diffusion import LatentDiffusion
-from strop.engine.runtime.optimizer import AdamWSettings, LocalAdamW
+from strop.engine.runtime.optimizer import AdamWSettings, build_optimizer
+from strop.engine.runtime.ranks import Ranks
 from strop.engine.speed.apply import prepare
 
 CPU = torch.device("cpu")
@@ -41,7 +42,7 @@ def run(folder, judge_folder, iterations, inner_steps=1, text_kv=True, device=CP
     )
     models = OnlineModels.load(config, device)
     policy, judge, schedule = models.policy, models.judge, models.schedule
-    optimizer = LocalAdamW(policy.unet, AdamWSettings.of(config.optim, 1, "float32"))
+    optimizer = build_optimizer(policy.unet, AdamWSettings.of(config.optim, 1, "float32"), Ranks(0, 1, device))
     cond = replace(models.diffusion.encode(["a b", "c"]), judge=judge.encode(["a b", "c"]))
     rng = torch.Generator(device).manual_seed(0)
     rollout = Rollout(policy, models.decoder, judge, schedule, config.rollout)
