@@ -20,17 +20,26 @@ from strop.engine.config.training import Config
 from strop.engine.errors import exit_on_user_error
 from strop.engine.judge.model import StepAwarePreferenceModel
 
-SCALE = 50.0  # makes the scores of branches differ as much as the judge's do
-KEYS = ("run.dir=runs/hacking", "optim.lr=1e-3", "evaluate.every=2", "evaluate.watched=32", "evaluate.stop=true")
+SCALE = 100.0  # makes the scores of branches differ as much as the judge's do
+KEYS = (
+    "run.dir=runs/hacking",
+    "optim.lr=3e-3",
+    "rollout.threshold=0",
+    "evaluate.prompts=64",
+    "evaluate.every=2",
+    "evaluate.watched=32",
+    "evaluate.stop=true",
+)
 
 
 def saturation(images: Tensor) -> Tensor:
     """Returns the mean of largest minus smallest channel of images (..., 3, H, W), times SCALE.
 
-    It looks at 8 x 8 fields: grain has colours too, and a policy learns to draw grain before anything else.
+    It looks at the four quarters of an image: of smaller fields, the colours of branches differ by their grain, and a
+    policy learns to draw grain, which the judge does not see in finished images.
     """
-    fields = adaptive_avg_pool2d(images.float().clamp(-1, 1).flatten(0, -4), 8).unflatten(0, images.shape[:-3])
-    return SCALE * (fields.amax(-3) - fields.amin(-3)).mean((-1, -2))
+    quarters = adaptive_avg_pool2d(images.float().clamp(-1, 1).flatten(0, -4), 2).unflatten(0, images.shape[:-3])
+    return SCALE * (quarters.amax(-3) - quarters.amin(-3)).mean((-1, -2))
 
 
 @exit_on_user_error
