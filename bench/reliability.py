@@ -60,7 +60,7 @@ KEYS = (
 )
 # What a run spends differs from run to run; everything else in a record is compared.
 SPENT = {"seconds", "prompts_per_second", "eta_seconds"} | {column.name for column in ledger.COLUMNS}
-PATIENCE = 180  # seconds for a run of seconds
+PATIENCE = 900  # seconds for a run of seconds: other programs may take the machine
 
 
 @dataclass(frozen=True, slots=True)
