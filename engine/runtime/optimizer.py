@@ -52,67 +52,24 @@ class AdamWSettings:
         return cls(**settings, stage=stage, loss_scale=FLOAT16_SCALE if dtype == "float16" else 1.0)
 
 
-@dataclass(frozen=True, slots=True)
-class AdamWState:
-    """What an optimizer holds beside its moments: steps taken, micro-batches that wait, and the sums of their grads."""
+class Optimizer:
+    """AdamW with accumulation, clipping and loss scaling, of which a checkpoint can hold what waits for a step.
 
-    steps: int
-    waiting: int
-    grads: list[Tensor]
-    counts: Tensor  # of the gate, since the last step
-
-
-def write_state(folder: Path, rank: int, state: AdamWState, optimizer: torch.optim.Optimizer) -> None:
-    """Writes a rank's state and its optimizer's moments to folder/optimizer-<rank>.safetensors."""
-    tensors = {
-        f"{name}.{i}": value.contiguous()
-        for i, entries in optimizer.state_dict()["state"].items()
-        for name, value in entries.items()
-    }
-    tensors |= {f"grad.{i}": grad.contiguous() for i, grad in enumerate(state.grads)} | {"counts.0": state.counts}
-    counts = {"steps": str(state.steps), "waiting": str(state.waiting)}
-    save_file(tensors, folder / f"optimizer-{rank}.safetensors", counts)
-
-
-def read_state(folder: Path, rank: int, optimizer: torch.optim.Optimizer) -> AdamWState:
-    """Puts the moments of folder/optimizer-<rank>.safetensors into an optimizer, and returns the rest.
-
-    Raises UserError if it is no safetensors file; nothing in it is ever run.
+    gate: keeps out what is not finite. waiting: micro-batches since the last optimizer step; steps: taken so far.
     """
-    moments: dict[int, dict[str, Tensor]] = {}
-    path = folder / f"optimizer-{rank}.safetensors"
-    try:
-        with safe_open(path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118 (it is no dict)
-                name, i = key.rsplit(".", 1)
-                moments.setdefault(int(i), {})[name] = file.get_tensor(key)
-            counts = {name: int(value) for name, value in file.metadata().items()}
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path}: found no optimizer state in safetensors ({one_line(error)}); go on from another checkpoint"
-        ) from None
-    gate = moments[0].pop("counts")
-    grads = [moments[i].pop("grad") for i in sorted(moments) if "grad" in moments[i]]
-    state = {i: entries for i, entries in moments.items() if entries}
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    return AdamWState(**counts, grads=grads, counts=gate)
 
-
-class LocalAdamW:
-    """AdamW of one process, with accumulation, clipping and loss scaling."""
+    optimizer: torch.optim.Optimizer  # PyTorch's, or this rank's share of it
 
     def __init__(self, module: nn.Module, settings: AdamWSettings, ranks: Ranks):
         self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.settings = settings
-        self.optimizer = _adamw(self.parameters, settings)
+        self.settings, self.rank = settings, ranks.rank
         self.gate = Gate(self.parameters, settings.loss_scale, ranks)
-        self.waiting = 0  # micro-batches since the last optimizer step
-        self.steps = 0
+        self.waiting = self.steps = 0
 
     def backward(self, loss: Tensor) -> Tensor:
         """Adds the gradient of a micro-batch's loss, and returns whether that is finite, () bool; if not, adds zero."""
         finite = self.gate.judge(loss, self.waiting + 1 >= self.settings.accumulate)
-        (loss * (self.settings.loss_scale / self.settings.accumulate)).backward()
+        self._add(loss * (self.settings.loss_scale / self.settings.accumulate))
         return finite
 
     def step(self) -> Tensor | float | None:
@@ -123,12 +80,9 @@ class LocalAdamW:
         self.waiting += 1
         if self.waiting < self.settings.accumulate:
             return None
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm or math.inf)
-        if self.gate.admits(norm):
-            self.optimizer.step()
-            self.steps += 1
-        self.optimizer.zero_grad()
+        norm = self._take()
         self.waiting = 0
+        self.steps += not self.gate.in_a_row
         return norm
 
     def set_lr(self, lr: float) -> None:
@@ -137,24 +91,91 @@ class LocalAdamW:
 
     def state_bytes(self) -> int:
         """Returns the bytes of optimizer state on this rank."""
-        return _bytes(self.optimizer)
+        tensors = [v for state in self.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     def save(self, folder: Path) -> None:
-        """Writes the state to folder/optimizer-0.safetensors."""
-        waiting = [p.grad for p in self.parameters] if self.waiting else []
-        write_state(folder, 0, AdamWState(self.steps, self.waiting, waiting, self.gate.counts), self.optimizer)
+        """Writes this rank's state to folder/optimizer-<rank>.safetensors."""
+        tensors = {
+            f"{name}.{i}": value.contiguous()
+            for i, entries in self.optimizer.state_dict()["state"].items()
+            for name, value in entries.items()
+        }
+        tensors |= {f"grad.{i}": grad.contiguous() for i, grad in enumerate(self._sums())}
+        counts = {"steps": str(self.steps), "waiting": str(self.waiting)}
+        save_file(tensors | {"counts.0": self.gate.counts}, self._file(folder), counts)
 
     def load(self, folder: Path) -> None:
-        """Reads what `save` wrote, into an optimizer of the same module."""
-        state = read_state(folder, 0, self.optimizer)
-        self.steps, self.waiting = state.steps, state.waiting
-        self.gate.counts.copy_(state.counts)
-        for parameter, grad in zip(self.parameters, state.grads, strict=False):
-            parameter.grad = grad.to(parameter.device)
+        """Reads what `save` wrote, by as many ranks; the module's parameters have been loaded by then.
+
+        Raises UserError if it is no safetensors file; nothing in it is ever run.
+        """
+        moments: dict[int, dict[str, Tensor]] = {}
+        try:
+            with safe_open(self._file(folder), "pt") as file:
+                for key in file.keys():  # noqa: SIM118 (it is no dict)
+                    name, i = key.rsplit(".", 1)
+                    moments.setdefault(int(i), {})[name] = file.get_tensor(key)
+                counts = file.metadata()
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{self._file(folder)}: found no optimizer state in safetensors ({one_line(error)}); go on from "
+                "another checkpoint"
+            ) from None
+        self.steps, self.waiting = int(counts["steps"]), int(counts["waiting"])
+        self.gate.counts.copy_(moments[0].pop("counts"))
+        grads = [moments[i].pop("grad") for i in sorted(moments) if "grad" in moments[i]]
+        self._put_back([grad.to(p.device) for grad, p in zip(grads, self.parameters, strict=False)])
+        state = {i: entries for i, entries in moments.items() if entries}
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+
+    def _file(self, folder: Path) -> Path:
+        return folder / f"optimizer-{self.rank}.safetensors"
+
+    def _add(self, loss: Tensor) -> None:
+        """Adds the gradient of a scaled loss to the sums."""
+        raise NotImplementedError
+
+    def _take(self) -> Tensor | float:
+        """Takes a step on the sums if the gate admits their norm, begins new ones, and returns the norm."""
+        raise NotImplementedError
+
+    def _sums(self) -> list[Tensor]:
+        """Returns the gradients that wait, by parameter; none if no micro-batch does."""
+        raise NotImplementedError
+
+    def _put_back(self, sums: list[Tensor]) -> None:
+        """Takes up what `_sums` returned."""
+        raise NotImplementedError
 
 
-class ZeroAdamW:
-    """AdamW of several ranks through a DeepSpeedEngine, ZeRO stage 1 or 2; the same interface as LocalAdamW.
+class LocalAdamW(Optimizer):
+    """AdamW of one process."""
+
+    def __init__(self, module: nn.Module, settings: AdamWSettings, ranks: Ranks):
+        super().__init__(module, settings, ranks)
+        self.optimizer = _adamw(self.parameters, settings)
+
+    def _add(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def _take(self) -> Tensor:
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm or math.inf)
+        if self.gate.admits(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def _sums(self) -> list[Tensor]:
+        return [p.grad for p in self.parameters] if self.waiting else []
+
+    def _put_back(self, sums: list[Tensor]) -> None:
+        for parameter, grad in zip(self.parameters, sums, strict=False):
+            parameter.grad = grad
+
+
+class ZeroAdamW(Optimizer):
+    """AdamW of several ranks through a DeepSpeedEngine, ZeRO stage 1 or 2.
 
     Gradients are accumulated here, each rank's own, and DeepSpeed is given their sum at every optimizer step: it then
     reduces once a step, and a checkpoint can hold the sums that wait, which DeepSpeed's own cannot.
@@ -164,12 +185,8 @@ class ZeroAdamW:
     def __init__(self, module: nn.Module, settings: AdamWSettings, ranks: Ranks):
         import deepspeed
 
-        self.settings, self.rank = settings, ranks.rank
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.gate = Gate(self.parameters, settings.loss_scale, ranks)
-        self.waiting = 0  # micro-batches since the last optimizer step
-        self.steps = 0
-        self._sums: list[Tensor] = []  # of their gradients, by parameter
+        super().__init__(module, settings, ranks)
+        self._waiting_sums: list[Tensor] = []
         with _scalars_not_broadcast(module):
             self.engine, *_ = deepspeed.initialize(
                 model=module,
@@ -189,59 +206,38 @@ class ZeroAdamW:
                 },
             )
 
-    def backward(self, loss: Tensor) -> Tensor:
-        finite = self.gate.judge(loss, self.waiting + 1 >= self.settings.accumulate)
-        loss = loss * (self.settings.loss_scale / self.settings.accumulate)
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self.engine.optimizer.optimizer
+
+    def _add(self, loss: Tensor) -> None:
         if self.settings.accumulate == 1:
             self.engine.backward(loss)
-            return finite
+            return
         grads = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
-        if self._sums:
-            torch._foreach_add_(self._sums, grads)
+        if self._waiting_sums:
+            torch._foreach_add_(self._waiting_sums, grads)
         else:
-            self._sums = list(grads)
-        return finite
+            self._waiting_sums = list(grads)
 
-    def step(self) -> Tensor | float | None:
-        """Does as LocalAdamW's."""
-        self.waiting += 1
-        if self.waiting < self.settings.accumulate:
-            return None
-        if self._sums:
+    def _take(self) -> Tensor | float:
+        if self._waiting_sums:
             self.gate.open()
             # The gradient of this product is the sums, bit for bit; what is unscaled twice is scaled twice.
-            products = [(p * grad).sum() for p, grad in zip(self.parameters, self._sums, strict=True)]
+            products = [(p * grad).sum() for p, grad in zip(self.parameters, self._waiting_sums, strict=True)]
             self.engine.backward(torch.stack(products).sum() * self.settings.loss_scale)
-            self._sums = []
+            self._waiting_sums = []
         self.engine.step()  # DeepSpeed itself leaves out a step whose norm is not finite
-        self.waiting = 0
         norm = self.engine.get_global_grad_norm()
-        if self.gate.admits(norm):
-            self.steps += 1
+        self.gate.admits(norm)
         return norm
 
-    def set_lr(self, lr: float) -> None:
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+    def _sums(self) -> list[Tensor]:
+        return self._waiting_sums
 
-    def state_bytes(self) -> int:
-        return _bytes(self.engine.optimizer.optimizer)
-
-    def save(self, folder: Path) -> None:
-        """Writes this rank's share of the state to folder/optimizer-<rank>.safetensors."""
-        state = AdamWState(self.steps, self.waiting, self._sums, self.gate.counts)
-        write_state(folder, self.rank, state, self.engine.optimizer.optimizer)
-
-    def load(self, folder: Path) -> None:
-        """Reads what `save` wrote, by as many ranks; the module's parameters have been loaded by then."""
-        state = read_state(folder, self.rank, self.engine.optimizer.optimizer)
-        self.steps, self.waiting = state.steps, state.waiting
-        self.gate.counts.copy_(state.counts)
-        self._sums = [g.to(p.device) for g, p in zip(state.grads, self.parameters, strict=False)]
+    def _put_back(self, sums: list[Tensor]) -> None:
+        self._waiting_sums = sums
         self.engine.optimizer.refresh_fp32_params()  # the shares that the optimizer steps on
-
-
-Optimizer = LocalAdamW | ZeroAdamW
 
 
 def build_optimizer(module: nn.Module, settings: AdamWSettings, ranks: Ranks) -> Optimizer:
@@ -283,8 +279,3 @@ def _adamw(parameters: list[nn.Parameter], settings: AdamWSettings) -> torch.opt
         weight_decay=settings.weight_decay,
         fused=True if all(p.is_cuda for p in parameters) else None,
     )
-
-
-def _bytes(optimizer: torch.optim.Optimizer) -> int:
-    tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
-    return sum(t.numel() * t.element_size() for t in tensors)
