@@ -74,7 +74,7 @@ def layout(args: argparse.Namespace) -> None:
         for prompt, files in zip(prompts, images, strict=True):
             write_samples(args.out, prompt, files)
     except UserError:
-        shutil.rmtree(args.out, ignore_errors=True)  # it was not there
+        shutil.rmtree(args.out, ignore_errors=True)  # it was new or empty
         raise
     print(f"wrote     {args.out}\nholds     {len(prompts)} prompts with {len(images[0])} images each")
 

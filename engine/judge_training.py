@@ -80,7 +80,7 @@ def inputs(config: JudgeTrainingConfig) -> Inputs:
     Raises UserError if a model is not there.
     """
     pairs = {"data.source": config.data.source, "data.heldout_source": config.data.heldout_source}
-    files = {k: v if is_factory(v) else Path(v).expanduser() for k, v in pairs.items() if v}
+    files = {k: v if is_factory(v) else Path(v) for k, v in pairs.items() if v}
     return model_inputs(config.model, config.judge) | files
 
 

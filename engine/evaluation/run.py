@@ -21,6 +21,7 @@ from ..models.base_model import BaseModel, quiet_libraries
 from ..runtime.output import check_free, write_all
 from ..runtime.ranks import TIMEOUT, Ranks, gather_rows, rank_slice, start
 from ..runtime.watch import Watch
+from ..user_files import user_path
 from .arguments import Request
 from .draw import Work, draw
 from .gallery import gallery
@@ -46,7 +47,7 @@ def run(request: Request) -> None:
     protocol = protocol_of(request.protocol, systems.config)
     protocol = protocol if request.seeds is None else replace(protocol, seeds=request.seeds)
     systems = sized(systems, protocol)
-    geneval = read_metadata(Path(request.prompts)) if protocol.name == GENEVAL.name else []
+    geneval = read_metadata(user_path(request.prompts)) if protocol.name == GENEVAL.name else []
     prompts = [prompt.text for prompt in geneval] or prompts_of(request, systems.config)
     scorers = request.scorers or (systems.config and systems.config.evaluate.scorers) or DEFAULT_SCORERS
     try:

@@ -60,7 +60,7 @@ def source(path: str, revision: str | None, key: str) -> Path | str:
     """
     found = fetch(path, revision, key, ())
     parts = found.parts
-    if Path(path).expanduser().exists() or "snapshots" not in parts:
+    if user_path(path).exists() or "snapshots" not in parts:
         return found
     return f"{path}, commit {parts[parts.index('snapshots') + 1]}"
 
