@@ -46,7 +46,7 @@ def start(device: str, timeout: float = TIMEOUT) -> Ranks:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("run.device: found cuda, but PyTorch sees no GPU; use auto or cpu")
     kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    size, _, local = _of_environment(torch.cuda.device_count() if kind == "cuda" else None)
+    size, local = _of_environment(torch.cuda.device_count() if kind == "cuda" else None)
     if size == 1:
         return Ranks(0, 1, torch.device(kind, 0) if kind == "cuda" else torch.device(kind))
     os.environ["DS_ACCELERATOR"] = kind
@@ -84,8 +84,8 @@ def _meet(device: torch.device, timeout: timedelta) -> Ranks:
     return Ranks(rank, size, device, PrefixStore("watch", store))
 
 
-def _of_environment(gpus: int | None) -> tuple[int, int, int]:
-    """Reads WORLD_SIZE, RANK and LOCAL_RANK, which a launcher sets all three: (processes, rank, rank on this machine).
+def _of_environment(gpus: int | None) -> tuple[int, int]:
+    """Checks WORLD_SIZE, RANK and LOCAL_RANK, which a launcher sets all three: (processes, rank on this machine).
 
     gpus: how many there are here, None on a CPU. Raises UserError for what no launcher sets.
     """
@@ -103,11 +103,13 @@ def _of_environment(gpus: int | None) -> tuple[int, int, int]:
     if size == 0:
         raise UserError(f"WORLD_SIZE: found 0, expected a number from 1; {mend}")
     if size == 1:
-        return 1, number("RANK", 0, 1), 0
+        number("RANK", 0, 1)
+        return 1, 0
     missing = [name for name in ("RANK", "LOCAL_RANK") if name not in os.environ]
     if missing:
         raise UserError(f"{missing[0]}: found none, but WORLD_SIZE is {size}; {mend}")
-    return size, number("RANK", 0, size), number("LOCAL_RANK", 0, size if gpus is None else gpus)
+    number("RANK", 0, size)
+    return size, number("LOCAL_RANK", 0, size if gpus is None else gpus)
 
 
 def on_first(ranks: Ranks, action: Callable[[], T]) -> T:
