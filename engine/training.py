@@ -31,8 +31,7 @@ from .plan.peak import seconds_at_peak
 from .report.model_card import write_model_card
 from .report.pictures import before_after
 from .report.run_folder import close_run, read_run, write_heldout
-from .runtime.checkpoint import Trainable
-from .runtime.diagnosis import last_checkpoint
+from .runtime.checkpoint import Trainable, last_checkpoint
 from .runtime.files import writing
 from .runtime.optimizer import AdamWSettings, Optimizer, build_optimizer
 from .runtime.ranks import Ranks

@@ -65,9 +65,14 @@ def load(path: str | Path, overrides: Sequence[str], cls: type[C]) -> C:
         raise UserError(f"{path}: {_sentence(cls, error)}") from None
 
 
+def dumped(config: Section) -> str:
+    """Returns the resolved configuration, every default filled in, as YAML that `load` reads back equal."""
+    return written(config.model_dump(mode="json"))
+
+
 def dump(config: Section, path: Path) -> None:
-    """Writes the resolved configuration, every default filled in, as YAML that `load` reads back equal."""
-    path.write_text(written(config.model_dump(mode="json")), encoding="utf-8")
+    """Writes a file of what `dumped` returns."""
+    path.write_text(dumped(config), encoding="utf-8")
 
 
 def keys(cls: type[BaseModel], prefix: str = "") -> list[str]:

@@ -10,8 +10,7 @@ import torch
 
 from ..config.training import Config
 from ..errors import UserError
-from ..runtime.checkpoint import Recipe
-from ..runtime.diagnosis import last_checkpoint
+from ..runtime.checkpoint import Recipe, last_checkpoint
 from ..runtime.session import Session
 from .fit import options
 

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -143,6 +144,12 @@ def newest(run_dir: Path) -> Path | None:
     return next(reversed(finished(run_dir)), None)
 
 
+def last_checkpoint(run_dir: Path) -> str:
+    """Names the newest checkpoint of a run, as the end of a sentence."""
+    checkpoint = newest(run_dir)
+    return f"the last checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+
+
 def damage(checkpoint: Path) -> str:
     """Says what is wrong with a checkpoint, by the digests of its files; nothing if it is whole."""
     try:
@@ -152,11 +159,12 @@ def damage(checkpoint: Path) -> str:
     if missing := sorted(name for name in {STATE, CONFIG, *expected} if not (checkpoint / name).is_file()):
         return f"{missing[0]} is missing"
     try:
-        changed = [name for name, digest in _digests_of(checkpoint, expected).items() if digest != expected[name]]
+        found = digests_of(checkpoint / name for name in expected)
     except OSError as error:
         return f"{error.filename or checkpoint} cannot be read ({error.strerror})"
+    changed = sorted(name for name in expected if found[name] != expected[name])
     if changed or STATE not in expected:
-        return f"{sorted(changed or [STATE])[0]} is not as it was written"
+        return f"{[*changed, STATE][0]} is not as it was written"
     iteration = state_of(checkpoint)["iteration"]
     return "" if iteration == int(checkpoint.name) else f"{STATE} is of iteration {iteration}"
 
@@ -178,10 +186,6 @@ def _digests(checkpoint: Path) -> dict[str, str]:
     if not isinstance(digests, dict) or not all(Path(name).name == name for name in digests):
         raise ValueError(f"{DIGESTS} does not hold names and digests")
     return digests
-
-
-def _digests_of(checkpoint: Path, names: Mapping[str, str]) -> dict[str, str]:
-    return digests_of(checkpoint / name for name in names)
 
 
 def _seal(draft: Path) -> None:
@@ -207,5 +211,5 @@ def _remove(checkpoint: Path) -> None:
 
 def _free(checkpoint: Path) -> Path:
     """Returns a name that is not in use: 000010.old, 000010.old1 and so on."""
-    names = (checkpoint.with_name(f"{checkpoint.name}.old{number or ''}") for number in range(10**6))
+    names = (checkpoint.with_name(f"{checkpoint.name}.old{number or ''}") for number in count())
     return next(name for name in names if not name.exists())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import UserError, warn
-from .checkpoint import newest
+from .checkpoint import last_checkpoint
 from .finite import Gate
 from .optimizer import Optimizer
 
@@ -54,9 +54,3 @@ class Diagnosis:
                 f"optim.accumulate: found {accumulate}, but the first iteration had {waiting} micro-batches: with "
                 f"{iterations} like it no optimizer step is made, and nothing is learned; take a smaller number"
             )
-
-
-def last_checkpoint(run_dir: Path) -> str:
-    """Names the newest checkpoint of a run, as the end of a sentence."""
-    checkpoint = newest(run_dir)
-    return f"the last checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"

@@ -5,17 +5,16 @@ Nothing in it is ever overwritten but by the run that it belongs to. What a chec
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
-from ..config.settings import differences, dump
+from ..config.settings import differences, dumped
 from ..config.training import Config, load
 from ..errors import UserError
 from .checkpoint import CONFIG, DRAFT, Recipe, damage, finished, remove_drafts, state_of
 from .digests import input_digests
-from .files import writing
+from .files import write_atomically, writing
 from .lock import LOCK, lock
 from .ranks import Ranks, on_first
 
@@ -116,8 +115,7 @@ class RunFolder:
                 self._check_again()
             self.digests = self.digests or self._digests()
             remove_drafts(self.dir)
-            dump(self.config, self.dir / f"{CONFIG}.draft")
-            os.replace(self.dir / f"{CONFIG}.draft", self.dir / CONFIG)
+            write_atomically(self.dir / CONFIG, dumped(self.config))
         except OSError as error:
             raise self._unusable("written", error) from None
 

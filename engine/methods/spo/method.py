@@ -12,8 +12,8 @@ from ...config.training import Config
 from ...data.embeddings import TrainingPrompts
 from ...errors import UserError
 from ...models.conditioning import Conditioning
+from ...runtime.checkpoint import last_checkpoint
 from ...runtime.columns import UNSCORED
-from ...runtime.diagnosis import last_checkpoint
 from ...runtime.ranks import gather_rows
 from ...runtime.session import Session
 from ..online import OnlineModels
