@@ -269,7 +269,8 @@ class OptimConfig(Section):
 class ZeroConfig(Section):
     stage: Literal[1, 2] = Field(
         1,
-        description="DeepSpeed ZeRO stage with several processes: 1 shards the optimizer state, 2 also the gradients.",
+        description="DeepSpeed ZeRO stage with several processes: 1 shards the optimizer state, 2 also the gradients, "
+        "but for those that wait for a step (optim.accumulate).",
     )
 
 
