@@ -202,7 +202,7 @@ def left_by(folder: Path) -> dict[str, str]:
     kept = {
         str(path.relative_to(folder)): sha256(tensor_bytes(path)).hexdigest()
         for path in files
-        if path.suffix in (".safetensors", ".pt")
+        if path.suffix == ".safetensors"
     }
     records = read_records(folder / "metrics.jsonl")
     kept["records"] = json.dumps([{k: v for k, v in record.items() if k not in SPENT} for record in records])
@@ -210,9 +210,9 @@ def left_by(folder: Path) -> dict[str, str]:
 
 
 def tensor_bytes(path: Path) -> bytes:
-    """Returns the bytes of a file of tensors, of a safetensors file without its header, which names folders."""
+    """Returns the bytes of a safetensors file without its header, which names folders."""
     data = path.read_bytes()
-    return data[8 + int.from_bytes(data[:8], "little") :] if path.suffix == ".safetensors" else data
+    return data[8 + int.from_bytes(data[:8], "little") :]
 
 
 def kill_and_go_on(kind: Kind, whole: Whole, where: str, chance: random.Random, folder: Path) -> dict:
