@@ -25,7 +25,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.benchmark import Timer
 
 from strop.bench.bench_step import RESULTS, ROOT, machine
-from strop.engine.config.training import Config, load
+from strop.engine.config.find import load
+from strop.engine.config.training import Config
 from strop.engine.errors import UserError, exit_on_user_error
 from strop.engine.models.base_model import quiet_libraries
 from strop.engine.plan.meta_models import ModelBuilder

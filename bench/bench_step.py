@@ -28,7 +28,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from strop.bench import longest, ours, published
-from strop.engine.config.training import Config, load
+from strop.engine.config.find import load
+from strop.engine.config.methods.spo import SPOConfig
 from strop.engine.data.prompts import read_prompts
 from strop.engine.errors import UserError, exit_on_user_error
 from strop.engine.judge.model import StepAwarePreferenceModel
@@ -53,7 +54,7 @@ class Side:
 
     iteration: ModuleType
     models: published.Published | ours.Ours
-    config: Config
+    config: SPOConfig
     pairs: int = 0
     flops: dict[str, float] = field(default_factory=dict)
     first: float = 0.0
@@ -92,7 +93,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"\nwritten to {write(record)}")
 
 
-def measure(exact: Config, fast: Config, recipe: str, rounds: int, device: torch.device) -> dict:
+def measure(exact: SPOConfig, fast: SPOConfig, recipe: str, rounds: int, device: torch.device) -> dict:
     """Runs all sides `rounds` times in turn, after one iteration that counts operations, and returns the record."""
     file = Path(exact.prompts.train)
     prompts = read_prompts(str(file), "prompts.train") if file.exists() else [f"prompt {i}" for i in range(64)]
@@ -174,12 +175,12 @@ def write(record: dict) -> Path:
     return target
 
 
-def run_prompts(config: Config) -> int:
+def run_prompts(config: SPOConfig) -> int:
     """Returns how many prompts a run of this recipe rolls out on one process."""
     return config.run.iterations * config.rollout.prompts
 
 
-def build(kind: type, config: Config, device: torch.device) -> published.Published | ours.Ours:
+def build(kind: type, config: SPOConfig, device: torch.device) -> published.Published | ours.Ours:
     """Builds copies of the models for one side, since each side changes them in another way."""
     if Path(config.model.path).exists():
         judge = StepAwarePreferenceModel.load(config.judge, device)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from strop.engine.config.training import load
+from strop.engine.config.find import load
 from strop.engine.methods.spo.pairs import PreferencePairs
 from strop.engine.methods.spo.update import Learner, MicroBatch
 from strop.engine.models.base_model import load_unet
@@ -29,7 +29,7 @@ def test_update(benchmark, forward, monkeypatch):
     model, lora, rows = config.model, config.lora, config.optim.micro_batch
     diffusion = LatentDiffusion.load(model, device)
     policy = Policy(load_unet(model, device), lora.rank, lora.target_modules, seed=0)
-    optimizer = build_optimizer(policy.unet, AdamWSettings.of(config.optim, 1, model.dtype), Ranks(0, 1, device))
+    optimizer = build_optimizer(policy.unet, AdamWSettings.of(config), Ranks(0, 1, device))
     schedule = diffusion.schedule(config.rollout.num_steps, config.rollout.eta, config.rollout.guidance)
     rng = torch.Generator().manual_seed(0)
     x_t = torch.randn(1, rows, *policy.latent_shape, generator=rng)

@@ -21,8 +21,9 @@ from transformers import CLIPConfig, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from strop.bench.precision import halve, noise
+from strop.engine.config.find import load
+from strop.engine.config.methods.spo import SPOConfig
 from strop.engine.config.settings import varied
-from strop.engine.config.training import Config, load
 from strop.engine.errors import UserError, exit_on_user_error
 from strop.engine.judge.clip import TimeConditionedCLIP
 from strop.engine.judge.model import StepAwarePreferenceModel
@@ -66,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"{json.dumps(record, indent=2)}\n\nwritten to {target}")
 
 
-def measure(config: Config, family: Family, architecture: dict, device: torch.device) -> dict:
+def measure(config: SPOConfig, family: Family, architecture: dict, device: torch.device) -> dict:
     """Returns the record of one warm iteration and of the log-ratio's noise; all pairs are trained on."""
     config = varied(config, {"rollout.threshold": 0.0})
     model, lora = config.model, config.lora
@@ -82,7 +83,7 @@ def measure(config: Config, family: Family, architecture: dict, device: torch.de
     for each in (precise, policy):
         prepare(model, each.unet, diffusion.vae, judge.clip)
     schedule = diffusion.schedule(config.rollout.num_steps, config.rollout.eta, config.rollout.guidance)
-    settings = replace(AdamWSettings.of(config.optim, 1, model.dtype), lr=1e-30)  # both policies stay alike
+    settings = replace(AdamWSettings.of(config), lr=1e-30)  # both policies stay alike
     optimizer = build_optimizer(policy.unet, settings, Ranks(0, 1, device))
     cond = conditioning(architecture, diffusion, config.rollout.prompts, DTYPES[model.dtype])
     rng = torch.Generator(device).manual_seed(0)
@@ -122,7 +123,7 @@ def move(policy: Policy) -> None:
 
 
 def surroundings(
-    config: Config, family: Family, architecture: dict, device: torch.device
+    config: SPOConfig, family: Family, architecture: dict, device: torch.device
 ) -> tuple[LatentDiffusion, StepAwarePreferenceModel]:
     """Builds the VAE with its noise schedule, and the judge, with random weights."""
     dtype = DTYPES[config.model.dtype]

@@ -9,16 +9,16 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from strop.bench.published import Clock
-from strop.engine.config.training import Config
+from strop.engine.config.methods.spo import SPOConfig
 from strop.engine.data.embeddings import Embeddings
 from strop.engine.judge.model import StepAwarePreferenceModel
-from strop.engine.methods.online import OnlineModels
+from strop.engine.methods.models import Models
 from strop.engine.methods.spo.pairs import PreferencePairs, balance
 from strop.engine.methods.spo.rollout import Rollout
 from strop.engine.methods.spo.update import Learner
 from strop.engine.models.conditioning import Conditioning
 from strop.engine.models.latent_diffusion import LatentDiffusion
-from strop.engine.models.tiny_decoder import TinyDecoder
+from strop.engine.models.tiny_decoder import TinyDecoder, load_decoder
 from strop.engine.runtime.optimizer import AdamWSettings, build_optimizer
 from strop.engine.runtime.ranks import Ranks
 
@@ -31,23 +31,25 @@ class Ours:
         unet: UNet2DConditionModel,
         diffusion: LatentDiffusion,
         judge: StepAwarePreferenceModel,
-        config: Config,
+        config: SPOConfig,
         decoder: TinyDecoder | None = None,
     ):
         """Takes `unet` for the policy, whose LoRA starts from run.seed; decoder: in place of rollout.decoder's."""
-        self.models = OnlineModels.of(config, unet, diffusion, judge, decoder)
+        self.models = Models.of(config, unet, diffusion, judge)
         self.policy, self.diffusion, self.judge, self.config = self.models.policy, diffusion, judge, config
         self.ranks = Ranks(0, 1, diffusion.device)
-        settings = AdamWSettings.of(config.optim, config.zero.stage, config.model.dtype)
+        settings = AdamWSettings.of(config)
         self.optimizer = build_optimizer(self.policy.unet, settings, self.ranks)
-        self.learner = Learner(self.policy, self.models.schedule, config.optim)
+        self.schedule = self.models.schedule(config.rollout)
+        self.decoder = decoder or load_decoder(config.rollout.decoder, config.model.dtype, diffusion)
+        self.learner = Learner(self.policy, self.schedule, config.optim)
 
 
 def roll(ours: Ours, cond: Conditioning, rng: torch.Generator, clock: Clock = nullcontext) -> PreferencePairs:
     """Returns the pairs of a rollout of the prompts of `cond`."""
-    models, config = ours.models, ours.config.rollout
-    rollout = Rollout(models.policy, models.decoder, models.judge, models.schedule, config, clock)
-    with models.policy.sampling(cond, config.text_kv) as sampling_cond:
+    config = ours.config.rollout
+    rollout = Rollout(ours.policy, ours.decoder, ours.judge, ours.schedule, config, clock)
+    with ours.policy.sampling(cond, config.text_kv) as sampling_cond:
         return rollout(sampling_cond, rng).pairs
 
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from strop.bench import ours
-from strop.engine.config.training import Config, load
+from strop.engine.config.find import load
+from strop.engine.config.methods.spo import SPOConfig
 from strop.engine.data.embeddings import Embeddings
 from strop.engine.data.prompts import read_prompts
 from strop.engine.errors import UserError, exit_on_user_error
@@ -53,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"\n{table(record)}\n\nwritten to {target}")
 
 
-def measure(config: Config, iterations: int) -> dict:
+def measure(config: SPOConfig, iterations: int) -> dict:
     """Returns the record: noise by dtype, on the pairs of a rollout after so many iterations."""
     networks = load_unet(config.model, CPU), LatentDiffusion.load(config.model, CPU)
     models = ours.Ours(*networks, StepAwarePreferenceModel.load(config.judge, CPU), config)

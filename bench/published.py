@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from strop.engine.config.training import Config, OptimConfig
+from strop.engine.config.methods.spo import SPOConfig, SPOOptimConfig
 from strop.engine.judge.model import StepAwarePreferenceModel
 from strop.engine.models.conditioning import Conditioning
 from strop.engine.models.latent_diffusion import LatentDiffusion
@@ -35,7 +35,7 @@ class Published:
     """Policy, reference, base model and judge, with the optimizer of the policy's LoRA."""
 
     def __init__(
-        self, unet: UNet2DConditionModel, diffusion: LatentDiffusion, judge: StepAwarePreferenceModel, config: Config
+        self, unet: UNet2DConditionModel, diffusion: LatentDiffusion, judge: StepAwarePreferenceModel, config: SPOConfig
     ):
         """Takes `unet` for the policy and a copy of it as reference; the LoRA starts as strop's from run.seed does."""
         lora, optim, rollout = config.lora, config.optim, config.rollout
@@ -222,7 +222,7 @@ def update(models: Published, batch: Pairs, cond: Conditioning, clock: Clock) ->
     return [value.mean().item() for value in (loss, *ratios)]
 
 
-def learn(models: Published, optim: OptimConfig) -> None:
+def learn(models: Published, optim: SPOOptimConfig) -> None:
     """Takes an optimizer step once `accumulate` minibatches wait."""
     models.waiting += 1
     if models.waiting < optim.accumulate:

@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from strop.engine import training
-from strop.engine.config.training import load
+from strop.engine.config.find import load
 from strop.engine.errors import exit_on_user_error
 from strop.engine.runtime import ledger
 from strop.engine.runtime.files import write_atomically

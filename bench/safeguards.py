@@ -20,7 +20,7 @@ from unittest.mock import patch
 
 from strop.engine import training
 from strop.engine.config.command_line import recipe_of
-from strop.engine.config.training import Config
+from strop.engine.config.methods.spo import SPOConfig
 from strop.engine.errors import exit_on_user_error
 from strop.engine.runtime import checkpoint, metrics
 from strop.engine.runtime.diagnosis import Diagnosis
@@ -46,7 +46,9 @@ LOOP = "the loop"
 def main(argv: Sequence[str]) -> None:
     """Prints the share of the loop's time that each safeguard takes."""
     folder = Path(tempfile.mkdtemp(prefix="safeguards-"))
-    config = recipe_of(["tinyworld", *KEYS, f"run.dir={folder / 'run'}", *argv], "safeguards", main.__doc__, "", Config)
+    config = recipe_of(
+        ["tinyworld", *KEYS, f"run.dir={folder / 'run'}", *argv], "safeguards", main.__doc__, "", SPOConfig
+    )
     seconds: Counter[str] = Counter()
     open_spans: list[str] = []
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from .errors import exit_on_user_error
 from .evaluation.arguments import DTYPES, Request
 from .evaluation.protocols import NAMES as PROTOCOLS
-from .evaluation.scorers.names import NAMES as SCORERS
+from .scorers.names import NAMES as SCORERS
 from .user_files import user_path
 
 

@@ -10,17 +10,16 @@ from pathlib import Path
 
 from .config.training import Config
 from .data.embeddings import Embeddings, TrainingPrompts
+from .data.pair_files import is_factory
 from .data.prompts import first_used, read_prompts, split_prompts
 from .errors import UserError
 from .evaluation.compare import paired_delta
 from .evaluation.evaluator import Evaluation, Evaluator
 from .evaluation.monitor import Monitor
-from .evaluation.scorers.find import load_scorer
+from .methods.find import method_class
 from .methods.loop import train
-from .methods.online import OnlineModels
+from .methods.models import Models
 from .methods.protocol import Method
-from .methods.spo.method import SPO
-from .methods.spo.rollout import check_steps
 from .models.base_model import quiet_libraries
 from .models.hub import model_inputs, source
 from .models.latent_diffusion import BATCH
@@ -37,13 +36,14 @@ from .runtime.optimizer import AdamWSettings, Optimizer, build_optimizer
 from .runtime.ranks import Ranks
 from .runtime.run_folder import Inputs
 from .runtime.session import Session
+from .scorers.find import load_scorer
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
     """The parts of a run, loaded and checked."""
 
-    models: OnlineModels
+    models: Models
     method: Method
     optimizer: Optimizer
     evaluator: Evaluator
@@ -81,23 +81,16 @@ def build(session: Session) -> Parts:
     """Loads and checks all parts. Raises UserError for whatever the user has to put right, before writing anything."""
     config, ranks = session.config, session.ranks
     prompts, heldout = prompts_of(config, ranks)
-    models = OnlineModels.load(config, ranks.device)
-    check_steps(config.rollout, models.schedule)
+    models = Models.load(config, ranks.device)
     scorers = [load_scorer(spec, "evaluate.scorers", ranks.device) for spec in config.evaluate.scorers]
-    used = config.iterations * config.rollout.prompts * ranks.size
+    used = config.iterations * config.prompts_per_iteration * ranks.size
     trained = first_used(prompts, used, config.run.seed, BATCH)
     embeddings = Embeddings(models.diffusion, models.judge, [trained, heldout])
-    models.diffusion.release_text_encoders()
+    training = TrainingPrompts(prompts, embeddings, config.prompts_per_iteration, config.run.seed, ranks)
+    method = method_class(config)(config, models, training, session)
     models.judge.release_text_tower()
-    training = TrainingPrompts(prompts, embeddings, config.rollout.prompts, config.run.seed, ranks)
-    return Parts(
-        models,
-        SPO(config, models, training, session),
-        build_optimizer(
-            models.policy.unet, AdamWSettings.of(config.optim, config.zero.stage, config.model.dtype), ranks
-        ),
-        Evaluator(models, scorers, embeddings, heldout, config, ranks),
-    )
+    optimizer = build_optimizer(models.policy.unet, AdamWSettings.of(config), ranks)
+    return Parts(models, method, optimizer, Evaluator(models, scorers, embeddings, heldout, config, ranks))
 
 
 def check_scores(base: Evaluation, prompts: list[str]) -> None:
@@ -113,11 +106,9 @@ def check_scores(base: Evaluation, prompts: list[str]) -> None:
 
 def inputs(config: Config) -> Inputs:
     """Returns what a run reads, by key. Raises UserError if a model is not there."""
-    decoder, heldout = config.rollout.decoder, config.prompts.heldout
-    more = {"prompts.train": Path(config.prompts.train)}
-    more |= {"prompts.heldout": Path(heldout)} if heldout else {}
-    more |= {"rollout.decoder": source(decoder, None, "rollout.decoder")} if decoder else {}
-    return model_inputs(config.model, config.judge) | more
+    files = {key: path if is_factory(path) else Path(path) for key, path in config.files_read.items()}
+    models = {key: source(path, None, key) for key, path in config.models_read.items()}
+    return model_inputs(config.model, config.judge) | files | models
 
 
 def go_back(session: Session, trainable: Trainable, iteration: int) -> None:
@@ -128,11 +119,15 @@ def go_back(session: Session, trainable: Trainable, iteration: int) -> None:
 
 
 def prompts_of(config: Config, ranks: Ranks) -> tuple[list[str], list[str]]:
-    """Returns (training prompts, held-out prompts). Raises UserError if they overlap or do not suffice."""
-    prompts = read_prompts(config.prompts.train, "prompts.train")
+    """Returns (training prompts, held-out prompts). Raises UserError if they overlap or do not suffice.
+
+    A method that draws no samples has no training prompts.
+    """
+    trained_on = config.files_read.get("prompts.train")
+    prompts = read_prompts(trained_on, "prompts.train") if trained_on else []
     count = config.evaluate.prompts
     if config.prompts.heldout is None:
-        most, where = len(set(prompts)) - 1, f"held out of the prompts in {config.prompts.train}"
+        most, where = len(set(prompts)) - 1, f"held out of the prompts in {trained_on}"
         prompts, heldout = split_prompts(prompts, min(count, most), config.run.seed)
     else:
         heldout = read_prompts(config.prompts.heldout, "prompts.heldout")
@@ -149,13 +144,12 @@ def announce(session: Session, policy: Policy) -> None:
     """Says what is about to run, in lines of at most 80 characters: of a long path its end is shown."""
     config = session.config
     trained = sum(p.numel() for p in policy.unet.parameters() if p.requires_grad)
-    rollout, ranks = config.rollout, session.ranks.size
-    prompts = f"{rollout.prompts} prompts" if ranks == 1 else f"{ranks} x {rollout.prompts} prompts"
     facts = {
+        "method": config.method,
         "model": f"{config.model.path}, {policy.family.name}",
         "judge": config.judge.path,
         "LoRA": f"{trained:,} parameters, rank {config.lora.rank}, learning rate {config.optim.lr:g}",
-        "run": f"{config.iterations} iterations of {prompts}, {rollout.k} branches, {rollout.num_steps} steps",
+        "run": config.in_words(session.ranks.size),
         "device": f"{session.device_name}, {config.model.dtype}",
         "folder": str(session.dir),
     }

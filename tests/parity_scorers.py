@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from conftest import module_of
 from parity_table import EXACT, FEATURES, SCORERS, Rows
 
-scores = module_of("evaluation/scorers/test_scores.py")
+scores = module_of("scorers/test_scores.py")
 TITLES = {
     "pickscore": "PickScore",
     "hpsv2": "HPSv2, times 100",

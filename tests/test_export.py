@@ -7,8 +7,8 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from strop.engine.config.methods.spo import SPOConfig
 from strop.engine.config.settings import dump
-from strop.engine.config.training import Config
 from strop.engine.export import main
 from strop.engine.models.lora_file import facts, read, write
 from strop.engine.models.policy import Policy
@@ -28,7 +28,7 @@ def trained(folder, size, targets=ATTENTION):
 
 def leave_run(run, folder, sizes=(0.1, 0.2), final=2, targets=ATTENTION):
     """A run folder with a checkpoint for each of `sizes`, and a LoRA of the iteration `final`."""
-    config = Config(
+    config = SPOConfig(
         model={"path": str(folder)},
         judge={"path": "judge"},
         prompts={"train": "train.txt"},

@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from strop.engine.config.training import Config
+from strop.engine.config.methods.spo import SPOConfig
 from strop.engine.runtime import checkpoint, lock
 from strop.engine.runtime.checkpoint import Facts, Training
 from strop.engine.runtime.metrics import read_records
@@ -138,7 +138,7 @@ class Numbers:
 
 def test_only_what_a_run_wrote_is_removed(tmp_path):
     sections = {"model": {"path": "none"}, "judge": {"path": "none"}, "prompts": {"train": "none"}}
-    config = Config.model_validate(sections | {"run": {"dir": str(tmp_path), "iterations": 3}})
+    config = SPOConfig.model_validate(sections | {"run": {"dir": str(tmp_path), "iterations": 3}})
     write = functools.partial(checkpoint.save, Training(Numbers(), Numbers(), {}), config, ranks=ALONE)
     folder = tmp_path / "checkpoints"
     for iteration in (1, 2, 3, 4):
@@ -163,7 +163,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatc
     monkeypatch.setattr(os, "fsync", lambda fd: done.append(os.readlink(f"/proc/self/fd/{fd}")) or fsync(fd))
     monkeypatch.setattr(os, "replace", lambda *paths: done.append("replace") or replace(*paths))
     sections = {"model": {"path": "none"}, "judge": {"path": "none"}, "prompts": {"train": "none"}}
-    config = Config.model_validate(sections | {"run": {"dir": str(tmp_path), "iterations": 3}})
+    config = SPOConfig.model_validate(sections | {"run": {"dir": str(tmp_path), "iterations": 3}})
     final = checkpoint.save(Training(Numbers(), Numbers(), {}), config, 1, ALONE, Facts({}, {}))
     at, draft = done.index("replace"), str(final.with_name(".000001.draft"))
     assert set(done[:at]) == {draft, *(f"{draft}/{path.name}" for path in final.iterdir())}

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from safetensors.torch import load_file
 
 from strop.engine import training
-from strop.engine.config.training import load
+from strop.engine.config.find import load
 from strop.engine.evaluation.monitor import Monitor
 from strop.engine.methods.spo import columns, method
 from strop.engine.models.lora_file import read

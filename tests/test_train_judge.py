@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader
 from transformers import CLIPModel
 
 from strop.engine import train_judge
+from strop.engine.config.find import load
 from strop.engine.config.judge_training import JudgeTrainingConfig
-from strop.engine.config.training import JudgeConfig, load
+from strop.engine.config.training import JudgeConfig
 from strop.engine.data.pair_cache import PairCache
 from strop.engine.errors import UserError
 from strop.engine.evaluation.compare import rate_delta

@@ -32,8 +32,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from strop.bench import ours
 from strop.bench.tinyworld.frontier_plot import plot
+from strop.engine.config.find import load
 from strop.engine.config.settings import differences
-from strop.engine.config.training import Config, load
+from strop.engine.config.training import Config
 from strop.engine.data.embeddings import Embeddings
 from strop.engine.data.prompts import read_prompts
 from strop.engine.errors import UserError, exit_on_user_error

@@ -16,7 +16,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from strop.engine import training
 from strop.engine.config.command_line import recipe_of
-from strop.engine.config.training import Config
+from strop.engine.config.methods.spo import SPOConfig
 from strop.engine.errors import exit_on_user_error
 from strop.engine.judge.model import StepAwarePreferenceModel
 
@@ -45,7 +45,7 @@ def saturation(images: Tensor) -> Tensor:
 @exit_on_user_error
 def main(argv: Sequence[str]) -> None:
     """Trains the recipe tinyworld with a judge that rewards saturation."""
-    config = recipe_of(["tinyworld", *KEYS, *argv], "hacking.py", main.__doc__, "tinyworld", Config)
+    config = recipe_of(["tinyworld", *KEYS, *argv], "hacking.py", main.__doc__, "tinyworld", SPOConfig)
     with (
         patch.object(StepAwarePreferenceModel, "score", lambda self, candidates, cond: saturation(candidates.images)),
         patch.object(StepAwarePreferenceModel, "score_images", lambda self, images, text, t: saturation(images)),

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import UserError
-from .settings import C, load
+from .find import load
+from .settings import C
 
 
 def recipe_of(argv: Sequence[str], prog: str, description: str | None, example: str, cls: type[C]) -> C:

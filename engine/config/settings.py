@@ -51,14 +51,23 @@ RECIPES = Path(__file__).parents[2] / "configs"  # beside engine/, in a checkout
 
 
 def load(path: str | Path, overrides: Sequence[str], cls: type[C]) -> C:
-    """Reads a YAML recipe, applies `section.key=value` overrides (values are YAML) and checks the result.
+    """Reads a YAML recipe of `cls` with `section.key=value` overrides, and checks it, as `read` and `checked` do."""
+    return checked(read(path, overrides), cls, path)
 
-    path: a file, or the name of a recipe in configs/ without .yaml. Raises UserError, one sentence that names the file
-    and the key.
+
+def read(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """Reads a YAML recipe and applies `section.key=value` overrides, whose values are YAML; nothing is checked yet.
+
+    path: a file, or the name of a recipe in configs/ without .yaml. Raises UserError that names the file or override.
     """
     tree = _read_yaml(_recipe_file(path))
     for override in overrides:
         _apply(tree, override)
+    return tree
+
+
+def checked(tree: dict[str, Any], cls: type[C], path: str | Path) -> C:
+    """Returns the settings that a tree read from `path` holds. Raises UserError, one sentence that names the key."""
     try:
         return cls.model_validate(tree)
     except ValidationError as error:
@@ -88,7 +97,12 @@ def keys(cls: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def differences(old: Section, new: Section, ignore: Sequence[str] = ()) -> list[str]:
-    """Lists `key: old -> new` for every dotted key outside `ignore` whose values differ."""
+    """Lists `key: old -> new` for every dotted key outside `ignore` whose values differ.
+
+    Of recipes of two methods it lists that alone.
+    """
+    if type(old) is not type(new):
+        return [f"method: {getattr(old, 'method', None)!r} -> {getattr(new, 'method', None)!r}"]
 
     def value(config: Any, dotted: str) -> Any:
         for part in dotted.split("."):

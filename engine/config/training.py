@@ -1,19 +1,16 @@
-"""The recipe of engine/train.py: every key with its meaning, its default and its bounds.
+"""What all recipes of engine/train.py have: every key with its meaning, its default and its bounds.
 
-Defaults are the paper's for Stable Diffusion 1.5. The classes do not know what the keys do: the modules that receive a
-section do. docs/configuration.md is generated from this file and config/judge_training.py.
+A method's own keys are in config/methods/, a file each. The classes do not know what the keys do: the modules that
+receive a section do. docs/configuration.md is generated from these files and config/judge_training.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
-from . import settings
-from .settings import C, Section
+from .settings import Section
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -146,11 +143,7 @@ class JudgeConfig(Section):
     )
 
 
-class PromptsConfig(Section):
-    train: str = Field(
-        description="File of training prompts: a JSON list of {caption: ...}, JSON lines of the same, a table (.csv, "
-        ".tsv) with a column prompt or caption, or a text of one prompt a line."
-    )
+class HeldoutConfig(Section):
     heldout: str | None = Field(
         None,
         description="File of prompts for the evaluation, in the same forms; none may be a training prompt. null takes "
@@ -167,103 +160,15 @@ class LoraConfig(Section):
     )
 
 
-class RolloutConfig(Section):
-    prompts: Count = Field(10, description="Prompts per iteration and process; each gets one trajectory.")
-    k: int = Field(4, ge=2, le=256, description="Branches drawn from one noisy latent at each fork.")
-    num_steps: int = Field(20, ge=2, le=1000, description="DDIM steps of a rollout.")
-    t_range: tuple[Timestep, Timestep] = Field(
-        (0, 751),
-        description="Lowest and highest training timestep whose steps are judged and trained (the paper's kappa). "
-        "Steps above the highest are walked on one branch, the trunk; those below the lowest are not walked.",
-    )
-    inner_steps: int = Field(
-        1,
-        ge=1,
-        description="Steps that a branch walks before it is judged; more than 1 is MSPO, as published for SDXL.",
-    )
-    merge_last: bool = Field(
-        False,
-        description="Whether a last segment of one step is joined to the one before, as in the published SDXL code.",
-    )
-    judge_every: int = Field(
-        1,
-        ge=1,
-        description="Number n of which every n-th segment of inner_steps steps is forked, judged and trained; the "
-        "others are walked on one branch. More than 1 is an approximation that gives fewer pairs per trajectory.",
-    )
-    look_ahead: Literal["full", "text"] = Field(
-        "full",
-        description="How the image of a branch is predicted for the judge. full is the guided prediction. text is an "
-        "approximation: it predicts with the prompt alone and adds what guidance added one step earlier. The "
-        "training is exact either way, because the branch that goes on gets its missing prediction.",
-    )
-    decoder: str | None = Field(
-        None,
-        description="Folder or hub id of an AutoencoderTiny that decodes the judge's images in place of the VAE, an "
-        "approximation: madebyollin/taesd for Stable Diffusion 1.5, madebyollin/taesdxl for SDXL. The evaluation "
-        "decodes with the VAE.",
-    )
-    next_state: Literal["random", "winner", "loser"] = Field(
-        "random", description="The branch from which the trajectory goes on."
-    )
-    pair: Literal["best_worst", "random"] = Field(
-        "best_worst", description="The two branches that make a pair; of two random ones, the better is the winner."
-    )
-    eta: float = Field(1.0, gt=0, le=1, description="DDIM eta; steps without noise, at 0, have no log-probability.")
-    guidance: float = Field(5.0, ge=1, description="Classifier-free guidance scale; 1 switches guidance off.")
-    threshold: float = Field(0.3, ge=0, lt=1, description="Pairs with p(winner) - p(loser) above this are trained on.")
-    text_kv: bool = Field(
-        True,
-        description="Whether the cross-attention keys and values of a prompt are computed once per rollout (and "
-        "evaluated batch), not once per step and branch. The numbers are the same but for rounding.",
-    )
-
-    @model_validator(mode="after")
-    def _range_is_one(self) -> RolloutConfig:
-        low, high = self.t_range
-        if low > high:
-            raise ValueError(f"t_range is [{low}, {high}], expected the lower timestep first")
-        return self
-
-    @model_validator(mode="after")
-    def _text_is_a_half(self) -> RolloutConfig:
-        if self.look_ahead == "text" and self.guidance == 1:
-            raise ValueError("look_ahead is text, but with guidance 1 there is no other half to leave out; use full")
-        return self
-
-
 class OptimConfig(Section):
-    lr: float = Field(6e-5, gt=0, description="AdamW learning rate, constant.")
+    lr: float = Field(6e-5, gt=0, description="AdamW learning rate.")
     betas: tuple[Momentum, Momentum] = Field((0.9, 0.999), description="AdamW betas.")
     eps: float = Field(1e-8, gt=0, description="AdamW epsilon.")
     weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay, which pulls the LoRA towards 0.")
     max_grad_norm: float | None = Field(
-        1.0,
-        gt=0,
-        description="Gradient norm above which gradients are scaled down; null leaves them, as the published code.",
+        1.0, gt=0, description="Gradient norm above which gradients are scaled down; null leaves them."
     )
-    beta: float = Field(10.0, gt=0, description="DPO beta: weight of the difference of the log-ratios.")
-    clip: float | None = Field(
-        0.1, gt=0, lt=1, description="Probability ratios are clamped to [1 - clip, 1 + clip]; null leaves them free."
-    )
-    guided: bool = Field(
-        True,
-        description="Whether the guided prediction (rollout.guidance) is trained, or the one with the prompt alone.",
-    )
-    micro_batch: Count = Field(10, description="Pairs per backward pass and process; fewer take less memory.")
-    accumulate: Count = Field(1, description="Micro-batches per optimizer step.")
-    passes: Count = Field(
-        1,
-        description="Passes over the pairs of each rollout, shuffled anew for each; the reference predicts once for "
-        "all of them. More than 1 is an approximation, because later passes train on pairs of an older policy.",
-    )
-    keep_pairs: float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="Share of a rollout's pairs that is trained on, drawn at random. Less than 1 is an approximation, "
-        "and a poor trade where the rollout costs more than the training.",
-    )
+    micro_batch: Count = Field(10, description="Rows per backward pass and process; fewer take less memory.")
 
 
 class ZeroConfig(Section):
@@ -322,13 +227,19 @@ class RunConfig(Section):
 
 
 class Config(Section):
-    """A recipe of engine/train.py."""
+    """What the recipes of all methods of engine/train.py have. A method's own class is in config/methods/.
 
+    title: the method in words, with its source; code: where in methods/ it is, as module:class.
+    """
+
+    title: ClassVar[str]
+    code: ClassVar[str]
+
+    method: str = Field("spo", description="How the policy is trained; of a recipe that does not say so, spo.")
     model: ModelConfig
     judge: JudgeConfig
-    prompts: PromptsConfig
+    prompts: HeldoutConfig
     lora: LoraConfig = LoraConfig()
-    rollout: RolloutConfig = RolloutConfig()
     optim: OptimConfig = OptimConfig()
     zero: ZeroConfig = ZeroConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -340,11 +251,35 @@ class Config(Section):
         return self.run.iterations
 
     @property
+    def accumulate(self) -> int:
+        """Micro-batches per optimizer step."""
+        return self.optim.accumulate
+
+    @property
+    def prompts_per_iteration(self) -> int:
+        """The prompts that a process samples for in an iteration: none, unless the method draws its own samples."""
+        return 0
+
+    @property
+    def text_kv(self) -> bool:
+        """Whether keys and values of a prompt are computed once for a batch of the evaluation."""
+        return True
+
+    @property
     def guided_update(self) -> bool:
         """Whether the update computes both guidance halves."""
-        return self.optim.guided and self.rollout.guidance != 1
+        return False
 
+    @property
+    def files_read(self) -> dict[str, str]:
+        """Files or folders of data that the run reads, by key."""
+        return {"prompts.heldout": self.prompts.heldout} if self.prompts.heldout else {}
 
-def load(path: str | Path, overrides: Sequence[str] = (), cls: type[C] = Config) -> C:
-    """Reads a recipe of `cls` from a YAML file and `section.key=value` overrides, as settings.load does."""
-    return settings.load(path, overrides, cls)
+    @property
+    def models_read(self) -> dict[str, str]:
+        """Folders or hub ids of models that the run reads beside base model and judge, by key."""
+        return {}
+
+    def in_words(self, ranks: int) -> str:
+        """Returns what an iteration does, as a run announces it."""
+        raise NotImplementedError

@@ -12,10 +12,10 @@ from typing import NamedTuple, get_args
 
 from ..config.training import Device, Dtype
 from ..errors import UserError
+from ..scorers.names import NAMES as SCORERS
 from ..user_files import user_path
 from .protocols import GENEVAL
 from .protocols import NAMES as PROTOCOLS
-from .scorers.names import NAMES as SCORERS
 
 BASE = "base"
 NAME = re.compile(r"[\w.+-]{1,40}")

@@ -14,12 +14,12 @@ from tqdm import tqdm
 
 from ..config.training import Config
 from ..data.embeddings import Embeddings
-from ..methods.online import OnlineModels
+from ..methods.models import Models
 from ..models.conditioning import Conditioning
 from ..runtime.ranks import Ranks, gather_rows, rank_slice
+from ..scorers.scorer import levels
 from .drift import statistics
 from .sampling import Sampler
-from .scorers.scorer import levels
 
 Score = Callable[[Tensor, list[str]], dict[str, Tensor]]
 
@@ -53,7 +53,7 @@ class Evaluator:
 
     def __init__(
         self,
-        models: OnlineModels,
+        models: Models,
         scorers: Sequence[Score],
         embeddings: Embeddings,
         prompts: list[str],
@@ -65,7 +65,7 @@ class Evaluator:
         self.scorers, self.embeddings, self.ranks = scorers, embeddings, ranks
         self.config = config.evaluate
         self.schedule = self.diffusion.schedule(self.config.num_steps, eta=0.0, guidance=self.config.guidance)
-        self.sampler = Sampler(self.policy, self.diffusion, self.schedule, config.rollout.text_kv)
+        self.sampler = Sampler(self.policy, self.diffusion, self.schedule, config.text_kv)
         self.all_prompts = prompts
 
     @torch.no_grad()

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..data.image_files import BrokenImage, image_size, read_image
 from ..errors import UserError, one_line
+from ..scorers.scorer import pil_images
 from .geneval import Prompt
-from .scorers.scorer import pil_images
 
 T = TypeVar("T")
 

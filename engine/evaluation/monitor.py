@@ -24,10 +24,10 @@ from ..errors import warn
 from ..runtime.columns import Column, Curve, Sign
 from ..runtime.metrics import Value
 from ..runtime.signs import listed, repeats_at_end
+from ..scorers.scorer import pil_images
 from .compare import beyond_chance, paired_delta
 from .drift import DRIFT, drift, strayed
 from .evaluator import Evaluation, Evaluator
-from .scorers.scorer import pil_images
 
 JUDGE, PICKSCORE = "judge", "pickscore"
 HELDOUT = Column("heldout")

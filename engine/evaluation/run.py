@@ -21,6 +21,7 @@ from ..models.base_model import BaseModel, quiet_libraries
 from ..runtime.output import check_free, write_all
 from ..runtime.ranks import TIMEOUT, Ranks, gather_rows, rank_slice, start
 from ..runtime.watch import Watch
+from ..scorers.names import NAMES as SCORERS
 from ..user_files import user_path
 from .arguments import Request
 from .draw import Work, draw
@@ -33,7 +34,6 @@ from .published import published
 from .result_text import as_markdown, as_text
 from .results import Scores, results_of, table_of, verdict
 from .score import ScoreLog, check_scorers, score
-from .scorers.names import NAMES as SCORERS
 from .systems import Systems, prompts_of, read_systems, sized
 
 SETTINGS, PARTS = "settings.json", "parts"

@@ -11,10 +11,10 @@ from pathlib import Path
 from torch import Tensor
 
 from ..errors import UserError, one_line
+from ..scorers.find import load_scorer
 from .draw import Work
 from .images import Batch
 from .progress import Progress
-from .scorers.find import load_scorer
 
 KEY = "--scorers"
 ROW = {"scorer", "system", "number", "seed", "scores"}

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..config.training import Config, ModelConfig, load
+from ..config.find import config_of_json, load
+from ..config.training import Config, ModelConfig
 from ..errors import UserError
 from ..runtime.checkpoint import newest
 from .lora_file import LORA_FILE, Lora, read
@@ -53,7 +54,7 @@ def recipe_of(lora: Lora, source: Path) -> Config | None:
             if (folder / "config.yaml").is_file():
                 return load(folder / "config.yaml")
     try:
-        recipe = Config.model_validate_json(lora.facts["strop.config"])
+        recipe = config_of_json(lora.facts["strop.config"])
     except ValueError:
         return None
     scorers = tuple(spec for spec in recipe.evaluate.scorers if ":" not in spec)

@@ -53,3 +53,8 @@ class TinyDecoder:
         An AutoencoderTiny takes scaled latents: they are not divided by the VAE's scaling factor.
         """
         return decode_in_parts(self.network, latents.to(self.network.dtype), self.decode_rows)
+
+
+def load_decoder(path: str | None, dtype: str, diffusion: LatentDiffusion) -> TinyDecoder | LatentDiffusion:
+    """Loads the decoder of a rollout: the TinyDecoder of `path`, or where that is None the model's own VAE."""
+    return TinyDecoder.load(path, dtype, diffusion) if path else diffusion

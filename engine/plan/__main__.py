@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..config.training import load
+from ..config.find import load
 from ..errors import UserError, exit_on_user_error
 from .gpus import ASSUMED_SHARE, GPUS, find_gpu
 

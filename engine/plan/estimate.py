@@ -11,8 +11,8 @@ import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from ..config.methods.spo import SPOConfig
 from ..config.settings import varied
-from ..config.training import Config
 from ..methods.spo.rollout import check_steps
 from ..models.families.base import Family
 from .fit import Fix, find_fixes
@@ -97,7 +97,7 @@ class PlanOptions:
     family: Family | None = None
 
 
-def make_plan(config: Config, recipe: str, gpu_key: str, gpus: int, options: PlanOptions = PlanOptions()) -> Plan:
+def make_plan(config: SPOConfig, recipe: str, gpu_key: str, gpus: int, options: PlanOptions = PlanOptions()) -> Plan:
     """Returns the plan of a recipe on so many GPUs of one kind. recipe: its name; gpu_key: a key of gpus.GPUS.
 
     Raises UserError for an unknown GPU, and where the recipe's model or steps are none that strop trains.
@@ -112,7 +112,7 @@ def make_plan(config: Config, recipe: str, gpu_key: str, gpus: int, options: Pla
     prompts = options.prompts or config.run.iterations * config.rollout.prompts * gpus
     published, same_rollout = (published_flops(recipe, costs) for recipe in (published_recipe(builder), builder))
 
-    def measure(changed: Config) -> MemoryUse:
+    def measure(changed: SPOConfig) -> MemoryUse:
         return memory_use(replace(builder, config=changed), count_rows(changed, schedule), costs, gpus)
 
     fixes, fixed_memory = find_fixes(config, measure, gpu.memory * 1e9 - RESERVE)

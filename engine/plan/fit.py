@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from ..config.methods.spo import SPOConfig
 from ..config.settings import varied
-from ..config.training import Config
 from .memory import MemoryUse
 
 Settings = dict[str, int | bool]
-Measure = Callable[[Config], MemoryUse]
+Measure = Callable[[SPOConfig], MemoryUse]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Fix:
     after: float
 
 
-def find_fixes(config: Config, measure: Measure, available: float) -> tuple[list[Fix], MemoryUse]:
+def find_fixes(config: SPOConfig, measure: Measure, available: float) -> tuple[list[Fix], MemoryUse]:
     """Returns the fixes that make the recipe fit into `available` bytes, or almost, and the memory used with them."""
     memory, fixes = measure(config), []
     while memory.peak > available:
@@ -39,7 +39,7 @@ def find_fixes(config: Config, measure: Measure, available: float) -> tuple[list
     return _without_overridden(fixes), memory
 
 
-def _best_fix(config: Config, memory: MemoryUse, measure: Measure, available: float) -> Fix | None:
+def _best_fix(config: SPOConfig, memory: MemoryUse, measure: Measure, available: float) -> Fix | None:
     """Returns the mildest change that makes the largest phase fit; where none does, the one after which the phase is
     smallest, or None where nothing makes it smaller."""
     phase, before = memory.peak_phase, memory.peak
@@ -53,7 +53,7 @@ def _best_fix(config: Config, memory: MemoryUse, measure: Measure, available: fl
     return best
 
 
-def options(phase: str, config: Config) -> Iterator[Settings]:
+def options(phase: str, config: SPOConfig) -> Iterator[Settings]:
     """Yields settings that may make a phase smaller, the mildest first."""
     model, optim = config.model, config.optim
     if phase == "rollout: UNet":

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ..config.methods.spo import SPOConfig
 from ..config.settings import varied
-from ..config.training import Config
 from .meta_models import ModelBuilder
 from .meter import Flops
 from .row_counts import RowCounts, count_rows
@@ -130,7 +130,7 @@ def published_recipe(builder: ModelBuilder) -> ModelBuilder:
     return replace(builder, config=varied(builder.config, EXACT | rollout | {"optim.guided": True}))
 
 
-def evaluation_flops(config: Config, costs: UnitCosts) -> Flops:
+def evaluation_flops(config: SPOConfig, costs: UnitCosts) -> Flops:
     """Returns the operations of all evaluation of a run, in all processes: the held-out prompts are drawn twice, by the
     base and by the tuned model."""
     evaluate = config.evaluate

@@ -17,7 +17,8 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from ..config.training import Config, JudgeConfig, ModelConfig
+from ..config.methods.spo import SPOConfig
+from ..config.training import JudgeConfig, ModelConfig
 from ..errors import UserError
 from ..judge.clip import TimeConditionedCLIP
 from ..judge.model import StepAwarePreferenceModel
@@ -42,7 +43,7 @@ class ModelBuilder:
     from, in words; device: where networks are built.
     """
 
-    config: Config
+    config: SPOConfig
     family: Family
     parts: dict[str, dict]
     judge_config: CLIPConfig
@@ -50,7 +51,7 @@ class ModelBuilder:
     device: torch.device | str = "meta"
 
     @classmethod
-    def of(cls, config: Config, family: Family | None = None, device: torch.device | str = "meta") -> ModelBuilder:
+    def of(cls, config: SPOConfig, family: Family | None = None, device: torch.device | str = "meta") -> ModelBuilder:
         """Reads the configurations. family: of a model that is not on this machine; None guesses it from the name.
 
         Raises UserError where the files are of no model that strop trains.

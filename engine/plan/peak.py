@@ -14,7 +14,8 @@ import sys
 
 import torch
 
-from ..config.training import Config
+from ..config.find import config_of
+from ..config.methods.spo import SPOConfig
 from ..models.base_model import quiet_libraries
 from ..models.families.base import Family
 from ..models.families.find import family_named
@@ -29,7 +30,7 @@ ROLLOUT = ("trunk", "branches", "decode", "judge")
 UPDATE = ("update: policy", "update: reference", RECOMPUTED)
 
 
-def seconds_at_peak(config: Config, family: Family, device: torch.device) -> dict[str, float]:
+def seconds_at_peak(config: SPOConfig, family: Family, device: torch.device) -> dict[str, float]:
     """Returns seconds_on of this device, counted in another process, which takes about half a minute.
 
     The result is empty where run.share_of_peak is false, on a CPU, and for a GPU that GPUS does not have. Raises
@@ -47,7 +48,7 @@ def seconds_at_peak(config: Config, family: Family, device: torch.device) -> dic
     return json.loads(answer.stdout.splitlines()[-1])
 
 
-def seconds_on(gpu: Gpu, config: Config, family: Family) -> dict[str, float]:
+def seconds_on(gpu: Gpu, config: SPOConfig, family: Family) -> dict[str, float]:
     """Returns seconds at the GPU's peak: `prompts` for the rollout of one prompt, `pairs` for the update by one pair.
 
     family: of the base model. `pairs` is the time of an iteration's update, all passes included, over the number of
@@ -67,7 +68,7 @@ def main() -> None:
     """Answers seconds_at_peak of another process in the last line of the output."""
     request = json.load(sys.stdin)
     quiet_libraries()
-    config = Config.model_validate(request["config"])
+    config = config_of(request["config"])
     print(json.dumps(seconds_on(gpu_of_cuda_name(request["gpu"]), config, family_named(request["family"]))))
 
 

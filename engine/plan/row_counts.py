@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..config.training import Config
+from ..config.methods.spo import SPOConfig
 from ..judge.candidates import Candidates
 from ..methods.spo.pairs import balance
 from ..methods.spo.rollout import Rollout
@@ -50,7 +50,7 @@ class RowCounts:
         return sum(rows for (s, c), rows in self.rows.items() if c == call and stage in (None, s))
 
 
-def count_rows(config: Config, schedule: Schedule) -> RowCounts:
+def count_rows(config: SPOConfig, schedule: Schedule) -> RowCounts:
     """Runs one iteration of a recipe on stand-ins and returns its counts. schedule: the rollout's, on the CPU."""
     counter = _CountingModels(config)
     prompts = config.rollout.prompts
@@ -74,7 +74,7 @@ class _CountingModels:
 
     latent_shape = (1, 1, 1)
 
-    def __init__(self, config: Config):
+    def __init__(self, config: SPOConfig):
         self.multiple = config.optim.micro_batch if config.model.compile else 1
         self.rows, self.largest = Counter(), Counter()
         self.stage, self.is_reference = "", False

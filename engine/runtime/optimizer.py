@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..config.training import OptimConfig
+from ..config.training import Config
 from ..errors import UserError, one_line
 from .finite import Gate
 from .ranks import Ranks
@@ -45,11 +45,17 @@ class AdamWSettings:
     loss_scale: float = 1.0  # of the backward pass; gradients are divided by it before anything else sees them
 
     @classmethod
-    def of(cls, optim: OptimConfig, stage: int, dtype: str) -> AdamWSettings:
-        """Takes the settings of a recipe's section `optim`; dtype: of the base model that gradients pass through."""
-        names = [field.name for field in fields(cls) if field.name not in ("stage", "loss_scale")]
+    def of(cls, config: Config) -> AdamWSettings:
+        """Takes the settings of a recipe; gradients pass through a base model of its model.dtype."""
+        optim, dtype = config.optim, config.model.dtype
+        names = ("lr", "weight_decay", "max_grad_norm", "micro_batch", "betas", "eps")
         settings = {name: getattr(optim, name) for name in names}
-        return cls(**settings, stage=stage, loss_scale=FLOAT16_SCALE if dtype == "float16" else 1.0)
+        return cls(
+            **settings,
+            accumulate=config.accumulate,
+            stage=config.zero.stage,
+            loss_scale=FLOAT16_SCALE if dtype == "float16" else 1.0,
+        )
 
 
 class Optimizer:

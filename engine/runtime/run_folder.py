@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
+from ..config.find import load
 from ..config.settings import differences, dumped
-from ..config.training import Config, load
+from ..config.training import Config
 from ..errors import UserError
 from .checkpoint import CONFIG, DRAFT, Recipe, damage, finished, remove_drafts, state_of
 from .digests import input_digests

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from strop.bench.bench_attention import ROOT, Call, calls, measure, seconds_of, table
-from strop.engine.config.training import load
+from strop.engine.config.find import load
 
 CPU = torch.device("cpu")
 

@@ -9,8 +9,8 @@ import torch
 
 from strop.bench import bench_step, ours, published
 from strop.bench.bench_step import Side, measure, ratio, summary, table
+from strop.engine.config.methods.spo import SPOConfig
 from strop.engine.config.settings import varied
-from strop.engine.config.training import Config
 from strop.engine.errors import UserError
 from strop.engine.models.families import find
 
@@ -20,12 +20,12 @@ STAGES = {"text", "rollout/trunk", "rollout/branches", "rollout/decode", "rollou
 
 @pytest.fixture
 def recipe(tiny_folder, clip_folder, tmp_path):
-    """recipe(rollout={...}, ...) -> a Config of the tiny SD-1.5, three prompts, all pairs kept."""
+    """recipe(rollout={...}, ...) -> a SPOConfig of the tiny SD-1.5, three prompts, all pairs kept."""
     (tmp_path / "prompts.txt").write_text("a b c\nd\ne f\n")
 
     def make(path=tiny_folder, rollout=(), optim=(), iterations=8):
         common = {"prompts": 3, "k": 3, "num_steps": 5, "t_range": (0, 601), "threshold": 0.0}
-        return Config.model_validate(
+        return SPOConfig.model_validate(
             {
                 "model": {"path": str(path)},
                 "judge": {"path": str(clip_folder), "kind": "pickscore"},

@@ -12,8 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from strop.bench.tinyworld import frontier, frontier_plot
 from strop.bench.tinyworld.frontier import COLUMNS, Costs
+from strop.engine.config.find import load
 from strop.engine.config.settings import differences, dump
-from strop.engine.config.training import load
 from strop.engine.errors import UserError
 from strop.engine.models.base_model import load_unet
 from strop.engine.models.guided_unet import Savings

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from strop.bench import full_size
-from strop.engine.config.training import load
+from strop.engine.config.find import load
 from strop.engine.models.families.find import family_named
 
 ROOT = full_size.ROOT

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from strop.bench import precision
-from strop.engine.config.training import load
+from strop.engine.config.find import load
 
 ROOT = precision.ROOT
 

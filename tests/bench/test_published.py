@@ -10,7 +10,7 @@ import torch
 from transformers import CLIPModel
 
 from strop.bench import ours, published
-from strop.engine.config.training import Config
+from strop.engine.config.methods.spo import SPOConfig
 from strop.engine.judge.clip import TimeConditionedCLIP
 from strop.engine.judge.model import StepAwarePreferenceModel
 from strop.engine.methods.spo.rollout import judged_segments
@@ -38,7 +38,7 @@ def sides(request, tiny_folder, tiny_sdxl_folder, spm, tokenizer):
     """An iteration of each side on the same models with the same draws: see `run`."""
     rollout, optim = CASES[request.param]
     folder = tiny_folder if "sd15" in request.param else tiny_sdxl_folder
-    config = Config.model_validate(
+    config = SPOConfig.model_validate(
         {
             "model": {"path": str(folder)},
             "judge": {"path": "none"},

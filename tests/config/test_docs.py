@@ -1,13 +1,13 @@
-"""docs/configuration.md says what engine/config/training.py says."""
+"""docs/configuration.md says what engine/config/ says."""
 
 from pathlib import Path
 
 import pytest
 
 from strop.engine.config.docs import markdown
+from strop.engine.config.find import config_class, names
 from strop.engine.config.judge_training import JudgeTrainingConfig
 from strop.engine.config.settings import keys
-from strop.engine.config.training import Config
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
@@ -16,7 +16,7 @@ def test_page_is_what_the_code_says():
     assert PAGE.read_text(encoding="utf-8") == markdown(), "the page is stale: run `make docs`"
 
 
-@pytest.mark.parametrize("recipe", [Config, JudgeTrainingConfig])
+@pytest.mark.parametrize("recipe", [*map(config_class, names()), JudgeTrainingConfig])
 def test_every_key_has_a_row(recipe):
     rows = {line.split("`")[1] for line in markdown().splitlines() if line.startswith("| `")}
     assert set(keys(recipe)) <= rows

@@ -7,7 +7,7 @@ from strop.engine.evaluation.compare import paired_delta
 from strop.engine.evaluation.gallery import LIMIT, chosen
 from strop.engine.evaluation.intervals import wilson
 from strop.engine.evaluation.results import results_of, verdict
-from strop.engine.evaluation.scorers import find, names
+from strop.engine.scorers import find, names
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from strop.engine.config.training import RolloutConfig
+from strop.engine.config.methods.spo import RolloutConfig
 from strop.engine.judge.candidates import Candidates
 from strop.engine.methods.spo.rollout import Rollout
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from strop.engine.config.training import load
+from strop.engine.config.find import load
 from strop.engine.data.embeddings import Embeddings, TrainingPrompts
 from strop.engine.methods.loop import train
-from strop.engine.methods.online import OnlineModels
+from strop.engine.methods.models import Models
 from strop.engine.rows import Rows, rows
 from strop.engine.runtime.columns import GRAD_NORM, PROMPTS, Column
 from strop.engine.runtime.metrics import read_records
@@ -35,13 +35,14 @@ class Reinforce:
 
     def __init__(self, config, models, prompts):
         self.config, self.models, self.prompts, self.trainable = config, models, prompts, models.trainable
+        self.schedule = models.schedule(config.rollout)
         self.rngs = {"rollout": torch.Generator().manual_seed(config.run.seed)}
 
     def learning_rate(self, iteration):
         return self.config.optim.lr
 
     def collect(self, iteration):
-        models, schedule, parts = self.models, self.models.schedule, []
+        models, schedule, parts = self.models, self.schedule, []
         self.cond = self.prompts.mine(iteration)
         x = schedule.prior((len(self.cond), *models.policy.latent_shape), self.rngs["rollout"])
         with models.policy.sampling(self.cond, text_kv=True) as known:
@@ -60,7 +61,7 @@ class Reinforce:
         return steps.shuffle(self.rngs["rollout"]).split(self.config.optim.micro_batch)
 
     def loss(self, batch):
-        policy, schedule = self.models.policy, self.models.schedule
+        policy, schedule = self.models.policy, self.schedule
         t = schedule.timesteps(batch.step, len(batch))
         eps = policy.eps(batch.x, t, self.cond[batch.prompt], schedule.guided).unsqueeze(1)  # (G, 1, N, C, H, W)
         log_prob = schedule.log_prob(batch.x_prev[None], batch.x[None], eps, batch.step)[0]  # (N,)
@@ -74,12 +75,12 @@ class Reinforce:
 def run(arguments):
     config = load(arguments[0], arguments[1:])
     with Session.start(config) as session:
-        models = OnlineModels.load(config, session.ranks.device)
+        models = Models.load(config, session.ranks.device)
         embeddings = Embeddings(models.diffusion, models.judge, [TEXTS])
         prompts = TrainingPrompts(TEXTS, embeddings, config.rollout.prompts, config.run.seed, session.ranks)
         method = Reinforce(config, models, prompts)
         session.open()
-        settings = AdamWSettings.of(config.optim, 1, "float32")
+        settings = AdamWSettings.of(config)
         train(session, method, build_optimizer(models.policy.unet, settings, session.ranks))
         return models.policy.lora_state(), read_records(session.metrics.path), session.summary()
 

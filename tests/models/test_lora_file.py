@@ -13,8 +13,8 @@ from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from strop.engine.config.methods.spo import SPOConfig
 from strop.engine.config.settings import differences
-from strop.engine.config.training import Config
 from strop.engine.errors import UserError
 from strop.engine.models.families.find import family_named
 from strop.engine.models.lora_file import ADAPTER, LORA_FILE, Lora, facts, read, write
@@ -214,7 +214,7 @@ def test_delta_in_float64(policy):
 
 @pytest.fixture
 def config(tmp_path):
-    return Config(
+    return SPOConfig(
         model={"path": "somebody/a-model", "width": 768},
         judge={"path": "judge"},
         prompts={"train": "train.txt"},
@@ -226,7 +226,7 @@ def config(tmp_path):
 def test_the_header_says_where_it_comes_from(policy, config, form, tmp_path):
     file = write(policy.lora(facts(config, family_named("sdxl"), 7)), tmp_path / "mine.safetensors", form)
     actual = header(file)
-    recipe = Config.model_validate_json(actual["strop.config"])
+    recipe = SPOConfig.model_validate_json(actual["strop.config"])
     assert differences(config, recipe) == [f"run.dir: {str(tmp_path / 'run')!r} -> 'run'"]
     expected = {
         "strop.base_model": "somebody/a-model",
@@ -256,7 +256,7 @@ def test_a_published_file_names_no_place_of_this_machine(policy, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     for folder in ("models/base", "judges/mine"):
         (tmp_path / folder).mkdir(parents=True)
-    config = Config(
+    config = SPOConfig(
         model={"path": str(tmp_path / "models" / "base"), "vae": "somebody/a-vae"},
         judge={"path": "judges/mine"},
         prompts={"train": str(tmp_path / "train.txt"), "heldout": "/home/me/heldout.txt"},
@@ -268,7 +268,7 @@ def test_a_published_file_names_no_place_of_this_machine(policy, tmp_path, monke
     assert not [
         name for name, value in actual.items() if "/home" in value or str(tmp_path) in value or "/mine" in value
     ]
-    recipe = Config.model_validate_json(actual["strop.config"])
+    recipe = SPOConfig.model_validate_json(actual["strop.config"])
     assert (recipe.model.path, recipe.model.vae, recipe.judge.path) == ("base", "somebody/a-vae", "mine")
     assert (recipe.prompts.train, recipe.prompts.heldout) == ("train.txt", "heldout.txt")
     assert recipe.evaluate.scorers == ("pickscore=pick.bin", "hpsv2", "package.module:make")

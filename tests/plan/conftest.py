@@ -2,7 +2,7 @@
 
 import pytest
 
-from strop.engine.config.training import Config
+from strop.engine.config.methods.spo import SPOConfig
 
 
 @pytest.fixture(scope="session")
@@ -16,6 +16,6 @@ def make_config():
             "prompts": {"train": "none"},
             "run": {"dir": "none", "iterations": 1},
         }
-        return Config.model_validate(required | sections)
+        return SPOConfig.model_validate(required | sections)
 
     return make

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from strop.bench import full_size
+from strop.engine.config.find import load
 from strop.engine.config.settings import differences
-from strop.engine.config.training import load
 from strop.engine.models.families.find import family_named
 from strop.engine.plan import __main__ as plan_main
 from strop.engine.plan import estimate

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from strop.engine.config.training import load
+from strop.engine.config.find import load
 from strop.engine.models.families.find import family_named
 from strop.engine.plan import peak
 from strop.engine.plan.flops import stage_flops

@@ -9,17 +9,21 @@ import pytest
 import torch
 from torch import nn
 
-from strop.engine.config.training import OptimConfig
+from strop.engine.config.methods.spo import SPOConfig
 from strop.engine.errors import UserError
 from strop.engine.runtime.optimizer import FLOAT16_SCALE, AdamWSettings, build_optimizer
 from strop.engine.runtime.ranks import Ranks
 
 ALONE, TWO = (Ranks(0, size, torch.device("cpu")) for size in (1, 2))
-SETTINGS = AdamWSettings.of(OptimConfig(), 1, "float32")
+
+
+def settings(dtype="float32", **optim):
+    models = {"model": {"path": "none", "dtype": dtype}, "judge": {"path": "none"}, "prompts": {"train": "none"}}
+    return AdamWSettings.of(SPOConfig(**models, optim=optim, run={"dir": "none", "iterations": 1}))
 
 
 def optimizer(module, dtype="float32", **optim):
-    return build_optimizer(module, AdamWSettings.of(OptimConfig(**optim), 1, dtype), ALONE)
+    return build_optimizer(module, settings(dtype, **optim), ALONE)
 
 
 class HalfPath(nn.Module):
@@ -82,9 +86,7 @@ def test_a_micro_batch_that_is_not_finite_is_left_out_and_the_others_are_as_if_i
 
 
 def test_the_scale_belongs_to_float16_alone():
-    scales = {
-        dtype: AdamWSettings.of(OptimConfig(), 1, dtype).loss_scale for dtype in ("float32", "bfloat16", "float16")
-    }
+    scales = {dtype: settings(dtype).loss_scale for dtype in ("float32", "bfloat16", "float16")}
     assert scales == {"float32": 1.0, "bfloat16": 1.0, "float16": FLOAT16_SCALE}
 
 
@@ -141,7 +143,7 @@ def broadcasting(known):
 def test_deepspeed_passes_over_scalars_by_their_mark(monkeypatch):
     monkeypatch.setattr(deepspeed, "initialize", broadcasting(known=True))
     module = Scaled()
-    build_optimizer(module, SETTINGS, TWO)
+    build_optimizer(module, settings(), TWO)
     assert not hasattr(module.logit_scale, "ds_optim_param")
 
 
@@ -149,9 +151,9 @@ def test_a_deepspeed_that_does_not_know_the_mark_is_refused_by_its_version(monke
     monkeypatch.setattr(deepspeed, "initialize", broadcasting(known=False))
     module = Scaled()
     with pytest.raises(UserError, match=rf"^DeepSpeed {version('deepspeed')} cannot broadcast .*logit_scale.* install"):
-        build_optimizer(module, SETTINGS, TWO)
+        build_optimizer(module, settings(), TWO)
     assert not hasattr(module.logit_scale, "ds_optim_param")
-    build_optimizer(nn.Linear(2, 2), SETTINGS, TWO)  # without scalars it is as good as any
+    build_optimizer(nn.Linear(2, 2), settings(), TWO)  # without scalars it is as good as any
 
 
 def test_what_else_deepspeed_cannot_do_is_said_as_it_says_it(monkeypatch):
@@ -160,4 +162,4 @@ def test_what_else_deepspeed_cannot_do_is_said_as_it_says_it(monkeypatch):
 
     monkeypatch.setattr(deepspeed, "initialize", initialize)
     with pytest.raises(RuntimeError, match="something else"):
-        build_optimizer(Scaled(), SETTINGS, TWO)
+        build_optimizer(Scaled(), settings(), TWO)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from strop.engine.config.training import ModelConfig, OptimConfig
+from strop.engine.config.methods.spo import SPOOptimConfig
+from strop.engine.config.training import ModelConfig
 from strop.engine.errors import UserError
 from strop.engine.methods.spo.pairs import PreferencePairs, balance
 from strop.engine.methods.spo.update import Learner, micro_batches
@@ -56,7 +57,7 @@ def lora_after(model, policy, optimizer, ranks, inner_steps=1):
     """One pass over all pairs, each micro-batch cut into as many parts as there are ranks. Returns gradient norms."""
     diffusion = LatentDiffusion.load(ModelConfig(path=str(model)), CPU)
     cond = diffusion.encode(["a b", "c"])
-    learner = Learner(policy, diffusion.schedule(20, 1.0, 5.0), OptimConfig(beta=10.0, clip=0.1))
+    learner = Learner(policy, diffusion.schedule(20, 1.0, 5.0), SPOOptimConfig(beta=10.0, clip=0.1))
     norms = []
     for batch in all_pairs(inner_steps).split(MICRO_BATCH):
         rank_slice = MICRO_BATCH // ranks.size

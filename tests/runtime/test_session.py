@@ -5,7 +5,7 @@ import shutil
 
 import torch
 
-from strop.engine.config.training import Config
+from strop.engine.config.methods.spo import SPOConfig
 from strop.engine.runtime.ranks import Ranks
 from strop.engine.runtime.run_folder import RunFolder
 from strop.engine.runtime.session import Session
@@ -18,7 +18,7 @@ def test_seconds_before_a_resumption_count_also_when_its_checkpoint_is_gone(tmp_
     (resumed / "state.json").write_text(json.dumps({"seconds": {"update": 40.0, "total": 60.0}}))
     monkeypatch.setattr(RunFolder, "open", lambda self: setattr(self, "checkpoint", resumed))
     sections = {"model": {"path": "none"}, "judge": {"path": "none"}, "prompts": {"train": "none"}}
-    config = Config.model_validate(sections | {"run": {"dir": str(tmp_path), "iterations": 3}})
+    config = SPOConfig.model_validate(sections | {"run": {"dir": str(tmp_path), "iterations": 3}})
     session = Session(config, Ranks(0, 1, torch.device("cpu")))
     session.open()
     shutil.rmtree(resumed)

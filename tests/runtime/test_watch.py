@@ -44,11 +44,11 @@ def until(condition):
 
 def test_the_rank_that_is_silent_is_named_by_the_first_that_is_not(quick, capsys):
     store = HashStore()
-    with Watch(rank(0, store), 600), Watch(rank(2, store), 0.3), Watch(rank(0, store), 0.3, lambda: "begin anew"):
+    with Watch(rank(0, store), 600), Watch(rank(2, store), 1.5), Watch(rank(0, store), 1.5, lambda: "begin anew"):
         until(lambda: len(quick) > 1)
     assert set(quick) == {1}
     said = set(capsys.readouterr().err.splitlines())
-    assert said == {"strop: rank 1 of 3 did not answer for 0.3 s (run.rank_timeout), so the run ends; begin anew"}
+    assert said == {"strop: rank 1 of 3 did not answer for 1.5 s (run.rank_timeout), so the run ends; begin anew"}
 
 
 def test_where_the_store_is_gone_rank_0_is(quick, capsys):

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from strop.engine.config.training import Config, ModelConfig
-from strop.engine.methods.online import OnlineModels
+from strop.engine.config.methods.spo import SPOConfig
+from strop.engine.config.training import ModelConfig
+from strop.engine.methods.models import Models
 from strop.engine.methods.spo.rollout import Rollout
 from strop.engine.methods.spo.update import Learner
 from strop.engine.models.base_model import load_unet
@@ -30,7 +31,7 @@ def run(folder, judge_folder, iterations, inner_steps=1, text_kv=True, device=CP
     watch: the iteration in which a wait for the GPU is warned of.
     """
     model = ModelConfig(path=str(folder), **PLAIN | keys)
-    config = Config.model_validate(
+    config = SPOConfig.model_validate(
         {
             "model": model.model_dump(),
             "judge": {"path": str(judge_folder), "kind": "pickscore"},
@@ -40,12 +41,12 @@ def run(folder, judge_folder, iterations, inner_steps=1, text_kv=True, device=CP
             "run": {"dir": "none", "iterations": iterations, "seed": 0},
         }
     )
-    models = OnlineModels.load(config, device)
-    policy, judge, schedule = models.policy, models.judge, models.schedule
-    optimizer = build_optimizer(policy.unet, AdamWSettings.of(config.optim, 1, "float32"), Ranks(0, 1, device))
+    models = Models.load(config, device)
+    policy, judge, schedule = models.policy, models.judge, models.schedule(config.rollout)
+    optimizer = build_optimizer(policy.unet, AdamWSettings.of(config), Ranks(0, 1, device))
     cond = replace(models.diffusion.encode(["a b", "c"]), judge=judge.encode(["a b", "c"]))
     rng = torch.Generator(device).manual_seed(0)
-    rollout = Rollout(policy, models.decoder, judge, schedule, config.rollout)
+    rollout = Rollout(policy, models.diffusion, judge, schedule, config.rollout)
     learner, graphs, pairs = Learner(policy, schedule, config.optim), [], []
     for iteration in range(iterations):
         if iteration == watch:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from strop.engine.config.training import Config
+from strop.engine.config.methods.spo import SPOConfig
 from strop.engine.models.families.find import family_named
 from strop.engine.models.guided_unet import Savings
 from strop.engine.plan.meta_models import ModelBuilder
@@ -35,7 +35,7 @@ ATTENTION = 4 * 2 * CHANNELS**2 * PIXELS + 2 * 2 * PIXELS**2 * CHANNELS
 
 def test_what_it_saves_of_sd15_at_full_size():
     """Of a guided forward, what one half has before the text; norms and a projection before it are not shared."""
-    config = Config.model_validate(
+    config = SPOConfig.model_validate(
         {
             "model": {"path": "nobody/sd15", "dtype": "float16"},
             "judge": {"path": "nobody/judge"},

@@ -8,19 +8,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...config.training import Config
+from ...config.methods.spo import SPOConfig
 from ...data.embeddings import TrainingPrompts
 from ...errors import UserError
 from ...models.conditioning import Conditioning
+from ...models.tiny_decoder import load_decoder
 from ...runtime.checkpoint import last_checkpoint
 from ...runtime.columns import UNSCORED
 from ...runtime.ranks import gather_rows
 from ...runtime.session import Session
-from ..online import OnlineModels
+from ..models import Models
 from ..protocol import Measured
 from .columns import COLUMNS
 from .pairs import PreferencePairs, balance
-from .rollout import Rollout, judged_segments
+from .rollout import Rollout, check_steps, judged_segments
 from .update import Learner, MicroBatch
 
 
@@ -38,22 +39,25 @@ class SPO:
 
     stage = "rollout"
 
-    def __init__(self, config: Config, models: OnlineModels, prompts: TrainingPrompts, session: Session):
+    def __init__(self, config: SPOConfig, models: Models, prompts: TrainingPrompts, session: Session):
         self.config, self.policy, self.prompts, self.ranks = config, models.policy, prompts, session.ranks
         self.counted, self.run_dir = session.live.counted, session.dir
+        schedule = models.schedule(config.rollout)
+        check_steps(config.rollout, schedule)
+        decoder = load_decoder(config.rollout.decoder, config.model.dtype, models.diffusion)
         self.rollout = Rollout(
-            models.policy, models.decoder, models.judge, models.schedule, config.rollout, session.clock, self.counted
+            models.policy, decoder, models.judge, schedule, config.rollout, session.clock, self.counted
         )
-        self.learner = Learner(models.policy, models.schedule, config.optim)
+        self.learner = Learner(models.policy, schedule, config.optim)
         self.trainable = models.trainable
         device, seed = session.ranks.device, config.run.seed
         self.rngs = {  # prior, branches and choices are each rank's own; the shuffle is the same on all
             "rollout": torch.Generator(device).manual_seed(seed + session.ranks.rank),
             "shuffle": torch.Generator(device).manual_seed(seed),
         }
-        timesteps = models.schedule.t[:-1]
+        timesteps = schedule.t[:-1]
         self.columns = [replace(c, labels=timesteps) if c.name == "pairs_per_t" else c for c in COLUMNS]
-        self.judged_steps = sum(map(len, judged_segments(models.schedule, config.rollout)))
+        self.judged_steps = sum(map(len, judged_segments(schedule, config.rollout)))
         most = config.iterations * self.learner.batch_count(config.rollout.prompts * self.judged_steps)
         if config.optim.accumulate > most:
             raise UserError(

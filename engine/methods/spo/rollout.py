@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ...config.training import RolloutConfig
+from ...config.methods.spo import RolloutConfig
 from ...errors import UserError
 from ...judge.candidates import Candidates, Judge
 from ...models.conditioning import Conditioning

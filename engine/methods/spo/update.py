@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...config.training import OptimConfig
+from ...config.methods.spo import SPOOptimConfig
 from ...models.conditioning import Conditioning
 from ...models.policy import Policy
 from ...schedules.schedule import Schedule
@@ -53,7 +53,7 @@ class Learner:
 
     policy: Policy
     schedule: Schedule
-    config: OptimConfig
+    config: SPOOptimConfig
 
     def loss(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the SPO loss of a micro-batch, with gradients in the policy, and its stats, as `spo_loss` does."""

@@ -8,7 +8,7 @@ import torch
 from peft import set_peft_model_state_dict
 from torch.autograd import gradcheck
 
-from strop.engine.config.training import OptimConfig
+from strop.engine.config.methods.spo import SPOOptimConfig
 from strop.engine.methods.spo.loss import spo_loss
 from strop.engine.methods.spo.pairs import PreferencePairs
 from strop.engine.methods.spo.update import Learner, MicroBatch
@@ -55,7 +55,7 @@ def with_lora(policy, case7):
 
 
 def learner_of(policy, schedule):
-    return Learner(policy, schedule, OptimConfig(beta=BETA, clip=CLIP))
+    return Learner(policy, schedule, SPOOptimConfig(beta=BETA, clip=CLIP))
 
 
 def batch_of(pairs, case7):

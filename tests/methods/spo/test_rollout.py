@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from strop.engine.config.training import ModelConfig, RolloutConfig
+from strop.engine.config.methods.spo import RolloutConfig
+from strop.engine.config.training import ModelConfig
 from strop.engine.judge.candidates import Candidates
 from strop.engine.methods.spo.rollout import Rollout, choose, go_on, segments
 from strop.engine.models.base_model import load_unet

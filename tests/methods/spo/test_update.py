@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from strop.engine.config.training import OptimConfig
+from strop.engine.config.methods.spo import SPOOptimConfig
 from strop.engine.methods.spo.pairs import PreferencePairs
 from strop.engine.methods.spo.update import Learner, MicroBatch, micro_batches
 
@@ -34,7 +34,7 @@ def cond(diffusion):
 @pytest.fixture
 def learner(policy, diffusion):
     """learner(keys of section optim) -> one of the fresh policy, guided in the rollout."""
-    return lambda **keys: Learner(policy, diffusion.schedule(20, 1.0, 5.0), OptimConfig(**keys))
+    return lambda **keys: Learner(policy, diffusion.schedule(20, 1.0, 5.0), SPOOptimConfig(**keys))
 
 
 def test_micro_batches_keep_their_pairs_and_put_the_sharing_ones_first(cond):

@@ -10,13 +10,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from strop.engine.errors import UserError
-from strop.engine.evaluation.scorers import find
-from strop.engine.evaluation.scorers import scorer as scorers
-from strop.engine.evaluation.scorers.files import Weights
-from strop.engine.evaluation.scorers.hpsv2 import configuration, source
-from strop.engine.evaluation.scorers.scorer import pil_images
+from strop.engine.scorers import find
+from strop.engine.scorers import scorer as scorers
+from strop.engine.scorers.files import Weights
+from strop.engine.scorers.hpsv2 import configuration, source
+from strop.engine.scorers.scorer import pil_images
 
-EVAL = Path(__file__).parents[2] / "golden" / "eval"
+EVAL = Path(__file__).parents[1] / "golden" / "eval"
 HPS, REWARD, PICK = EVAL / "hps/HPS_v2.1_tiny.pt", EVAL / "imagereward/ImageReward_tiny.pt", EVAL / "pick"
 TOKENIZER, BERT = str(EVAL / "tokenizer"), str(EVAL / "imagereward")
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:21dd590f\nsize 3714759\n"

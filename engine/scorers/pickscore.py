@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from PIL import Image
 from torch import Tensor
 
-from ...models.clip_files import PICKSCORE_CLIP
+from ..models.clip_files import PICKSCORE_CLIP
 from .clip import LoadedCLIP, Published, load_clip
 from .pixels import hugging_face
 from .scorer import DEFAULTS, Options, in_batches

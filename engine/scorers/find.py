@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ...config.factory import resolve
-from ...errors import UserError
+from ..config.factory import resolve
+from ..errors import UserError
 from . import aesthetic, clip_score, hpsv2, image_reward, pickscore
 from .scorer import DEFAULTS, Options, Scorer
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...errors import UserError
-from ...models.model_files import read_json
-from ...models.weight_files import fill, read_weights, shortened
+from ..errors import UserError
+from ..models.model_files import read_json
+from ..models.weight_files import fill, read_weights, shortened
 
 HEADS = {768: 12, 1024: 16, 1280: 16}  # by width, of BERT and ViT-B; of ViT-L, BERT and CLIP text; of ViT-H
 LAYERS = (0, 2, 4, 6, 7)  # of the authors' heads; what lies between is dropout

@@ -14,15 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from strop.engine.config.training import JudgeConfig
-from strop.engine.evaluation.scorers import find
-from strop.engine.evaluation.scorers.clip import LoadedCLIP
-from strop.engine.evaluation.scorers.hpsv2 import cleaned, pixels_of
-from strop.engine.evaluation.scorers.pickscore import PickScore
-from strop.engine.evaluation.scorers.pixels import hugging_face, openai
-from strop.engine.evaluation.scorers.scorer import Options
 from strop.engine.judge import files as judge_files
+from strop.engine.scorers import find
+from strop.engine.scorers.clip import LoadedCLIP
+from strop.engine.scorers.hpsv2 import cleaned, pixels_of
+from strop.engine.scorers.pickscore import PickScore
+from strop.engine.scorers.pixels import hugging_face, openai
+from strop.engine.scorers.scorer import Options
 
-EVAL = Path(__file__).parents[2] / "golden" / "eval"
+EVAL = Path(__file__).parents[1] / "golden" / "eval"
 FILES = {  # weights and components
     "pickscore": (EVAL / "pick", EVAL / "tokenizer"),
     "hpsv2": (EVAL / "hps" / "HPS_v2_tiny.pt", EVAL / "tokenizer"),

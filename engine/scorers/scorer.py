@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...errors import UserError
-from ...models.hub import fetch
+from ..errors import UserError
+from ..models.hub import fetch
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # openai's
 OPENAI_CLIP = "openai/clip-vit-large-patch14"

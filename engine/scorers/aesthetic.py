@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from PIL import Image
 from torch import Tensor, nn
 
-from ...errors import UserError
+from ..errors import UserError
 from .clip import LoadedCLIP, Published, load_clip
 from .files import Weights
 from .pixels import openai

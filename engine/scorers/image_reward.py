@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from ...errors import UserError, one_line
+from ..errors import UserError, one_line
 from .files import Weights
 from .pixels import openai, pixels
 from .scorer import CLIP_MEAN, CLIP_STD, DEFAULTS, Options, fetch_published, find_file, in_batches

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 from transformers import CLIPConfig, CLIPModel
 
-from ...models.clip_files import TOKENIZER, ClipFolders, clip_tokenizer
+from ..models.clip_files import TOKENIZER, ClipFolders, clip_tokenizer
 from .clip import LoadedCLIP
 from .files import Weights
 from .pixels import normalised, rgb_bytes

@@ -12,15 +12,15 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import CLIPModel, CLIPTokenizer
 
-from ...errors import UserError
-from ...models.clip_files import TOKENIZER, ClipFolders, clip_network, clip_tokenizer, mean_and_std
-from ...models.weight_files import check_fit, fill, read_weights, weights_file
+from ..errors import UserError
+from ..models.clip_files import TOKENIZER, ClipFolders, clip_network, clip_tokenizer, mean_and_std
+from ..models.weight_files import check_fit, fill, read_weights, weights_file
 from .files import described
 from .pixels import ToBytes, pixels
 from .scorer import Options, fetch_published
 
 if TYPE_CHECKING:
-    from ...judge.clip import TimeConditionedCLIP
+    from ..judge.clip import TimeConditionedCLIP
 
 SETTINGS = ("config.json", "preprocessor_config.json", *TOKENIZER)
 NEEDED = (("config.json",), ("preprocessor_config.json",), ("tokenizer.json", "vocab.json"))  # one of each

@@ -1,0 +1,116 @@
+"""The recipe of SPO: the keys that it has beside those of config/online.py, with the paper's defaults for SD-1.5."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from ..online import OnlineConfig, SamplingConfig
+from ..training import Count, OptimConfig, Timestep
+
+
+class RolloutConfig(SamplingConfig):
+    k: int = Field(4, ge=2, le=256, description="Branches drawn from one noisy latent at each fork.")
+    t_range: tuple[Timestep, Timestep] = Field(
+        (0, 751),
+        description="Lowest and highest training timestep whose steps are judged and trained (the paper's kappa). "
+        "Steps above the highest are walked on one branch, the trunk; those below the lowest are not walked.",
+    )
+    inner_steps: int = Field(
+        1,
+        ge=1,
+        description="Steps that a branch walks before it is judged; more than 1 is MSPO, as published for SDXL.",
+    )
+    merge_last: bool = Field(
+        False,
+        description="Whether a last segment of one step is joined to the one before, as in the published SDXL code.",
+    )
+    judge_every: int = Field(
+        1,
+        ge=1,
+        description="Number n of which every n-th segment of inner_steps steps is forked, judged and trained; the "
+        "others are walked on one branch. More than 1 is an approximation that gives fewer pairs per trajectory.",
+    )
+    look_ahead: Literal["full", "text"] = Field(
+        "full",
+        description="How the image of a branch is predicted for the judge. full is the guided prediction. text is an "
+        "approximation: it predicts with the prompt alone and adds what guidance added one step earlier. The "
+        "training is exact either way, because the branch that goes on gets its missing prediction.",
+    )
+    decoder: str | None = Field(
+        None,
+        description="Folder or hub id of an AutoencoderTiny that decodes the judge's images in place of the VAE, an "
+        "approximation: madebyollin/taesd for Stable Diffusion 1.5, madebyollin/taesdxl for SDXL. The evaluation "
+        "decodes with the VAE.",
+    )
+    next_state: Literal["random", "winner", "loser"] = Field(
+        "random", description="The branch from which the trajectory goes on."
+    )
+    pair: Literal["best_worst", "random"] = Field(
+        "best_worst", description="The two branches that make a pair; of two random ones, the better is the winner."
+    )
+    threshold: float = Field(0.3, ge=0, lt=1, description="Pairs with p(winner) - p(loser) above this are trained on.")
+
+    @model_validator(mode="after")
+    def _range_is_one(self) -> RolloutConfig:
+        low, high = self.t_range
+        if low > high:
+            raise ValueError(f"t_range is [{low}, {high}], expected the lower timestep first")
+        return self
+
+    @model_validator(mode="after")
+    def _text_is_a_half(self) -> RolloutConfig:
+        if self.look_ahead == "text" and self.guidance == 1:
+            raise ValueError("look_ahead is text, but with guidance 1 there is no other half to leave out; use full")
+        return self
+
+
+class SPOOptimConfig(OptimConfig):
+    micro_batch: Count = Field(10, description="Pairs per backward pass and process; fewer take less memory.")
+    beta: float = Field(10.0, gt=0, description="DPO beta: weight of the difference of the log-ratios.")
+    clip: float | None = Field(
+        0.1, gt=0, lt=1, description="Probability ratios are clamped to [1 - clip, 1 + clip]; null leaves them free."
+    )
+    guided: bool = Field(
+        True,
+        description="Whether the guided prediction (rollout.guidance) is trained, or the one with the prompt alone.",
+    )
+    accumulate: Count = Field(1, description="Micro-batches per optimizer step.")
+    passes: Count = Field(
+        1,
+        description="Passes over the pairs of each rollout, shuffled anew for each; the reference predicts once for "
+        "all of them. More than 1 is an approximation, because later passes train on pairs of an older policy.",
+    )
+    keep_pairs: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of a rollout's pairs that is trained on, drawn at random. Less than 1 is an approximation, "
+        "and a poor trade where the rollout costs more than the training.",
+    )
+
+
+class SPOConfig(OnlineConfig):
+    """A recipe of step-by-step preference optimization (arXiv 2406.04314)."""
+
+    title: ClassVar[str] = "step-by-step preference optimization (SPO, arXiv 2406.04314)"
+    code: ClassVar[str] = "spo.method:SPO"
+
+    method: Literal["spo"] = Field("spo", description="This method.")
+    rollout: RolloutConfig = RolloutConfig()
+    optim: SPOOptimConfig = SPOOptimConfig()
+
+    @property
+    def guided_update(self) -> bool:
+        """Whether the update computes both guidance halves."""
+        return self.optim.guided and self.rollout.guidance != 1
+
+    def in_words(self, ranks: int) -> str:
+        """Returns what an iteration does, as a run announces it."""
+        return f"{super().in_words(ranks)}, {self.rollout.k} branches"
+
+    @property
+    def models_read(self) -> dict[str, str]:
+        """Folders or hub ids of models that the run reads beside base model and judge, by key."""
+        return {"rollout.decoder": self.rollout.decoder} if self.rollout.decoder else {}

@@ -1,0 +1,49 @@
+"""The models of a post-training: the policy, the base model around it, and the judge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..config.online import SamplingConfig
+from ..config.training import Config
+from ..judge.model import StepAwarePreferenceModel
+from ..models.base_model import load_unet
+from ..models.guided_unet import Savings
+from ..models.latent_diffusion import LatentDiffusion
+from ..models.policy import Policy, TrainedLora
+from ..schedules.schedule import Schedule
+from ..speed.apply import prepare
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """The models of a run, loaded and made as fast as the recipe asks. trainable: the policy's LoRA."""
+
+    policy: Policy
+    diffusion: LatentDiffusion
+    judge: StepAwarePreferenceModel
+    trainable: TrainedLora
+
+    @classmethod
+    def load(cls, config: Config, device: torch.device) -> Models:
+        """Loads the models that a recipe names. Raises UserError for whatever the user has to put right."""
+        diffusion = LatentDiffusion.load(config.model, device)
+        unet = load_unet(config.model, device)
+        judge = StepAwarePreferenceModel.load(config.judge, device)
+        return cls.of(config, unet, diffusion, judge)
+
+    @classmethod
+    def of(cls, config: Config, unet: nn.Module, diffusion: LatentDiffusion, judge: StepAwarePreferenceModel) -> Models:
+        """Takes networks that are loaded; the UNet becomes the policy's."""
+        model, lora = config.model, config.lora
+        savings = Savings.of(model, config.optim.micro_batch)
+        policy = Policy(unet, lora.rank, lora.target_modules, config.run.seed, diffusion.latent_shape, savings)
+        prepare(model, policy.unet, diffusion.vae, judge.clip)
+        return cls(policy, diffusion, judge, TrainedLora(policy, config))
+
+    def schedule(self, rollout: SamplingConfig) -> Schedule:
+        """Builds the schedule of a rollout."""
+        return self.diffusion.schedule(rollout.num_steps, rollout.eta, rollout.guidance)
