@@ -52,3 +52,13 @@ class OnlineConfig(Config):
         """Returns what an iteration does, as a run announces it."""
         prompts = f"{self.rollout.prompts} prompts" if ranks == 1 else f"{ranks} x {self.rollout.prompts} prompts"
         return f"{self.run.iterations} iterations of {prompts}, {self.rollout.num_steps} steps"
+
+
+class RewardedConfig(OnlineConfig):
+    """A recipe of a method that compares rewards of finished images."""
+
+    reward: str = Field(
+        "judge",
+        description="What rewards the finished images: judge, the section of this name, or one of the scorers that "
+        "evaluate.scorers may name.",
+    )

@@ -54,12 +54,17 @@ class TrainingPrompts:
 
     def mine(self, iteration: int) -> Conditioning:
         """Returns the Conditioning of this rank's prompts of an iteration."""
+        return self.embeddings[self.texts(iteration)]
+
+    def texts(self, iteration: int) -> list[str]:
+        """Returns this rank's prompts of an iteration."""
         begin = self.ranks.rank * self.per_rank
-        return self.embeddings[self._of_all(iteration)[begin : begin + self.per_rank]]
+        return self.of_all(iteration)[begin : begin + self.per_rank]
 
     def everyone(self, iteration: int) -> Conditioning:
         """Returns the Conditioning of all ranks' prompts of an iteration, in rank order."""
-        return self.embeddings[self._of_all(iteration)]
+        return self.embeddings[self.of_all(iteration)]
 
-    def _of_all(self, iteration: int) -> list[str]:
+    def of_all(self, iteration: int) -> list[str]:
+        """Returns all ranks' prompts of an iteration, in rank order."""
         return batch_of(self.prompts, iteration, self.per_rank * self.ranks.size, self.seed)

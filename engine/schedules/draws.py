@@ -34,6 +34,9 @@ class Replay:
         return value.reshape(shape)
 
 
+Rng = torch.Generator | Replay
+
+
 def normal(shape: tuple[int, ...], rng: torch.Generator | Replay, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Draws standard normal numbers of this shape."""
     if isinstance(rng, Replay):

@@ -75,6 +75,15 @@ class Schedule:
         coefficients = self._coefficients(step, x_t.shape[1])
         return ddim_log_ratio(x_prev, x_t, *self._halves(eps), *self._halves(eps_ref), self.guidance, coefficients)
 
+    def guide(self, eps: Tensor) -> Tensor:
+        """Combines the guidance halves of eps (G, ...) into one prediction (...), in float32 or wider."""
+        text = eps[-1].to(torch.promote_types(eps.dtype, torch.float32))
+        return text if len(eps) == 1 else eps[0] + self.guidance * (text - eps[0])
+
+    def sigma(self, step: Tensor) -> Tensor:
+        """Returns the standard deviations of p(x_{t-1} | x_t) at steps (N,): (N,) float32."""
+        return self._table[4, step]
+
     def _halves(self, eps: Tensor) -> tuple[Tensor | None, Tensor]:
         return (None, eps[0]) if len(eps) == 1 else (eps[0], eps[1])
 

@@ -18,11 +18,9 @@ from ...config.methods.spo import RolloutConfig
 from ...errors import UserError
 from ...judge.candidates import Candidates, Judge
 from ...models.conditioning import Conditioning
-from ...schedules.draws import Replay, integers
+from ...schedules.draws import Rng, integers
 from ...schedules.schedule import Schedule
 from .pairs import PreferencePairs, is_sure
-
-Rng = torch.Generator | Replay
 
 
 class Predictor(Protocol):
