@@ -440,6 +440,13 @@ TRAINING = {
     "evaluate": {"prompts": 3, "num_steps": 2, "batch": 2, "pictures": 2, "scorers": ["recipe_modules:examiner"]},
     "run": {"iterations": 2, "save_every": 1, "device": "cpu"},
 }
+SAMPLED = {"prompts": 2, "num_steps": 4}
+METHODS = {  # the sections in which methods differ from TRAINING; None leaves one out
+    "spo": {},
+    "gradspo": {},
+    "d3po": {"rollout": SAMPLED},
+    "ddpo": {"rollout": SAMPLED, "optim": {"updates": 2}},
+}
 JUDGE_TRAINING = {
     "judge": {},
     "data": {"source": "recipe_modules:pairs", "train": 40, "heldout": 20},
@@ -497,6 +504,23 @@ def recipe(recipe_folder, tmp_path):
 
     def command_line(*overrides, judge=False):
         file = recipe_folder / ("judge.yaml" if judge else "training.yaml")
+        return [str(file), f"run.dir={tmp_path / 'run'}", *overrides]
+
+    return command_line
+
+
+@pytest.fixture
+def method_recipe(recipe_folder, tmp_path):
+    """method_recipe("ddpo", "run.iterations=1") -> the command line of a training in tmp_path/run, by this method.
+
+    It shares the models, prompts and sections of training.yaml, without the keys of SPO's rollout.
+    """
+
+    def command_line(method, *overrides):
+        tree = yaml.safe_load((recipe_folder / "training.yaml").read_text()) | {"method": method}
+        tree |= METHODS[method] | {"optim": tree["optim"] | METHODS[method].get("optim", {})}
+        file = tmp_path / f"{method}.yaml"
+        file.write_text(yaml.safe_dump({key: value for key, value in tree.items() if value is not None}))
         return [str(file), f"run.dir={tmp_path / 'run'}", *overrides]
 
     return command_line

@@ -185,7 +185,7 @@ def _sentence(cls: type[BaseModel], error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{key} is missing{more}"
     if first["type"] == "value_error":
-        return f"{key}: {first['ctx']['error']}{more}"
+        return f"{key}{': ' if key else ''}{first['ctx']['error']}{more}"
     if first["type"] == "model_type":
         return (
             f"{key}: found {short(first['input'])}, expected keys and values, as docs/configuration.md has them{more}"

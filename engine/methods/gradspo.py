@@ -86,7 +86,7 @@ class GradSPO(SPO):
 
 
 def target_log_ratio(eps: Tensor, eps_ref: Tensor, eps_average: Tensor, away: Tensor) -> Tensor:
-    """Computes |eps_ref - target|^2 - |eps - target|^2, means over C, H, W, for the winner's and loser's target: (2, N).
+    """Computes |eps_ref - target|^2 - |eps - target|^2, means over C, H, W, for winner's and loser's target: (2, N).
 
     All (N, C, H, W): predictions of the noise with a gradient in eps alone; the winner's target is eps_average + away,
     the loser's eps_average - away. It is computed from eps - eps_ref, which are nearly alike.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..config.find import DEFAULT, config_class
 from ..evaluation.cells import markdown_table
 from ..user_files import public_name
 from .run import Run
 from .tables import count, score_rows
 from .verdict import verdict
 
+ROLLOUT = {"num_steps": "steps", "k": "k", "guidance": "guidance"}  # keys of the card, and their words
 LICENCE = "<!-- Fill in: the licence of this LoRA, which that of the base model may bind. -->"
 
 
@@ -23,15 +25,14 @@ def write_model_card(run: Run, folder: Path) -> Path:
 def model_card(run: Run) -> str:
     """Returns the card as Markdown; its numbers are those of summary.json."""
     recipe, summary = run.recipe, run.summary
-    base = public_name(recipe["model"]["path"])
+    base, method = public_name(recipe["model"]["path"]), recipe.get("method", DEFAULT)
     lora = Path(summary["paths"]["lora"]).name
     kohya = Path(summary["paths"]["lora_kohya"]).name
-    tags = ["stable-diffusion", "text-to-image", "diffusers", "lora", "spo"]
+    tags = ["stable-diffusion", "text-to-image", "diffusers", "lora", method]
     sections = (
         "---\n" + f"base_model: {base}\nlibrary_name: diffusers\ntags: [{', '.join(tags)}]\n" + "---",
         f"# {run.dir.resolve().name}",
-        "A LoRA that was trained with step-by-step preference optimization (SPO, arXiv 2406.04314), by "
-        f"strop {summary.get('version')}.",
+        f"A LoRA that was trained with {config_class(method).title}, by strop {summary.get('version')}.",
         f"**{verdict(run).headline}**",
         "![base model above, tuned model below](../before_after.png)",
         "## Figures\n\n" + _scores(run),
@@ -50,19 +51,20 @@ def _scores(run: Run) -> str:
 
 
 def _training(recipe: dict, summary: dict, base: str) -> str:
-    rollout, optim, lora = recipe["rollout"], recipe["optim"], recipe["lora"]
+    rollout, optim, lora = recipe.get("rollout", {}), recipe["optim"], recipe["lora"]
+    steps = {name: rollout[key] for key, name in ROLLOUT.items() if key in rollout}
+    beta = f", beta {optim['beta']:g}" if "beta" in optim else ""
     facts = {
         "base model": base,
         "judge": Path(str(recipe["judge"]["path"]).rstrip("/")).name,
         "prompts": f"{count(summary.get('prompts'))} in {count(summary.get('iterations'))} iterations",
-        "preference pairs": count(summary.get("pairs")),
-        "optimizer steps": f"{count(summary.get('optimizer_steps'))}, learning rate {optim['lr']:g}, "
-        f"beta {optim['beta']:g}",
+        "preference pairs": count(summary["pairs"]) if summary.get("pairs") else "",
+        "optimizer steps": f"{count(summary.get('optimizer_steps'))}, learning rate {optim['lr']:g}{beta}",
         "LoRA": f"rank {lora['rank']} on {', '.join(lora['target_modules'])}",
-        "rollout": f"{rollout['num_steps']} steps, k = {rollout['k']}, guidance {rollout['guidance']:g}",
+        "rollout": ", ".join(f"{name} {value:g}" for name, value in steps.items()),
         "seed": str(summary.get("seed")),
     }
-    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in facts.items() if value)
 
 
 def _use(lora: str, kohya: str, base: str) -> str:
