@@ -154,8 +154,7 @@ def test_a_new_metric_is_one_column_and_one_value(recipe, tmp_path, monkeypatch,
         value, stats = loss(self, batch)
         return value, stats | {"surprise": torch.tensor(1.5)}
 
-    for module in (columns, method):
-        monkeypatch.setattr(module, "COLUMNS", described)
+    monkeypatch.setattr(method.SPO, "columns", described)
     monkeypatch.setattr(method.SPO, "loss", measured)
     monkeypatch.setattr(Axes, "set_title", lambda self, title, **_: titles.append(title))
     main(recipe("run.iterations=1"))

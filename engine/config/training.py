@@ -229,9 +229,11 @@ class RunConfig(Section):
 class Config(Section):
     """What the recipes of all methods of engine/train.py have. A method's own class is in config/methods/.
 
-    title: the method in words, with its source; code: where in methods/ it is, as module:class.
+    name: what the method is called; title: the same in words, with its source; code: where in methods/ it is, as
+    module:class.
     """
 
+    name: ClassVar[str]
     title: ClassVar[str]
     code: ClassVar[str]
 

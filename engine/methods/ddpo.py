@@ -132,7 +132,7 @@ class DDPO:
         with self.clock("rollout/judge"):
             rewards = self.reward(images, self.prompts.texts(iteration), cond)  # (1, B)
         scored = self.reward.check(rewards, iteration, self.ranks)  # (B,)
-        everyone = gather_rows(rewards[0], self.ranks).tolist()
+        everyone = gather_rows(rewards[0], self.ranks).tolist()  # one wait an iteration
         advantage = self.history.advantages(self.prompts.of_all(iteration), everyone)
         advantage = torch.tensor(advantage, device=x.device)[self.ranks.rank * len(cond) :][: len(cond)]
         facts = {"prompts": len(cond), "reward": rewards[0][scored].mean(), UNSCORED.name: (~scored).sum()}

@@ -9,7 +9,10 @@ from ..config.training import Config
 from .protocol import Method
 
 
-def method_class(config: Config) -> Callable[..., Method]:
-    """Returns the class of a recipe's method; its arguments are config, models, prompts and session."""
+def method_class(config: Config | type[Config]) -> Callable[..., Method]:
+    """Returns the class of a recipe's method; its arguments are config, models, prompts and session.
+
+    Its `columns` are those of the method, also without an instance.
+    """
     module, _, name = config.code.partition(":")
     return getattr(importlib.import_module(f"{__package__}.{module}"), name)

@@ -9,17 +9,13 @@ of the policy's weights does the sampling.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config.methods.gradspo import GradSPOConfig
 from ..data.embeddings import TrainingPrompts
-from ..models.policy import TrainedLora
+from ..models.averaged import Average, AveragedLora
 from ..runtime.session import Session
 from .models import Models
 from .protocol import Measured
@@ -28,8 +24,6 @@ from .spo.method import SPO, Collected
 from .spo.pairs import PreferencePairs
 from .spo.update import MicroBatch
 
-EMA = "ema.safetensors"  # in a checkpoint
-
 
 class GradSPO(SPO):
     """GradSPO collects SPO's pairs by the averaged policy and regresses the policy onto targets beside its average."""
@@ -37,7 +31,7 @@ class GradSPO(SPO):
     def __init__(self, config: GradSPOConfig, models: Models, prompts: TrainingPrompts, session: Session):
         super().__init__(config, models, prompts, session)
         self.average = Average(models.policy.parameters, config.optim.ema)
-        self.trainable = WithAverage(models.trainable, self.average)
+        self.trainable = AveragedLora(models.trainable, self.average)
         self.schedule = self.learner.schedule
         scheduler = models.diffusion.scheduler
         self.predicts_v = scheduler.config.prediction_type == "v_prediction"
@@ -93,53 +87,3 @@ def target_log_ratio(eps: Tensor, eps_ref: Tensor, eps_average: Tensor, away: Te
     """
     targets = torch.stack([eps_average + away, eps_average - away])  # (2, N, C, H, W)
     return ((eps_ref - eps) * (eps_ref + eps - 2 * targets)).flatten(2).mean(-1)
-
-
-class Average:
-    """An exponential moving average of parameters. waiting: micro-batches since it followed them last."""
-
-    def __init__(self, parameters: list[nn.Parameter], decay: float):
-        self.parameters, self.decay = parameters, decay
-        self.values = [parameter.detach().clone() for parameter in parameters]
-        self.waiting = 0
-
-    @torch.no_grad()
-    def follow(self) -> None:
-        """Takes a step towards the parameters."""
-        for value, parameter in zip(self.values, self.parameters, strict=True):
-            value.lerp_(parameter, 1 - self.decay)
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Opens a context in which the parameters have the averaged values."""
-        current = [parameter.data for parameter in self.parameters]
-        for parameter, value in zip(self.parameters, self.values, strict=True):
-            parameter.data = value
-        try:
-            yield
-        finally:
-            for parameter, value in zip(self.parameters, current, strict=True):
-                parameter.data = value
-
-
-@dataclass(frozen=True, slots=True)
-class WithAverage:
-    """The Trainable of GradSPO: the policy's LoRA, and in checkpoints its average beside it."""
-
-    lora: TrainedLora
-    average: Average
-    keep = None
-
-    def save(self, folder: Path, iteration: int) -> None:
-        """Writes the LoRA and folder/EMA."""
-        self.lora.save(folder, iteration)
-        tensors = {f"{i}": value for i, value in enumerate(self.average.values)}
-        save_file(tensors | {"waiting": torch.tensor(self.average.waiting)}, folder / EMA)
-
-    def load(self, folder: Path) -> None:
-        """Reads what `save` wrote. Raises UserError if the LoRA does not fit the policy."""
-        self.lora.load(folder)
-        tensors = load_file(folder / EMA)
-        self.average.waiting = int(tensors["waiting"])
-        for i, value in enumerate(self.average.values):
-            value.copy_(tensors[f"{i}"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..config.find import DEFAULT, config_class
 from ..evaluation.cells import markdown_table
 from ..user_files import public_name
 from .run import Run
@@ -25,14 +24,14 @@ def write_model_card(run: Run, folder: Path) -> Path:
 def model_card(run: Run) -> str:
     """Returns the card as Markdown; its numbers are those of summary.json."""
     recipe, summary = run.recipe, run.summary
-    base, method = public_name(recipe["model"]["path"]), recipe.get("method", DEFAULT)
+    base = public_name(recipe["model"]["path"])
     lora = Path(summary["paths"]["lora"]).name
     kohya = Path(summary["paths"]["lora_kohya"]).name
-    tags = ["stable-diffusion", "text-to-image", "diffusers", "lora", method]
+    tags = ["stable-diffusion", "text-to-image", "diffusers", "lora", recipe.get("method", "spo")]
     sections = (
         "---\n" + f"base_model: {base}\nlibrary_name: diffusers\ntags: [{', '.join(tags)}]\n" + "---",
         f"# {run.dir.resolve().name}",
-        f"A LoRA that was trained with {config_class(method).title}, by strop {summary.get('version')}.",
+        f"A LoRA that was trained with {run.config_class.title}, by strop {summary.get('version')}.",
         f"**{verdict(run).headline}**",
         "![base model above, tuned model below](../before_after.png)",
         "## Figures\n\n" + _scores(run),

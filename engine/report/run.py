@@ -9,9 +9,11 @@ from pathlib import Path
 
 import yaml
 
+from ..config.find import DEFAULT, config_class
+from ..config.training import Config
 from ..evaluation import monitor
-from ..methods.judge_training import columns as judge_training
-from ..methods.spo import columns as spo
+from ..methods.find import method_class
+from ..methods.judge_training.method import JudgeTraining
 from ..methods.spo.rollout import segments
 from ..runtime.columns import LEFT_OUT, SHORT, Column, Heatmap
 
@@ -33,6 +35,11 @@ class Run:
     def recipe(self) -> dict:
         """The configuration as a tree; {} where there is none."""
         return yaml.safe_load(self.config) or {}
+
+    @property
+    def config_class(self) -> type[Config]:
+        """The class of the recipe's method, where it trains no judge."""
+        return config_class(self.recipe.get("method", DEFAULT))
 
     @property
     def t_range(self) -> tuple[int, int]:
@@ -76,8 +83,8 @@ class Run:
 
     @property
     def trains_judge(self) -> bool:
-        """Whether the run trains a judge: the recipe then names preference pairs."""
-        return "data" in self.recipe
+        """Whether the run trains a judge: the recipe then names preference pairs and no prompts."""
+        return "data" in self.recipe and "prompts" not in self.recipe
 
     @property
     def heldout(self) -> str:
@@ -90,4 +97,5 @@ class Run:
         last = next((record for record in reversed(self.records) if record.get(monitor.CHANGE.name)), None)
         labels = lambda column: tuple(last[column.name]) if isinstance(last[column.name], dict) else ()
         monitored = [replace(column, labels=labels(column)) for column in monitor.COLUMNS] if last else []
-        return (*(judge_training.COLUMNS if self.trains_judge else spo.COLUMNS), LEFT_OUT, *monitored)
+        method = JudgeTraining if self.trains_judge else method_class(self.config_class)
+        return (*method.columns, LEFT_OUT, *monitored)

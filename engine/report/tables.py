@@ -51,7 +51,7 @@ def what_ran(run: Run) -> str:
     else:
         inner, prompts = rollout.get("inner_steps", 1), rollout.get("prompts")
         iterations = f"{run.iterations:,} iterations" + (f" of {prompts} prompts" if prompts else "")
-        method = "SPO" if inner == 1 else f"MSPO ({inner} inner steps)"
+        method = run.config_class.name if inner == 1 else f"MSPO ({inner} inner steps)"
         facts = [f"{method} on {model}", f"judge {judge}", iterations]
     facts += [f"{steps:,} optimizer steps"] if steps else []
     facts += [f"learning rate {optim['lr']:g}"] if "lr" in optim else []

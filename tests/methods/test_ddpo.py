@@ -101,7 +101,7 @@ def test_a_whole_iteration_is_the_unrolled_one(method_recipe, unrolled):
     arguments = method_recipe("ddpo", *unrolled.PLAIN_STEPS, *keys)
     fused, loops = unrolled(arguments), unrolled(arguments)
     before = fused.lora()
-    facts, stats = fused.iterate()
+    facts, _ = fused.iterate()
     rewards, ratios = naive_iteration(loops)
     assert facts["reward"].item() == pytest.approx(rewards.mean().item(), rel=1e-4)
     assert max(abs(ratio - 1) for ratio in ratios[:8]) < 1e-5  # the policy that sampled

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from strop.engine import train
-from strop.engine.methods.gradspo import Average, GradSPO, target_log_ratio
+from strop.engine.methods.gradspo import GradSPO, target_log_ratio
 from strop.engine.methods.spo.loss import spo_loss
 from strop.engine.methods.spo.pairs import PreferencePairs
+from strop.engine.models.averaged import Average
 from strop.engine.schedules.schedule import Schedule
 from strop.kernels import DDIMCoefficients
 
@@ -100,6 +101,6 @@ def test_a_resumed_run_has_the_same_bits_and_average(method_recipe, tmp_path):
     train.main(method_recipe("gradspo", *keys, "run.iterations=3", f"run.dir={folders[0]}"))
     train.main(method_recipe("gradspo", *keys, "run.iterations=2", f"run.dir={folders[1]}"))
     train.main(method_recipe("gradspo", *keys, "run.iterations=3", "run.resume=true", f"run.dir={folders[1]}"))
-    for name in ("pytorch_lora_weights.safetensors", "ema.safetensors"):
+    for name in ("pytorch_lora_weights.safetensors", "average.safetensors"):
         a, b = ((folder / "checkpoints" / "000003" / name).read_bytes() for folder in folders)
         assert a[-2000:] == b[-2000:], name

@@ -50,6 +50,7 @@ class D3POOptimConfig(OptimConfig):
 class D3POConfig(RewardedConfig):
     """A recipe of direct preference for denoising diffusion policy optimization (D3PO, arXiv 2311.13231)."""
 
+    name: ClassVar[str] = "D3PO"
     title: ClassVar[str] = "direct preference for denoising diffusion policy optimization (D3PO, arXiv 2311.13231)"
     code: ClassVar[str] = "d3po:D3PO"
 

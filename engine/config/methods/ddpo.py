@@ -44,6 +44,7 @@ class DDPOOptimConfig(OptimConfig):
 class DDPOConfig(RewardedConfig):
     """A recipe of denoising diffusion policy optimization (DDPO, arXiv 2305.13301)."""
 
+    name: ClassVar[str] = "DDPO"
     title: ClassVar[str] = "denoising diffusion policy optimization (DDPO, arXiv 2305.13301)"
     code: ClassVar[str] = "ddpo:DDPO"
 

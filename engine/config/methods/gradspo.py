@@ -29,6 +29,7 @@ class GradSPOOptimConfig(SPOOptimConfig):
 class GradSPOConfig(SPOConfig):
     """A recipe of GradSPO."""
 
+    name: ClassVar[str] = "GradSPO"
     title: ClassVar[str] = "GradSPO, SPO's rollout with a regression onto targets beside the prediction"
     code: ClassVar[str] = "gradspo:GradSPO"
 

@@ -94,6 +94,7 @@ class SPOOptimConfig(OptimConfig):
 class SPOConfig(OnlineConfig):
     """A recipe of step-by-step preference optimization (arXiv 2406.04314)."""
 
+    name: ClassVar[str] = "SPO"
     title: ClassVar[str] = "step-by-step preference optimization (SPO, arXiv 2406.04314)"
     code: ClassVar[str] = "spo.method:SPO"
 

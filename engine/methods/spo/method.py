@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +14,7 @@ from ...errors import UserError
 from ...models.conditioning import Conditioning
 from ...models.tiny_decoder import load_decoder
 from ...runtime.checkpoint import last_checkpoint
-from ...runtime.columns import UNSCORED
+from ...runtime.columns import UNSCORED, Column
 from ...runtime.ranks import gather_rows
 from ...runtime.session import Session
 from ..models import Models
@@ -38,6 +38,7 @@ class SPO:
     """SPO rolls out, has the judge tell winners from losers, and trains the policy to prefer the winners."""
 
     stage = "rollout"
+    columns: Sequence[Column] = COLUMNS
 
     def __init__(self, config: SPOConfig, models: Models, prompts: TrainingPrompts, session: Session):
         self.config, self.policy, self.prompts, self.ranks = config, models.policy, prompts, session.ranks
@@ -56,7 +57,7 @@ class SPO:
             "shuffle": torch.Generator(device).manual_seed(seed),
         }
         timesteps = schedule.t[:-1]
-        self.columns = [replace(c, labels=timesteps) if c.name == "pairs_per_t" else c for c in COLUMNS]
+        self.columns = [replace(c, labels=timesteps) if c.name == "pairs_per_t" else c for c in self.columns]
         self.judged_steps = sum(map(len, judged_segments(schedule, config.rollout)))
         most = config.iterations * self.learner.batch_count(config.rollout.prompts * self.judged_steps)
         if config.optim.accumulate > most:
