@@ -509,21 +509,27 @@ def recipe(recipe_folder, tmp_path):
     return command_line
 
 
-@pytest.fixture
-def method_recipe(recipe_folder, tmp_path):
-    """method_recipe("ddpo", "run.iterations=1") -> the command line of a training in tmp_path/run, by this method.
+@pytest.fixture(scope="session")
+def recipe_of_method(recipe_folder):
+    """recipe_of_method(folder, "ddpo", "run.iterations=1") -> the command line of a training in folder/run by a method.
 
     It shares the models, prompts and sections of training.yaml, without the keys of SPO's rollout.
     """
 
-    def command_line(method, *overrides):
+    def command_line(folder, method, *overrides):
         tree = yaml.safe_load((recipe_folder / "training.yaml").read_text()) | {"method": method}
         tree |= METHODS[method] | {"optim": tree["optim"] | METHODS[method].get("optim", {})}
-        file = tmp_path / f"{method}.yaml"
+        file = folder / f"{method}.yaml"
         file.write_text(yaml.safe_dump({key: value for key, value in tree.items() if value is not None}))
-        return [str(file), f"run.dir={tmp_path / 'run'}", *overrides]
+        return [str(file), f"run.dir={folder / 'run'}", *overrides]
 
     return command_line
+
+
+@pytest.fixture
+def method_recipe(recipe_of_method, tmp_path):
+    """recipe_of_method of a test's own folder."""
+    return functools.partial(recipe_of_method, tmp_path)
 
 
 def run_once(main, arguments, folder):

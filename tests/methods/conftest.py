@@ -21,24 +21,29 @@ class Run:
 
     PLAIN_STEPS = ("optim.eps=1", "optim.lr=20", "optim.weight_decay=0", "optim.max_grad_norm=null")
 
-    def __init__(self, arguments):
+    def __init__(self, arguments, moved=True):
+        """moved: whether the LoRA is."""
         self.config = load(arguments[0], arguments[1:])
         self.parts = build(Session(self.config, ALONE))
         self.method, self.policy = self.parts.method, self.parts.models.policy
         self.cond = self.method.prompts.mine(0) if self.config.prompts_per_iteration else None
         rng = torch.Generator().manual_seed(3)
         with torch.no_grad():
-            for parameter in self.policy.parameters:
+            for parameter in self.policy.parameters if moved else ():
                 parameter += 0.05 * torch.randn(parameter.shape, generator=rng)
 
     def iterate(self):
-        """Runs the first iteration as loop.py does; returns its facts and the last stats."""
+        """Runs the first iteration; returns its facts and the last stats."""
         rows, facts = self.method.collect(0)
+        return facts, self.update(rows)
+
+    def update(self, rows):
+        """Learns from the rows of an iteration; returns the last stats."""
         for batch in self.method.batches(rows):
             loss, stats = self.method.loss(batch)
             self.parts.optimizer.backward(loss)
             self.parts.optimizer.step()
-        return facts, stats
+        return stats
 
     def lora(self):
         return {name: value.clone() for name, value in self.policy.lora_state().items()}
