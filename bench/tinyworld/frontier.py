@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial

@@ -1,4 +1,4 @@
-"""Runs engine/train.py as it is, a thread a run, and counts operations, for all that compares whole runs on tinyworld."""
+"""Runs engine/train.py as it is, one thread a run, and counts operations, for all that compares whole runs."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ ABLATIONS = {  # by what is changed: the rows beside the default
     ),
     "judge (step-aware)": (
         ablation("judge_no_step", "without step condition", "", SAME, *NO_STEP),
-        ablation("judge_pickscore", "plain PickScore", "20.28", SAME, *PICKSCORE),
+        ablation("judge_pickscore", "plain PickScore", "20.28", (14, 0.648), *PICKSCORE),
     ),
     "k (4)": (
         ablation("k2", "2", BEST, (28, 0.325), "rollout.k=2"),
@@ -73,10 +73,10 @@ ABLATIONS = {  # by what is changed: the rows beside the default
         ablation("t999", "0 to 999", BEST, (11, 0.800), "rollout.t_range=[0,999]"),
         ablation("t501", "0 to 501", BEST, (20, 0.449), "rollout.t_range=[0,501]"),
     ),
-    "pair (best and worst)": (ablation("pair_random", "two at random", "", SAME, "rollout.pair=random"),),
+    "pair (best and worst)": (ablation("pair_random", "two at random", "", (15, 0.604), "rollout.pair=random"),),
     "threshold (0.1)": (
-        ablation("threshold0", "0", "", SAME, "rollout.threshold=0"),
-        ablation("threshold03", "0.3", "", SAME, "rollout.threshold=0.3"),
+        ablation("threshold0", "0", "", (13, 0.725), "rollout.threshold=0"),
+        ablation("threshold03", "0.3", "", (16, 0.577), "rollout.threshold=0.3"),
     ),
 }
 ABLATED = (DEFAULT, *(row for rows in ABLATIONS.values() for row in rows))
