@@ -35,6 +35,7 @@ class Study:
     """Where cells and runs lie and how much is run: a share of the budget, and prompts.
 
     prompts: at a run's end; inner: at the points before; tasks: of each task of GenEval's twin, two images each.
+    searched: whether methods take the learning rate that a search finds, or their recipe's.
     """
 
     cells: Path
@@ -43,6 +44,7 @@ class Study:
     prompts: int = 192
     inner: int = 64
     tasks: int = 20
+    searched: bool = True
     measuring: Lock = field(default_factory=Lock)  # the examination's networks are shared by all threads
 
     def iterations(self, row: Row) -> int:
@@ -128,14 +130,14 @@ def train_judge() -> None:
         train(JUDGE_RECIPE, ["judge.kind=spm_no_step", "run.tracker=none"], Path(NO_STEP_JUDGE), "train_judge.py")
 
 
-def along(examination: Examination, study: Study, row: Row, run: Path) -> dict:
+def along(examination: Callable[[], Examination], study: Study, row: Row, run: Path) -> dict:
     """Returns the curve over a run's checkpoints, and at its end the scores of each prompt and GenEval's twin."""
     checkpoints = sorted((run / "checkpoints").glob("[0-9]*"))
     last = int(checkpoints[-1].name)
     curve = []
     for checkpoint in checkpoints:
         done = int(checkpoint.name)
-        scores = examination(checkpoint, None if done == last else study.inner)
+        scores = examination()(checkpoint, None if done == last else study.inner)
         point = {"iteration": done, "tflop": round(done * row.tflop, 3), "prompts": len(scores["quality"])}
         curve.append(point | means(scores))
     loop = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
@@ -144,11 +146,11 @@ def along(examination: Examination, study: Study, row: Row, run: Path) -> dict:
     return steps | {"curve": curve, "scores": rounded(scores)} | asked
 
 
-def base(examination: Examination, study: Study) -> dict:
+def base(examination: Callable[[], Examination], study: Study) -> dict:
     """Returns the base model's scores, which are measured once."""
     file = study.cells / "base.json"
     if not file.exists():
-        scores = examination(None)
+        scores = examination()(None)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, written({"scores": rounded(scores), "geneval": answers(None, study.tasks, 2)}))
     return json.loads(file.read_text())

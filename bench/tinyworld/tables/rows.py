@@ -47,7 +47,13 @@ def ablation(name: str, title: str, paper: str, cost: tuple[int, float], *change
     return Row(name, title, *cost, changes=changes, paper=paper)
 
 
+def method(name: str, title: str, published: str, cost: tuple[int, float]) -> Row:
+    """Returns another method, by a recipe of its own; cost: as of `ablation`, UNCOUNTED before it can be run."""
+    return Row(name, title, *cost, recipe=f"configs/tinyworld_{name}.yaml", published=published, geneval=True)
+
+
 SAME = (ITERATIONS, TFLOP)
+UNCOUNTED = (0, 0.0)
 DEFAULT = Row("spo", "SPO", published="SPO", paper="21.43", geneval=True)
 PICKSCORE = ("judge.path=bench/tinyworld/weights/pickscore", "judge.kind=pickscore")
 NO_STEP = (f"judge.path={NO_STEP_JUDGE}/judge", "judge.kind=spm_no_step")
@@ -80,3 +86,11 @@ ABLATIONS = {  # by what is changed: the rows beside the default
     ),
 }
 ABLATED = (DEFAULT, *(row for rows in ABLATIONS.values() for row in rows))
+METHODS = (
+    method("diffusion_dpo", "Diffusion-DPO", "Diffusion-DPO", UNCOUNTED),
+    method("d3po", "D3PO", "D3PO", UNCOUNTED),
+    method("ddpo", "DDPO", "DDPO", UNCOUNTED),
+    method("mapo", "MaPO", "MaPO", UNCOUNTED),
+    method("gradspo", "GradSPO", "", UNCOUNTED),
+    DEFAULT,
+)
