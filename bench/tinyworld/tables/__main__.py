@@ -78,9 +78,9 @@ def make_cells(rows: Sequence[Row], seeds: Sequence[int], study: Study, jobs: in
     rows = [row for row in rows if row.iterations]
     examination = cache(lambda: Examination(cells.heldout(study)))
     of_search = cache(lambda: Examination(search.prompts()))
-    cells.base(examination, study)
+    cells.measure_base(examination, study)
     if study.searched:
-        search.base(of_search, study)
+        search.measure_base(of_search, study)
         run_all(list(search_tasks([row for row in rows if row in METHODS], of_search, study)), jobs)
     tuned = [search.tuned(row, study) if row in METHODS else row for row in rows]
     own = [row for row in rows if row in ABLATED and row not in tuned]  # the ablations' default keeps its own rate
@@ -101,16 +101,26 @@ def search_tasks(rows: Sequence[Row], examination: Callable[[], Examination], st
 
 def write_page(study: Study, target: Path, seeds: Sequence[int]) -> Path:
     """Writes the page and its plots of the finished cells; returns its path."""
-    methods = [search.tuned(row, study) or row for row in METHODS if row.iterations]
-    every = {row.name: row for row in (*ABLATED, *methods)}
-    found = {name: {seed: cells.read(row, seed, study) for seed in seeds} for name, row in every.items()}
-    finished = {name: {seed: cell for seed, cell in by.items() if cell} for name, by in found.items()}
-    results = Results(cells.base(cache(lambda: Examination(cells.heldout(study))), study), finished)
+    results, text = page_of(study, target, seeds)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page.write(results, study, target))
-    plots.curves(results, methods, study.inner, target.with_name(f"{target.stem}_curves.png"))
+    target.write_text(text)
+    plots.curves(results, known(study), study.inner, target.with_name(f"{target.stem}_curves.png"))
     plots.ablations(results, target.with_name(f"{target.stem}_ablations.png"))
     return target
+
+
+def page_of(study: Study, target: Path, seeds: Sequence[int]) -> tuple[Results, str]:
+    """Returns the finished cells and the page of them."""
+    every = {row.name: row for row in (*ABLATED, *known(study))}
+    found = {name: {seed: cells.read(row, seed, study) for seed in seeds} for name, row in every.items()}
+    finished = {name: {seed: cell for seed, cell in by.items() if cell} for name, by in found.items()}
+    results = Results(cells.base(study), finished)
+    return results, page.write(results, study, target)
+
+
+def known(study: Study) -> list[Row]:
+    """Returns the methods whose cost is counted, at the chosen rate or, before the search, at their recipe's."""
+    return [search.tuned(row, study) or row for row in METHODS if row.iterations]
 
 
 if __name__ == "__main__":

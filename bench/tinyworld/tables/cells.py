@@ -146,14 +146,25 @@ def along(examination: Callable[[], Examination], study: Study, row: Row, run: P
     return steps | {"curve": curve, "scores": rounded(scores)} | asked
 
 
-def base(examination: Callable[[], Examination], study: Study) -> dict:
-    """Returns the base model's scores, which are measured once."""
-    file = study.cells / "base.json"
+def measure_base(examination: Callable[[], Examination], study: Study) -> None:
+    """Writes the base model's scores, unless they are there."""
+    file = base_file(study)
     if not file.exists():
         scores = examination()(None)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, written({"scores": rounded(scores), "geneval": answers(None, study.tasks, 2)}))
+
+
+def base(study: Study) -> dict:
+    """Returns the base model's scores. Raises UserError where they have not been measured."""
+    file = base_file(study)
+    if not file.exists():
+        raise UserError(f"{file}: found none, expected the base model's scores; run without --page, which measures it")
     return json.loads(file.read_text())
+
+
+def base_file(study: Study) -> Path:
+    return study.cells / "base.json"
 
 
 def heldout(study: Study) -> list[str]:

@@ -47,6 +47,10 @@ how much was won.
 paired by noise), then every training seed's own gain. {seeds}
 """
 
+GENEVAL_LEAD = """The rules are GenEval's and the detector is analytic (bench/tinyworld/geneval.py); guidance is 5, two
+images a prompt. No caption counts, so that the task of counting is left out. What the base model does without fault
+can only be lost."""
+
 
 def write(results: Results, study: Study, target: Path) -> str:
     """Returns the page; target: where it will lie, with the plots beside it."""
@@ -110,7 +114,7 @@ def searched(study: Study) -> str:
     for row in METHODS:
         scores = search.found(row, study) if row.iterations else {}
         if scores:
-            start = mean(search.base(None, study))
+            start = mean(search.base(study))
             rows.append([row.title, *(f"{lr:g}: {mean(scores[lr]) - start:+.2f}" for lr in sorted(scores))])
     if not rows:
         return f"The search over learning rates: {MISSING}."
@@ -135,11 +139,7 @@ def geneval_table(results: Results, methods: Sequence[Row]) -> str:
         shares = [100 * (start + gain.mean) for start, gain in zip(shown, (*found, overall), strict=True)]
         rows.append([row.title, *(f"{share:.0f}" for share in shares), cell(overall, 3), theirs])
     columns = ("method", *TASK_TITLES.values(), "overall, %", "gain", "paper, SDXL, %")
-    lead = (
-        "The rules are GenEval's and the detector is analytic (bench/tinyworld/geneval.py); guidance is 5, two images\n"
-    )
-    more = "a prompt. No caption counts, so that the task of counting is left out. What the base model does without fault\n"
-    return f"{lead}{more}can only be lost.\n\n{table(columns, rows)}"
+    return f"{GENEVAL_LEAD}\n\n{table(columns, rows)}"
 
 
 def ablations_table(results: Results) -> str:

@@ -54,13 +54,21 @@ def at_the_end(examination: Callable[[], Examination], row: Row, run: Path) -> d
     return {"scores": rounded({"pickscore": examination()(last)["pickscore"]})}
 
 
-def base(examination: Callable[[], Examination], study: Study) -> list[float]:
-    """Returns the base model's PickScore of each prompt of the search, which is measured once."""
-    file = study.cells / "search-base.json"
+def measure_base(examination: Callable[[], Examination], study: Study) -> None:
+    """Writes the base model's PickScore of each prompt of the search, unless it is there."""
+    file = base_file(study)
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, written({"scores": rounded({"pickscore": examination()(None)["pickscore"]})}))
-    return json.loads(file.read_text())["scores"]["pickscore"]
+
+
+def base(study: Study) -> list[float]:
+    """Returns the base model's PickScore of each prompt of the search."""
+    return json.loads(base_file(study).read_text())["scores"]["pickscore"]
+
+
+def base_file(study: Study) -> Path:
+    return study.cells / "search-base.json"
 
 
 def found(row: Row, study: Study) -> dict[float, list[float]]:
