@@ -228,9 +228,10 @@ def test_the_page_shows_what_is_there_and_says_what_is_missing(results, study, t
     assert set(eight[4:9]) == {page.MISSING}
     spo = next(row for row in rows if row[0] == "| SPO")
     assert "not yet searched" in spo[1]
-    assert spo[3] == "+0.200 (+0.200 +0.200)"
+    assert spo[2:4] == ["14", "1.00"]
+    assert spo[4] == "+0.200 (+0.200 +0.200)"
     gradspo = next(row for row in rows if row[0] == "| GradSPO")
-    assert set(gradspo[3:7]) == {page.MISSING}
+    assert set(gradspo[4:8]) == {page.MISSING}
 
 
 def test_the_papers_orders_are_those_that_it_reports():

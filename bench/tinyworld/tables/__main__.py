@@ -13,6 +13,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
+from diffusers.utils.logging import disable_progress_bar
 
 from strop.bench.tinyworld.runs import ROOT, run_all
 from strop.bench.tinyworld.tables import cells, counting, page, plots, search
@@ -33,6 +34,7 @@ def main(argv: Sequence[str]) -> None:
     """Makes the missing cells, then the page and its plots of all cells that are there."""
     args = arguments(argv)
     quiet_libraries()
+    disable_progress_bar()
     torch.set_num_threads(1)
     if args.count:
         for name in args.only or ROWS:

@@ -27,6 +27,7 @@ from strop.engine.runtime.run_folder import MAY_CHANGE
 HELDOUT = ROOT / "bench" / "tinyworld" / "prompts" / "heldout.txt"
 JUDGE_RECIPE = "configs/judge_tinyworld.yaml"
 POINTS = 4  # of a curve
+JUDGE = Lock()  # one run of those at once trains it
 ENGINE_ITSELF = ("evaluate.prompts=1", "evaluate.scorers=[]", "run.tracker=none")  # what it measures is not used
 
 
@@ -126,8 +127,10 @@ def make(row: Row, seed: int, study: Study, measure: Callable[[Row, Path], dict]
 
 def train_judge() -> None:
     """Trains the judge without step condition, unless it is there."""
-    if not (Path(NO_STEP_JUDGE) / "judge" / "config.json").exists():
-        train(JUDGE_RECIPE, ["judge.kind=spm_no_step", "run.tracker=none"], Path(NO_STEP_JUDGE), "train_judge.py")
+    folder = Path(NO_STEP_JUDGE)
+    with JUDGE:
+        if not (folder / "summary.json").exists():
+            train(JUDGE_RECIPE, ["judge.kind=spm_no_step", "run.tracker=none"], folder, "train_judge.py")
 
 
 def along(examination: Callable[[], Examination], study: Study, row: Row, run: Path) -> dict:

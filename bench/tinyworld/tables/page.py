@@ -5,6 +5,7 @@ A cell that is missing stands as "not yet run". Reasons, which no program knows,
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -47,6 +48,8 @@ how much was won.
 paired by noise), then every training seed's own gain. {seeds}
 """
 
+QUICK = """**This is the small version**: a quarter of the budget, one seed, no search, fewer prompts, and of the
+ablations the next state alone. Its figures are for a look, not for a claim."""
 GENEVAL_LEAD = """The rules are GenEval's and the detector is analytic (bench/tinyworld/geneval.py); guidance is 5, two
 images a prompt. No caption counts, so that the task of counting is left out. What the base model does without fault
 can only be lost."""
@@ -72,6 +75,7 @@ def head(results: Results, study: Study) -> str:
     """Returns what stands above the tables."""
     seeds = sorted({seed for row in ABLATED for seed in results.seeds(row)})
     few = f"Seeds so far: {', '.join(map(str, seeds)) or 'none'}."
+    few += "" if study.searched else f"\n\n{QUICK}"
     text = HEAD.format(
         budget=study.share * ITERATIONS * TFLOP,
         search_seed=search.SEARCH_SEED,
@@ -85,17 +89,18 @@ def head(results: Results, study: Study) -> str:
 
 def methods_table(results: Results, study: Study, tuned: dict[str, Row | None]) -> str:
     """Returns Tables 1 and 2: each method at its chosen rate, beside the paper's PickScore."""
-    columns = ["method", "learning rate", "iterations", *TITLES.values(), *(f"paper, {t}" for t in FAMILIES.values())]
+    start = ("method", "learning rate", "iterations", "budget")
+    columns = [*start, *TITLES.values(), *(f"paper, {title}" for title in FAMILIES.values())]
     paper = {family: pickscores(family) for family in FAMILIES}
-    rows = [["base", "", "", *(["0"] * len(SCORES)), *(f"{scores['base']:.2f}" for scores in paper.values())]]
+    rows = [["base", "", "", "", *(["0"] * len(SCORES)), *(f"{scores['base']:.2f}" for scores in paper.values())]]
     for row in METHODS:
         now = tuned[row.name] or row
         theirs = [f"{scores[row.published]:.2f}" if row.published in scores else "" for scores in paper.values()]
-        rate = f"{rate_of(now):g}" if now.iterations else MISSING
-        rate += "" if tuned[row.name] or not now.iterations else " (not yet searched)"
-        rows.append(
-            [row.title, rate, str(study.iterations(now)) if now.iterations else "", *gains(results, now), *theirs]
-        )
+        spent = [MISSING, "", ""]
+        if now.iterations:
+            rate = f"{rate_of(now):g}{'' if tuned[row.name] else ' (not yet searched)'}"
+            spent = [rate, str(study.iterations(now)), f"{now.share:.2f}"]
+        rows.append([row.title, *spent, *gains(results, now), *theirs])
     lines = f"\n\nThe last columns are the paper's PickScore, as published.\n\n{searched(study)}"
     return table(columns, rows) + lines
 
@@ -152,9 +157,7 @@ def ablations_table(results: Results) -> str:
             difference = results.against(row, DEFAULT, "quality") if results.seeds(row) else None
             apart = cell(difference, 3) if difference else MISSING
             rows.append([*start, *gains(results, row), apart, row.paper])
-    lead = (
-        "One thing is changed at a time; in brackets the default's. The budget is the row's share of the default's.\n"
-    )
+    lead = "One thing is changed at a time; in brackets the default's. The budget is the share of it that is spent.\n"
     last = "The last column is the paper's PickScore (base 20.53); where only its order is known, that."
     return f"{lead}{last}\n\n{table(columns, rows)}"
 
@@ -165,8 +168,10 @@ def disagreements(results: Results, methods: Sequence[Row]) -> str:
     for claim, pickscore, quality in verdicts(results, methods):
         here = [cell(score, digits) if score else MISSING for score, digits in ((pickscore, 2), (quality, 3))]
         rows.append([claim.text, *here, verdict(pickscore)])
+    said = Counter(row[-1] for row in rows)
     lead = "The paper's orders by PickScore, and the difference of the same two rows here. An order counts as shown\n"
-    more = "where the interval over prompts and every training seed are on one side of 0.\n\n"
+    more = "where the interval over prompts and every training seed are on one side of 0. Of "
+    more += f"{len(rows)} orders: {', '.join(f'{count} {text}' for text, count in said.items())}.\n\n"
     return lead + more + table(("paper", "PickScore here", "quality here", "verdict"), rows)
 
 
