@@ -263,6 +263,12 @@ def test_the_base_is_asked_for_before_a_page_is_written(study):
         tables.page_of(study, study.runs / "tables.md", (42,))
 
 
+@pytest.mark.parametrize("jobs", ["0", "-1"])
+def test_no_runs_at_once_are_refused(jobs):
+    with pytest.raises(UserError, match=f"--jobs.*{jobs}"):
+        tables.arguments(["--jobs", jobs])
+
+
 def test_the_page_is_that_of_the_cells():
     study, target, seeds, _ = tables.plan(tables.arguments([]))
     assert tables.page_of(study, target, seeds)[1] == target.read_text(), "write it anew with --page"

@@ -21,8 +21,9 @@ from strop.bench.tinyworld.tables.cells import Study
 from strop.bench.tinyworld.tables.examination import Examination
 from strop.bench.tinyworld.tables.results import Results
 from strop.bench.tinyworld.tables.rows import ABLATED, ABLATIONS, METHODS, SEARCH_SEED, SEEDS, Row
-from strop.engine.errors import exit_on_user_error
+from strop.engine.errors import UserError, exit_on_user_error
 from strop.engine.models.base_model import quiet_libraries
+from strop.engine.runtime.lock import lock
 
 ROWS = {row.name: row for row in (*METHODS, *ABLATED)}
 QUICK_ROWS = (*METHODS, *ABLATIONS["next state (random)"])
@@ -44,7 +45,9 @@ def main(argv: Sequence[str]) -> None:
     study, target, seeds, jobs = plan(args)
     rows = [ROWS[name] for name in args.only or ([row.name for row in QUICK_ROWS] if args.quick else ROWS)]
     if not args.page:
-        make_cells(rows, seeds, study, jobs)
+        study.runs.mkdir(parents=True, exist_ok=True)
+        with lock(study.runs):
+            make_cells(rows, seeds, study, jobs)
     print(write_page(study, target, seeds))
 
 
@@ -59,7 +62,10 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a small version in minutes, which keeps to --out")
     parser.add_argument("--page", action="store_true", help="run nothing: write the page of the cells that are there")
     parser.add_argument("--count", action="store_true", help="run nothing: count what an iteration of the rows costs")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.jobs is not None and args.jobs < 1:
+        raise UserError(f"--jobs: found {args.jobs}, expected 1 or more")
+    return args
 
 
 def plan(args: argparse.Namespace) -> tuple[Study, Path, Sequence[int], int]:

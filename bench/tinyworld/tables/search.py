@@ -78,7 +78,7 @@ def found(row: Row, study: Study) -> dict[float, list[float]]:
 
 
 def chosen(scores: Mapping[float, list[float]]) -> float:
-    """Returns the rate of the largest mean score, or a smaller one that is within its standard error of that.
+    """Returns the rate of the largest mean score, or the smallest that is within a standard error of it.
 
     scores: by rate those of the same prompts (N,). The error is that of the mean difference of the two, by prompt.
     """
