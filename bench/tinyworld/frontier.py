@@ -14,13 +14,10 @@ import argparse
 import json
 import math
 import os
-import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import astuple, dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -28,10 +25,11 @@ from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from strop.bench import ours
 from strop.bench.tinyworld.frontier_plot import plot
+from strop.bench.tinyworld.runs import ROOT, flop_of, train
+from strop.bench.tinyworld.runs import run_all as run_in_turn
 from strop.engine.config.find import load
 from strop.engine.config.settings import differences
 from strop.engine.config.training import Config
@@ -41,11 +39,9 @@ from strop.engine.errors import UserError, exit_on_user_error
 from strop.engine.judge.model import StepAwarePreferenceModel
 from strop.engine.models.base_model import load_unet, quiet_libraries
 from strop.engine.models.latent_diffusion import LatentDiffusion
-from strop.engine.plan.meter import EXTRA_FORMULAS
 from strop.engine.runtime.metrics import read_records
 from strop.engine.runtime.run_folder import MAY_CHANGE
 
-ROOT = Path(__file__).parents[2]
 EXACT, FAST = "configs/tinyworld.yaml", "configs/tinyworld_fast.yaml"
 TINY = "rollout.decoder=bench/tinyworld/weights/tiny_decoder"
 
@@ -147,31 +143,13 @@ def finished(out: Path, name: str, seed: int) -> bool:
 def run_all(runs: Sequence[tuple[str, int]], out: Path, jobs: int) -> None:
     """Trains every (variant, seed) that is not finished; prints after each how many minutes are left."""
     missing = [run for run in runs if not finished(out, *run)]
-    begun = time.perf_counter()
-    with ThreadPoolExecutor(jobs) as pool:
-        done = as_completed([pool.submit(run_one, *run, out) for run in missing])
-        for count, future in enumerate(done, 1):
-            left = (time.perf_counter() - begun) / count * (len(missing) - count)
-            print(f"{count}/{len(missing)} {future.result().name} | {left / 60:.0f} min left", flush=True)
+    run_in_turn([partial(run_one, *run, out) for run in missing], jobs)
 
 
 def run_one(name: str, seed: int, out: Path) -> Path:
-    """Runs engine/train.py on one thread, after removing an interrupted run. Returns its folder."""
-    run = folder(out, name, seed)
-    shutil.rmtree(run, ignore_errors=True)
-    run.parent.mkdir(parents=True, exist_ok=True)
-    variant, log = VARIANTS[name], run.with_suffix(".log")
-    command = [sys.executable, str(ROOT / "engine" / "train.py"), variant.recipe, *variant.changes]
-    with open(log, "w") as terminal:
-        done = subprocess.run(
-            [*command, f"run.seed={seed}", f"run.dir={run}"],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=terminal,
-            stderr=subprocess.STDOUT,
-        )
-    if done.returncode:
-        raise UserError(f"{run}: training stopped with exit code {done.returncode}; {log} says why")
-    return run
+    """Trains a variant on one thread, after removing an interrupted run. Returns its folder."""
+    variant = VARIANTS[name]
+    return train(variant.recipe, [*variant.changes, f"run.seed={seed}"], folder(out, name, seed))
 
 
 def costs(name: str) -> dict[str, Costs]:
@@ -195,13 +173,6 @@ def iteration(models: ours.Ours, prompts: Sequence[str], measured: Callable) -> 
     pairs, referred = measured(lambda: models.learner.with_reference(pairs, cond))
     _, trained = measured(lambda: ours.learn(models, pairs, cond, rng))
     return Costs(rolled / len(prompts), trained / len(pairs), referred / len(pairs))
-
-
-def flop_of(work: Callable) -> tuple[Any, float]:
-    """Returns the result of `work()` and the operations of its matrix products and convolutions."""
-    with FlopCounterMode(display=False, custom_mapping=EXTRA_FORMULAS) as mode:
-        result = work()
-    return result, mode.get_total_flops()
 
 
 def seconds_of(work: Callable) -> tuple[Any, float]:

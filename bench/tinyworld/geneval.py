@@ -46,17 +46,22 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--lora: found no folder {args.lora}, expected a folder with a LoRA, such as runs/mine/lora")
     torch.set_num_threads(1)
     rows = metadata(args.prompts)
-    pipe = load_pipeline(WEIGHTS)
-    if args.lora is not None:
-        pipe.load_lora_weights(str(args.lora))
-    texts = [row["prompt"] for row in rows for _ in range(args.images)]
-    images = sample(pipe, texts, GUIDANCE, generator("geneval/noise"), STEPS)
-    lines = results(images, [row for row in rows for _ in range(args.images)], args.images)
+    lines = drawn(rows, args.images, args.lora)
     name = args.name or ("tuned" if args.lora else "base")
     args.out.mkdir(parents=True, exist_ok=True)
     for file, content in (("metadata", rows), (name, lines)):
         (args.out / f"{file}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in content))
     print(f"strop geneval read {args.out / name}.jsonl --metadata {args.out / 'metadata.jsonl'}")
+
+
+def drawn(rows: Sequence[Mapping], images: int, lora: Path | None) -> list[dict]:
+    """Returns the result lines of `images` images of each row's prompt; lora: its folder, None for the base model."""
+    pipe = load_pipeline(WEIGHTS)
+    if lora is not None:
+        pipe.load_lora_weights(str(lora))
+    every = [row for row in rows for _ in range(images)]
+    pictures = sample(pipe, [row["prompt"] for row in every], GUIDANCE, generator("geneval/noise"), STEPS)
+    return results(pictures, every, images)
 
 
 def metadata(count: int) -> list[dict]:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from strop.bench.tinyworld import frontier, frontier_plot
+from strop.bench.tinyworld import frontier, frontier_plot, runs
 from strop.bench.tinyworld.frontier import COLUMNS, Costs
 from strop.engine.config.find import load
 from strop.engine.config.settings import differences, dump
@@ -161,7 +161,7 @@ def test_a_run_is_the_engines_own_on_one_thread(tmp_path, monkeypatch):
         calls.append((command[1:], env["OMP_NUM_THREADS"]))
         return SimpleNamespace(returncode=len(calls) - 1)
 
-    monkeypatch.setattr(frontier.subprocess, "run", run)
+    monkeypatch.setattr(runs.subprocess, "run", run)
     left = frontier.folder(tmp_path, "control", 43)
     left.mkdir()
     (left / "config.yaml").write_text("of a run that was interrupted")
