@@ -113,7 +113,7 @@ def test_what_is_finished_is_not_run_again(made, study, monkeypatch):
 
 CHANGED = {
     "a key": (replace(WINNER, changes=("rollout.next_state=loser",)), "rollout.next_state.*winner.*loser"),
-    "the length": (replace(WINNER, iterations=15), "run.iterations=14.*15"),
+    "the length": (replace(WINNER, iterations=16), "run.iterations=15.*16"),
     "the recipe": (replace(WINNER, recipe="configs/tinyworld_fast.yaml"), r"tinyworld\.yaml.*tinyworld_fast\.yaml"),
 }
 

@@ -72,7 +72,7 @@ def plan(args: argparse.Namespace) -> tuple[Study, Path, Sequence[int], int]:
     """Returns the study, the page's file, the seeds, and the runs at once."""
     if args.quick:
         out = args.out or Path("runs/tables_quick")
-        study = Study(args.cells or out / "cells", out, share=0.25, prompts=64, inner=32, tasks=8, searched=False)
+        study = Study(args.cells or out / "cells", out, share=0.25, prompts=64, inner=16, tasks=5, searched=False)
         return study, out / "tables.md", args.seeds or SEEDS[:1], args.jobs or 2
     study = Study(args.cells or ROOT / "bench" / "results" / "tables", args.out or Path("runs/tables"))
     return study, ROOT / "docs" / "tables.md", args.seeds or SEEDS, args.jobs or 1

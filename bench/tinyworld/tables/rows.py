@@ -60,8 +60,8 @@ NO_STEP = (f"judge.path={NO_STEP_JUDGE}/judge", "judge.kind=spm_no_step")
 BEST = "worse than the default"  # the paper's order where its figure is not at hand
 ABLATIONS = {  # by what is changed: the rows beside the default
     "next state (random)": (
-        ablation("next_winner", "the winner", "17.87", SAME, "rollout.next_state=winner"),
-        ablation("next_loser", "the loser", "", SAME, "rollout.next_state=loser"),
+        ablation("next_winner", "the winner", "17.87", (15, 0.622), "rollout.next_state=winner"),
+        ablation("next_loser", "the loser", "", (14, 0.652), "rollout.next_state=loser"),
     ),
     "judge (step-aware)": (
         ablation("judge_no_step", "without step condition", "", SAME, *NO_STEP),
