@@ -88,9 +88,9 @@ ABLATIONS = {  # by what is changed: the rows beside the default
 ABLATED = (DEFAULT, *(row for rows in ABLATIONS.values() for row in rows))
 METHODS = (
     method("diffusion_dpo", "Diffusion-DPO", "Diffusion-DPO", UNCOUNTED),
-    method("d3po", "D3PO", "D3PO", UNCOUNTED),
-    method("ddpo", "DDPO", "DDPO", UNCOUNTED),
+    method("d3po", "D3PO", "D3PO", (16, 0.578)),
+    method("ddpo", "DDPO", "DDPO", (13, 0.709)),
     method("mapo", "MaPO", "MaPO", UNCOUNTED),
-    method("gradspo", "GradSPO", "", UNCOUNTED),
+    method("gradspo", "GradSPO", "", (13, 0.695)),
     DEFAULT,
 )
