@@ -17,8 +17,9 @@ from typing import NamedTuple
 import pytest
 
 from strop.engine import cli
+from strop.engine.config.find import load
 from strop.engine.config.judge_training import JudgeTrainingConfig
-from strop.engine.config.settings import RECIPES, differences, load
+from strop.engine.config.settings import RECIPES, differences
 from strop.engine.config.training import Config
 from strop.engine.errors import UserError
 from strop.engine.models.lora_file import read
