@@ -249,8 +249,8 @@ def test_differences_name_key_and_both_values(recipe):
     assert differences(old, old) == []
     assert differences(old, new) == [
         "lora.target_modules: ('to_q', 'to_k', 'to_v', 'to_out.0') -> ('to_q',)",
-        "rollout.k: 4 -> 8",
         "run.dir: 'runs/one' -> 'runs/other'",
+        "rollout.k: 4 -> 8",
     ]
     assert differences(old, new, ignore=["run.dir", "lora.target_modules"]) == ["rollout.k: 4 -> 8"]
 
