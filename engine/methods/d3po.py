@@ -18,8 +18,9 @@ from ..config.methods.d3po import D3POConfig
 from ..data.embeddings import TrainingPrompts
 from ..models.conditioning import Conditioning
 from ..rows import rows
-from ..runtime.columns import GRAD_NORM, PROMPTS, UNSCORED, Column, Curve, Trend
+from ..runtime.columns import GRAD_NORM, PROMPTS, UNSCORED, Column, Curve, Sign, Trend
 from ..runtime.session import Session
+from ..runtime.signs import ends_above
 from .models import Models
 from .protocol import Measured
 from .rewards import Reward
@@ -45,7 +46,14 @@ COLUMNS = (
         "tied",
         heading="tied",
         form="{:.0%}",
-        drawn=Curve("Pairs of which neither is better", "healthy: stays low", percent=True, from_zero=True),
+        drawn=Curve("Pairs of which neither is better", "healthy: stays below 50%", percent=True, from_zero=True),
+        signs=(
+            Sign(
+                ends_above(0.5),
+                "Neither trajectory is better in {:.0%} of the pairs at the end, and such a pair teaches nothing: look at "
+                "the reward.",
+            ),
+        ),
     ),
     *(column for column in SPO_COLUMNS if column.name in SHARED),
     GRAD_NORM,

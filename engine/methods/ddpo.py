@@ -58,7 +58,7 @@ COLUMNS = (
             ),
         ),
     ),
-    Column("approx_kl", drawn=Curve("Divergence from the policy that sampled, estimated", "healthy: stays small")),
+    Column("approx_kl"),
     GRAD_NORM,
 )
 
