@@ -171,5 +171,6 @@ def close(config: Config, parts: Parts, base: Evaluation, tuned: Evaluation, sum
     compared = {name: paired_delta(base.scores[name], tuned.scores[name]) for name in base.scores}
     paths = summary["paths"] | {"lora": str(lora), "lora_kohya": str(kohya)}
     more = {"family": policy.family.name, "heldout_prompts": len(heldout), "paths": paths}
+    more["rewards"] = sorted(parts.evaluator.rewards)
     close_run(run_dir, compared | summary | more)
     write_model_card(read_run(run_dir), run_dir / "lora")

@@ -7,6 +7,8 @@ from pydantic import Field
 from .settings import Section
 from .training import Config, Count, HeldoutConfig
 
+JUDGE = "judge"  # as a reward
+
 
 class PromptsConfig(HeldoutConfig):
     train: str = Field(
@@ -58,7 +60,12 @@ class RewardedConfig(OnlineConfig):
     """A recipe of a method that compares rewards of finished images."""
 
     reward: str = Field(
-        "judge",
+        JUDGE,
         description="What rewards the finished images: judge, the section of this name, or one of the scorers that "
         "evaluate.scorers may name.",
     )
+
+    @property
+    def rewarded_by(self) -> str | None:
+        """The scorer that rewards what is trained, as evaluate.scorers names it; None where the judge does."""
+        return None if self.reward == JUDGE else self.reward

@@ -263,6 +263,11 @@ class Config(Section):
         return 0
 
     @property
+    def rewarded_by(self) -> str | None:
+        """The scorer that rewards what is trained, as evaluate.scorers names it; None where the judge does."""
+        return None
+
+    @property
     def text_kv(self) -> bool:
         """Whether keys and values of a prompt are computed once for a batch of the evaluation."""
         return True

@@ -48,7 +48,8 @@ class Evaluation:
 class Evaluator:
     """An evaluator is made once per run; each call samples with whatever the policy is at that moment.
 
-    Images are scored as a PNG would store them, in 8 bits.
+    Images are scored as a PNG would store them, in 8 bits. rewards: scores by what the policy is rewarded by, known
+    from the first evaluation on.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Evaluator:
         self.policy, self.diffusion, self.judge = models.policy, models.diffusion, models.judge
         self.scorers, self.embeddings, self.ranks = scorers, embeddings, ranks
         self.config = config.evaluate
+        self.rewarded_by, self.rewards = config.rewarded_by, set[str]()
         self.schedule = self.diffusion.schedule(self.config.num_steps, eta=0.0, guidance=self.config.guidance)
         self.sampler = Sampler(self.policy, self.diffusion, self.schedule, config.text_kv)
         self.all_prompts = prompts
@@ -102,5 +104,10 @@ class Evaluator:
         return Evaluation(gathered, gather_rows(torch.cat(measured), self.ranks).cpu(), torch.cat(images)[:pictures])
 
     def _score(self, images: Tensor, prompts: list[str], cond: Conditioning) -> dict[str, Tensor]:
-        scored = {name: values for score in self.scorers for name, values in score(images, prompts).items()}
+        scored = {}
+        for spec, score in zip(self.config.scorers, self.scorers, strict=True):
+            values = score(images, prompts)
+            if self.rewarded_by and spec.partition("=")[0] == self.rewarded_by.partition("=")[0]:
+                self.rewards |= values.keys()
+            scored |= values
         return {**scored, "judge": self.judge.score_images(images.unsqueeze(0), cond.judge, t=0)[0]}

@@ -10,7 +10,7 @@ what it was trained, so it is taken to be so for all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -61,9 +61,9 @@ WRONG = Column(
 COLUMNS = (HELDOUT, CHANGE, STRAYED, WRONG)
 
 
-def independent_of_judge(score: str) -> bool:
-    """Whether a score is measured by something that a judge was not trained from."""
-    return score not in (JUDGE, PICKSCORE)
+def independent_of_judge(score: str, rewards: Collection[str] = ()) -> bool:
+    """Whether a score is measured by something that a judge was not trained from, and is none of the rewards."""
+    return score not in (JUDGE, PICKSCORE, *rewards)
 
 
 class Past(NamedTuple):
@@ -123,22 +123,26 @@ class Monitor:
         right = [past for past in self.past if not past.wrong] or self.past[:1]
         return max(right, key=lambda past: (past.merit, past.iteration)).iteration if right else None
 
+    def _independent(self) -> list[str]:
+        return [name for name in self.scores if independent_of_judge(name, self.evaluator.rewards)]
+
     def _change(self, name: str, tuned: Evaluation) -> float:
         before = self.base.scores[name]
         return ((tuned.scores[name].mean() - before.mean()) / before.std().clamp(min=1e-6)).item()
 
     def _merit(self, change: dict[str, float | None]) -> float:
-        independent = [value for name, value in change.items() if independent_of_judge(name) and value is not None]
+        independent = [change[name] for name in self._independent() if change.get(name) is not None]
         return sum(independent) / len(independent) if independent else change[JUDGE] or 0.0
 
     def _reasons(self, tuned: Evaluation, moved: Tensor) -> str:
         """Says what is wrong with an evaluation; nothing if it is not."""
         rows = {name: paired_delta(self.base.scores[name], tuned.scores[name]) for name in self.scores}
         direction = beyond_chance(rows)
-        independent = list(filter(independent_of_judge, self.scores))
+        independent = self._independent()
         if fell := [name for name in independent if direction[name] < 0]:
             return f"{' and '.join(fell)} fell"
-        out = strayed(moved) if direction[JUDGE] > 0 and not any(direction[name] > 0 for name in independent) else []
+        pleased = any(direction[name] > 0 for name in (JUDGE, *self.evaluator.rewards))
+        out = strayed(moved) if pleased and not any(direction[name] > 0 for name in independent) else []
         return f"the judge's score rose and the pictures strayed from the base's in {' and '.join(out)}" if out else ""
 
     def _judge_the_run(self, reasons: str) -> None:

@@ -18,12 +18,12 @@ from ..config.methods.d3po import D3POConfig
 from ..data.embeddings import TrainingPrompts
 from ..models.conditioning import Conditioning
 from ..rows import rows
-from ..runtime.columns import GRAD_NORM, PROMPTS, UNSCORED, Column, Curve, Sign, Trend
+from ..runtime.columns import GRAD_NORM, PROMPTS, UNSCORED, Column, Curve, Sign
 from ..runtime.session import Session
 from ..runtime.signs import ends_above
 from .models import Models
 from .protocol import Measured
-from .rewards import Reward
+from .rewards import REWARD, Reward
 from .spo.columns import COLUMNS as SPO_COLUMNS
 from .spo.loss import spo_loss
 from .spo.pairs import PreferencePairs
@@ -33,13 +33,7 @@ from .trajectories import walk
 SHARED = ("loss", "margin", "accuracy", "clipped")  # columns that mean what they mean in SPO
 COLUMNS = (
     PROMPTS,
-    Column(
-        "reward",
-        heading="reward",
-        form="{:.4g}",
-        drawn=Curve("Reward", "healthy: rises, then levels off"),
-        trend=Trend("the reward", "up"),
-    ),
+    REWARD,
     Column("pairs", "total", heading="pairs", form="{:,}"),
     UNSCORED,
     Column(
@@ -50,8 +44,8 @@ COLUMNS = (
         signs=(
             Sign(
                 ends_above(0.5),
-                "Neither trajectory is better in {:.0%} of the pairs at the end, and such a pair teaches nothing: look at "
-                "the reward.",
+                "Neither trajectory is better in {:.0%} of the pairs at the end, and such a pair teaches nothing: look "
+                "at the reward.",
             ),
         ),
     ),

@@ -22,25 +22,19 @@ from ..data.embeddings import TrainingPrompts
 from ..models.conditioning import Conditioning
 from ..models.policy import TrainedLora
 from ..rows import Rows, rows
-from ..runtime.columns import GRAD_NORM, PROMPTS, UNSCORED, Column, Curve, Sign, Trend
+from ..runtime.columns import GRAD_NORM, PROMPTS, UNSCORED, Column, Curve, Sign
 from ..runtime.ranks import gather_rows
 from ..runtime.session import Session
 from ..runtime.signs import ends_above
 from .models import Models
 from .protocol import Measured
-from .rewards import Reward
+from .rewards import REWARD, Reward
 from .trajectories import walk
 
 HISTORY = "rewards.json"  # in a checkpoint
 COLUMNS = (
     PROMPTS,
-    Column(
-        "reward",
-        heading="reward",
-        form="{:.4g}",
-        drawn=Curve("Reward", "healthy: rises, then levels off"),
-        trend=Trend("the reward", "up"),
-    ),
+    REWARD,
     UNSCORED,
     Column(
         "loss",

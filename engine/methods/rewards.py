@@ -8,15 +8,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..config.online import JUDGE
 from ..errors import UserError
 from ..models.conditioning import Conditioning
 from ..runtime.checkpoint import last_checkpoint
+from ..runtime.columns import Column, Curve, Trend
 from ..runtime.ranks import Ranks, gather_rows
 from ..scorers.find import load_scorer
 from ..scorers.scorer import levels
 from .models import Models
 
-JUDGE = "judge"
+REWARD = Column(
+    "reward",
+    heading="reward",
+    form="{:.4g}",
+    drawn=Curve("Reward", "healthy: rises, then levels off"),
+    trend=Trend("the reward", "up"),
+)
 
 
 class Reward:

@@ -78,8 +78,11 @@ class Run:
     @property
     def independent(self) -> list[str]:
         """The held-out scores that were measured by something else than the judge and what it was trained from."""
-        compared = filter(monitor.independent_of_judge, self.compared)
-        return [name for name in compared if self.compared[name]["delta"] is not None]
+        rewards, measured = (
+            self.summary.get("rewards", ()),
+            (n for n, row in self.compared.items() if row["delta"] is not None),
+        )
+        return [name for name in measured if monitor.independent_of_judge(name, rewards)]
 
     @property
     def trains_judge(self) -> bool:

@@ -135,6 +135,11 @@ def _independent(run: Run, directions: Mapping[str, int]) -> Iterator[Finding]:
         return
     if PICKSCORE in run.compared:
         yield Finding("open", NO_WITNESS)
+    if rewards := run.summary.get("rewards"):
+        verb = "is" if len(rewards) == 1 else "are"
+        yield Finding(
+            "open", f"{listed(rewards)} {verb} what the policy was rewarded by, and no proof of anything else."
+        )
     if not run.independent:
         yield Finding("open", ONLY_THE_JUDGE)
         return

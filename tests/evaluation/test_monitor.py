@@ -22,12 +22,14 @@ def evaluation(images=PICTURES, **raised):
     return Evaluation(scores, statistics(images), images[:2])
 
 
-def monitor_of(evaluations, folder, **options):
+def monitor_of(evaluations, folder, rewards=(), **options):
     """A monitor of a run whose evaluations after iterations 1, 2, ... are these; the first is the base's."""
     base, *later = evaluations
     evaluator = lambda name, count: later[int(name.rsplit(" ", 1)[1]) - 1]
     evaluator = type(
-        "Evaluator", (), {"__call__": staticmethod(evaluator), "ranks": SimpleNamespace(first=True, size=1)}
+        "Evaluator",
+        (),
+        {"__call__": staticmethod(evaluator), "ranks": SimpleNamespace(first=True, size=1), "rewards": rewards},
     )()
     return Monitor(evaluator, base, EvaluateConfig(every=1, watched=N, **options), folder)
 
@@ -129,3 +131,11 @@ def test_nothing_is_measured_between_evaluations(tmp_path):
     monitor = monitor_of([BASE, GOOD], tmp_path)
     assert monitor.measure(0) == {}
     assert monitor.best is None
+
+
+def test_what_the_policy_is_rewarded_by_is_no_witness(tmp_path):
+    """Its fall is not wrong, and its rise saves no run whose pictures have strayed."""
+    later = [evaluation(judge=0.0, quality=-0.4), evaluation(PICTURES + 0.8, judge=0.0, quality=1.5)]
+    measured_of = lambda **rewards: [m["wrong"] for m in measured(monitor_of([BASE, *later], tmp_path, **rewards), 2)]
+    assert measured_of() == [1, 0]
+    assert measured_of(rewards={"quality"}) == [0, 1]

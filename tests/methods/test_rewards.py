@@ -1,5 +1,6 @@
 """methods/rewards: what a reward must return; each that does not gets one sentence and exit code 2."""
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -97,3 +98,12 @@ def test_the_error_of_a_reward_that_is_nothing_but_nan_names_the_iteration(tmp_p
     reward.spec, reward.run_dir = "mine", tmp_path
     with pytest.raises(UserError, match=r"iteration 4: reward: mine .* there is no checkpoint yet"):
         reward.check(torch.full((1, 2), math.nan), 3, ALONE)
+
+
+def test_a_run_says_which_score_it_was_rewarded_by(method_recipe, modules, tmp_path, capsys):
+    keys = ("reward=reward_modules:two", "evaluate.scorers=[reward_modules:two]", "run.iterations=1")
+    train.main(method_recipe("d3po", *keys))
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["rewards"] == ["a", "b"]
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "a and b are what the policy was rewarded by" in report
+    assert "only by the judge" in report
