@@ -36,7 +36,7 @@ is known. Its figures stand beside the paper's to compare orders; sizes are of a
 **Budget.** Every run spends what SPO's exact recipe spends, {budget:.1f} TFLOP: rollouts and updates, without loading
 and evaluation. What an iteration of a row costs is counted over its first iterations (`--count`), and how many it gets
 follows from that; later, fewer pairs pass the threshold, so that runs spend a few per cent less. **Learning rates.**
-Each method gets the same search: a third of its recipe's rate, that rate, and three times it, at seed {search_seed},
+Each method gets the same search: its recipe's rate, three times and nine times that, at seed {search_seed},
 for half of the budget; of the three, the one with the largest PickScore on {search_prompts} prompts that no table uses,
 or the smallest that is within a standard error of it. Ablations keep SPO's own rate.
 
@@ -124,7 +124,7 @@ def searched(study: Study) -> str:
             rows.append([row.title, *(f"{lr:g}: {mean(scores[lr]) - start:+.2f}" for lr in sorted(scores))])
     if not rows:
         return f"The search over learning rates: {MISSING}."
-    heads = ("method", "a third", "the recipe's", "three times")
+    heads = ("method", "the recipe's", "three times", "nine times")
     padded = [row + [MISSING] * (len(heads) - len(row)) for row in rows]
     return "The search, gain in PickScore by learning rate:\n\n" + table(heads, padded)
 

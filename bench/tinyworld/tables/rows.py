@@ -87,10 +87,10 @@ ABLATIONS = {  # by what is changed: the rows beside the default
 }
 ABLATED = (DEFAULT, *(row for rows in ABLATIONS.values() for row in rows))
 METHODS = (
-    method("diffusion_dpo", "Diffusion-DPO", "Diffusion-DPO", UNCOUNTED),
+    method("diffusion_dpo", "Diffusion-DPO", "Diffusion-DPO", (182, 0.050)),
     method("d3po", "D3PO", "D3PO", (16, 0.578)),
     method("ddpo", "DDPO", "DDPO", (13, 0.709)),
-    method("mapo", "MaPO", "MaPO", UNCOUNTED),
+    method("mapo", "MaPO", "MaPO", (242, 0.038)),
     method("gradspo", "GradSPO", "", (13, 0.695)),
     DEFAULT,
 )

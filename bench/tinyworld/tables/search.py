@@ -1,6 +1,6 @@
 """The search for a learning rate: three rates a method, on prompts that the tables do not use, by one rule for all.
 
-A method's recipe names a rate; a third of it, itself and three times it are run at one seed, which no table has, for
+A method's recipe names a rate; that, three times and nine times it are run at one seed, which no table has, for
 half of the budget.
 """
 
@@ -20,7 +20,7 @@ from strop.bench.tinyworld.tables.rows import SEARCH_SEED, Row
 from strop.engine.config.find import load
 from strop.engine.runtime.files import write_atomically
 
-PROMPTS, SHARE, FACTORS = 96, 0.5, (1 / 3, 1, 3)
+PROMPTS, SHARE, FACTORS = 96, 0.5, (1, 3, 9)
 
 
 def prompts() -> list[str]:
