@@ -11,6 +11,7 @@ import torch
 
 from .config.judge_training import JudgeTrainingConfig
 from .data.pair_files import is_factory
+from .data.pair_scan import name_broken
 from .data.pair_sets import PairSets, check_labeller, choose, make_sets
 from .evaluation.compare import rate_delta
 from .judge.denoiser import Denoiser
@@ -61,7 +62,7 @@ def build(session: Session) -> tuple[JudgeTraining, Optimizer]:
         denoiser = Denoiser(diffusion, load_unet(model, ranks.device), optim.guidance)
         prepare(model, denoiser.unet, diffusion.vae, judge.clip)
     with session.clock("prepare"):
-        sets = make_sets(config, chosen, denoiser, judge, ranks)
+        sets = make_sets(config, chosen, diffusion, judge, ranks)
         method = JudgeTraining(config, judge, denoiser, sets, session)
     settings = AdamWSettings(
         lr=optim.lr,
@@ -85,12 +86,9 @@ def inputs(config: JudgeTrainingConfig) -> Inputs:
 
 
 def announce(session: Session, sets: PairSets) -> None:
-    """Prints how many pairs there are, and writes broken.txt if some are broken."""
+    """Prints how many pairs there are, and names those that are broken."""
     print(f"{len(sets.train):,} training pairs, {len(sets.heldout):,} held-out pairs, {sets.left_out:,} rows left out")
-    if sets.broken:
-        path = session.dir / "broken.txt"
-        path.write_text("".join(f"{line}\n" for line in sets.broken), encoding="utf-8")
-        print(f"{len(sets.broken):,} broken pairs left out, named in {path}, such as {sets.broken[0]}")
+    name_broken(sets.broken, session.dir)
 
 
 def close(session: Session, method: JudgeTraining, summary: dict) -> None:

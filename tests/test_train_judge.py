@@ -20,11 +20,11 @@ from strop.engine.config.training import JudgeConfig
 from strop.engine.data.pair_cache import PairCache
 from strop.engine.errors import UserError
 from strop.engine.evaluation.compare import rate_delta
-from strop.engine.judge.denoiser import Denoiser
 from strop.engine.judge.heldout import TIMESTEPS
 from strop.engine.judge.model import StepAwarePreferenceModel
 from strop.engine.judge_training import build
 from strop.engine.methods.judge_training.method import JudgeTraining
+from strop.engine.models.latent_diffusion import LatentDiffusion
 from strop.engine.runtime.ranks import Ranks
 from strop.engine.runtime.session import Session
 from strop.engine.speed.upsample import FoldedUpsample
@@ -192,8 +192,8 @@ def test_pairs_in_files_are_trained_on_and_computed_once(
     file_recipe, tmp_path, request, monkeypatch, capsys, family, form, labels
 ):
     folder = request.getfixturevalue({"sd15": "tiny_folder", "sdxl": "tiny_sdxl_folder"}[family])
-    encoded, posterior = [], Denoiser.posterior
-    monkeypatch.setattr(Denoiser, "posterior", lambda self, x: encoded.append(x.shape[1]) or posterior(self, x))
+    encoded, posterior = [], LatentDiffusion.posterior
+    monkeypatch.setattr(LatentDiffusion, "posterior", lambda self, x: encoded.append(x.shape[1]) or posterior(self, x))
     arguments = file_recipe(form, f"model.path={folder}", f"data.labels={labels}")
     main(arguments)
     assert sum(encoded) == 12 + 6  # three steps of four pairs, and the held-out ones

@@ -5,16 +5,13 @@ from __future__ import annotations
 from pydantic import Field
 
 from .settings import Section
-from .training import Config, Count, HeldoutConfig
+from .training import PROMPT_FILE, Config, Count, HeldoutConfig
 
 JUDGE = "judge"  # as a reward
 
 
 class PromptsConfig(HeldoutConfig):
-    train: str = Field(
-        description="File of training prompts: a JSON list of {caption: ...}, JSON lines of the same, a table (.csv, "
-        ".tsv) with a column prompt or caption, or a text of one prompt a line."
-    )
+    train: str = Field(description=f"File of training prompts: {PROMPT_FILE}")
 
 
 class SamplingConfig(Section):

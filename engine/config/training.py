@@ -31,6 +31,10 @@ RESUME = (
     "Whether the run goes on from the newest checkpoint in run.dir. auto begins a run where there is none, so that one "
     "line begins a run and restarts it. newest_whole passes over damaged checkpoints."
 )
+PROMPT_FILE = (
+    "a JSON list of {caption: ...}, JSON lines of the same, a table (.csv, .tsv) with a column prompt or caption, or a "
+    "text of one prompt a line."
+)
 RANK_TIMEOUT = "Seconds that processes wait for one another; when one sleeps for longer, the others name it and end."
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1, le=10_000)]  # of what is in memory at once

@@ -24,7 +24,7 @@ class Embeddings:
         """
         self.device = diffusion.device
         self.row = {prompt: row for row, prompt in enumerate(prompt for group in groups for prompt in group)}
-        parts = [self._encode(diffusion, judge, group) for group in groups]
+        parts = [self._encode(diffusion, judge, group) for group in groups if group]
         self.all = Conditioning.cat(parts)
 
     def __len__(self) -> int:

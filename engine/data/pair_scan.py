@@ -1,8 +1,8 @@
 """Scans preference pairs before training: finds broken pairs and caches what frozen models compute from each pair.
 
-Cached are the VAE's posteriors of both images and the text embeddings of each caption, in float16, and PickScore's
-scores if they make the labels. Without a cache every image is still read, so that a run of a day does not end at a
-broken file. The rows are split over the ranks.
+Cached are the VAE's posteriors of both images, of the flipped ones too if they are needed, and the text embeddings of
+each caption, in float16, and PickScore's scores if they make the labels. Without a cache every image is still read, so
+that a run of a day does not end at a broken file. The rows are split over the ranks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..errors import UserError
-from ..judge.denoiser import Denoiser
 from ..judge.model import StepAwarePreferenceModel
 from ..judge.pixels import resized_pixels
 from ..models.latent_diffusion import LatentDiffusion
@@ -28,6 +27,7 @@ from ..runtime.ranks import Ranks
 from .pair_cache import PairCache, fingerprint
 from .pair_files import BrokenPair, PairSource, resized
 
+PLAIN, FLIPPED = "latents", "flipped"  # posteriors of images as they are, and flipped horizontally
 CAPTION_BATCH = 1024
 SECONDS_PER_LINE = 10
 MODULATION = ("adaLN_modulation", "t_embedder")  # tensors that a judge has and its CLIP has not
@@ -56,9 +56,9 @@ class Entries:
             fingerprint([judge.clip], leave_out=MODULATION) if judge else "",
         )
 
-    def latents(self, source: PairSource, row: int, size: tuple[int, int]) -> Path:
-        """Returns the entry of the VAE's posteriors of a row's images at size (height, width)."""
-        return self.cache.path("latents", self.vae, size, source.identity(row))
+    def latents(self, source: PairSource, row: int, size: tuple[int, int], kind: str = PLAIN) -> Path:
+        """Returns the entry of the VAE's posteriors, PLAIN or FLIPPED, of a row's images at size (height, width)."""
+        return self.cache.path(kind, self.vae, size, source.identity(row))
 
     def scores(self, source: PairSource, row: int) -> Path:
         """Returns the entry of PickScore's scores of a row's images."""
@@ -73,24 +73,25 @@ class Entries:
 class PairScan:
     """Checks pairs and fills the cache with the given models.
 
-    size: (height, width) of the images. entries: None without a cache. scored: whether PickScore's scores are needed.
-    batch: pairs per forward; workers: processes that read images.
+    judge: a PickScore whose scores are needed, or None. size: (height, width) of the images. entries: None without a
+    cache. batch: pairs per forward; workers: processes that read images.
     """
 
-    denoiser: Denoiser
-    judge: StepAwarePreferenceModel
+    diffusion: LatentDiffusion
+    judge: StepAwarePreferenceModel | None
     size: tuple[int, int]
     entries: Entries | None
-    scored: bool
     batch: int
     workers: int
     ranks: Ranks
 
-    def scan(self, source: PairSource, rows: Sequence[int], key: str, max_broken: float, encode: bool) -> ScanResult:
+    def scan(
+        self, source: PairSource, rows: Sequence[int], key: str, max_broken: float, encode: Sequence[str] = ()
+    ) -> ScanResult:
         """Scans rows of a source, split over the ranks; every rank returns the result of all rows.
 
-        key: the configuration key of the source. encode: whether the VAE's posteriors are cached. Raises UserError if
-        more than the fraction max_broken of the rows is broken.
+        key: the configuration key of the source. encode: which posteriors are cached, of PLAIN and FLIPPED.
+        Raises UserError if more than the fraction max_broken of the rows is broken.
         """
         groups = [list(group) for _, group in groupby(rows, key=source.group)][self.ranks.rank :: self.ranks.size]
         result, progress = ScanResult(), ProgressLine(f"{key}: pairs", sum(map(len, groups)), self.ranks.first)
@@ -122,7 +123,7 @@ class PairScan:
             batch = rank_captions[begin : begin + CAPTION_BATCH]
             missing = [caption for caption in batch if self.entries.cache.read(self.entries.text(caption)) is None]
             if missing:
-                cond = self.denoiser.diffusion.encode(missing)
+                cond = self.diffusion.encode(missing)
                 for row, caption in enumerate(missing):
                     entry = {"text": cond.text[row].half()}
                     if cond.pooled is not None:
@@ -135,13 +136,10 @@ class PairScan:
     @torch.no_grad()
     def _compute(self, pairs: list[dict], source: PairSource, result: ScanResult) -> None:
         """Computes the posteriors and scores that pairs lack, in one batch each."""
-        to_encode = [pair for pair in pairs if "images" in pair]
-        if to_encode:
-            images = torch.stack([pair["images"] for pair in to_encode], dim=1).to(self.ranks.device)  # (2, N, 3, H, W)
-            mean, std = (part.half().cpu() for part in self.denoiser.posterior(images))  # (2, N, C, h, w)
-            for i, pair in enumerate(to_encode):
-                path = self.entries.latents(source, pair["row"], self.size)
-                self.entries.cache.write(path, {"mean": mean[:, i], "std": std[:, i]})
+        for kind in (PLAIN, FLIPPED):
+            to_encode = [pair for pair in pairs if kind in pair.get("encode", ())]
+            if to_encode:
+                self._encode(to_encode, kind, source)
         to_score = [pair for pair in pairs if "small" in pair]
         if to_score:
             text = self.judge.encode([source.captions[pair["row"]] for pair in to_score])
@@ -152,6 +150,15 @@ class PairScan:
                 result.scores[pair["row"]] = both.tolist()
                 if self.entries:
                     self.entries.cache.write(self.entries.scores(source, pair["row"]), {"scores": both})
+
+    def _encode(self, pairs: list[dict], kind: str, source: PairSource) -> None:
+        """Caches the posteriors of pairs in one forward for each side."""
+        images = torch.stack([pair["images"] for pair in pairs], dim=1).to(self.ranks.device)  # (2, N, 3, H, W)
+        images = images.flip(-1) if kind == FLIPPED else images
+        mean, std = (part.half().cpu() for part in self.diffusion.posterior(images))  # (2, N, C, h, w)
+        for i, pair in enumerate(pairs):
+            path = self.entries.latents(source, pair["row"], self.size, kind)
+            self.entries.cache.write(path, {"mean": mean[:, i], "std": std[:, i]})
 
 
 @dataclass(slots=True)
@@ -165,13 +172,13 @@ class ScanResult:
 class _PairReader(IterableDataset):
     """Reads, for each row, the images from which something must be computed because the cache lacks it.
 
-    It yields {"row"} with "images" (2, 3, H, W) for the VAE, "small" (2, 3, S, S) for PickScore, "scores" (2,) from the
-    cache, or "broken" (why). A worker reads whole groups of rows.
+    It yields {"row"} with "images" (2, 3, H, W) for the VAE and "encode", the kinds of entries to make of them, "small"
+    (2, 3, S, S) for PickScore, "scores" (2,) from the cache, or "broken" (why). A worker reads whole groups of rows.
     """
 
-    def __init__(self, scan: PairScan, source: PairSource, groups: list[list[int]], encode: bool):
-        self.entries, self.size, self.scored = scan.entries, scan.size, scan.scored
-        self.judge_size = scan.judge.size
+    def __init__(self, scan: PairScan, source: PairSource, groups: list[list[int]], encode: Sequence[str]):
+        self.entries, self.size = scan.entries, scan.size
+        self.judge_size = scan.judge.size if scan.judge else None
         self.source, self.encode, self.groups = source, encode, groups
 
     def __iter__(self) -> Iterator[dict]:
@@ -189,16 +196,19 @@ class _PairReader(IterableDataset):
 
     def _read(self, row: int) -> dict:
         pair, cache = {}, self.entries.cache if self.entries else None
-        must_encode = self.encode and cache and cache.read(self.entries.latents(self.source, row, self.size)) is None
-        cached_scores = cache.read(self.entries.scores(self.source, row)) if cache and self.scored else None
+        place = self.source, row, self.size
+        missing = [kind for kind in self.encode if cache.read(self.entries.latents(*place, kind)) is None]
+        scored = self.judge_size is not None
+        cached_scores = cache.read(self.entries.scores(self.source, row)) if cache and scored else None
         if cached_scores is not None:
             pair["scores"] = cached_scores["scores"].tolist()
-        if cache and self.encode and not must_encode and (cached_scores is not None or not self.scored):
+        if self.encode and not missing and (cached_scores is not None or not scored):
             return pair  # its images are whole, since the entry was computed from them
         images = self.source.images(row)
-        if must_encode:
+        if missing:
+            pair["encode"] = missing
             pair["images"] = torch.stack([resized(image, *self.size) for image in images])
-        if self.scored and cached_scores is None:
+        if scored and cached_scores is None:
             pair["small"] = torch.stack([resized(image, self.judge_size, self.judge_size) for image in images])
         return pair
 
@@ -228,6 +238,14 @@ def refuse_too_many(broken: Sequence[str], total: int, key: str, max_broken: flo
             f"{key}: at least {len(broken)} of {total} pairs are broken, which is more than data.max_broken = "
             f"{max_broken:g}; the first is {broken[0]}"
         )
+
+
+def name_broken(broken: Sequence[str], run_dir: Path) -> None:
+    """Writes broken.txt into the run folder and says so, if pairs are broken."""
+    if broken:
+        path = run_dir / "broken.txt"
+        path.write_text("".join(f"{line}\n" for line in broken), encoding="utf-8")
+        print(f"{len(broken):,} broken pairs left out, named in {path}, such as {broken[0]}")
 
 
 def pickscore_labels(scores: Tensor, tie: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Builds the training pairs and held-out pairs that section `data` of a recipe names.
+"""Builds the pairs that section `data` of a recipe names: those to train a judge on, and those held out from it.
 
 Pairs come from a folder of Pick-a-Pic parquet files, a .jsonl file, or code (module:factory), whose pairs are used as
 they are and never cached. pair_files.py reads files; pair_scan.py checks and caches pairs before training.
@@ -11,18 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..config.factory import resolve
 from ..config.judge_training import JudgeTrainingConfig
+from ..config.pairs import PairsConfig
 from ..errors import UserError
-from ..judge.denoiser import Denoiser
 from ..judge.model import StepAwarePreferenceModel
 from ..models.latent_diffusion import LatentDiffusion
 from ..runtime.ranks import Ranks
 from .pair_cache import PairCache
 from .pair_files import PairSource, is_factory, open_source, resized
-from .pair_scan import Entries, PairScan, pickscore_labels, refuse_too_many
+from .pair_scan import FLIPPED, PLAIN, Entries, PairScan, pickscore_labels, refuse_too_many
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,8 @@ class FilePairs(Dataset):
     """A Dataset of pairs from files; an item is {caption, label_0, label_1, num_examples} and more.
 
     With images=True it has image_0, image_1 (3, H, W) in [-1, 1]. With entries it has, in float16 from the cache, mean
-    and std (2, C, h, w) of the VAE's posteriors, text (L, D) and, if the UNet takes it, pooled (P).
+    and std (2, C, h, w) of the VAE's posteriors, text (L, D) and, if the UNet takes it, pooled (P); with flips=True
+    flipped_mean and flipped_std too.
     """
 
     def __init__(
@@ -63,10 +65,11 @@ class FilePairs(Dataset):
         size: tuple[int, int],
         images: bool,
         entries: Entries | None = None,
+        flips: bool = False,
     ):
         """Chooses the rows of `labels`, which has the labels by row. size: (height, width) of the images."""
         self.source, self.rows, self.labels = source, list(labels), list(labels.values())
-        self.size, self.images, self.entries = size, images, entries
+        self.size, self.images, self.entries, self.flips = size, images, entries, flips
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -79,12 +82,18 @@ class FilePairs(Dataset):
             images = (resized(image, *self.size) for image in self.source.images(row))
             pair |= zip(("image_0", "image_1"), images, strict=True)
         if self.entries:
-            for path in (self.entries.latents(self.source, row, self.size), self.entries.text(pair["caption"])):
-                entry = self.entries.cache.read(path)
-                if entry is None:
-                    raise UserError(f"data.cache: {path} was whole when the run began and is not now; start again")
-                pair |= entry
+            place = self.source, row, self.size
+            pair |= self._entry(self.entries.latents(*place)) | self._entry(self.entries.text(pair["caption"]))
+            if self.flips:
+                flipped = self._entry(self.entries.latents(*place, FLIPPED))
+                pair |= {f"flipped_{name}": value for name, value in flipped.items()}
         return pair
+
+    def _entry(self, path: Path) -> dict[str, Tensor]:
+        entry = self.entries.cache.read(path)
+        if entry is None:
+            raise UserError(f"data.cache: {path} was whole when the run began and is not now; start again")
+        return entry
 
 
 def choose(config: JudgeTrainingConfig, ranks: Ranks) -> tuple[ChosenRows, ChosenRows] | None:
@@ -97,12 +106,12 @@ def choose(config: JudgeTrainingConfig, ranks: Ranks) -> tuple[ChosenRows, Chose
         _check_factory(config, ranks)
         return None
     labelled = data.labels == "given"
-    train = _open(data.source, "data.source", labelled, data.max_broken)
+    train = open_pairs(data.source, "data.source", labelled, data.max_broken)
     if data.heldout_source is None:
         rows, heldout_rows = split_by_caption(train.captions, data.heldout, config.run.seed)
         heldout = ChosenRows(train, heldout_rows, "data.source")
     else:
-        source = _open(data.heldout_source, "data.heldout_source", labelled, data.max_broken)
+        source = open_pairs(data.heldout_source, "data.heldout_source", labelled, data.max_broken)
         heldout = ChosenRows(source, list(range(min(len(source), data.heldout))), "data.heldout_source")
         heldout_captions = {source.captions[row] for row in heldout.rows}
         rows = [row for row, caption in enumerate(train.captions) if caption not in heldout_captions]
@@ -113,9 +122,13 @@ def choose(config: JudgeTrainingConfig, ranks: Ranks) -> tuple[ChosenRows, Chose
             f"captions, expected at least 1 and {ranks.size} (the processes); data.heldout says how many are held out"
         )
     used = config.optim.steps * config.optim.accumulate * config.optim.batch * ranks.size
-    count = min(len(rows), used, data.train or used)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.run.seed))
-    return ChosenRows(train, [rows[i] for i in sorted(order[:count].tolist())], "data.source"), heldout
+    return ChosenRows(train, draw_rows(rows, min(used, data.train or used), config.run.seed), "data.source"), heldout
+
+
+def draw_rows(rows: Sequence[int], most: int, seed: int) -> list[int]:
+    """Draws `most` of the rows by the seed, or takes all where there are fewer; in their order."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return [rows[i] for i in sorted(order[:most].tolist())]
 
 
 def split_by_caption(captions: Sequence[str], count: int, seed: int) -> tuple[list[int], list[int]]:
@@ -144,7 +157,7 @@ def check_labeller(config: JudgeTrainingConfig, judge: StepAwarePreferenceModel)
 def make_sets(
     config: JudgeTrainingConfig,
     chosen: tuple[ChosenRows, ChosenRows] | None,
-    denoiser: Denoiser,
+    diffusion: LatentDiffusion,
     judge: StepAwarePreferenceModel,
     ranks: Ranks,
 ) -> PairSets:
@@ -154,14 +167,13 @@ def make_sets(
         spec = data.heldout_source or data.source
         train = load_pairs(resolve(data.source, "data.source"), data.source, seed, data.train)
         return PairSets(train, load_pairs(resolve(spec, "data.heldout_source"), spec, seed + 1, data.heldout))
-    diffusion = denoiser.diffusion
-    size = tuple(side * diffusion.factor for side in diffusion.latent_shape[1:])  # height, width
-    scored = data.labels == "pickscore"
-    entries = _cache_entries(config, diffusion, judge if scored else None)
-    pair_scan = PairScan(denoiser, judge, size, entries, scored, config.optim.batch, data.workers, ranks)
+    scored = judge if data.labels == "pickscore" else None
+    entries = cache_entries(data, config.run.dir, diffusion, scored)
+    size = diffusion.image_size
+    pair_scan = PairScan(diffusion, scored, size, entries, config.optim.batch, data.workers, ranks)
     sets, broken = [], []
     for part, encode in zip(chosen, (entries is not None, False), strict=True):
-        result = pair_scan.scan(part.source, part.rows, part.key, data.max_broken, encode)
+        result = pair_scan.scan(part.source, part.rows, part.key, data.max_broken, (PLAIN,) if encode else ())
         broken += result.broken
         labels = {row: part.source.labels[row] for row in result.scores}
         if scored:
@@ -212,7 +224,8 @@ def rank_batches(count: int, batch: int, steps: int, seed: int, ranks: Ranks) ->
         yield dealt[ranks.rank * batch : (ranks.rank + 1) * batch].tolist()
 
 
-def _open(spec: str, key: str, labelled: bool, max_broken: float) -> PairSource:
+def open_pairs(spec: str, key: str, labelled: bool, max_broken: float) -> PairSource:
+    """Opens a source as `open_source` does. Raises UserError also where it holds no pair or too many broken ones."""
     source = open_source(spec, key, labelled)
     total = len(source) + len(source.broken)
     refuse_too_many(source.broken, total, key, max_broken)
@@ -229,17 +242,22 @@ def _check_factory(config: JudgeTrainingConfig, ranks: Ranks) -> None:
     resolve(data.source, "data.source")
     if data.heldout_source is not None:
         resolve(data.heldout_source, "data.heldout_source")
-    if data.train is None:
-        raise UserError(f"data.train: found null, expected the number of pairs that {data.source} shall make")
+    check_size(data)
     if data.labels == "pickscore":
         raise UserError(f"data.labels: found pickscore, expected given, as {data.source} makes pairs with labels")
 
 
-def _cache_entries(
-    config: JudgeTrainingConfig, diffusion: LatentDiffusion, judge: StepAwarePreferenceModel | None
+def check_size(data: PairsConfig) -> None:
+    """Raises UserError where data.source is a factory and data.train does not say how many pairs it makes."""
+    if data.train is None:
+        raise UserError(f"data.train: found null, expected the number of pairs that {data.source} shall make")
+
+
+def cache_entries(
+    data: PairsConfig, run_dir: str, diffusion: LatentDiffusion, judge: StepAwarePreferenceModel | None = None
 ) -> Entries | None:
-    if config.data.cache is None:
+    """Opens the cache that data.cache names; None where it is null. judge: a PickScore whose scores are kept."""
+    if data.cache is None:
         return None
-    default = Path(config.run.dir).parent / "pair-cache"
-    folder = default if config.data.cache == "auto" else Path(config.data.cache)
+    folder = Path(run_dir).parent / "pair-cache" if data.cache == "auto" else Path(data.cache)
     return Entries.of(PairCache(folder), diffusion, judge)

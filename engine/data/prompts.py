@@ -56,7 +56,7 @@ def first_used(prompts: list[str], count: int, seed: int, multiple: int) -> list
     Later prompts are added until their number is a multiple of `multiple`, so that a longer run has the same prompts in
     groups of that size.
     """
-    order = batch_of(prompts, 0, len(prompts), seed)
+    order = batch_of(prompts, 0, len(prompts), seed) if prompts else []
     used = len(dict.fromkeys(order[:count]))
     return list(dict.fromkeys(order))[: -(-used // multiple) * multiple]
 

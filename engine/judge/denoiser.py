@@ -35,18 +35,11 @@ class Denoiser:
         images (2, N, 3, H, W) in [-1, 1]; cond of N prompts; t (N,) int64 in 0..999. Returns (2, N, 3, H, W), about
         [-1, 1].
         """
-        return self.show(*self.posterior(images), cond, t, rng)
-
-    @torch.no_grad()
-    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Encodes images (2, N, 3, H, W): mean and std (2, N, C, h, w) of the VAE's latents, not scaled."""
-        vae = self.diffusion.vae
-        sides = [vae.encode(side.to(vae.dtype)).latent_dist for side in images]
-        return torch.stack([side.mean for side in sides]), torch.stack([side.std for side in sides])
+        return self.show(*self.diffusion.posterior(images), cond, t, rng)
 
     @torch.no_grad()
     def show(self, mean: Tensor, std: Tensor, cond: Conditioning, t: Tensor, rng: torch.Generator) -> Tensor:
-        """Does what a call does, from the mean and std that `posterior` returned.
+        """Does what a call does, from the mean and std that `LatentDiffusion.posterior` returned.
 
         It draws from rng a latent sample of each image, then one noise for each pair. There is one UNet forward in
         all; the VAE decodes one image of each pair after the other, which halves its memory.
@@ -59,11 +52,6 @@ class Denoiser:
         x = self.add_noise(latents, noise.repeat(2, 1, 1, 1), t)
         eps = unet_eps(self.unet, x, t, cond.repeat(2), guided=self.schedule.guided)  # (1 or 2, 2N, C, h, w)
         return torch.stack([self.diffusion.decode(side).float() for side in self.x0_hat(x, eps, t).chunk(2)])
-
-    def release_encoders(self) -> None:
-        """Removes text encoders and the VAE's encoder from the device; for when all their results are in the cache."""
-        self.diffusion.release_text_encoders()
-        self.diffusion.vae.encoder.to("cpu")
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Computes sqrt(a_t) latents + sqrt(1 - a_t) noise, both (N, C, h, w). Source: arXiv 2006.11239, eq. 4."""

@@ -41,7 +41,7 @@ def heldout_views(
     views = []
     for batch in DataLoader(rank_pairs, batch_size=config.optim.batch, num_workers=config.data.workers):
         images = torch.stack([batch["image_0"], batch["image_1"]]).to(ranks.device)  # (2, N, 3, H, W)
-        cond, posterior = denoiser.diffusion.encode(batch["caption"]), denoiser.posterior(images)
+        cond, posterior = denoiser.diffusion.encode(batch["caption"]), denoiser.diffusion.posterior(images)
         pixels = []
         for timestep in TIMESTEPS:
             t = torch.full((len(cond),), timestep, device=ranks.device)

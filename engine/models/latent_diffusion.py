@@ -62,6 +62,11 @@ class LatentDiffusion:
         self.decode_rows = decode_rows
         self.device = next(vae.parameters()).device
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of an image in pixels."""
+        return tuple(side * self.factor for side in self.latent_shape[1:])
+
     @classmethod
     def load(cls, model: ModelConfig, device: torch.device) -> LatentDiffusion:
         """Loads the model of section `model`. Raises UserError if a part is missing or of another kind."""
@@ -93,7 +98,7 @@ class LatentDiffusion:
             null, null_pooled = (None if value is None else torch.zeros_like(value[:1]) for value in (text, pooled))
         else:
             null, null_pooled = self._encode_batch([""], onto)
-        time_ids = self.family.time_ids(*(side * self.factor for side in self.latent_shape[1:]))
+        time_ids = self.family.time_ids(*self.image_size)
         if time_ids is not None:
             time_ids = torch.tensor([time_ids], dtype=text.dtype, device=self.device)
         return Conditioning(text, null, pooled=pooled, null_pooled=null_pooled, time_ids=time_ids)
@@ -101,6 +106,20 @@ class LatentDiffusion:
     def release_text_encoders(self) -> None:
         """Frees the text encoders and their memory; `encode` then raises RuntimeError."""
         self.text_encoders = []
+
+    def release_encoders(self) -> None:
+        """Removes text encoders and the VAE's encoder from the device; for when all their results are in the cache."""
+        self.release_text_encoders()
+        self.vae.encoder.to("cpu")
+
+    @torch.no_grad()
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Encodes images (2, N, 3, H, W): mean and std (2, N, C, h, w) of the VAE's latents, not scaled.
+
+        The VAE encodes one image of each pair after the other, which halves its memory.
+        """
+        sides = [self.vae.encode(side.to(self.vae.dtype)).latent_dist for side in images]
+        return torch.stack([side.mean for side in sides]), torch.stack([side.std for side in sides])
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -4,16 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from transformers import CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from strop.engine.config.training import JudgeConfig, ModelConfig
 from strop.engine.data.pair_cache import PairCache
 from strop.engine.data.pair_files import open_source, resized
-from strop.engine.data.pair_scan import Entries, PairScan, ProgressLine, pickscore_labels
+from strop.engine.data.pair_scan import PLAIN, Entries, PairScan, ProgressLine, pickscore_labels
 from strop.engine.errors import UserError
-from strop.engine.judge.denoiser import Denoiser
 from strop.engine.judge.model import StepAwarePreferenceModel
 from strop.engine.models.latent_diffusion import LatentDiffusion
 from strop.engine.runtime.ranks import Ranks
@@ -26,9 +24,8 @@ SIZE = (16, 16)
 def models(tiny_folder, clip_folder):
     """Its own, for tests here change their weights."""
     diffusion = LatentDiffusion.load(ModelConfig(path=str(tiny_folder)), ALONE.device)
-    unet = UNet2DConditionModel.from_pretrained(tiny_folder / "unet")
     judge = StepAwarePreferenceModel.load(JudgeConfig(path=str(clip_folder)), ALONE.device, torch.Generator())
-    return SimpleNamespace(denoiser=Denoiser(diffusion, unet, 5.0), judge=judge)
+    return SimpleNamespace(diffusion=diffusion, judge=judge)
 
 
 @pytest.fixture
@@ -37,12 +34,12 @@ def pair_scan(tmp_path, models, monkeypatch):
 
     def make(scored=False, cache=True, workers=0):
         cache = PairCache(tmp_path / "cache") if cache else None
-        entries = Entries.of(cache, models.denoiser.diffusion, models.judge) if cache else None
-        return PairScan(models.denoiser, models.judge, SIZE, entries, scored, 3, workers, ALONE)
+        entries = Entries.of(cache, models.diffusion, models.judge) if cache else None
+        return PairScan(models.diffusion, models.judge if scored else None, SIZE, entries, 3, workers, ALONE)
 
     make.encoded = []
-    posterior = models.denoiser.posterior
-    monkeypatch.setattr(models.denoiser, "posterior", lambda x: make.encoded.append(x.shape[1]) or posterior(x))
+    posterior = models.diffusion.posterior
+    monkeypatch.setattr(models.diffusion, "posterior", lambda x: make.encoded.append(x.shape[1]) or posterior(x))
     return make
 
 
@@ -54,33 +51,33 @@ def source(tmp_path, pair_files):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_posteriors_are_kept_for_every_pair_and_made_once(pair_scan, source, models, workers):
     here = pair_scan(workers=workers)
-    actual = here.scan(source, range(7), "data.source", 0.0, encode=True)
+    actual = here.scan(source, range(7), "data.source", 0.0, encode=(PLAIN,))
     assert (list(actual.scores), actual.broken, pair_scan.encoded) == (list(range(7)), [], [3, 3, 1])
     images = torch.stack([resized(image, *SIZE) for image in source.images(5)]).unsqueeze(1)
-    mean, std = models.denoiser.posterior(images)
+    mean, std = models.diffusion.posterior(images)
     entry = here.entries.cache.read(here.entries.latents(source, 5, SIZE))
     for name, exact in (("mean", mean), ("std", std)):
         assert entry[name].dtype == torch.float16
         assert (entry[name] - exact[:, 0]).abs().max() < 5e-4 * exact.abs().max()
     pair_scan.encoded.clear()
-    again = pair_scan().scan(source, range(7), "data.source", 0.0, encode=True)
+    again = pair_scan().scan(source, range(7), "data.source", 0.0, encode=(PLAIN,))
     assert (again, pair_scan.encoded) == (actual, [])
 
 
 def test_only_what_is_damaged_or_has_changed_is_made_anew(pair_scan, source, pair_files):
     here = pair_scan()
-    here.scan(source, range(7), "data.source", 0.0, encode=True)
+    here.scan(source, range(7), "data.source", 0.0, encode=(PLAIN,))
     here.entries.latents(source, 2, SIZE).write_bytes(b"half an entry")
     (source.folder / source.paths[4][1]).write_bytes(pair_files.jpeg(0.4, 77))
     pair_scan.encoded.clear()
-    here.scan(source, range(7), "data.source", 0.0, encode=True)
+    here.scan(source, range(7), "data.source", 0.0, encode=(PLAIN,))
     assert pair_scan.encoded == [2]
     assert here.entries.cache.read(here.entries.latents(source, 2, SIZE)) is not None
 
 
 def test_another_model_or_resolution_has_its_own_entries(pair_scan, source, models):
     entries = pair_scan().entries
-    vae = models.denoiser.diffusion.vae
+    vae = models.diffusion.vae
     with torch.no_grad():
         next(vae.encoder.parameters()).view(-1)[0] += 1
         other = pair_scan().entries
@@ -88,9 +85,9 @@ def test_another_model_or_resolution_has_its_own_entries(pair_scan, source, mode
     assert entries.latents(source, 0, SIZE) != other.latents(source, 0, SIZE)
     assert entries.latents(source, 0, SIZE) != entries.latents(source, 0, (16, 32))
     assert entries.text("a") == other.text("a") != entries.text("b")
-    models.denoiser.diffusion.text_encoders[0].half()
+    models.diffusion.text_encoders[0].half()
     other = pair_scan().entries
-    models.denoiser.diffusion.text_encoders[0].float()
+    models.diffusion.text_encoders[0].float()
     assert other.text("a") != entries.text("a")
 
 
@@ -101,12 +98,12 @@ def test_text_embeddings_are_those_of_the_encoder(pair_scan, models):
     for caption in ("a cat", ""):
         entry = here.entries.cache.read(here.entries.text(caption))
         assert entry.keys() == {"text"}
-        assert torch.equal(entry["text"], models.denoiser.diffusion.encode([caption]).text[0].half())
+        assert torch.equal(entry["text"], models.diffusion.encode([caption]).text[0].half())
 
 
 def test_scores_are_pickscores_own(pair_scan, source, clip_folder, tokenizer):
     here = pair_scan(scored=True)
-    actual = here.scan(source, range(7), "data.source", 0.0, encode=False)
+    actual = here.scan(source, range(7), "data.source", 0.0)
     clip = CLIPModel.from_pretrained(clip_folder).eval()
     processor = CLIPImageProcessorPil.from_pretrained(clip_folder, size={"shortest_edge": 56}, crop_size=56)
     for row in (0, 6):
@@ -117,8 +114,8 @@ def test_scores_are_pickscores_own(pair_scan, source, clip_folder, tokenizer):
         assert (torch.tensor(actual.scores[row]) - expected).abs().max() < 5e-5  # of about 100
     entry = here.entries.cache.read(here.entries.scores(source, 6))["scores"]
     assert entry.tolist() == actual.scores[6]
-    assert pair_scan(scored=True).scan(source, range(7), "data.source", 0.0, encode=False) == actual
-    assert pair_scan(scored=True, cache=False).scan(source, range(7), "data.source", 0.0, encode=False) == actual
+    assert pair_scan(scored=True).scan(source, range(7), "data.source", 0.0) == actual
+    assert pair_scan(scored=True, cache=False).scan(source, range(7), "data.source", 0.0) == actual
 
 
 @pytest.mark.parametrize("tie", [0.0, 0.1, 0.9])
@@ -137,12 +134,12 @@ def test_broken_pairs_are_named_and_left_out_up_to_the_share(pair_scan, source, 
     (source.folder / source.paths[3][0]).write_bytes(b"not an image")
     (source.folder / source.paths[5][1]).unlink()
     here = pair_scan(cache=cache)
-    actual = here.scan(source, range(7), "data.source", 0.3, encode=cache)
+    actual = here.scan(source, range(7), "data.source", 0.3, encode=(PLAIN,) if cache else ())
     assert list(actual.scores) == [0, 1, 2, 4, 6]
     assert [line.split(": ")[0] for line in actual.broken] == ["pairs.jsonl line 4", "pairs.jsonl line 6"]
     words = r"2 of 7 pairs .*data\.max_broken = 0\.2; .*pairs\.jsonl line 4: images/3-0\.jpg"
     with pytest.raises(UserError, match=rf"^data\.source: .*{words}"):
-        here.scan(source, range(7), "data.source", 0.2, encode=cache)
+        here.scan(source, range(7), "data.source", 0.2, encode=(PLAIN,) if cache else ())
 
 
 def test_a_hopeless_source_is_given_up_early(pair_scan, source):
@@ -152,7 +149,7 @@ def test_a_hopeless_source_is_given_up_early(pair_scan, source):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(source), "images", lambda self, row: looked.append(row) or images(self, row))
         with pytest.raises(UserError, match="at least 2 of 7 pairs are broken"):
-            pair_scan(cache=False).scan(source, range(7), "data.source", 0.2, encode=False)
+            pair_scan(cache=False).scan(source, range(7), "data.source", 0.2)
     assert looked == [0, 1]
 
 

@@ -67,7 +67,7 @@ class JudgeTraining:
         self.views = heldout_views(config, sets.heldout, denoiser, judge, self.ranks)
         self.empty_prompt = denoiser.diffusion.encode([""])
         if sets.cached:
-            denoiser.release_encoders()
+            denoiser.diffusion.release_encoders()
         judge.clip.requires_grad_(True).train()
         self.trainable = TrainedJudge(judge)
         decided = [sum((view.labels[0] != view.labels[1]).sum() for view in self.views)]
@@ -138,7 +138,7 @@ class JudgeTraining:
         """Returns the VAE's mean and std (2, N, C, h, w) and the conditioning of a batch's rows, cached or computed."""
         diffusion, device = self.denoiser.diffusion, self.ranks.device
         if not self.sets.cached:
-            posterior = self.denoiser.posterior(images_of(pairs, rows, device))
+            posterior = diffusion.posterior(images_of(pairs, rows, device))
             return *posterior, diffusion.encode(pairs["caption"][rows])
         dtype = self.empty_prompt.text.dtype
         encoded = {name: pairs[name][rows].to(device, dtype) for name in ("text", "pooled") if name in pairs}

@@ -1,7 +1,8 @@
 """The columns that SPO reports: each with its form on the terminal, its curve, and the signs of trouble in it."""
 
 from ...runtime.columns import GRAD_NORM, PROMPTS, SHORT, UNSCORED, Column, Curve, Heatmap, Sign, Trend
-from ...runtime.signs import early_rows_empty, ends_above, ends_below, falls_below, late_rows_empty, stays_low
+from ...runtime.signs import early_rows_empty, ends_above, ends_below, falls_below, late_rows_empty
+from ..columns import ACCURACY, MARGIN
 
 COLUMNS = (
     PROMPTS,
@@ -63,34 +64,8 @@ COLUMNS = (
         not_drawn="The loss is left out on purpose: it stays near ln 2 = 0.693 whether a run works or not. Watch the "
         "judge's score instead.",
     ),
-    Column(
-        "margin",
-        heading="margin",
-        form="{:+.3f}",
-        drawn=Curve("Margin, winner over loser", "healthy: rises above 0 and stays there", limit=0.0),
-        signs=(
-            Sign(
-                stays_low(0.0),
-                "The margin is {:+.2g}, not above 0: the policy does not prefer the winners more than the reference "
-                "does. Try a larger optim.lr or more iterations.",
-                after=10,
-            ),
-        ),
-    ),
-    Column(
-        "accuracy",
-        heading="accuracy",
-        form="{:.0%}",
-        drawn=Curve("Implicit accuracy", "healthy: leaves 50% and stays above", limit=0.5, percent=True),
-        signs=(
-            Sign(
-                stays_low(0.52),
-                "Implicit accuracy is {:.0%}, no better than a coin: the policy has hardly taken up the judge's "
-                "preferences.",
-                after=10,
-            ),
-        ),
-    ),
+    MARGIN,
+    ACCURACY,
     Column(
         "clipped",
         heading="clipped",
