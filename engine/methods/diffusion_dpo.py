@@ -1,4 +1,4 @@
-"""Diffusion-DPO (arXiv 2311.12908): against the reference, the error of winners is to fall, and that of losers to rise."""
+"""Diffusion-DPO (arXiv 2311.12908): beside the reference, winners' errors fall and losers' rise."""
 
 from __future__ import annotations
 
