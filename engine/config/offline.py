@@ -1,4 +1,4 @@
-"""What the recipes of all methods that learn from labelled pairs of images have, and sample nothing while they train."""
+"""What the recipes of all methods have that learn from labelled pairs of images and sample nothing while they train."""
 
 from __future__ import annotations
 

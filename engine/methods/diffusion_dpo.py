@@ -1,4 +1,4 @@
-"""Diffusion-DPO (arXiv 2311.12908): the policy's error falls more for winners than for losers, beside the reference's."""
+"""Diffusion-DPO (arXiv 2311.12908): beside the reference, winners' errors fall and losers' rise."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def columns(*preferences: Column) -> tuple[Column, ...]:
 
 @dataclass(frozen=True, slots=True)
 class NoisedPairs:
-    """N pairs at their timesteps t (N,): x and what the model is to predict there, target (2, N, C, h, w), winner first.
+    """N pairs at timesteps t (N,): x and what is to be predicted there, target, both (2, N, C, h, w), winner first.
 
     cond: of the N prompts, some of them emptied.
     """
@@ -63,7 +63,7 @@ class NoisedPairs:
 
 
 class Offline:
-    """Loads pairs, noises them and lets the policy predict; the base of a method, which has the columns and the loss."""
+    """Loads pairs, noises them and lets the policy predict; a method adds its columns and its loss."""
 
     stage = "encode"
 
@@ -103,11 +103,9 @@ class Offline:
     def announce(self) -> None:
         """Prints on the first rank how many pairs there are, and names those that are broken."""
         if self.ranks.first:
-            data = self.data
-            print(
-                f"{len(data.pairs):,} pairs, {data.ties:,} ties and {data.left_out:,} other rows left out", flush=True
-            )
-            name_broken(data.broken, self.run_dir)
+            pairs, ties, others = len(self.data.pairs), self.data.ties, self.data.left_out
+            print(f"{pairs:,} pairs, {ties:,} ties and {others:,} other rows left out", flush=True)
+            name_broken(self.data.broken, self.run_dir)
 
     def batches(self, rows: Iterator[dict]) -> Iterator[NoisedPairs]:
         """Yields the micro-batches of an iteration, noised."""

@@ -10,7 +10,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from strop.engine.config.training import JudgeConfig, ModelConfig
 from strop.engine.data.pair_cache import PairCache
 from strop.engine.data.pair_files import open_source, resized
-from strop.engine.data.pair_scan import PLAIN, Entries, PairScan, ProgressLine, pickscore_labels
+from strop.engine.data.pair_scan import FLIPPED, PLAIN, Entries, PairScan, ProgressLine, pickscore_labels
 from strop.engine.errors import UserError
 from strop.engine.judge.model import StepAwarePreferenceModel
 from strop.engine.models.latent_diffusion import LatentDiffusion
@@ -62,6 +62,18 @@ def test_posteriors_are_kept_for_every_pair_and_made_once(pair_scan, source, mod
     pair_scan.encoded.clear()
     again = pair_scan().scan(source, range(7), "data.source", 0.0, encode=(PLAIN,))
     assert (again, pair_scan.encoded) == (actual, [])
+
+
+def test_flipped_images_have_entries_of_their_own_beside_those_that_are_there(pair_scan, source, models):
+    here = pair_scan()
+    here.scan(source, range(7), "data.source", 0.0, (PLAIN,))
+    pair_scan.encoded.clear()
+    here.scan(source, range(7), "data.source", 0.0, (PLAIN, FLIPPED))
+    assert pair_scan.encoded == [3, 3, 1]  # the flipped ones alone
+    images = torch.stack([resized(image, *SIZE) for image in source.images(5)]).unsqueeze(1)
+    mean, _ = models.diffusion.posterior(images.flip(-1))
+    entry = here.entries.cache.read(here.entries.latents(source, 5, SIZE, FLIPPED))
+    assert (entry["mean"] - mean[:, 0]).abs().max() < 5e-4 * mean.abs().max()
 
 
 def test_only_what_is_damaged_or_has_changed_is_made_anew(pair_scan, source, pair_files):
