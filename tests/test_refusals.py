@@ -63,7 +63,12 @@ REFUSALS = [
     ("train {pairs} data.source=nowhere:load", "data.source", "nowhere"),
     ("train {pairs} data.source=recipe_modules:ties", "data.source", "all 40 pairs", "ties"),
     ("train {pairs} data.source=strop.bench.tinyworld.pairs:load", "data.source", "(3, 64, 64)", "(3, 16, 16)"),
-    ("train {pairs} data.source={broken}/pairs.jsonl data.train=null", "data.source", "1 of 28", "data.max_broken"),
+    (
+        "train {pairs} data.source={broken}/pairs.jsonl data.train=null run.iterations=9",
+        "data.source",
+        "1 of 28",
+        "data.max_broken",
+    ),
     ("train {pairs} data.train=null", "data.train", "recipe_modules:pairs"),
     ("train {pairs} prompts.heldout=null", "prompts.heldout", "None"),
     ("train {pairs} prompts.train={overlap}", "prompts.train", "diffusion_dpo", "spo"),
@@ -239,7 +244,7 @@ BAD_FILES = [
     ("a.jsonl", "\n", LABELLED, "data.source", "{bad}", "no pair"),
     ("a.jsonl", '{"image_0": "a", "caption": "b", "label": 0}', LABELLED, "data.source", "line 1", "image_1"),
     ("a.jsonl", '{"image_0": "a", "image_1": "b", "caption": "c", "label": "tie"}', LABELLED, "{bad}", "ties"),
-    ("a.yaml", PAIRLESS, "train {bad}", "data is missing"),
+    ("a.yaml", PAIRLESS + "prompts: {heldout: h}", "train {bad}", "data is missing"),
     ("a.yaml", PAIRLESS + "data: {source: d}\nprompts: {}", "train {bad}", "prompts.heldout is missing"),
     *[
         ("pairs", pairs_of(make), f"{PAIRS}/p.jsonl", "data.source", "p.jsonl line 1: bad.png", *words)

@@ -50,7 +50,7 @@ def columns(*preferences: Column) -> tuple[Column, ...]:
 class NoisedPairs:
     """N pairs at timesteps t (N,): x and what is to be predicted there, target, both (2, N, C, h, w), winner first.
 
-    cond: of the N prompts, some of them emptied.
+    cond: of the N prompts, some of them emptied; its time_ids, where images are cropped, of the 2N images.
     """
 
     x: Tensor
@@ -189,7 +189,16 @@ class Offline:
         changed = {"text": torch.where(emptied[:, None, None], self.empty.text, cond.text)}
         if cond.pooled is not None:
             changed["pooled"] = torch.where(emptied[:, None], self.empty.pooled, cond.pooled)
+        if "frame" in pairs:
+            changed["time_ids"] = self.time_ids(pairs).to(cond.text.dtype)
         return replace(cond, **changed)
+
+    def time_ids(self, pairs: dict) -> Tensor:
+        """Returns original size, crop and target size of the images of a batch, (2N, 6), winners first."""
+        device = self.ranks.device
+        frames = winner_first(pairs["frame"].to(device).transpose(0, 1), labels_of(pairs, device)).flatten(0, 1)
+        target = torch.tensor(self.diffusion.image_size, device=device).expand(len(frames), 2)
+        return torch.cat([frames, target], dim=1)
 
 
 def winner_first(sides: Tensor, labels: Tensor) -> Tensor:

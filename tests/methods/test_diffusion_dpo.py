@@ -149,6 +149,8 @@ def test_pairs_of_the_cache_are_those_of_the_images(
         torch.testing.assert_close(getattr(a.cond, name), getattr(b.cond, name), rtol=1e-3, atol=1e-3)
         empty = (getattr(b.cond, name) == getattr(cached.empty, name)).flatten(1).all(1)
         assert 0 < empty.sum() < 7
+    whole = [[16, 16, 0, 0, 16, 16]] if family == "sdxl" else None
+    assert (None if a.cond.time_ids is None else a.cond.time_ids.tolist()) == whole
     assert cached.diffusion.text_encoders == []
     assert len(live.diffusion.text_encoders) == (1 if family == "sd15" else 2)
 

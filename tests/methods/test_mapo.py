@@ -90,6 +90,27 @@ def test_a_whole_iteration_is_the_unrolled_one(method_recipe, unrolled):
     fused.check_moved_as(loops, before)
 
 
+@pytest.mark.parametrize("cache", ["null", "{}/cache"])
+def test_sdxl_is_told_how_each_image_was_cropped(
+    method_recipe, unrolled, pair_files, tmp_path, tiny_sdxl_folder, cache
+):
+    """Images of 20 x 24 pixels, and winners of 30 x 20, become 16 x 16."""
+    rows = [row for row in pair_files.rows(4) if row["label_0"] != 0.5]
+    rows = [row | {"jpg_0": pair_files.jpeg(0.5, i, (30, 20)), "label_0": 1.0} for i, row in enumerate(rows)]
+    file = pair_files.jsonl(tmp_path / "pairs", rows)
+    keys = (f"model.path={tiny_sdxl_folder}", f"data.source={file}", f"data.cache={cache.format(tmp_path)}")
+    method = unrolled(method_recipe("mapo", *keys, "data.train=null")).method
+    (batch, *_) = method.batches(method.collect(0)[0])
+    expected = [[30, 20, 4, 0, 16, 16]] * 4 + [[20, 24, 0, 1, 16, 16]] * 4
+    assert batch.cond.time_ids.tolist() == expected
+    seen = []
+    method.policy.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["added_cond_kwargs"]["time_ids"]), with_kwargs=True
+    )
+    method.loss(batch)
+    assert [ids.tolist() for ids in seen] == [expected]
+
+
 def test_a_resumed_run_has_the_same_bits(method_recipe, tmp_path):
     folders = tmp_path / "whole", tmp_path / "parts"
     train.main(method_recipe("mapo", "run.iterations=3", f"run.dir={folders[0]}"))
