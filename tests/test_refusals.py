@@ -66,7 +66,7 @@ REFUSALS = [
     (
         "train {pairs} data.source={broken}/pairs.jsonl data.train=null run.iterations=9",
         "data.source",
-        "1 of 28",
+        "line 10",
         "data.max_broken",
     ),
     ("train {pairs} data.train=null", "data.train", "recipe_modules:pairs"),
