@@ -15,7 +15,7 @@ from strop.engine.plan.unit_costs import UNetCosts, UnitCosts, Weights
 GB = 1e9
 NO = Flops()
 UNET = UNetCosts(
-    *[NO] * 10,
+    *[NO] * 11,
     forward_peak=1 * GB,
     text_kv_bytes=0.0,
     merged_bytes=0.0,
@@ -34,10 +34,12 @@ def config(make_config):
 def measure():
     """measure(config, ranks) -> its memory: 8 images of 1 GB each at once, and 32 pairs."""
     costs = UnitCosts(
-        UNET, UNET, NO, 2 * GB, NO, 2 * GB, NO, 0.5 * GB, NO, 0.25 * GB, NO, NO, 1 * GB, NO, 1 * GB, WEIGHTS
+        *(UNET, UNET, NO, 2 * GB, NO, 2 * GB, NO, 0.5 * GB, NO, 0.5 * GB),
+        *(NO, 0.25 * GB, NO, NO, 1 * GB, NO, 1 * GB, WEIGHTS),
     )
     largest = Counter(guided=16, decode=8, judge=8)
-    counts = RowCounts(prompts=2, largest=largest, trained_pairs=32, rollout_pairs=32)
+    held = {"latents": 32 * 3, "other_bytes": 32 * (2 * 8 + 1), "exchanged": True}
+    counts = RowCounts(2, largest=largest, trained_rows=32, **held)
     builder = lambda config: SimpleNamespace(config=config, latent_shape=(4, 8, 8), size=(64, 64))
     return lambda config, ranks=1: memory_use(builder(config), counts, costs, ranks)
 

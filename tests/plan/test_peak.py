@@ -44,7 +44,7 @@ def test_prompts_and_their_pairs_take_what_the_plan_says(recipe, costs, monkeypa
     flops = stage_flops(builder, counts, costs)
     seconds = lambda flops: GPUS["a100"].seconds(flops, 1.0)
     update = seconds(flops.stages["update: policy"] + flops.stages["update: reference"])
-    assert pair * counts.rollout_pairs / counts.prompts == pytest.approx(update, rel=1e-9)
+    assert pair * counts.pairs / counts.prompts == pytest.approx(update, rel=1e-9)
     assert prompt == pytest.approx(seconds(flops.done) - seconds(flops.stages["text"]) - update, rel=1e-9)
     assert prompt > 0
 

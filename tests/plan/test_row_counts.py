@@ -28,8 +28,8 @@ def test_the_schedule_of_sd15(rows_of):
     assert counts.total("guided", TRUNK) == 10 * 2 * 5  # steps 0 to 4, both halves
     assert counts.total("guided", BRANCHES) == 10 * 4 * 2 * 15  # the last step is judged as it is
     assert counts.total("decode") == counts.total("judge") == 10 * 4 * 16
-    assert counts.trained_pairs == counts.rollout_pairs == 160
-    assert (counts.x_t_per_pair, counts.micro_batches) == (1, 16)
+    assert counts.trained_rows == counts.pairs == 160
+    assert (counts.x_t_per_row, counts.micro_batches) == (1, 16)
     assert counts.total("train") == counts.total("reference") == 160 * 2  # winner and loser share their latent
     assert counts.largest == {"guided": 80, "decode": 40, "judge": 40, "train": 20, "reference": 20}
     assert torch.equal(state, torch.random.get_rng_state())  # nothing global is drawn
@@ -40,7 +40,7 @@ def test_the_schedule_of_sdxl(rows_of):
     assert counts.total("guided", TRUNK) == 2 * 2 * 5
     assert counts.total("guided", BRANCHES) == 2 * 2 * 2 * 15
     assert counts.total("decode") == counts.total("judge") == 2 * 2 * 4
-    assert (counts.trained_pairs, counts.x_t_per_pair) == (32, 2)
+    assert (counts.trained_rows, counts.x_t_per_row) == (32, 2)
     assert counts.total("train") == counts.total("reference") == (8 * 1 + 24 * 2) * 2  # at a fork they share x_t
 
 
@@ -72,5 +72,5 @@ def test_what_a_key_changes(rows_of, keys, totals):
 
 def test_pairs_and_micro_batches_of_the_keys_of_the_update(rows_of):
     once, twice, half = rows_of(), rows_of(optim={"passes": 2}), rows_of(optim={"keep_pairs": 0.5})
-    assert (twice.micro_batches, twice.trained_pairs) == (2 * once.micro_batches, once.trained_pairs)
-    assert (half.rollout_pairs, half.trained_pairs) == (160, 80)
+    assert (twice.micro_batches, twice.trained_rows) == (2 * once.micro_batches, once.trained_rows)
+    assert (half.pairs, half.trained_rows) == (160, 80)
