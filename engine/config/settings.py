@@ -125,6 +125,17 @@ def varied(config: C, values: Mapping[str, Any]) -> C:
     return type(config).model_validate(tree)
 
 
+def accepts(config: Section, values: Mapping[str, Any]) -> bool:
+    """Returns whether a configuration has these dotted keys and may have these values of them."""
+    if values.keys() - set(keys(type(config))):
+        return False
+    try:
+        varied(config, values)
+    except ValueError:
+        return False
+    return True
+
+
 def recipes() -> list[str]:
     """Lists the names of the recipes that come with strop, such as tinyworld."""
     return sorted(file.stem for file in RECIPES.glob("*.yaml"))

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..config.offline import OfflineConfig
 from ..config.online import SamplingConfig
 from ..config.training import Config
+from ..data.decided_pairs import DecidedPairs, decided_pairs
 from ..judge.model import StepAwarePreferenceModel
 from ..models.base_model import load_unet
 from ..models.guided_unet import Savings
 from ..models.latent_diffusion import LatentDiffusion
 from ..models.policy import Policy, TrainedLora
+from ..runtime.ranks import Ranks
 from ..schedules.schedule import Schedule
 from ..speed.apply import prepare
 
@@ -47,3 +50,7 @@ class Models:
     def schedule(self, rollout: SamplingConfig) -> Schedule:
         """Builds the schedule of a rollout."""
         return self.diffusion.schedule(rollout.num_steps, rollout.eta, rollout.guidance)
+
+    def pairs(self, config: OfflineConfig, ranks: Ranks) -> DecidedPairs:
+        """Finds, checks and caches the labelled pairs of a recipe, as decided_pairs does."""
+        return decided_pairs(config, self.diffusion, ranks)

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..config.offline import OfflineConfig
-from ..data.decided_pairs import decided_pairs
 from ..data.embeddings import TrainingPrompts
 from ..data.pair_scan import name_broken
 from ..data.pair_sets import rank_batches
@@ -75,7 +74,7 @@ class Offline:
         self.config, self.policy, self.diffusion = config, models.policy, models.diffusion
         self.ranks, self.clock, self.counted = session.ranks, session.clock, session.live.counted
         self.trainable, self.run_dir = models.trainable, session.dir
-        self.data = decided_pairs(config, models.diffusion, session.ranks)
+        self.data = models.pairs(config, session.ranks)
         self.empty = models.diffusion.encode([""])
         if self.data.cached:
             models.diffusion.release_encoders()

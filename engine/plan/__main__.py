@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as rollout.k=2 model.unet_rows=8")
     parser.add_argument("--gpu", default="a100", help=f"one of {', '.join(GPUS)}")
     parser.add_argument("--gpus", type=int, default=1, help="how many of them")
-    parser.add_argument("--prompts", type=int, help="of the whole run, in place of run.iterations")
+    parser.add_argument("--prompts", type=int, help="of the whole run, or pairs, in place of run.iterations")
     parser.add_argument("--share", type=float, help=f"of the GPU's peak; {ASSUMED_SHARE} where none was measured")
     parser.add_argument("--family", help="of a model that is not on this machine, such as sd15")
     parser.add_argument("--json", metavar="FILE", help="write the plan there as JSON, too")

@@ -9,8 +9,7 @@ from __future__ import annotations
 from ..config.training import Config
 from .row_counts import RowCounts
 
-FLOAT = 4  # bytes; the LoRA, its gradients and latents are float32
-INT, BOOL = 8, 1
+FLOAT = 4  # bytes; the LoRA and its gradients are float32
 
 
 def zero_bytes(config: Config, counts: RowCounts, lora: int, ranks: int) -> float:
@@ -19,14 +18,12 @@ def zero_bytes(config: Config, counts: RowCounts, lora: int, ranks: int) -> floa
     Gradients are all-reduced at every optimizer step, and the parameters gathered after it.
     """
     gather = (ranks - 1) / ranks * FLOAT * lora
-    return gather * 3 * counts.micro_batches / config.optim.accumulate
-
-
-def pair_bytes(counts: RowCounts, latent: int) -> float:
-    """Returns the bytes of one preference pair whose latents have `latent` numbers each."""
-    return (counts.x_t_per_pair + 2) * latent * FLOAT + 2 * INT + BOOL
+    return gather * 3 * counts.micro_batches / config.accumulate
 
 
 def balance_bytes(counts: RowCounts, latent: int, ranks: int) -> float:
-    """Returns the bytes that a process receives when `balance` gathers all pairs; every process makes as many."""
-    return (ranks - 1) * counts.rollout_pairs * pair_bytes(counts, latent)
+    """Returns the bytes that a process receives when `balance` gathers all pairs; every process makes as many.
+
+    latent: numbers of a latent. They are 0 where each rank learns from what it collected itself.
+    """
+    return (ranks - 1) * counts.collected_bytes(latent) if counts.exchanged else 0

@@ -1,8 +1,9 @@
 """Estimates what a recipe costs before it runs.
 
-A plan has operations per prompt by stage, of strop and of the published code; memory by part, and keys to make it fit;
-hours and energy at a stated share of the GPU's peak; and how all of it scales. Everything is counted on meta tensors,
-in half a minute, on any machine and without a download. Hours are an estimate: nothing is timed here.
+A plan has operations by stage, per prompt, or per pair of a method that samples nothing, and beside a recipe with SPO's
+rollout those of SPO's published code; memory by part, and keys to make it fit; hours and energy at a stated share of
+the GPU's peak; and how all of it scales. Everything is counted on meta tensors, in half a minute, on any machine and
+without a download. Hours are an estimate: nothing is timed here.
 """
 
 from __future__ import annotations
@@ -11,9 +12,8 @@ import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ..config.methods.spo import SPOConfig
-from ..config.settings import varied
-from ..methods.spo.rollout import check_steps
+from ..config.settings import keys, varied
+from ..config.training import Config
 from ..models.families.base import Family
 from .fit import Fix, find_fixes
 from .flops import StageFlops, evaluation_flops, published_flops, published_recipe, stage_flops
@@ -32,11 +32,12 @@ RESULTS = Path(__file__).parents[2] / "bench" / "results"
 class Plan:
     """All numbers that are printed.
 
-    share: of the GPU's peak; share_source: where that number comes from. published: the authors' code with its own
-    rollout; published_same_rollout: with this recipe's, None where they are the same. fixes: keys that make it fit;
+    share: of the GPU's peak; share_source: where that number comes from. items: prompts of the whole run, or pairs, as
+    counts.item says. published: SPO's authors' code with its own rollout, None for a recipe without SPO's rollout;
+    published_same_rollout: with this recipe's, None where they are the same. fixes: keys that make it fit;
     fixed_memory: the memory with them. memory_without_checkpointing: None for a recipe without gradient
     checkpointing. evaluation_hours: of drawing the held-out prompts twice. k, inner_steps, resolution, by_gpus: rows of
-    scaling.py.
+    scaling.py, none for keys that the recipe's method lacks.
     """
 
     recipe: str
@@ -46,10 +47,10 @@ class Plan:
     share: float
     share_source: str
     iterations: int
-    prompts: int
+    items: int
     counts: RowCounts
     flops: StageFlops
-    published: StageFlops
+    published: StageFlops | None
     published_same_rollout: StageFlops | None
     memory: MemoryUse
     fixes: list[Fix]
@@ -89,30 +90,31 @@ class Plan:
 class PlanOptions:
     """Options of the command line beside the recipe and its GPUs; None leaves them to the plan.
 
-    prompts: of the whole run; share: of the GPU's peak; family: of a model that is not on this machine.
+    items: prompts, or pairs, of the whole run; share: of the GPU's peak; family: of a model that is not here.
     """
 
-    prompts: int | None = None
+    items: int | None = None
     share: float | None = None
     family: Family | None = None
 
 
-def make_plan(config: SPOConfig, recipe: str, gpu_key: str, gpus: int, options: PlanOptions = PlanOptions()) -> Plan:
+def make_plan(config: Config, recipe: str, gpu_key: str, gpus: int, options: PlanOptions = PlanOptions()) -> Plan:
     """Returns the plan of a recipe on so many GPUs of one kind. recipe: its name; gpu_key: a key of gpus.GPUS.
 
-    Raises UserError for an unknown GPU, and where the recipe's model or steps are none that strop trains.
+    Raises UserError for an unknown GPU, and where model or method refuse the recipe.
     """
     gpu, builder = find_gpu(gpu_key), ModelBuilder.of(config, options.family)
     schedule = builder.schedule("cpu")
-    check_steps(config.rollout, schedule)
-    networks = Networks.of(builder)
-    counts, costs = count_rows(config, schedule), unit_costs(builder, networks)
+    counts, networks = count_rows(config, schedule), Networks.of(builder)
+    costs = unit_costs(builder, networks)
     share, share_source = _share(options.share, gpu_key, recipe)
     throughput = Throughput(gpu, share)
-    prompts = options.prompts or config.run.iterations * config.rollout.prompts * gpus
-    published, same_rollout = (published_flops(recipe, costs) for recipe in (published_recipe(builder), builder))
+    items = options.items or config.run.iterations * counts.items * gpus
+    published = same_rollout = None
+    if "rollout.k" in keys(type(config)):
+        published, same_rollout = (published_flops(recipe, costs) for recipe in (published_recipe(builder), builder))
 
-    def measure(changed: SPOConfig) -> MemoryUse:
+    def measure(changed: Config) -> MemoryUse:
         return memory_use(replace(builder, config=changed), count_rows(changed, schedule), costs, gpus)
 
     fixes, fixed_memory = find_fixes(config, measure, gpu.memory * 1e9 - RESERVE)
@@ -124,8 +126,8 @@ def make_plan(config: SPOConfig, recipe: str, gpu_key: str, gpus: int, options: 
         gpus=gpus,
         share=share,
         share_source=share_source,
-        iterations=math.ceil(prompts / (counts.prompts * gpus)),
-        prompts=prompts,
+        iterations=math.ceil(items / (counts.items * gpus)),
+        items=items,
         counts=counts,
         flops=stage_flops(builder, counts, costs),
         published=published,
@@ -134,12 +136,12 @@ def make_plan(config: SPOConfig, recipe: str, gpu_key: str, gpus: int, options: 
         fixes=fixes,
         fixed_memory=fixed_memory,
         memory_without_checkpointing=measure(varied(config, {CHECKPOINTING: False})) if checkpointing else None,
-        run=along_gpus(builder, counts, costs, throughput, prompts, [gpus])[0],
+        run=along_gpus(builder, counts, costs, throughput, items, [gpus])[0],
         evaluation_hours=throughput.seconds(evaluation_flops(config, costs)) / gpus / 3600,
         k=along_k(builder, costs, gpus),
         inner_steps=along_inner_steps(builder, costs, gpus),
         resolution=along_resolution(builder, networks, costs, gpus),
-        by_gpus=along_gpus(builder, counts, costs, throughput, prompts),
+        by_gpus=along_gpus(builder, counts, costs, throughput, items),
     )
 
 
@@ -162,7 +164,7 @@ def as_json(plan: Plan) -> dict:
         "plain": flops.plain,
     }
     bytes_of = lambda memory: {"parts": memory.parts, "phases": memory.phases, "peak": memory.peak}
-    same_rollout = plan.published_same_rollout
+    published, same_rollout, item = plan.published, plan.published_same_rollout, plan.counts.item
     return {
         "recipe": plan.recipe,
         "architecture": plan.source,
@@ -171,10 +173,10 @@ def as_json(plan: Plan) -> dict:
         "share_of_peak": plan.share,
         "share_from": plan.share_source,
         "iterations": plan.iterations,
-        "prompts": plan.prompts,
-        "flop_per_prompt": operations(plan.flops),
-        "flop_per_prompt_published": operations(plan.published),
-        "flop_per_prompt_published_same_rollout": operations(same_rollout) if same_rollout else None,
+        f"{item}s": plan.items,
+        f"flop_per_{item}": operations(plan.flops),
+        f"flop_per_{item}_published": operations(published) if published else None,
+        f"flop_per_{item}_published_same_rollout": operations(same_rollout) if same_rollout else None,
         "memory": bytes_of(plan.memory),
         "fits": plan.fits,
         "fixes": [asdict(fix) for fix in plan.fixes],

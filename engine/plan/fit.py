@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from ..config.methods.spo import SPOConfig
-from ..config.settings import varied
+from ..config.settings import accepts, varied
+from ..config.training import Config
+from ..errors import UserError
 from .memory import MemoryUse
 
-Settings = dict[str, int | bool]
-Measure = Callable[[SPOConfig], MemoryUse]
+Settings = dict[str, int | bool | str]
+Measure = Callable[[Config], MemoryUse]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class Fix:
     after: float
 
 
-def find_fixes(config: SPOConfig, measure: Measure, available: float) -> tuple[list[Fix], MemoryUse]:
+def find_fixes(config: Config, measure: Measure, available: float) -> tuple[list[Fix], MemoryUse]:
     """Returns the fixes that make the recipe fit into `available` bytes, or almost, and the memory used with them."""
     memory, fixes = measure(config), []
     while memory.peak > available:
@@ -39,13 +40,16 @@ def find_fixes(config: SPOConfig, measure: Measure, available: float) -> tuple[l
     return _without_overridden(fixes), memory
 
 
-def _best_fix(config: SPOConfig, memory: MemoryUse, measure: Measure, available: float) -> Fix | None:
+def _best_fix(config: Config, memory: MemoryUse, measure: Measure, available: float) -> Fix | None:
     """Returns the mildest change that makes the largest phase fit; where none does, the one after which the phase is
     smallest, or None where nothing makes it smaller."""
     phase, before = memory.peak_phase, memory.peak
     best = None
     for settings in options(phase, config):
-        after = measure(varied(config, settings)).phases[phase]
+        try:
+            after = measure(varied(config, settings)).phases[phase]
+        except UserError:  # the method refuses them
+            continue
         if after < (best.after if best else before):
             best = Fix(settings, phase, before, after)
         if best and best.after <= available:
@@ -53,8 +57,12 @@ def _best_fix(config: SPOConfig, memory: MemoryUse, measure: Measure, available:
     return best
 
 
-def options(phase: str, config: SPOConfig) -> Iterator[Settings]:
-    """Yields settings that may make a phase smaller, the mildest first."""
+def options(phase: str, config: Config) -> Iterator[Settings]:
+    """Yields settings that may make a phase smaller and that the recipe's method has, the mildest first."""
+    yield from (settings for settings in _candidates(phase, config) if accepts(config, settings))
+
+
+def _candidates(phase: str, config: Config) -> Iterator[Settings]:
     model, optim = config.model, config.optim
     if phase == "rollout: UNet":
         yield from ({"model.unet_rows": rows} for rows in (64, 32, 16, 8, 4, 2) if rows < (model.unet_rows or 65))
@@ -64,10 +72,10 @@ def options(phase: str, config: SPOConfig) -> Iterator[Settings]:
         yield from ({"evaluate.batch": batch} for batch in (32, 16, 8, 4, 2, 1) if batch < config.evaluate.batch)
     if phase == "update" and not model.gradient_checkpointing:
         yield {"model.gradient_checkpointing": True}
-    elif phase == "update":
-        smaller = [size for size in range(optim.micro_batch - 1, 0, -1) if optim.micro_batch % size == 0]
-        for size in smaller:
-            yield {"optim.micro_batch": size, "optim.accumulate": optim.accumulate * optim.micro_batch // size}
+    elif phase in ("update", "encode"):
+        for size in [size for size in range(optim.micro_batch - 1, 0, -1) if optim.micro_batch % size == 0]:
+            accumulate = {"optim.accumulate": config.accumulate * optim.micro_batch // size}
+            yield {"optim.micro_batch": size} | (accumulate if hasattr(optim, "accumulate") else {})
     if phase == "update" and config.zero.stage == 1:
         yield {"zero.stage": 2}
 

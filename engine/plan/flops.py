@@ -1,7 +1,8 @@
 """Computes the floating-point operations of an iteration by stage: rows (row_counts.py) times costs (unit_costs.py).
 
-The same is counted for the published code. Only matrix products and convolutions count. A prompt is taken to be encoded
-once for every time it is used, and the judge's modulation, which strop caches for a whole run, is left out.
+The same is counted for SPO's published code. Only matrix products and convolutions count. A prompt is taken to be
+encoded once for every time it is used, a pair that is cached before the loop not at all. The judge's modulation, which
+strop caches for a whole run, is left out; a scorer that gives rewards counts as the judge.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ..config.methods.spo import SPOConfig
-from ..config.settings import varied
+from ..config.settings import keys, varied
+from ..config.training import Config
 from .meta_models import ModelBuilder
 from .meter import Flops
 from .row_counts import RowCounts, count_rows
 from .unit_costs import UNetCosts, UnitCosts
 
-STAGES = ("text", "trunk", "branches", "decode", "judge", "update: policy", "update: reference")
+STAGES = ("text", "encode", "trunk", "branches", "decode", "judge")
+STAGES += ("update: policy", "update: reference", "update: other forwards")
 RECOMPUTED = "recomputed"
 NONE = Flops()
 PUBLISHED = {"num_steps": 20, "t_range": (0, 751), "guidance": 5.0}  # in the authors' code, whatever the family
@@ -25,10 +28,10 @@ EXACT |= {"optim.passes": 1, "optim.keep_pairs": 1.0}
 
 @dataclass(frozen=True, slots=True)
 class StageFlops:
-    """Operations per prompt.
+    """Operations per prompt, or per pair, as RowCounts.item says.
 
-    stages: by name; the names are STAGES and, with gradient checkpointing, RECOMPUTED. plain: the sum of STAGES without
-    what the LoRA adds, and with a backward pass counted as one forward.
+    stages: by name, those of STAGES that there are and, with gradient checkpointing, RECOMPUTED. plain: the sum of
+    STAGES without what the LoRA adds, and with a backward pass counted as one forward.
     """
 
     stages: dict[str, Flops]
@@ -37,7 +40,7 @@ class StageFlops:
     @property
     def needed(self) -> Flops:
         """The sum without what gradient checkpointing computes again."""
-        return sum((self.stages[name] for name in STAGES), Flops())
+        return sum((flops for name, flops in self.stages.items() if name != RECOMPUTED), Flops())
 
     @property
     def done(self) -> Flops:
@@ -50,9 +53,9 @@ class OtherWork:
     """Work of an iteration besides the forwards of its rollout.
 
     text: by the text encoders, the judge's included. text_kv, text_kv_base: keys and values of the text and merging the
-    LoRA into the weights, with and without the LoRA. images: decoding. scores: by the judge. train, reference: UNet
-    rows that are trained on and that the reference computes. recompute: of one row, by gradient checkpointing; None
-    without it.
+    LoRA into the weights, with and without the LoRA. encoded: by text encoders and VAE within the loop. images:
+    decoding. scores: by the judge. train, reference, forward: UNet rows of the update that are trained on, that the
+    reference computes, and others. recompute: of one row, by gradient checkpointing; None without it.
     """
 
     text: Flops
@@ -60,6 +63,8 @@ class OtherWork:
     scores: Flops
     train: int
     reference: int
+    forward: int = 0
+    encoded: Flops = NONE
     text_kv: Flops = NONE
     text_kv_base: Flops = NONE
     recompute: Flops | None = None
@@ -68,14 +73,17 @@ class OtherWork:
 def stage_flops(builder: ModelBuilder, counts: RowCounts, costs: UnitCosts) -> StageFlops:
     """Returns the operations of a recipe as strop runs it, where every pair is sure enough to be trained on."""
     unet, config = costs.unet, builder.config
-    cached_texts = counts.prompts + 1 if config.rollout.text_kv else 0
+    cached_texts = counts.prompts + 1 if counts.prompts and config.text_kv else 0
+    texts = counts.total("text") + (0 if builder.zero_null else counts.total("empty text"))
     other = OtherWork(
         text=costs.text * encoded_prompts(builder) + costs.judge_text * counts.prompts,
         images=costs.decode * counts.total("decode"),
         scores=costs.judge * counts.total("judge"),
         train=counts.total("train"),
         reference=counts.total("reference"),
-        text_kv=unet.text_kv * cached_texts + unet.merge,
+        forward=counts.total("forward"),
+        encoded=costs.encode * counts.total("encode") + costs.text * texts,
+        text_kv=unet.text_kv * cached_texts + unet.merge * bool(counts.prompts),
         text_kv_base=unet.text_kv_base * cached_texts,
         recompute=unet.recompute if config.model.gradient_checkpointing else None,
     )
@@ -83,15 +91,16 @@ def stage_flops(builder: ModelBuilder, counts: RowCounts, costs: UnitCosts) -> S
 
 
 def published_flops(builder: ModelBuilder, costs: UnitCosts) -> StageFlops:
-    """Returns the operations of a recipe as the authors' code would run it, with every pair and no checkpointing.
+    """Returns the operations of a recipe as SPO's authors' code would run it, with every pair and no checkpointing.
 
+    The recipe is one of SPO, or of a method with the same rollout.
     Winner and loser are computed in separate calls, a second UNet is the reference, and the judge's text tower and
     modulation run for every candidate at every event. None of the recipe's approximations is used.
     """
-    builder = replace(builder, config=varied(builder.config, EXACT))
+    builder = replace(builder, config=varied(spo_recipe(builder.config), EXACT))
     counts = count_rows(builder.config, builder.schedule("cpu"))
     candidates = counts.total("judge")
-    update_rows = 2 * (2 if builder.config.optim.guided else 1) * counts.trained_pairs
+    update_rows = 2 * (2 if builder.config.optim.guided else 1) * counts.trained_rows
     other = OtherWork(
         text=costs.text * encoded_prompts(builder) + costs.judge_text * candidates,
         images=costs.decode_published * candidates,
@@ -104,7 +113,8 @@ def published_flops(builder: ModelBuilder, costs: UnitCosts) -> StageFlops:
 
 def encoded_prompts(builder: ModelBuilder) -> int:
     """Returns how many prompts the text encoders see in an iteration, the empty one included where it is encoded."""
-    return builder.config.rollout.prompts + (not builder.zero_null)
+    prompts = builder.config.prompts_per_iteration
+    return prompts + (prompts > 0 and not builder.zero_null)
 
 
 def _stage_flops(counts: RowCounts, unet: UNetCosts, other: OtherWork) -> StageFlops:
@@ -112,25 +122,33 @@ def _stage_flops(counts: RowCounts, unet: UNetCosts, other: OtherWork) -> StageF
         unet.guided * counts.total("guided", stage) + unet.unguided * counts.total("unguided", stage)
     )
     rollout = sampled("rollout/trunk"), sampled("rollout/branches")
-    update = unet.train * other.train, unet.reference * other.reference
-    by_stage = (other.text + other.text_kv, *rollout, other.images, other.scores, *update)
-    stages = dict(zip(STAGES, by_stage, strict=True))
+    update = unet.train * other.train, unet.reference * other.reference, unet.forward * other.forward
+    by_stage = (other.text + other.text_kv, other.encoded, *rollout, other.images, other.scores, *update)
+    stages = {name: flops for name, flops in zip(STAGES, by_stage, strict=True) if flops.all}
     if other.recompute is not None:
         stages[RECOMPUTED] = other.recompute * other.train
     base = unet.guided_base * counts.total("guided") + unet.unguided_base * counts.total("unguided")
-    base += unet.reference * (2 * other.train + other.reference)
-    plain = other.text + other.text_kv_base + other.images + other.scores + base
-    per_prompt = 1 / counts.prompts
-    return StageFlops({name: flops * per_prompt for name, flops in stages.items()}, plain.all * per_prompt)
+    base += unet.reference * (2 * other.train + other.reference + other.forward)
+    plain = other.text + other.text_kv_base + other.encoded + other.images + other.scores + base
+    per_item = 1 / counts.items
+    return StageFlops({name: flops * per_item for name, flops in stages.items()}, plain.all * per_item)
+
+
+def spo_recipe(config: Config) -> SPOConfig:
+    """Returns the recipe of SPO with the same keys, of a recipe that has all of SPO's."""
+    tree = config.model_dump() | {"method": "spo"}
+    for section, _, key in (key.partition(".") for key in {*keys(type(config))} - {*keys(SPOConfig)}):
+        del tree[section][key]
+    return SPOConfig.model_validate(tree)
 
 
 def published_recipe(builder: ModelBuilder) -> ModelBuilder:
-    """Returns the same models and resolution with the rollout of the authors' code."""
+    """Returns the same models and resolution with the rollout of the code of SPO's authors."""
     rollout = {f"rollout.{key}": value for key, value in (PUBLISHED | builder.family.published_rollout).items()}
-    return replace(builder, config=varied(builder.config, EXACT | rollout | {"optim.guided": True}))
+    return replace(builder, config=varied(spo_recipe(builder.config), EXACT | rollout | {"optim.guided": True}))
 
 
-def evaluation_flops(config: SPOConfig, costs: UnitCosts) -> Flops:
+def evaluation_flops(config: Config, costs: UnitCosts) -> Flops:
     """Returns the operations of all evaluation of a run, in all processes: the held-out prompts are drawn twice, by the
     base and by the tuned model."""
     evaluate = config.evaluate

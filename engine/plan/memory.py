@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .communication import FLOAT, pair_bytes
+from .communication import FLOAT
 from .meta_models import ModelBuilder
-from .row_counts import RowCounts
+from .row_counts import TEXT_ENCODERS, VAE_ENCODER, RowCounts
 from .unit_costs import UnitCosts
 
 RESERVE = 1.5e9  # bytes
@@ -40,40 +40,47 @@ def memory_use(builder: ModelBuilder, counts: RowCounts, costs: UnitCosts, ranks
     """Returns the memory that one of `ranks` processes takes, each on its own GPU."""
     config, weights = builder.config, costs.weights
     lora, latent = FLOAT * weights.lora, math.prod(builder.latent_shape)
+    encoders = {TEXT_ENCODERS: weights.text_encoders, VAE_ENCODER: weights.vae_encoder}
+    named = lambda part: part if counts.total("encode") else f"{part}, which training does not use"
     models = {
         "UNet": weights.unet,
         "VAE decoder": weights.vae_decoder,
-        "VAE encoder, which training does not use": weights.vae_encoder,
+        **{named(part): encoders[part] for part in counts.kept},
         **({"tiny decoder": weights.tiny_decoder} if weights.tiny_decoder else {}),
         "judge": weights.judge,
         "LoRA": lora,
+        **({"average of the LoRA": lora * counts.lora_copies} if counts.lora_copies else {}),
     }
-    scorers = sum(SCORERS.get(spec.partition("=")[0], 0.0) for spec in config.evaluate.scorers)
+    specs = [*config.evaluate.scorers, *filter(None, [config.rewarded_by])]
+    scorers = sum(SCORERS.get(spec.partition("=")[0], 0.0) for spec in specs)
     if scorers:
         models["scorers"] = scorers
     master = lora / ranks if ranks > 1 else 0  # DeepSpeed's copy of the parameters that a process updates
     parts = models | {"optimizer state": 2 * lora / ranks + master}
     resident = sum(parts.values())
-    pairs = counts.rollout_pairs * pair_bytes(counts, latent)
-    gradients = gradient_bytes(config.zero.stage, lora, ranks, config.optim.accumulate)
+    rows = counts.collected_bytes(latent)
+    gradients = gradient_bytes(config.zero.stage, lora, ranks, config.accumulate)
     largest, images = counts.largest, costs.image_bytes * counts.largest["decode"]
-    sampling = costs.unet.text_kv_bytes * (counts.prompts + 1) + costs.unet.merged_bytes + pairs
+    sampling = costs.unet.text_kv_bytes * (counts.prompts + 1) + costs.unet.merged_bytes + rows
     decode = decoding_bytes(costs.decode_peak, costs.image_bytes, largest["decode"], config.model.decode_rows)
     unet_rows = max(largest["guided"], largest["unguided"])
     unet_rows = min(unet_rows, config.model.unet_rows or unet_rows)
     update = costs.unet.checkpointed_peak if config.model.gradient_checkpointing else costs.unet.update_peak
-    towers = weights.text_encoders + weights.judge_text
+    released = sum(encoders.values()) - sum(encoders[part] for part in counts.kept)
+    loaded = sum(models.values()) + released + weights.judge_text
     phases = {
-        "embedding the prompts": sum(models.values()) + towers + max(costs.text_peak, costs.judge_text_peak),
+        "embedding the prompts": loaded + max(costs.text_peak, costs.judge_text_peak),
+        "encode": resident + gradients + max(costs.encode_peak * largest["encode"], costs.text_peak),
         "rollout: UNet": resident + sampling + costs.unet.forward_peak * unet_rows,
         "rollout: decode": resident + sampling + decode,
         "rollout: judge": resident + sampling + images + costs.judge_peak * largest["judge"],
-        "update": resident + gradients + 2 * pairs + update * update_rows(builder, counts),
+        "update": resident + gradients + 2 * rows + update * update_rows(builder, counts),
         "evaluation": resident + evaluation_bytes(builder, costs),
+        "balance of pairs": resident + (2 * ranks + 1) * rows,
     }
-    if ranks > 1:
-        phases["balance of pairs"] = resident + (2 * ranks + 1) * pairs
-    return MemoryUse(parts, phases)
+    absent = {"encode": not largest["encode"], "balance of pairs": ranks == 1 or not counts.exchanged}
+    absent |= {phase: not counts.prompts for phase in phases if phase.startswith("rollout")}
+    return MemoryUse(parts, {phase: size for phase, size in phases.items() if not absent.get(phase)})
 
 
 def gradient_bytes(stage: int, lora: float, ranks: int, accumulate: int) -> float:
@@ -88,10 +95,9 @@ def gradient_bytes(stage: int, lora: float, ranks: int, accumulate: int) -> floa
 
 
 def update_rows(builder: ModelBuilder, counts: RowCounts) -> int:
-    """Returns the most rows that a micro-batch can put through the UNet; with several inner steps, all of its pairs may
-    have two latents x_t."""
+    """Returns the most rows that a micro-batch can put through the UNet: with gradients, all may have two latents."""
     halves = 2 if builder.config.guided_update else 1
-    return halves * min(builder.config.optim.micro_batch, counts.rollout_pairs) * counts.x_t_per_pair
+    return halves * min(builder.config.optim.micro_batch, counts.trained_rows) * counts.x_t_per_row
 
 
 def decoding_bytes(peak: float, image: float, latents: int, at_once: int | None) -> float:

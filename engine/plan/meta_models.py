@@ -17,8 +17,8 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from ..config.methods.spo import SPOConfig
-from ..config.training import JudgeConfig, ModelConfig
+from ..config.online import OnlineConfig, SamplingConfig
+from ..config.training import Config, JudgeConfig, ModelConfig
 from ..errors import UserError
 from ..judge.clip import TimeConditionedCLIP
 from ..judge.model import StepAwarePreferenceModel
@@ -43,7 +43,7 @@ class ModelBuilder:
     from, in words; device: where networks are built.
     """
 
-    config: SPOConfig
+    config: Config
     family: Family
     parts: dict[str, dict]
     judge_config: CLIPConfig
@@ -51,7 +51,7 @@ class ModelBuilder:
     device: torch.device | str = "meta"
 
     @classmethod
-    def of(cls, config: SPOConfig, family: Family | None = None, device: torch.device | str = "meta") -> ModelBuilder:
+    def of(cls, config: Config, family: Family | None = None, device: torch.device | str = "meta") -> ModelBuilder:
         """Reads the configurations. family: of a model that is not on this machine; None guesses it from the name.
 
         Raises UserError where the files are of no model that strop trains.
@@ -72,7 +72,7 @@ class ModelBuilder:
 
     def decoder(self) -> TinyDecoder | None:
         """Builds rollout.decoder, None where there is none; a hub id is taken to be of TAESD's architecture."""
-        path = self.config.rollout.decoder
+        path = self.config.models_read.get("rollout.decoder")
         if path is None:
             return None
         folder = Path(path)
@@ -105,8 +105,9 @@ class ModelBuilder:
             return nn.Module.to(make(), dtype)  # diffusers' own `to` warns of parts in float32, though there are none
 
     def schedule(self, device: str) -> Schedule:
-        """Returns the schedule of the rollout."""
-        rollout, scheduler = self.config.rollout, DDIMScheduler.from_config(self.parts["scheduler"])
+        """Returns the schedule of the rollout, where there is none one of the default steps."""
+        rollout = self.config.rollout if isinstance(self.config, OnlineConfig) else SamplingConfig()
+        scheduler = DDIMScheduler.from_config(self.parts["scheduler"])
         return ddim_schedule(scheduler, rollout.num_steps, rollout.eta, rollout.guidance, device)
 
     def conditioning(self, prompts: int) -> Conditioning:

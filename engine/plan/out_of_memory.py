@@ -5,20 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 
+from ..config.settings import accepts
 from ..config.training import Config
 from ..errors import UserError
 from ..runtime.checkpoint import Recipe, last_checkpoint
 from ..runtime.session import Session
-from .fit import options
+from .fit import Settings, options
 
 PHASES = {  # of fit.py, by the clock's stages
     "rollout": "rollout: UNet",
     "rollout/trunk": "rollout: UNet",
     "rollout/branches": "rollout: UNet",
     "rollout/decode": "rollout: decode",
+    "encode": "encode",
     "evaluate": "evaluation",
     "update": "update",
 }
@@ -46,5 +49,14 @@ def keys(config: Recipe, stage: str) -> list[str]:
         batch, accumulate = config.optim.batch, config.optim.accumulate
         smaller = {"optim.batch": max(1, batch // 2), "optim.accumulate": accumulate * 2}
         return [f"{key}={value}" for key, value in smaller.items()]
-    mildest = next(options(PHASES.get(stage, ""), config), {"rollout.prompts": max(1, config.rollout.prompts // 2)})
+    mildest = next(chain(options(PHASES.get(stage, ""), config), _last_resorts(config)))
     return [f"{key}={str(value).lower()}" for key, value in mildest.items()]
+
+
+def _last_resorts(config: Config) -> Iterator[Settings]:
+    """Yields settings that take less memory in all stages, and change the numbers."""
+    fewer = ({"rollout.prompts": prompts} for prompts in range(config.prompts_per_iteration // 2, 0, -1))
+    yield from (settings for settings in fewer if accepts(config, settings))
+    if config.model.dtype == "float32":
+        yield {"model.dtype": "float16"}
+    yield {"lora.rank": max(1, config.lora.rank // 2)}

@@ -15,7 +15,7 @@ import sys
 import torch
 
 from ..config.find import config_of
-from ..config.methods.spo import SPOConfig
+from ..config.training import Config
 from ..models.base_model import quiet_libraries
 from ..models.families.base import Family
 from ..models.families.find import family_named
@@ -26,11 +26,10 @@ from .meter import Flops
 from .row_counts import count_rows
 from .unit_costs import Networks, unit_costs
 
-ROLLOUT = ("trunk", "branches", "decode", "judge")
-UPDATE = ("update: policy", "update: reference", RECOMPUTED)
+UPDATE = ("update: policy", "update: reference", "update: other forwards", RECOMPUTED)
 
 
-def seconds_at_peak(config: SPOConfig, family: Family, device: torch.device) -> dict[str, float]:
+def seconds_at_peak(config: Config, family: Family, device: torch.device) -> dict[str, float]:
     """Returns seconds_on of this device, counted in another process, which takes about half a minute.
 
     The result is empty where run.share_of_peak is false, on a CPU, and for a GPU that GPUS does not have. Raises
@@ -48,20 +47,23 @@ def seconds_at_peak(config: SPOConfig, family: Family, device: torch.device) -> 
     return json.loads(answer.stdout.splitlines()[-1])
 
 
-def seconds_on(gpu: Gpu, config: SPOConfig, family: Family) -> dict[str, float]:
-    """Returns seconds at the GPU's peak: `prompts` for the rollout of one prompt, `pairs` for the update by one pair.
+def seconds_on(gpu: Gpu, config: Config, family: Family) -> dict[str, float]:
+    """Returns seconds at the GPU's peak: `prompts` to collect from one prompt, `pairs` for the update by one pair.
 
     family: of the base model. `pairs` is the time of an iteration's update, all passes included, over the number of
-    all pairs that its rollout can make, those included that optim.keep_pairs drops.
+    all pairs that it can collect, those included that optim.keep_pairs drops. Where a run reports no pairs, the update
+    is in `prompts`.
     """
     builder = ModelBuilder.of(config, family)
     counts = count_rows(config, builder.schedule("cpu"))
     stages = stage_flops(builder, counts, unit_costs(builder, Networks.of(builder))).stages
-    rollout, update = (
-        gpu.seconds(sum((stages[name] for name in names if name in stages), Flops()), share=1.0)
-        for names in (ROLLOUT, UPDATE)
-    )
-    return {"prompts": rollout, "pairs": update * counts.prompts / counts.rollout_pairs}
+    stages.pop("text", None)
+    seconds = lambda parts: gpu.seconds(sum(parts, Flops()), share=1.0)
+    update = seconds(stages.pop(name) for name in UPDATE if name in stages)
+    collect = seconds(stages.values())
+    if not counts.pairs:
+        return {"prompts": collect + update}
+    return {"prompts": collect, "pairs": update * counts.items / counts.pairs}
 
 
 def main() -> None:

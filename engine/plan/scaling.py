@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from ..config.settings import varied
+from ..config.settings import accepts, keys, varied
+from ..errors import UserError
 from .communication import balance_bytes, zero_bytes
 from .flops import stage_flops
 from .gpus import Throughput
@@ -20,13 +22,13 @@ GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 
 @dataclass(frozen=True, slots=True)
 class RecipeRow:
-    """A recipe with another value of one key, or the recipe itself: operations done per prompt, pairs per prompt, and
-    bytes at the peak."""
+    """A recipe with another value of one key, or the recipe itself: operations done and rows to train on, per prompt or
+    pair, and bytes at the peak."""
 
     value: str
     is_recipe: bool
     flops: float
-    pairs: float
+    rows: float
     peak: float
 
 
@@ -49,19 +51,12 @@ class GpuRow:
 
 def along_k(builder: ModelBuilder, costs: UnitCosts, ranks: int) -> list[RecipeRow]:
     """Returns the rows of k = 2, 4, 8 and of the recipe's own k."""
-    recipe_k = builder.config.rollout.k
-    values = sorted({2, 4, 8, recipe_k})
-    return [_recipe_row(_varied(builder, {"rollout.k": k}), str(k), k == recipe_k, costs, ranks) for k in values]
+    return _along(builder, "rollout.k", (2, 4, 8), costs, ranks)
 
 
 def along_inner_steps(builder: ModelBuilder, costs: UnitCosts, ranks: int) -> list[RecipeRow]:
     """Returns the rows of segments of 1, 2, 4, 8 steps and of the recipe's own length."""
-    recipe_steps = builder.config.rollout.inner_steps
-    rows = []
-    for steps in sorted({1, 2, 4, 8, recipe_steps}):
-        changed = _varied(builder, {"rollout.inner_steps": steps})
-        rows.append(_recipe_row(changed, str(steps), steps == recipe_steps, costs, ranks))
-    return rows
+    return _along(builder, "rollout.inner_steps", (1, 2, 4, 8), costs, ranks)
 
 
 def along_resolution(builder: ModelBuilder, networks: Networks, costs: UnitCosts, ranks: int) -> list[RecipeRow]:
@@ -82,23 +77,39 @@ def along_gpus(
     counts: RowCounts,
     costs: UnitCosts,
     throughput: Throughput,
-    prompts: int,
+    items: int,
     gpu_counts: Sequence[int] = GPU_COUNTS,
 ) -> list[GpuRow]:
-    """Returns the rows of the same run on so many GPUs, each of which takes rollout.prompts in an iteration.
+    """Returns the rows of the same run on so many GPUs, each of which takes counts.items in an iteration.
 
-    prompts: of the whole run, over all epochs.
+    items: of the whole run, over all epochs.
     """
     config, rows = builder.config, []
-    computing = throughput.seconds(stage_flops(builder, counts, costs).done * counts.prompts)
+    computing = throughput.seconds(stage_flops(builder, counts, costs).done * counts.items)
     for gpus in gpu_counts:
-        iterations = math.ceil(prompts / (counts.prompts * gpus))
+        iterations = math.ceil(items / (counts.items * gpus))
         zero = zero_bytes(config, counts, costs.weights.lora, gpus)
         balance = balance_bytes(counts, math.prod(builder.latent_shape), gpus)
         receiving = (zero + balance) / (throughput.gpu.link * 1e9)
-        steps = iterations * counts.micro_batches / config.optim.accumulate
+        steps = iterations * counts.micro_batches / config.accumulate
         hours = iterations * (computing + receiving) / 3600
         rows.append(GpuRow(gpus, zero, balance, computing, receiving, steps, hours))
+    return rows
+
+
+def _along(builder: ModelBuilder, key: str, values: Sequence[int], costs: UnitCosts, ranks: int) -> list[RecipeRow]:
+    """Returns the rows of some values of a key and of the recipe's own, but for those that its method refuses.
+
+    Of a method without this key there are none.
+    """
+    if key not in keys(type(builder.config)):
+        return []
+    section, _, name = key.partition(".")
+    own, rows = getattr(getattr(builder.config, section), name), []
+    for value in sorted({*values, own}):
+        if accepts(builder.config, {key: value}):
+            with suppress(UserError):
+                rows.append(_recipe_row(_varied(builder, {key: value}), str(value), value == own, costs, ranks))
     return rows
 
 
@@ -106,7 +117,7 @@ def _recipe_row(builder: ModelBuilder, value: str, is_recipe: bool, costs: UnitC
     counts = count_rows(builder.config, builder.schedule("cpu"))
     peak = memory_use(builder, counts, costs, ranks).peak
     flops = stage_flops(builder, counts, costs).done.all
-    return RecipeRow(value, is_recipe, flops, counts.trained_pairs / counts.prompts, peak)
+    return RecipeRow(value, is_recipe, flops, counts.trained_rows / counts.items, peak)
 
 
 def _varied(builder: ModelBuilder, values: dict) -> ModelBuilder:

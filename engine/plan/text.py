@@ -27,8 +27,9 @@ def answers(plan: Plan) -> list[str]:
     peak, phase = giga(plan.memory.peak), plan.memory.peak_phase
     reserved = f"{giga(plan.available)} GB ({plan.gpu.memory:g} less {giga(RESERVE)} left to context and allocator)"
     fits = f"fits: {peak} of {reserved}" if plan.fits else f"will not fit: {phase} takes {peak} of {reserved}"
+    work = f"{plan.items:,} {plan.counts.item}s, {plan.iterations:,} iterations"
     return [
-        f"{plan.recipe} on {plan.gpus} x {plan.gpu.name}: {plan.prompts:,} prompts, {plan.iterations:,} iterations",
+        f"{plan.recipe} on {plan.gpus} x {plan.gpu.name}: {work}",
         f"{fits}.",
         f"hours: {short(plan.hours)}, at {plan.share:.0%} of the GPU's peak ({plan.share_source}).",
         f"GPU-hours: {short(plan.gpu_hours)}.",
@@ -38,37 +39,37 @@ def answers(plan: Plan) -> list[str]:
 def basis(plan: Plan) -> list[str]:
     """Says what an iteration has and whose architecture is counted."""
     counts = plan.counts
-    pairs = f"pairs {counts.trained_pairs} (all kept)"
+    rows = f"at most {counts.trained_rows} rows to train on"
     return [
-        f"An iteration of one GPU: prompts {counts.prompts}, {pairs}, micro-batches {counts.micro_batches}.",
+        f"An iteration of one GPU: {counts.items} {counts.item}s, {rows}, {counts.micro_batches} micro-batches.",
         f"Architecture: {plan.source}.",
     ]
 
 
 def operations(plan: Plan) -> list[str]:
-    """Says TFLOP and seconds by stage, beside the published code's TFLOP."""
+    """Says TFLOP and seconds by stage, beside the TFLOP of SPO's published code."""
     ours, published = plan.flops, plan.published
     seconds = lambda flops: plan.gpu.seconds(flops, plan.share)
     total_seconds = seconds(ours.done)
+    theirs = published.stages | {"total": published.done} if published else {}
     rows = []
-    for name, flops in ours.stages.items():
-        published_cell = tera(published.stages[name]) if name in published.stages else ""
-        rows.append((name, tera(flops), published_cell, *seconds_and_share(seconds(flops), total_seconds)))
-    total = ("total", tera(ours.done), tera(published.done), *seconds_and_share(total_seconds, total_seconds))
-    titles = ("TFLOP per prompt", "this recipe", "published", "GPU seconds", "share")
-    return table(titles, [*rows, total]) + ratios(plan)
+    for name, flops in (ours.stages | {"total": ours.done}).items():
+        cell = [tera(theirs[name]) if name in theirs else ""] if published else []
+        rows.append((name, tera(flops), *cell, *seconds_and_share(seconds(flops), total_seconds)))
+    title = ["published"] if published else []
+    return table((f"TFLOP per {plan.counts.item}", "this recipe", *title, "GPU seconds", "share"), rows) + ratios(plan)
 
 
 def ratios(plan: Plan) -> list[str]:
-    """Says how much more the published code needs, in the ways one may count, and what runs in float32."""
+    """Says how much more SPO's published code needs, in the ways one may count, and what runs in float32."""
     ours, published, same_rollout = plan.flops, plan.published, plan.published_same_rollout
     times = lambda flops: f"{flops.needed.all / ours.needed.all:.2f} times as much"
     without = f" as the {tera(ours.needed)} without what is {RECOMPUTED}" if RECOMPUTED in ours.stages else ""
-    lines = [f"The published code needs {times(published)}{without}."]
+    lines = [f"SPO's published code needs {times(published)}{without}."] if published else []
     if same_rollout:
         lines.append(f"With this recipe's rollout it would need {tera(same_rollout.needed)}, {times(same_rollout)}.")
-    plain = f"{tera(ours.plain)} (published {tera(published.plain)})"
-    lines.append(f"Without the LoRA, and a backward pass counted as one forward: {plain}.")
+    theirs = f" (published {tera(published.plain)})" if published else ""
+    lines.append(f"Without the LoRA, and a backward pass counted as one forward: {tera(ours.plain)}{theirs}.")
     full = replace(ours.done, half=0)
     if ours.done.half and full.all:
         slow = plan.gpu.seconds(full, plan.share) / plan.gpu.seconds(ours.done, plan.share)
@@ -101,14 +102,14 @@ def advice(plan: Plan) -> list[str]:
     """Says which keys make the recipe smaller, and whether that is enough."""
     fixes = [f"  {settings(fix)}: {fix.phase} {giga(fix.before)} -> {giga(fix.after)} GB" for fix in plan.fixes]
     lines = ["Keys to change, the numbers staying as they are but for rounding:", *fixes] if fixes else []
-    fixed = plan.fixed_memory
+    fixed, prompts = plan.fixed_memory, "rollout.prompts, " if plan.counts.prompts else ""
     if fixed.peak <= plan.available:
         return [*lines, f"With these it fits: {giga(fixed.peak)} GB."]
     return [
         *lines,
         f"Even so it will not fit: {fixed.peak_phase} takes {giga(fixed.peak)} GB. A larger GPU would do, or "
         "keys that change the numbers:",
-        "  model.dtype=float16, model.vae (one that is fine in float16), rollout.prompts, lora.rank, model.height",
+        f"  model.dtype=float16, model.vae (one that is fine in float16), {prompts}lora.rank, model.height",
     ]
 
 
@@ -126,10 +127,9 @@ def hours(plan: Plan) -> list[str]:
 def scaling(plan: Plan) -> list[str]:
     """Says the costs at other values of k, inner steps and resolution; * marks the recipe's own."""
     groups = (("rollout.k", plan.k), ("rollout.inner_steps", plan.inner_steps), ("pixels", plan.resolution))
-    recipe_flops = next(row.flops for row in plan.k if row.is_recipe)
-    cells = lambda key, row: recipe_cells(key, row, recipe_flops)
+    cells = lambda key, row: recipe_cells(key, row, plan.flops.done.all)
     rows = [cells(key if i == 0 else "", row) for key, group in groups for i, row in enumerate(group)]
-    titles = ("How it scales, per prompt", "(* this recipe)", "TFLOP", "of this", "pairs", "peak GB")
+    titles = (f"How it scales, per {plan.counts.item}", "(* this recipe)", "TFLOP", "of this", "rows", "peak GB")
     return table(titles, rows)
 
 
@@ -137,15 +137,15 @@ def recipe_cells(key: str, row: RecipeRow, recipe_flops: float) -> Sequence[str]
     """Returns the cells of a row of the table of scaling."""
     value = row.value + (" *" if row.is_recipe else "  ")
     ratio = f"{row.flops / recipe_flops:.2f}"
-    return (f"  {key}", value, tera(row.flops), ratio, f"{row.pairs:g}", giga(row.peak))
+    return (f"  {key}", value, tera(row.flops), ratio, f"{row.rows:g}", giga(row.peak))
 
 
 def by_gpus(plan: Plan) -> list[str]:
-    """Says what the same prompts take on 1 to 64 GPUs."""
+    """Says what the same prompts or pairs take on 1 to 64 GPUs."""
     link = f"{plan.gpu.link:g} GB/s each way between them ({plan.gpu.link_name}; between machines it is less)"
     titles = ("GPUs", "ZeRO MB", "balance MB", "computing s", "receiving s", "optimizer steps", "hours", "GPU-hours")
     return [
-        f"The same {plan.prompts:,} prompts on more GPUs, {link}",
+        f"The same {plan.items:,} {plan.counts.item}s on more GPUs, {link}",
         "MB that each receives and seconds are those of an iteration; hours are without the evaluations.",
         *table(titles, [gpu_cells(row) for row in plan.by_gpus]),
     ]

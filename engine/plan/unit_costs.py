@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from ..config.methods.spo import SPOOptimConfig
 from ..judge.model import StepAwarePreferenceModel
 from ..methods.spo.pairs import PreferencePairs
 from ..methods.spo.update import Learner, MicroBatch
@@ -31,10 +32,10 @@ class UNetCosts:
 
     Flops of the rollout: `guided`, a row of a guided forward; `unguided`, a row of a forward without guidance; text_kv,
     the keys and values of a prompt; merge, adding the LoRA to the weights, once a rollout. The three that end in _base
-    are those of the UNet without its LoRA. Flops of the update: `reference`, a forward without the LoRA; `train`,
-    forward and backward with it; `recompute`, what gradient checkpointing adds. Bytes: forward_peak and text_kv_bytes
-    of the rollout; merged_bytes of the weights into which the LoRA is merged; update_peak of an update, and
-    checkpointed_peak with gradient checkpointing.
+    are those of the UNet without its LoRA. Flops of the update: `reference` and `forward`, a forward without and with
+    the LoRA; `train`, forward and backward with it; `recompute`, what gradient checkpointing adds. Bytes: forward_peak
+    and text_kv_bytes of the rollout; merged_bytes of the weights into which the LoRA is merged; update_peak of an
+    update, and checkpointed_peak with gradient checkpointing.
     """
 
     guided: Flops
@@ -45,6 +46,7 @@ class UNetCosts:
     text_kv_base: Flops
     merge: Flops
     reference: Flops
+    forward: Flops
     train: Flops
     recompute: Flops
     forward_peak: float
@@ -59,9 +61,9 @@ class UnitCosts:
     """Costs of one row of every network.
 
     unet: under the keys of this recipe; published_unet: of the UNet as loaded, where no text is cached. By latent:
-    decode in the rollout, evaluation_decode, and decode_published, where upsampling is not folded. By image: judge, and
-    modulation, which the judge computes of a timestep. By prompt: text, judge_text. Bytes: the peaks of one row, those
-    of the texts of a batch; image_bytes, of a decoded latent; weights.
+    decode in the rollout, evaluation_decode, and decode_published, where upsampling is not folded. By image: encode, by
+    the VAE; judge; and modulation, which the judge computes of a timestep. By prompt: text, judge_text. Bytes: the
+    peaks of one row, those of the texts of a batch; image_bytes, of a decoded latent; weights.
     """
 
     unet: UNetCosts
@@ -72,6 +74,8 @@ class UnitCosts:
     evaluation_decode_peak: float
     decode_published: Flops
     image_bytes: float
+    encode: Flops
+    encode_peak: float
     judge: Flops
     judge_peak: float
     modulation: Flops
@@ -143,6 +147,7 @@ def resolution_costs(
     evaluation = measure_decode(networks.diffusion, shape, tf32)
     decode = measure_decode(tiny, shape, tf32) if tiny else evaluation
     image = torch.empty(3, *builder.size, device="meta", dtype=builder.dtype if tiny else builder.vae_dtype)
+    encode = measure(lambda: networks.diffusion.posterior(image[None, None]), tf32)
     return {
         "unet": unet_costs(builder, networks.policy, modes),
         "decode": decode.flops,
@@ -150,6 +155,8 @@ def resolution_costs(
         "evaluation_decode": evaluation.flops,
         "evaluation_decode_peak": evaluation.peak,
         "image_bytes": image.nbytes,
+        "encode": encode.flops,
+        "encode_peak": encode.peak,
     }
 
 
@@ -163,12 +170,13 @@ def unet_costs(
     """
     config, cond = builder.config, builder.conditioning(1)
     x = torch.empty(1, *builder.latent_shape, device="meta")
-    cache_text = config.rollout.text_kv and not as_published
+    cache_text = config.text_kv and not as_published
     model = config.model
     policy.savings = Savings() if as_published else Savings(None, model.merges_lora, model.share_halves)
     merge, text_kv, guided, unguided = measure_sampling(policy, x, cond, cache_text, model.uses_tf32)
     with policy.reference():
         _, text_kv_base, guided_base, unguided_base = measure_sampling(policy, x, cond, cache_text, model.uses_tf32)
+    forward = measure(torch.no_grad()(lambda: policy.eps(x, _t(), cond, config.guided_update)), model.uses_tf32)
     row = guided_base.flops * 0.5 if config.guided_update else unguided_base.flops
     reference = row + text_kv_base.flops * 0.5  # in the update, each row computes its own keys and values
     updates = [measure_update(builder, policy, x, cond, checkpointing) for checkpointing in modes]
@@ -182,6 +190,7 @@ def unet_costs(
         text_kv_base=text_kv_base.flops * 0.5,
         merge=merge.flops,
         reference=reference,
+        forward=forward.flops * (0.5 if config.guided_update else 1),
         train=first.flops * (1 / rows) - reference,
         recompute=(last.flops - first.flops) * (1 / rows),
         forward_peak=guided.peak / 2,
@@ -222,9 +231,10 @@ def measure_update(
     for parameter in policy.parameters:
         parameter.grad = torch.empty_like(parameter)
     schedule, config = builder.schedule("meta"), builder.config
+    optim = SPOOptimConfig(guided=config.guided_update)  # other methods' losses take as much, beside a UNet
     zero = torch.zeros(1, dtype=torch.int64, device="meta")
     pair = PreferencePairs(x.unsqueeze(0), x.expand(2, *x.shape).clone(), zero, zero, zero.bool())
-    learner, batch = Learner(policy, schedule, config.optim), MicroBatch(pair, 1, cond)
+    learner, batch = Learner(policy, schedule, optim), MicroBatch(pair, 1, cond)
     measurement = measure(lambda: learner.loss(batch)[0].backward(), config.model.uses_tf32)
     return measurement, 2 if config.guided_update else 1
 

@@ -2,20 +2,25 @@
 
 import pytest
 
-from strop.engine.config.methods.spo import SPOConfig
+from strop.engine.config.find import config_class
+from strop.engine.config.offline import OfflineConfig
 
 
 @pytest.fixture(scope="session")
 def make_config():
-    """make_config(path, judge, rollout={...}, ...) -> a Config; further keys of a section come in its dict."""
+    """make_config(path, judge, method, rollout={...}, ...) -> a Config; further keys of a section come in its dict."""
 
-    def make(path="none", judge="none", **sections):
+    def make(path="none", judge="none", method="spo", **sections):
+        cls = config_class(method)
+        offline = issubclass(cls, OfflineConfig)
         required = {
             "model": {"path": str(path)} | sections.pop("model", {}),
             "judge": {"path": str(judge)},
-            "prompts": {"train": "none"},
+            "prompts": {"heldout": "none"} if offline else {"train": "none"},
             "run": {"dir": "none", "iterations": 1},
         }
-        return SPOConfig.model_validate(required | sections)
+        if offline:
+            required["data"] = {"source": "none"} | sections.pop("data", {})
+        return cls.model_validate(required | sections)
 
     return make

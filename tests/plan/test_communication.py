@@ -1,5 +1,7 @@
 """plan/communication: bytes between processes, beside what ranks.py really gathers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -25,8 +27,9 @@ def test_the_balance_is_what_is_gathered(monkeypatch, x_t_per_pair):
     rows = torch.arange(6)
     pairs = PreferencePairs(torch.zeros(x_t_per_pair, 6, *shape), torch.zeros(2, 6, *shape), rows, rows, rows > 2)
     balance(pairs, 2, Ranks(1, 3, torch.device("cpu")), torch.Generator().manual_seed(0))
-    counts = RowCounts(prompts=2, rollout_pairs=6, x_t_per_pair=x_t_per_pair)
+    counts = RowCounts(2, latents=6 * (x_t_per_pair + 2), other_bytes=6 * (2 * 8 + 1), exchanged=True)
     assert sum(received) == balance_bytes(counts, 4 * 8 * 8, 3)
+    assert balance_bytes(replace(counts, exchanged=False), 4 * 8 * 8, 3) == 0
 
 
 @pytest.mark.parametrize("stage", [1, 2])

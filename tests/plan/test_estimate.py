@@ -12,7 +12,7 @@ from strop.engine.config.settings import differences
 from strop.engine.models.families.find import family_named
 from strop.engine.plan import __main__ as plan_main
 from strop.engine.plan import estimate
-from strop.engine.plan.estimate import make_plan
+from strop.engine.plan.estimate import as_json, make_plan
 from strop.engine.plan.flops import published_flops, published_recipe, stage_flops
 from strop.engine.plan.gpus import ASSUMED_SHARE, Gpu, find_gpu
 from strop.engine.plan.memory import RESERVE, memory_use
@@ -51,7 +51,7 @@ def tinyworld(tinyworld_costs):
 
 
 def test_hours_follow_from_operations(tinyworld):
-    assert (tinyworld.prompts, tinyworld.iterations, tinyworld.share) == (14 * 10 * 4, 14, ASSUMED_SHARE)
+    assert (tinyworld.items, tinyworld.iterations, tinyworld.share) == (14 * 10 * 4, 14, ASSUMED_SHARE)
     done = tinyworld.flops.done
     assert done.half == 0
     seconds = (done.tf32 / 156e12 + done.float32 / 19.5e12) / 0.4
@@ -107,6 +107,29 @@ def test_the_command_and_its_json(tmp_path, monkeypatch, capsys):
     assert record["flop_per_prompt"]["done"] == pytest.approx(sum(stages.values()))
     assert record["flop_per_prompt"]["total"] == pytest.approx(sum(stages.values()) - stages["recomputed"])
     assert [row["value"] for row in record["scaling"]["k"]] == ["2", "4", "8"]
+
+
+def test_a_method_without_a_rollout_is_planned_per_pair(tinyworld_costs, monkeypatch):
+    monkeypatch.setattr(estimate, "unit_costs", lambda *_: tinyworld_costs)
+    recipe = load("configs/tinyworld_diffusion_dpo.yaml", ["model.gradient_checkpointing=true"])
+    monkeypatch.setattr(estimate, "along_resolution", lambda *_: [])
+    plan = make_plan(recipe, "offline", "a100", 2)
+    pairs = recipe.optim.micro_batch * recipe.optim.accumulate
+    assert (plan.counts.items, plan.items, plan.iterations) == (pairs, 300 * pairs * 2, 300)
+    assert plan.run.optimizer_steps == 300
+    record, text = as_json(plan), render(plan)
+    assert (record["pairs"], "prompts" in record) == (plan.items, False)
+    assert record["flop_per_pair"]["stages"].keys() == {"encode", "update: policy", "update: reference", "recomputed"}
+    assert record["flop_per_pair_published"] is None
+    assert record["scaling"] == {"k": [], "inner_steps": [], "resolution": []}
+    assert [word for word in ("rollout", "prompt,", "per prompt", "published") if word in text] == []
+    assert f"{plan.items:,} pairs" in text.splitlines()[0]
+
+
+def test_lengths_that_the_method_refuses_are_no_rows(tinyworld_costs):
+    """With two steps and more a segment, tinyworld's steps make fewer segments than the 13 that are passed over."""
+    builder = ModelBuilder.of(load(TINYWORLD, ["rollout.judge_every=13"]))
+    assert [row.value for row in estimate.along_inner_steps(builder, tinyworld_costs, 1)] == ["1"]
 
 
 @pytest.mark.parametrize(

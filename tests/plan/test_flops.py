@@ -1,6 +1,7 @@
 """plan/flops: what plan says of a whole iteration, beside what PyTorch counts of a real one, stage by stage."""
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +10,12 @@ from transformers import CLIPModel
 
 from strop.bench import ours, published
 from strop.engine.config.settings import varied
+from strop.engine.data.decided_pairs import DecidedPairs
+from strop.engine.data.embeddings import Embeddings, TrainingPrompts
 from strop.engine.judge.clip import TimeConditionedCLIP
 from strop.engine.judge.model import StepAwarePreferenceModel
+from strop.engine.methods.find import method_class
+from strop.engine.methods.models import Models
 from strop.engine.models.base_model import load_unet
 from strop.engine.models.latent_diffusion import LatentDiffusion
 from strop.engine.plan.flops import published_flops, published_recipe, stage_flops
@@ -18,6 +23,7 @@ from strop.engine.plan.meta_models import ModelBuilder
 from strop.engine.plan.meter import EXTRA_FORMULAS
 from strop.engine.plan.row_counts import count_rows
 from strop.engine.plan.unit_costs import Networks, unit_costs
+from strop.engine.runtime.ranks import Ranks
 
 CPU = torch.device("cpu")
 PROMPTS = ["a b c", "d", "e f"]
@@ -56,12 +62,17 @@ class Stages:
             self.inside[-1] += took
 
 
-def measured(kind, iteration, config, spm, tokenizer):
-    """Operations by stage of one iteration."""
+def networks_of(config, spm, tokenizer):
+    """(UNet, base model, judge) of a recipe."""
     clip = TimeConditionedCLIP(CLIPModel(spm.config))
     clip.load_state_dict(spm.state)
     judge = StepAwarePreferenceModel(clip.freeze(), tokenizer, spm.mean, spm.std)
-    models = kind(load_unet(config.model, CPU), LatentDiffusion.load(config.model, CPU), judge, config)
+    return load_unet(config.model, CPU), LatentDiffusion.load(config.model, CPU), judge
+
+
+def measured(kind, iteration, config, spm, tokenizer):
+    """Operations by stage of one iteration."""
+    models = kind(*networks_of(config, spm, tokenizer), config)
     stages = Stages()
     draws = lambda: (torch.Generator().manual_seed(3), torch.Generator().manual_seed(4))
     if kind is ours.Ours:
@@ -103,3 +114,81 @@ def test_the_published_recipe_has_no_approximation(planned):
     assert (rollout.k, rollout.inner_steps) == ((4, 1) if name == "sd15" else (2, 4))
     assert (rollout.num_steps, rollout.judge_every, rollout.look_ahead) == (20, 1, "full")
     assert rollout.prompts == len(PROMPTS)
+
+
+ONLINE = {"prompts": len(PROMPTS), "num_steps": 2}
+METHODS = {  # sections of a recipe
+    "d3po": {"rollout": ONLINE, "optim": {"micro_batch": 2}},
+    "ddpo": {"rollout": ONLINE, "optim": {"updates": 3, "micro_batch": 2}},
+    "gradspo": {"rollout": ONLINE | {"k": 2, "t_range": (0, 999), "threshold": 0.0}, "optim": {"micro_batch": 5}},
+    "diffusion_dpo": {"optim": {"micro_batch": 2, "accumulate": 2}, "data": {"source": "module:factory"}},
+    "mapo": {"optim": {"micro_batch": 2, "accumulate": 2}, "data": {"source": "module:factory"}},
+}
+
+
+class RandomPairs(Models):
+    """The models of a run whose pairs are random images."""
+
+    def pairs(self, config, ranks):
+        image = torch.rand(3, *self.diffusion.image_size)
+        pair = {"image_0": image, "image_1": image, "caption": "a b c", "label_0": 1.0, "label_1": 0.0}
+        return DecidedPairs([pair] * 4, ties=0)
+
+
+def iteration_of(config, networks):
+    """Operations by stage of one iteration of any method, as methods/loop.py runs it."""
+    stages, ranks = Stages(), Ranks(0, 1, CPU)
+    models = RandomPairs.of(config, networks[0], *networks[1:])
+    live = SimpleNamespace(counted=lambda items, total, stage: items)
+    session = SimpleNamespace(ranks=ranks, clock=stages.clock, live=live, dir=None)
+    prompts = PROMPTS if config.prompts_per_iteration else []
+    with stages.counter:
+        with stages.clock("text"):
+            embeddings = Embeddings(models.diffusion, models.judge, [prompts]) if prompts else None
+        texts = TrainingPrompts(prompts, embeddings, len(prompts), 0, ranks)
+        method = method_class(config)(config, models, texts, session)
+        method.collect(0)  # the judge's modulation is then known
+        stages.flops = {"text": stages.flops["text"]}
+        with stages.clock(method.stage):
+            rows, _ = method.collect(0)
+        with stages.clock("update"):
+            for batch in method.batches(rows):
+                method.loss(batch)[0].backward()
+    return stages.flops
+
+
+@pytest.fixture(scope="module")
+def costs_of():
+    """costs_of(builder) -> unit costs of the tiny model, measured once for each guidance and rank of the update."""
+    known = {}
+
+    def costs(builder):
+        key = builder.config.guided_update, builder.config.lora.rank
+        if key not in known:
+            known[key] = unit_costs(builder, Networks.of(builder))
+        return known[key]
+
+    return costs
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_iteration_of_each_method(make_config, tiny_folder, clip_folder, spm, tokenizer, costs_of, method):
+    config = make_config(tiny_folder, clip_folder, method=method, **METHODS[method])
+    builder = ModelBuilder.of(config)
+    counts = count_rows(config, builder.schedule("cpu"))
+    planned = stage_flops(builder, counts, costs_of(builder)).stages
+    planned = {stage: flops.all * counts.items for stage, flops in planned.items()}
+    stages = iteration_of(config, networks_of(config, spm, tokenizer))
+    update = [planned.pop(stage) for stage in list(planned) if stage.startswith("update")]
+    assert sum(update) == pytest.approx(stages.pop("update"), rel=EXACT)
+    text = stages.pop("text") + stages.pop("rollout", 0)  # entering `sampling`
+    assert planned.pop("text", 0) == pytest.approx(text, rel=EXACT)
+    counted = {stage.removeprefix("rollout/"): flops for stage, flops in stages.items() if flops}
+    assert planned == pytest.approx(counted, rel=EXACT)
+
+
+def test_spos_published_code_beside_another_method_with_its_rollout(make_config, tiny_sdxl_folder, clip_folder):
+    """Whose own inner steps are fixed to one."""
+    config = make_config(tiny_sdxl_folder, clip_folder, method="gradspo", rollout={"prompts": 3})
+    recipe = published_recipe(ModelBuilder.of(config)).config
+    assert (recipe.method, recipe.rollout.k, recipe.rollout.inner_steps, recipe.rollout.prompts) == ("spo", 2, 4, 3)

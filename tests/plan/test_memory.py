@@ -6,16 +6,18 @@ from types import SimpleNamespace
 import pytest
 
 from strop.engine.config.settings import varied
-from strop.engine.plan.fit import find_fixes
+from strop.engine.errors import UserError
+from strop.engine.plan.fit import find_fixes, options
 from strop.engine.plan.memory import decoding_bytes, gradient_bytes, memory_use
 from strop.engine.plan.meter import Flops
+from strop.engine.plan.out_of_memory import keys
 from strop.engine.plan.row_counts import RowCounts
 from strop.engine.plan.unit_costs import UNetCosts, UnitCosts, Weights
 
 GB = 1e9
 NO = Flops()
 UNET = UNetCosts(
-    *[NO] * 10,
+    *[NO] * 11,
     forward_peak=1 * GB,
     text_kv_bytes=0.0,
     merged_bytes=0.0,
@@ -32,19 +34,46 @@ def config(make_config):
 
 @pytest.fixture
 def measure():
-    """measure(config, ranks) -> its memory: 8 images of 1 GB each at once, and 32 pairs."""
+    """measure(config, ranks, counts) -> its memory, where not said of 8 images of 0.5 GB at once and of 32 pairs."""
     costs = UnitCosts(
-        UNET, UNET, NO, 2 * GB, NO, 2 * GB, NO, 0.5 * GB, NO, 0.25 * GB, NO, NO, 1 * GB, NO, 1 * GB, WEIGHTS
+        *(UNET, UNET, NO, 2 * GB, NO, 2 * GB, NO, 0.5 * GB, NO, 0.5 * GB),
+        *(NO, 0.25 * GB, NO, NO, 1 * GB, NO, 1 * GB, WEIGHTS),
     )
     largest = Counter(guided=16, decode=8, judge=8)
-    counts = RowCounts(prompts=2, largest=largest, trained_pairs=32, rollout_pairs=32)
+    held = {"latents": 32 * 3, "other_bytes": 32 * (2 * 8 + 1), "exchanged": True}
+    spo = RowCounts(2, largest=largest, trained_rows=32, **held)
     builder = lambda config: SimpleNamespace(config=config, latent_shape=(4, 8, 8), size=(64, 64))
-    return lambda config, ranks=1: memory_use(builder(config), counts, costs, ranks)
+    return lambda config, ranks=1, counts=spo: memory_use(builder(config), counts, costs, ranks)
 
 
 def test_scorers_stay_on_the_gpu(config, measure):
     scored = varied(config, {"evaluate.scorers": ("clip_score", "hpsv2=HPS_v2_compressed.pt", "module:factory")})
     assert measure(scored).peak - measure(config).peak == pytest.approx(1.71 * GB + 3.94 * GB)
+
+
+def test_so_does_a_scorer_that_rewards(make_config, measure):
+    by_judge, by_scorer = (measure(make_config(method="ddpo", reward=reward)) for reward in ("judge", "aesthetic"))
+    assert "scorers" not in by_judge.parts
+    assert by_scorer.parts["scorers"] == 1.71 * GB
+
+
+def test_what_a_method_without_a_rollout_has_in_memory(make_config, measure):
+    """Encoders stay where pairs are not cached, and with them the images that a micro-batch encodes."""
+    config = make_config(method="mapo")
+    cached = measure(config, counts=RowCounts(6, "pair", trained_rows=6, x_t_per_row=2, kept=()))
+    rows, kept = Counter({("encode", "encode"): 12}), ("text encoders", "VAE encoder")
+    made = RowCounts(6, "pair", rows, Counter(encode=3), trained_rows=6, x_t_per_row=2, kept=kept)
+    made = measure(config, counts=made)
+    assert made.parts.items() - cached.parts.items() == {("text encoders", 3 * GB), ("VAE encoder", 0.5 * GB)}
+    stays = sum(cached.parts.values())
+    assert stays == (5 + 1 + 4 + 1 + 2) * GB
+    assert cached.phases == {
+        "embedding the prompts": stays - 2 * GB + 3 * GB + 0.5 * GB + 1 * GB + 1 * GB,
+        "update": stays + 1 * GB + 6 * 2 * 8 * GB,
+        "evaluation": stays + 32 * 2 * GB,
+    }
+    assert made.phases["encode"] == stays + 3.5 * GB + 1 * GB + 3 * 0.5 * GB
+    assert made.phases["embedding the prompts"] == cached.phases["embedding the prompts"]
 
 
 def test_parts_and_phases(config, measure):
@@ -124,3 +153,44 @@ def test_fixes_may_not_be_enough(config, measure):
     assert memory.peak > 5 * GB
     assert memory.peak_phase == "rollout: decode"
     assert {"model.decode_rows": 2} in [fix.settings for fix in fixes]  # with fewer, the images are what is left
+
+
+SMALLER_UPDATES = {  # sections of a recipe, and the settings for a smaller update that its method accepts
+    "spo": ({"optim": {"micro_batch": 2}}, [{"optim.micro_batch": 1, "optim.accumulate": 2}]),
+    "ddpo": ({"optim": {"micro_batch": 10}}, [{"optim.micro_batch": size} for size in (5, 2, 1)]),
+    "d3po": (  # three draws of each pair stay together
+        {"optim": {"discount": 0.9, "draws": 3, "pairs": 2, "micro_batch": 6}},
+        [{"optim.micro_batch": 3}],
+    ),
+    "mapo": ({"optim": {"micro_batch": 2}}, [{"optim.micro_batch": 1, "optim.accumulate": 4}]),
+}
+
+
+@pytest.mark.parametrize("method", SMALLER_UPDATES)
+def test_only_what_the_method_accepts_is_proposed(make_config, method):
+    sections, expected = SMALLER_UPDATES[method]
+    config = make_config(method=method, model={"gradient_checkpointing": True}, zero={"stage": 2}, **sections)
+    assert list(options("update", config)) == expected
+
+
+@pytest.mark.parametrize(
+    "method, sections, expected",
+    [
+        ("spo", {"rollout": {"prompts": 5}}, "rollout.prompts=2"),
+        ("ddpo", {"rollout": {"prompts": 9}, "optim": {"updates": 3}}, "rollout.prompts=3"),
+        ("spo", {"rollout": {"prompts": 1}}, "model.dtype=float16"),
+        ("mapo", {}, "model.dtype=float16"),
+    ],
+)
+def test_what_takes_less_where_no_phase_is_to_blame(make_config, method, sections, expected):
+    assert keys(make_config(method=method, **sections), "load") == [expected]
+
+
+def test_a_fix_that_the_method_refuses_is_passed_over(config, measure):
+    def refusing(changed):
+        if changed.optim.micro_batch == 2:
+            raise UserError("no optimizer step")
+        return measure(changed)
+
+    fixes, _ = find_fixes(config, refusing, 30 * GB)
+    assert fixes[-1].settings["optim.micro_batch"] == 1

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from strop.engine.config.find import load
+from strop.engine.config.methods.ddpo import DDPOConfig
 from strop.engine.models.families.find import family_named
 from strop.engine.plan import peak
 from strop.engine.plan.flops import stage_flops
@@ -44,9 +45,21 @@ def test_prompts_and_their_pairs_take_what_the_plan_says(recipe, costs, monkeypa
     flops = stage_flops(builder, counts, costs)
     seconds = lambda flops: GPUS["a100"].seconds(flops, 1.0)
     update = seconds(flops.stages["update: policy"] + flops.stages["update: reference"])
-    assert pair * counts.rollout_pairs / counts.prompts == pytest.approx(update, rel=1e-9)
+    assert pair * counts.pairs / counts.prompts == pytest.approx(update, rel=1e-9)
     assert prompt == pytest.approx(seconds(flops.done) - seconds(flops.stages["text"]) - update, rel=1e-9)
     assert prompt > 0
+
+
+def test_the_update_is_among_the_prompts_of_a_run_that_reports_no_pairs(recipe, costs, monkeypatch):
+    keys = {"rollout": recipe.rollout.model_dump(include={"prompts", "num_steps"}), "optim": {"updates": 1}}
+    shared = {"model": recipe.model, "judge": recipe.judge, "prompts": recipe.prompts, "run": recipe.run}
+    recipe = DDPOConfig(**shared, **keys)
+    monkeypatch.setattr(peak, "unit_costs", lambda builder, networks: costs)
+    seconds = seconds_on(GPUS["a100"], recipe, SD15)
+    builder = ModelBuilder.of(recipe, SD15)
+    flops = stage_flops(builder, count_rows(recipe, builder.schedule("cpu")), costs)
+    expected = GPUS["a100"].seconds(flops.done - flops.stages["text"], 1.0)
+    assert seconds == {"prompts": pytest.approx(expected, rel=1e-9)}
 
 
 def test_a_run_that_asks_has_it_counted_by_another_process(recipe, costs, monkeypatch):

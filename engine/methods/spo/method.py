@@ -51,6 +51,7 @@ class SPO:
         )
         self.learner = Learner(models.policy, schedule, config.optim)
         self.trainable = models.trainable
+        models.diffusion.release_text_encoders()
         device, seed = session.ranks.device, config.run.seed
         self.rngs = {  # prior, branches and choices are each rank's own; the shuffle is the same on all
             "rollout": torch.Generator(device).manual_seed(seed + session.ranks.rank),
