@@ -441,11 +441,14 @@ TRAINING = {
     "run": {"iterations": 2, "save_every": 1, "device": "cpu"},
 }
 SAMPLED = {"prompts": 2, "num_steps": 4}
+PAIRS = {"source": "recipe_modules:pairs", "train": 40}
 METHODS = {  # the sections in which methods differ from TRAINING; None leaves one out
     "spo": {},
     "gradspo": {},
     "d3po": {"rollout": SAMPLED},
     "ddpo": {"rollout": SAMPLED, "optim": {"updates": 2}},
+    "diffusion_dpo": {"rollout": None, "data": PAIRS, "optim": {"accumulate": 2, "warmup": 0}},
+    "mapo": {"rollout": None, "data": PAIRS},
 }
 JUDGE_TRAINING = {
     "judge": {},
@@ -476,6 +479,9 @@ def pairs(seed, size):
         {"image_0": a, "image_1": b, "caption": "ab", "label_0": p, "label_1": 1 - p}
         for (a, b), p in zip(images, label.tolist())
     ]
+
+def ties(seed, size):
+    return [pair | {"label_0": 0.5, "label_1": 0.5} for pair in pairs(seed, size)]
 '''
 
 
@@ -513,12 +519,15 @@ def recipe(recipe_folder, tmp_path):
 def recipe_of_method(recipe_folder):
     """recipe_of_method(folder, "ddpo", "run.iterations=1") -> the command line of a training in folder/run by a method.
 
-    It shares the models, prompts and sections of training.yaml, without the keys of SPO's rollout.
+    It shares the models, prompts and sections of training.yaml, without the keys of SPO's rollout, and with pairs
+    without the training prompts.
     """
 
     def command_line(folder, method, *overrides):
         tree = yaml.safe_load((recipe_folder / "training.yaml").read_text()) | {"method": method}
         tree |= METHODS[method] | {"optim": tree["optim"] | METHODS[method].get("optim", {})}
+        if "data" in tree:
+            del tree["prompts"]["train"]
         file = folder / f"{method}.yaml"
         file.write_text(yaml.safe_dump({key: value for key, value in tree.items() if value is not None}))
         return [str(file), f"run.dir={folder / 'run'}", *overrides]

@@ -59,6 +59,21 @@ REFUSALS = [
     ("train {training} run.dir={run} run.resume=true judge.path={swapped}", "judge.path", "model.safetensors"),
     ("train {training} run.dir={own} run.resume=auto", "run.dir", "{own}", "not empty"),
     ("train {training} run.dir={early}", "{early}", "run.resume=auto"),
+    ("train {pairs} data.source=nowhere", "data.source", "nowhere", "parquet", ".jsonl"),
+    ("train {pairs} data.source=nowhere:load", "data.source", "nowhere"),
+    ("train {pairs} data.source=recipe_modules:ties", "data.source", "all 40 pairs", "ties"),
+    ("train {pairs} data.source=strop.bench.tinyworld.pairs:load", "data.source", "(3, 64, 64)", "(3, 16, 16)"),
+    (
+        "train {pairs} data.source={broken}/pairs.jsonl data.train=null run.iterations=9",
+        "data.source",
+        "line 10",
+        "data.max_broken",
+    ),
+    ("train {pairs} data.train=null", "data.train", "recipe_modules:pairs"),
+    ("train {pairs} prompts.heldout=null", "prompts.heldout", "None"),
+    ("train {pairs} prompts.train={overlap}", "prompts.train", "diffusion_dpo", "spo"),
+    ("train {pairs} evaluate.prompts=4", "evaluate.prompts", "4", "1 (the processes) to 3"),
+    ("train {pairs} run.dir={run} run.resume=true", "run.resume", "method: 'spo' -> 'diffusion_dpo'"),
     ("train-judge {judge} optim.step=3", "optim.step;", "optim.steps?"),
     ("train-judge {judge} model.path=nowhere", "model.path", "nowhere"),
     ("train-judge {judge} judge.path=nowhere", "judge.path", "nowhere"),
@@ -185,10 +200,12 @@ TINY = {}  # the folders that the makers above copy; `places` says where they ar
 DEEP, DIGITS, HALF = "[" * 100_000, "9" * 5000, "\\ud83d"
 TRAIN, PROMPTS = "train {training} model.path={bad}", "train {training} prompts.train={bad}"
 PAIRS = "train-judge {judge} data.train=null data.heldout=2 data.max_broken=0 data.source={bad}"
+LABELLED = "train {pairs} data.train=null data.max_broken=0 data.source={bad}"
 EPS, BOMB, STRIP = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", png(60_000, 60_000), png(1, 60_000)
 ZERO = lambda path: path.symlink_to("/dev/zero")
 STUDY, GENEVAL = "study make {bad}/a {bad}/b --out new", "geneval layout --metadata {bad}/metadata.jsonl --out new"
 WHOLE = "model: {path: m}\njudge: {path: j}\nprompts: {train: t}\nrun: {dir: r, iterations: 1}\n"
+PAIRLESS = "method: mapo\nmodel: {path: m}\njudge: {path: j}\nrun: {dir: r, iterations: 1}\n"
 BAD_FILES = [
     ("a.yaml", "run: {dir: a}\nrun: {dir: b}", "train {bad}", "{bad}", "run twice"),
     ("a.yaml", "optim: {lr: 1e-5, lr: 1e-4}", "plan {bad}", "{bad}", "lr twice"),
@@ -224,6 +241,11 @@ BAD_FILES = [
     ("a.jsonl", DEEP, PAIRS, "line 1", "nested"),
     ("a.jsonl", f'{{"image_0": "a", "image_1": "b", "label": 0, "caption": "{HALF}"}}', PAIRS, "line 1", "caption"),
     ("a.jsonl", os.mkfifo, PAIRS, "data.source", "{bad}"),
+    ("a.jsonl", "\n", LABELLED, "data.source", "{bad}", "no pair"),
+    ("a.jsonl", '{"image_0": "a", "caption": "b", "label": 0}', LABELLED, "data.source", "line 1", "image_1"),
+    ("a.jsonl", '{"image_0": "a", "image_1": "b", "caption": "c", "label": "tie"}', LABELLED, "{bad}", "ties"),
+    ("a.yaml", PAIRLESS + "prompts: {heldout: h}", "train {bad}", "data is missing"),
+    ("a.yaml", PAIRLESS + "data: {source: d}\nprompts: {}", "train {bad}", "prompts.heldout is missing"),
     *[
         ("pairs", pairs_of(make), f"{PAIRS}/p.jsonl", "data.source", "p.jsonl line 1: bad.png", *words)
         for make, *words in (
@@ -275,9 +297,7 @@ BAD_FILES = [
 
 
 @pytest.fixture(scope="module")
-def places(
-    recipe_folder, training_run, judge_run, tiny_sdxl_folder, clip_folder, request, pair_files, tmp_path_factory
-):
+def places(recipe_folder, training_run, judge_run, recipe_of_method, request, pair_files, tmp_path_factory):
     """The files and folders that the table names; none of them may change."""
     folder = tmp_path_factory.mktemp("places")
     models = ("tiny_folder", "tiny_sdxl_folder", "clip_folder")
@@ -309,6 +329,7 @@ def places(
     made = ("empty", "overlap", "file", "broken", "replaced", "nameless", "loras", "other", "swapped", "own", "early")
     named = {name: folder / name for name in made}
     named |= {"training": recipe_folder / "training.yaml", "judge": recipe_folder / "judge.yaml"}
+    named["pairs"] = Path(recipe_of_method(folder, "diffusion_dpo")[0])
     named |= {"run": training_run.folder, "judge_run": judge_run.folder}
     TINY.update(model=tiny_folder, judge=clip_folder)
     return named | {"model": tiny_folder, "sdxl": tiny_sdxl_folder, "unet": tiny_folder / "unet"}

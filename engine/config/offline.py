@@ -1,8 +1,8 @@
-"""What the recipes of all methods that learn from labelled pairs of images have, and sample nothing while they train."""
+"""What the recipes of all methods have that learn from labelled pairs of images and sample nothing while they train."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -38,7 +38,12 @@ class OfflineRunConfig(RunConfig):
 
 
 class OfflineConfig(Config):
-    """A recipe of a method that learns from labelled pairs. The judge scores the evaluation, and trains nothing."""
+    """A recipe of a method that learns from labelled pairs. The judge scores the evaluation, and trains nothing.
+
+    tells_crops: whether a UNet with time_ids is told the sizes and crops of the images, or those of a whole image.
+    """
+
+    tells_crops: ClassVar[bool] = False
 
     prompts: EvaluationPromptsConfig
     data: OfflineDataConfig

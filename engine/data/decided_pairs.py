@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..models.latent_diffusion import LatentDiffusion
 from ..runtime.ranks import Ranks
 from .pair_files import is_factory
-from .pair_scan import FLIPPED, PLAIN, PairScan
+from .pair_scan import FLIPPED, FRAMES, PLAIN, PairScan
 from .pair_sets import FilePairs, cache_entries, check_size, draw_rows, load_pairs, open_pairs
 
 
@@ -45,14 +45,16 @@ def decided_pairs(config: OfflineConfig, diffusion: LatentDiffusion, ranks: Rank
     _refuse_ties(decided, len(source), data.source)
     used = config.iterations * config.pairs_per_iteration * ranks.size
     rows = draw_rows(decided, min(used, data.train or used), config.run.seed)
-    entries, flips, size = cache_entries(data, config.run.dir, diffusion), data.flip != "none", diffusion.image_size
-    kinds = () if entries is None else (PLAIN, FLIPPED) if flips else (PLAIN,)
+    entries, size = cache_entries(data, config.run.dir, diffusion), diffusion.image_size
+    framed = config.tells_crops and diffusion.family.time_ids(*size) is not None
+    more = (*((FLIPPED,) if data.flip != "none" else ()), *((FRAMES,) if framed else ()))
+    kinds = (PLAIN, *more) if entries else ()
     scan = PairScan(diffusion, None, size, entries, config.optim.micro_batch, data.workers, ranks)
     result = scan.scan(source, rows, "data.source", data.max_broken, kinds)
     labels = {row: source.labels[row] for row in result.scores}
     if entries:
         scan.encode_captions([source.captions[row] for row in labels])
-    pairs = FilePairs(source, labels, size, images=entries is None, entries=entries, flips=flips)
+    pairs = FilePairs(source, labels, size, images=entries is None, entries=entries, more=more)
     broken = [*result.broken, *source.broken]
     return DecidedPairs(pairs, len(source) - len(decided), source.left_out, broken, entries is not None)
 

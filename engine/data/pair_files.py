@@ -268,15 +268,26 @@ def resized(image: Image.Image, height: int, width: int) -> Tensor:
     For a square this is what CLIP's image processor does. What is resized and cropped away is not much, because
     image_files.py refuses long strips.
     """
+    size, (left, top) = _placed(image, height, width)
+    image = image.resize(size, Image.Resampling.BICUBIC) if size != image.size else image
+    image = image.crop((left, top, left + width, top + height))
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, width, 3)
+    return pixels.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def frame(image: Image.Image, height: int, width: int) -> Tensor:
+    """Returns what `resized` leaves of an image: its height and width, and the crop's top and left after resizing."""
+    _, (left, top) = _placed(image, height, width)
+    return torch.tensor([image.height, image.width, top, left])
+
+
+def _placed(image: Image.Image, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Returns the (width, height) to which an image is resized, and the (left, top) of the crop from that."""
     if image.width * height >= image.height * width:
         size = (image.width * height // image.height, height)
     else:
         size = (width, image.height * width // image.width)
-    image = image.resize(size, Image.Resampling.BICUBIC) if size != image.size else image
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    image = image.crop((left, top, left + width, top + height))
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, width, 3)
-    return pixels.permute(2, 0, 1).float() / 127.5 - 1
+    return size, ((size[0] - width) // 2, (size[1] - height) // 2)
 
 
 def _parsed(line: str) -> tuple[dict, str]:

@@ -1,8 +1,9 @@
 """Scans preference pairs before training: finds broken pairs and caches what frozen models compute from each pair.
 
 Cached are the VAE's posteriors of both images, of the flipped ones too if they are needed, and the text embeddings of
-each caption, in float16, and PickScore's scores if they make the labels. Without a cache every image is still read, so
-that a run of a day does not end at a broken file. The rows are split over the ranks.
+each caption, in float16, PickScore's scores if they make the labels, and how images are cropped if that is asked for.
+Without a cache every image is still read, so that a run of a day does not end at a broken file. The rows are split over
+the ranks.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from ..models.latent_diffusion import LatentDiffusion
 from ..runtime.progress import duration
 from ..runtime.ranks import Ranks
 from .pair_cache import PairCache, fingerprint
-from .pair_files import BrokenPair, PairSource, resized
+from .pair_files import BrokenPair, PairSource, frame, resized
 
-PLAIN, FLIPPED = "latents", "flipped"  # posteriors of images as they are, and flipped horizontally
+PLAIN, FLIPPED = "latents", "flipped"  # entries: posteriors of images as they are, and flipped horizontally,
+FRAMES = "frames"  # and the images' sizes and crops
 CAPTION_BATCH = 1024
 SECONDS_PER_LINE = 10
 MODULATION = ("adaLN_modulation", "t_embedder")  # tensors that a judge has and its CLIP has not
@@ -56,9 +58,9 @@ class Entries:
             fingerprint([judge.clip], leave_out=MODULATION) if judge else "",
         )
 
-    def latents(self, source: PairSource, row: int, size: tuple[int, int], kind: str = PLAIN) -> Path:
-        """Returns the entry of the VAE's posteriors, PLAIN or FLIPPED, of a row's images at size (height, width)."""
-        return self.cache.path(kind, self.vae, size, source.identity(row))
+    def of_images(self, source: PairSource, row: int, size: tuple[int, int], kind: str = PLAIN) -> Path:
+        """Returns the entry of a kind of a row's images at size (height, width): PLAIN, FLIPPED or FRAMES."""
+        return self.cache.path(kind, "" if kind == FRAMES else self.vae, size, source.identity(row))
 
     def scores(self, source: PairSource, row: int) -> Path:
         """Returns the entry of PickScore's scores of a row's images."""
@@ -90,7 +92,7 @@ class PairScan:
     ) -> ScanResult:
         """Scans rows of a source, split over the ranks; every rank returns the result of all rows.
 
-        key: the configuration key of the source. encode: which posteriors are cached, of PLAIN and FLIPPED.
+        key: the configuration key of the source. encode: which are cached of PLAIN, FLIPPED and FRAMES.
         Raises UserError if more than the fraction max_broken of the rows is broken.
         """
         groups = [list(group) for _, group in groupby(rows, key=source.group)][self.ranks.rank :: self.ranks.size]
@@ -136,6 +138,10 @@ class PairScan:
     @torch.no_grad()
     def _compute(self, pairs: list[dict], source: PairSource, result: ScanResult) -> None:
         """Computes the posteriors and scores that pairs lack, in one batch each."""
+        for pair in pairs:
+            if FRAMES in pair.get("encode", ()):
+                path = self.entries.of_images(source, pair["row"], self.size, FRAMES)
+                self.entries.cache.write(path, {"frame": pair["frame"]})
         for kind in (PLAIN, FLIPPED):
             to_encode = [pair for pair in pairs if kind in pair.get("encode", ())]
             if to_encode:
@@ -157,7 +163,7 @@ class PairScan:
         images = images.flip(-1) if kind == FLIPPED else images
         mean, std = (part.half().cpu() for part in self.diffusion.posterior(images))  # (2, N, C, h, w)
         for i, pair in enumerate(pairs):
-            path = self.entries.latents(source, pair["row"], self.size, kind)
+            path = self.entries.of_images(source, pair["row"], self.size, kind)
             self.entries.cache.write(path, {"mean": mean[:, i], "std": std[:, i]})
 
 
@@ -172,8 +178,8 @@ class ScanResult:
 class _PairReader(IterableDataset):
     """Reads, for each row, the images from which something must be computed because the cache lacks it.
 
-    It yields {"row"} with "images" (2, 3, H, W) for the VAE and "encode", the kinds of entries to make of them, "small"
-    (2, 3, S, S) for PickScore, "scores" (2,) from the cache, or "broken" (why). A worker reads whole groups of rows.
+    It yields {"row"} with "images" (2, 3, H, W), "frame" (2, 4) and "encode", the kinds of entries to make of them,
+    "small" (2, 3, S, S) for PickScore, "scores" (2,) from the cache, or "broken" (why). A worker reads whole groups.
     """
 
     def __init__(self, scan: PairScan, source: PairSource, groups: list[list[int]], encode: Sequence[str]):
@@ -197,7 +203,7 @@ class _PairReader(IterableDataset):
     def _read(self, row: int) -> dict:
         pair, cache = {}, self.entries.cache if self.entries else None
         place = self.source, row, self.size
-        missing = [kind for kind in self.encode if cache.read(self.entries.latents(*place, kind)) is None]
+        missing = [kind for kind in self.encode if cache.read(self.entries.of_images(*place, kind)) is None]
         scored = self.judge_size is not None
         cached_scores = cache.read(self.entries.scores(self.source, row)) if cache and scored else None
         if cached_scores is not None:
@@ -208,6 +214,7 @@ class _PairReader(IterableDataset):
         if missing:
             pair["encode"] = missing
             pair["images"] = torch.stack([resized(image, *self.size) for image in images])
+            pair["frame"] = torch.stack([frame(image, *self.size) for image in images])
         if scored and cached_scores is None:
             pair["small"] = torch.stack([resized(image, self.judge_size, self.judge_size) for image in images])
         return pair

@@ -22,8 +22,8 @@ from ..judge.model import StepAwarePreferenceModel
 from ..models.latent_diffusion import LatentDiffusion
 from ..runtime.ranks import Ranks
 from .pair_cache import PairCache
-from .pair_files import PairSource, is_factory, open_source, resized
-from .pair_scan import FLIPPED, PLAIN, Entries, PairScan, pickscore_labels, refuse_too_many
+from .pair_files import PairSource, frame, is_factory, open_source, resized
+from .pair_scan import FLIPPED, FRAMES, PLAIN, Entries, PairScan, pickscore_labels, refuse_too_many
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +54,8 @@ class FilePairs(Dataset):
     """A Dataset of pairs from files; an item is {caption, label_0, label_1, num_examples} and more.
 
     With images=True it has image_0, image_1 (3, H, W) in [-1, 1]. With entries it has, in float16 from the cache, mean
-    and std (2, C, h, w) of the VAE's posteriors, text (L, D) and, if the UNet takes it, pooled (P); with flips=True
-    flipped_mean and flipped_std too.
+    and std (2, C, h, w) of the VAE's posteriors, text (L, D) and, if the UNet takes it, pooled (P). `more` may ask for
+    FLIPPED: flipped_mean, flipped_std; and for FRAMES: frame (2, 4), as pair_files.frame has it of each image.
     """
 
     def __init__(
@@ -65,11 +65,11 @@ class FilePairs(Dataset):
         size: tuple[int, int],
         images: bool,
         entries: Entries | None = None,
-        flips: bool = False,
+        more: Sequence[str] = (),
     ):
         """Chooses the rows of `labels`, which has the labels by row. size: (height, width) of the images."""
         self.source, self.rows, self.labels = source, list(labels), list(labels.values())
-        self.size, self.images, self.entries, self.flips = size, images, entries, flips
+        self.size, self.images, self.entries, self.more = size, images, entries, more
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -79,13 +79,16 @@ class FilePairs(Dataset):
         pair = {"caption": self.source.captions[row], "num_examples": self.source.num_examples[row]}
         pair |= {"label_0": float(labels[0]), "label_1": float(labels[1])}
         if self.images:
-            images = (resized(image, *self.size) for image in self.source.images(row))
-            pair |= zip(("image_0", "image_1"), images, strict=True)
+            images = self.source.images(row)
+            pair |= {f"image_{side}": resized(image, *self.size) for side, image in enumerate(images)}
+            if FRAMES in self.more:
+                pair["frame"] = torch.stack([frame(image, *self.size) for image in images])
         if self.entries:
             place = self.source, row, self.size
-            pair |= self._entry(self.entries.latents(*place)) | self._entry(self.entries.text(pair["caption"]))
-            if self.flips:
-                flipped = self._entry(self.entries.latents(*place, FLIPPED))
+            pair |= self._entry(self.entries.of_images(*place)) | self._entry(self.entries.text(pair["caption"]))
+            pair |= self._entry(self.entries.of_images(*place, FRAMES)) if FRAMES in self.more else {}
+            if FLIPPED in self.more:
+                flipped = self._entry(self.entries.of_images(*place, FLIPPED))
                 pair |= {f"flipped_{name}": value for name, value in flipped.items()}
         return pair
 

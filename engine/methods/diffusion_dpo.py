@@ -1,4 +1,4 @@
-"""Diffusion-DPO (arXiv 2311.12908): the policy's error falls more for winners than for losers, beside the reference's."""
+"""Diffusion-DPO (arXiv 2311.12908): beside the reference, winners' errors fall and losers' rise."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..config.methods.diffusion_dpo import DiffusionDPOConfig
+from ..data.embeddings import TrainingPrompts
+from ..runtime.session import Session
 from .columns import ACCURACY, MARGIN
+from .models import Models
 from .offline import NoisedPairs, Offline, columns, errors
 from .protocol import Measured
 
@@ -18,13 +22,16 @@ class DiffusionDPO(Offline):
 
     columns = columns(MARGIN, ACCURACY)
 
+    def __init__(self, config: DiffusionDPOConfig, models: Models, prompts: TrainingPrompts, session: Session):
+        super().__init__(config, models, prompts, session)
+        discount, total = config.optim.discount, len(models.diffusion.scheduler.alphas_cumprod)
+        self.weights = None if discount is None else discounted(total, discount).to(session.ranks.device)
+
     def timesteps(self, count: int) -> Tensor:
         """Draws the timesteps of pairs, (count,) int64: all are as likely, or noisy ones more with optim.discount."""
-        if self.config.optim.discount is None:
+        if self.weights is None:
             return super().timesteps(count)
-        total = len(self.diffusion.scheduler.alphas_cumprod)
-        weights = discounted(total, self.config.optim.discount).to(self.ranks.device)
-        return torch.multinomial(weights, count, replacement=True, generator=self.rng)
+        return torch.multinomial(self.weights, count, replacement=True, generator=self.rng)
 
     def loss(self, batch: NoisedPairs) -> tuple[Tensor, Measured]:
         """Returns the loss of a micro-batch, with gradients in the policy, and its stats."""

@@ -47,9 +47,9 @@ def columns(*preferences: Column) -> tuple[Column, ...]:
 
 @dataclass(frozen=True, slots=True)
 class NoisedPairs:
-    """N pairs at their timesteps t (N,): x and what the model is to predict there, target (2, N, C, h, w), winner first.
+    """N pairs at timesteps t (N,): x and what is to be predicted there, target, both (2, N, C, h, w), winner first.
 
-    cond: of the N prompts, some of them emptied.
+    cond: of the N prompts, some of them emptied; its time_ids, where images are cropped, of the 2N images.
     """
 
     x: Tensor
@@ -62,7 +62,7 @@ class NoisedPairs:
 
 
 class Offline:
-    """Loads pairs, noises them and lets the policy predict; the base of a method, which has the columns and the loss."""
+    """Loads pairs, noises them and lets the policy predict; a method adds its columns and its loss."""
 
     stage = "encode"
 
@@ -102,11 +102,9 @@ class Offline:
     def announce(self) -> None:
         """Prints on the first rank how many pairs there are, and names those that are broken."""
         if self.ranks.first:
-            data = self.data
-            print(
-                f"{len(data.pairs):,} pairs, {data.ties:,} ties and {data.left_out:,} other rows left out", flush=True
-            )
-            name_broken(data.broken, self.run_dir)
+            pairs, ties, others = len(self.data.pairs), self.data.ties, self.data.left_out
+            print(f"{pairs:,} pairs, {ties:,} ties and {others:,} other rows left out", flush=True)
+            name_broken(self.data.broken, self.run_dir)
 
     def batches(self, rows: Iterator[dict]) -> Iterator[NoisedPairs]:
         """Yields the micro-batches of an iteration, noised."""
@@ -190,7 +188,16 @@ class Offline:
         changed = {"text": torch.where(emptied[:, None, None], self.empty.text, cond.text)}
         if cond.pooled is not None:
             changed["pooled"] = torch.where(emptied[:, None], self.empty.pooled, cond.pooled)
+        if "frame" in pairs:
+            changed["time_ids"] = self.time_ids(pairs).to(cond.text.dtype)
         return replace(cond, **changed)
+
+    def time_ids(self, pairs: dict) -> Tensor:
+        """Returns original size, crop and target size of the images of a batch, (2N, 6), winners first."""
+        device = self.ranks.device
+        frames = winner_first(pairs["frame"].to(device).transpose(0, 1), labels_of(pairs, device)).flatten(0, 1)
+        target = torch.tensor(self.diffusion.image_size, device=device).expand(len(frames), 2)
+        return torch.cat([frames, target], dim=1)
 
 
 def winner_first(sides: Tensor, labels: Tensor) -> Tensor:

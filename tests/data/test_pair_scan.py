@@ -10,7 +10,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from strop.engine.config.training import JudgeConfig, ModelConfig
 from strop.engine.data.pair_cache import PairCache
 from strop.engine.data.pair_files import open_source, resized
-from strop.engine.data.pair_scan import PLAIN, Entries, PairScan, ProgressLine, pickscore_labels
+from strop.engine.data.pair_scan import FLIPPED, PLAIN, Entries, PairScan, ProgressLine, pickscore_labels
 from strop.engine.errors import UserError
 from strop.engine.judge.model import StepAwarePreferenceModel
 from strop.engine.models.latent_diffusion import LatentDiffusion
@@ -55,7 +55,7 @@ def test_posteriors_are_kept_for_every_pair_and_made_once(pair_scan, source, mod
     assert (list(actual.scores), actual.broken, pair_scan.encoded) == (list(range(7)), [], [3, 3, 1])
     images = torch.stack([resized(image, *SIZE) for image in source.images(5)]).unsqueeze(1)
     mean, std = models.diffusion.posterior(images)
-    entry = here.entries.cache.read(here.entries.latents(source, 5, SIZE))
+    entry = here.entries.cache.read(here.entries.of_images(source, 5, SIZE))
     for name, exact in (("mean", mean), ("std", std)):
         assert entry[name].dtype == torch.float16
         assert (entry[name] - exact[:, 0]).abs().max() < 5e-4 * exact.abs().max()
@@ -64,15 +64,27 @@ def test_posteriors_are_kept_for_every_pair_and_made_once(pair_scan, source, mod
     assert (again, pair_scan.encoded) == (actual, [])
 
 
+def test_flipped_images_have_entries_of_their_own_beside_those_that_are_there(pair_scan, source, models):
+    here = pair_scan()
+    here.scan(source, range(7), "data.source", 0.0, (PLAIN,))
+    pair_scan.encoded.clear()
+    here.scan(source, range(7), "data.source", 0.0, (PLAIN, FLIPPED))
+    assert pair_scan.encoded == [3, 3, 1]  # the flipped ones alone
+    images = torch.stack([resized(image, *SIZE) for image in source.images(5)]).unsqueeze(1)
+    mean, _ = models.diffusion.posterior(images.flip(-1))
+    entry = here.entries.cache.read(here.entries.of_images(source, 5, SIZE, FLIPPED))
+    assert (entry["mean"] - mean[:, 0]).abs().max() < 5e-4 * mean.abs().max()
+
+
 def test_only_what_is_damaged_or_has_changed_is_made_anew(pair_scan, source, pair_files):
     here = pair_scan()
     here.scan(source, range(7), "data.source", 0.0, encode=(PLAIN,))
-    here.entries.latents(source, 2, SIZE).write_bytes(b"half an entry")
+    here.entries.of_images(source, 2, SIZE).write_bytes(b"half an entry")
     (source.folder / source.paths[4][1]).write_bytes(pair_files.jpeg(0.4, 77))
     pair_scan.encoded.clear()
     here.scan(source, range(7), "data.source", 0.0, encode=(PLAIN,))
     assert pair_scan.encoded == [2]
-    assert here.entries.cache.read(here.entries.latents(source, 2, SIZE)) is not None
+    assert here.entries.cache.read(here.entries.of_images(source, 2, SIZE)) is not None
 
 
 def test_another_model_or_resolution_has_its_own_entries(pair_scan, source, models):
@@ -82,8 +94,8 @@ def test_another_model_or_resolution_has_its_own_entries(pair_scan, source, mode
         next(vae.encoder.parameters()).view(-1)[0] += 1
         other = pair_scan().entries
         next(vae.encoder.parameters()).view(-1)[0] -= 1
-    assert entries.latents(source, 0, SIZE) != other.latents(source, 0, SIZE)
-    assert entries.latents(source, 0, SIZE) != entries.latents(source, 0, (16, 32))
+    assert entries.of_images(source, 0, SIZE) != other.of_images(source, 0, SIZE)
+    assert entries.of_images(source, 0, SIZE) != entries.of_images(source, 0, (16, 32))
     assert entries.text("a") == other.text("a") != entries.text("b")
     models.diffusion.text_encoders[0].half()
     other = pair_scan().entries

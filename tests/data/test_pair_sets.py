@@ -139,7 +139,7 @@ def test_pairs_of_files_hold_what_was_asked_for(tmp_path, pair_files):
 
     entries = Entries(PairCache(tmp_path / "cache"), "vae", "encoders", "judge")
     cached = FilePairs(source, labels, (8, 12), images=False, entries=entries)
-    entries.cache.write(entries.latents(source, 2, (8, 12)), {"mean": torch.ones(2, 4, 1, 1), "std": torch.ones(1)})
+    entries.cache.write(entries.of_images(source, 2, (8, 12)), {"mean": torch.ones(2, 4, 1, 1), "std": torch.ones(1)})
     entries.cache.write(entries.text("c e"), {"text": torch.full((3, 2), 5.0)})
     assert cached[1].keys() == {"caption", "num_examples", "label_0", "label_1", "mean", "std", "text"}
     assert cached[1]["text"].sum() == 30

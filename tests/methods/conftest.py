@@ -1,10 +1,12 @@
 """What the whole iterations of methods are compared with: one latent, one step, one guidance half at a time."""
 
+import functools
 import math
 
 import pytest
 import torch
 
+from strop.engine.config.factory import resolve
 from strop.engine.config.find import load
 from strop.engine.runtime.ranks import Ranks
 from strop.engine.runtime.session import Session
@@ -88,6 +90,56 @@ class Run:
             mean, sigma = self.mean_and_sigma(states[-1], self.eps(states[-1], self.t(step), prompt), step)
             states.append((mean + sigma * noise.double()).float())
         return states
+
+    def decided_pairs(self):
+        """The pairs that the recipe's factory makes, without the ties."""
+        pairs = resolve(self.config.data.source, "data.source")(self.config.run.seed, self.config.data.train)
+        return [pair for pair in pairs if pair["label_0"] != 0.5]
+
+    def pair_errors(self):
+        """For each pair of the first iteration a function of a side, 0 the winner, that gives its error."""
+        optim, seed, pairs = self.config.optim, self.config.run.seed, self.decided_pairs()
+        rng = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
+        for number in range(optim.accumulate):
+            draws = self.pair_draws(rng)
+            for i in range(optim.micro_batch):
+                pair = pairs[order[number * optim.micro_batch + i]]
+                yield functools.partial(self.pair_error, pair, [draw[..., i, :] for draw in draws])
+
+    def pair_draws(self, rng):
+        """All of a micro-batch of N pairs: t, the emptied prompts, flips, noises of latents and noise of pairs.
+
+        Each has the pairs on its last axis but one, and the sides, where there are two, before it.
+        """
+        count, shape, data = self.config.optim.micro_batch, self.policy.latent_shape, self.config.data
+        t = torch.randint(1000, (count, 1), generator=rng)
+        emptied = torch.rand(count, 1, generator=rng) < getattr(data, "drop_prompts", 0)
+        flips = torch.rand(2 if data.flip == "independent" else 1, count, 1, generator=rng).expand(2, -1, -1) < 0.5
+        noises = (torch.randn(*sides, count, *shape, generator=rng).flatten(-3) for sides in ((2,), ()))
+        return t, emptied, flips, *noises
+
+    def pair_error(self, pair, draws, side):
+        """The policy's mean squared error at one image of a pair, by one forward of one latent."""
+        (t, emptied, flips, sampled, noise), diffusion = draws, self.parts.models.diffusion
+        side = side if pair["label_0"] > 0.5 else 1 - side
+        image = pair[f"image_{side}"].flip(-1) if flips[side] else pair[f"image_{side}"]
+        with torch.no_grad():
+            posterior = diffusion.vae.encode(image[None]).latent_dist
+        sampled, noise = (value.view(1, *self.policy.latent_shape) for value in (sampled[side], noise))
+        clean = (posterior.mean + posterior.std * sampled) * diffusion.vae.config.scaling_factor
+        a = diffusion.scheduler.alphas_cumprod[t]
+        x, v = a.sqrt() * clean + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * clean
+        cond = diffusion.encode(["" if emptied else pair["caption"]])
+        target = v if diffusion.scheduler.config.prediction_type == "v_prediction" else noise
+        return (self.policy.eps(x, t, cond, guided=False)[0] - target).square().mean()
+
+    def check_moved_as(self, other, before):
+        """Both have moved away from a LoRA, and to the same one."""
+        for name, value in other.lora().items():
+            moved = (value - before[name]).norm()
+            assert moved > 1e-5, name
+            assert (self.lora()[name] - value).norm() <= 2e-3 * moved, name
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ after the update to OUT/<method>.safetensors.
 """
 
 import argparse
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import torch
@@ -17,9 +17,9 @@ from strop.engine.runtime.session import Session
 from strop.engine.training import build
 
 
-def update(parts, rows):
-    """Learns from the rows of an iteration, as loop.py does."""
-    for batch in parts.method.batches(rows):
+def update(parts, batches):
+    """Learns from the micro-batches of an iteration, as loop.py does."""
+    for batch in batches:
         loss, _ = parts.method.loss(batch)
         parts.optimizer.backward(loss)
         parts.optimizer.step()
@@ -36,11 +36,13 @@ def main():
         config = load(recipe)
         parts = build(Session(config, ranks))
         rows, _ = parts.method.collect(0)
+        batches = list(parts.method.batches(rows))
+        rows = rows if is_dataclass(rows) else batches[0]  # of a data set: noised when asked for
         tensors = {f.name: value for f in fields(rows) if isinstance(value := getattr(rows, f.name), torch.Tensor)}
         save_file(
             {k: v.contiguous() for k, v in tensors.items()}, args.out / f"{config.method}-{ranks.rank}.safetensors"
         )
-        update(parts, rows)
+        update(parts, batches)
         if ranks.first:
             save_file(parts.models.policy.lora_state(), args.out / f"{config.method}.safetensors")
 

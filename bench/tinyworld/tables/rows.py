@@ -48,12 +48,11 @@ def ablation(name: str, title: str, paper: str, cost: tuple[int, float], *change
 
 
 def method(name: str, title: str, published: str, cost: tuple[int, float]) -> Row:
-    """Returns another method, by a recipe of its own; cost: as of `ablation`, UNCOUNTED before it can be run."""
+    """Returns another method, by a recipe of its own; cost: as of `ablation`."""
     return Row(name, title, *cost, recipe=f"configs/tinyworld_{name}.yaml", published=published, geneval=True)
 
 
 SAME = (ITERATIONS, TFLOP)
-UNCOUNTED = (0, 0.0)
 DEFAULT = Row("spo", "SPO", published="SPO", paper="21.43", geneval=True)
 PICKSCORE = ("judge.path=bench/tinyworld/weights/pickscore", "judge.kind=pickscore")
 NO_STEP = (f"judge.path={NO_STEP_JUDGE}/judge", "judge.kind=spm_no_step")

@@ -22,6 +22,7 @@ class MaPOConfig(OfflineConfig):
     name: ClassVar[str] = "MaPO"
     title: ClassVar[str] = "margin-aware preference optimization (MaPO, arXiv 2406.06424)"
     code: ClassVar[str] = "mapo:MaPO"
+    tells_crops: ClassVar[bool] = True
 
     method: Literal["mapo"] = Field("mapo", description="This method.")
     lora: LoraConfig = LoraConfig(rank=8)
