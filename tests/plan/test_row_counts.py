@@ -104,7 +104,7 @@ METHODS = {  # sections of a recipe, the totals of calls, and what else is count
         {"rollout": SMALL | {"k": 2, "t_range": (0, 999)}},
         # the trunk is the first forward, and the last step is judged as it is
         {"guided": 3 * 2 + 3 * 2 * 2 * 3, "judge": 3 * 2 * 4} | dict.fromkeys(UPDATE, 3 * 4 * 2),
-        {"trained_rows": 3 * 4, "lora_copies": 1, "exchanged": True},
+        {"trained_rows": 3 * 4, "lora_copies": 1, "exchanged": True, "kept": ("VAE encoder",)},
         (3 * 3 * 4, 3 * 4 * 17),  # x_t and two x_prev; as in SPO
     ),
     "diffusion_dpo": (
