@@ -20,9 +20,7 @@ CONTROL = ("control", "half")  # less of the same: what any saving has to beat
 
 def plot(record: dict, path: Path) -> None:
     """Draws the record of frontier.summarise into a PNG."""
-    figure = Figure(figsize=(9, 6), dpi=130, facecolor="white", layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes, figure = new_axes((9, 6))
     place = lambda row: (row["relative"]["flop"], row["quality"])
     points = {name: place(variant["mean"]) for name, variant in record["variants"].items()}
     seeds = []
@@ -42,12 +40,20 @@ def plot(record: dict, path: Path) -> None:
     axes.set_ylabel("quality gain on held-out prompts", color=INK)
     caption = "Large dots are means over seeds, small ones the seeds; dashed: less of the same"
     axes.set_title(caption, color=FAINT, size=10)
+    figure.canvas.draw()
+    label(axes, points, {name: titled(variant) for name, variant in record["variants"].items()}, seeds)
+    figure.savefig(path)
+
+
+def new_axes(size: tuple[float, float]) -> tuple[Axes, Figure]:
+    """Returns empty axes over a thin grid, and the figure of this size in inches that they fill."""
+    figure = Figure(figsize=size, dpi=130, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
     axes.grid(color="#e5e7eb", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    canvas.draw()
-    label(axes, points, {name: titled(variant) for name, variant in record["variants"].items()}, seeds)
-    figure.savefig(path)
+    return axes, figure
 
 
 def titled(variant: dict) -> str:

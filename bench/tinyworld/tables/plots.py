@@ -7,11 +7,9 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from strop.bench.tinyworld.frontier_plot import new_axes
 from strop.bench.tinyworld.tables.results import Results
 from strop.bench.tinyworld.tables.rows import ABLATIONS, DEFAULT, Row
 from strop.engine.report.pictures import FAINT, INK, LIMIT, LINE
@@ -21,7 +19,7 @@ QUALITY = "gain in quality on held-out prompts"
 
 def curves(results: Results, methods: Sequence[Row], prompts: int, path: Path) -> None:
     """Draws the gain in quality against the share of the budget: means over seeds thick, the seeds thin."""
-    axes, figure = _axes((8, 5))
+    axes, figure = new_axes((8, 5))
     colours = colormaps["tab10"].colors
     for row, colour in zip(methods, colours, strict=False):
         seeds = results.curves(row, "quality", prompts)
@@ -43,7 +41,7 @@ def ablations(results: Results, path: Path) -> None:
     """Draws the gain in quality of every ablation: the mean with its interval over prompts, the seeds as small dots."""
     rows = [("default", DEFAULT)]
     rows += [(f"{changed}: {row.title}", row) for changed, group in ABLATIONS.items() for row in group]
-    axes, figure = _axes((8, 6))
+    axes, figure = new_axes((8, 6))
     for place, (_, row) in enumerate(rows):
         gain = results.gain(row, "quality")
         if gain is None:
@@ -58,13 +56,3 @@ def ablations(results: Results, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel(QUALITY, color=INK)
     figure.savefig(path)
-
-
-def _axes(size: tuple[float, float]) -> tuple[Axes, Figure]:
-    figure = Figure(figsize=size, dpi=130, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.grid(color="#e5e7eb", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    return axes, figure
