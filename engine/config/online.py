@@ -43,6 +43,11 @@ class OnlineConfig(Config):
         return self.rollout.text_kv
 
     @property
+    def guided_update(self) -> bool:
+        """Whether the update computes both guidance halves."""
+        return self.rollout.guidance != 1
+
+    @property
     def files_read(self) -> dict[str, str]:
         """Files or folders of data that the run reads, by key."""
         return {"prompts.train": self.prompts.train} | super().files_read

@@ -1,6 +1,6 @@
 """Reads frozen settings from a YAML file and `key=value` overrides, and checks them all before anything is loaded.
 
-The keys of the recipes are in config/training.py and config/judge_training.py.
+The keys of the recipes are in the other files of this folder.
 """
 
 from __future__ import annotations

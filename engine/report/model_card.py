@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..config.find import DEFAULT
 from ..evaluation.cells import markdown_table
 from ..user_files import public_name
 from .run import Run
@@ -27,7 +28,7 @@ def model_card(run: Run) -> str:
     base = public_name(recipe["model"]["path"])
     lora = Path(summary["paths"]["lora"]).name
     kohya = Path(summary["paths"]["lora_kohya"]).name
-    tags = ["stable-diffusion", "text-to-image", "diffusers", "lora", recipe.get("method", "spo")]
+    tags = ["stable-diffusion", "text-to-image", "diffusers", "lora", recipe.get("method", DEFAULT)]
     sections = (
         "---\n" + f"base_model: {base}\nlibrary_name: diffusers\ntags: [{', '.join(tags)}]\n" + "---",
         f"# {run.dir.resolve().name}",

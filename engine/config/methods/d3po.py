@@ -70,7 +70,7 @@ class D3POConfig(RewardedConfig):
     @property
     def guided_update(self) -> bool:
         """Whether the update computes both guidance halves."""
-        return self.optim.guided and self.rollout.guidance != 1
+        return self.optim.guided and super().guided_update
 
     @model_validator(mode="after")
     def _parts_are_whole(self) -> D3POConfig:

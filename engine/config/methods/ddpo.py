@@ -57,11 +57,6 @@ class DDPOConfig(RewardedConfig):
         """Micro-batches per optimizer step."""
         return self.rollout.prompts * self.rollout.num_steps // self.optim.updates // self.optim.micro_batch
 
-    @property
-    def guided_update(self) -> bool:
-        """Whether the update computes both guidance halves."""
-        return self.rollout.guidance != 1
-
     @model_validator(mode="after")
     def _parts_are_whole(self) -> DDPOConfig:
         prompts, updates, size = self.rollout.prompts, self.optim.updates, self.optim.micro_batch

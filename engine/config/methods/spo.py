@@ -105,7 +105,7 @@ class SPOConfig(OnlineConfig):
     @property
     def guided_update(self) -> bool:
         """Whether the update computes both guidance halves."""
-        return self.optim.guided and self.rollout.guidance != 1
+        return self.optim.guided and super().guided_update
 
     def in_words(self, ranks: int) -> str:
         """Returns what an iteration does, as a run announces it."""
