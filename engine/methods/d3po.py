@@ -21,20 +21,19 @@ from ..rows import rows
 from ..runtime.columns import GRAD_NORM, PROMPTS, UNSCORED, Column, Curve, Sign
 from ..runtime.session import Session
 from ..runtime.signs import ends_above
+from .columns import ACCURACY, CLIPPED, LOSS, MARGIN, PAIRS
 from .models import Models
 from .protocol import Measured
-from .rewards import REWARD, Reward
-from .spo.columns import COLUMNS as SPO_COLUMNS
+from .rewards import REWARD, Rewarded
 from .spo.loss import spo_loss
 from .spo.pairs import PreferencePairs
 from .spo.update import Learner, MicroBatch, micro_batches
 from .trajectories import walk
 
-SHARED = ("loss", "margin", "accuracy", "clipped")  # columns that mean what they mean in SPO
 COLUMNS = (
     PROMPTS,
     REWARD,
-    Column("pairs", "total", heading="pairs", form="{:,}"),
+    PAIRS,
     UNSCORED,
     Column(
         "tied",
@@ -49,7 +48,10 @@ COLUMNS = (
             ),
         ),
     ),
-    *(column for column in SPO_COLUMNS if column.name in SHARED),
+    LOSS,
+    MARGIN,
+    ACCURACY,
+    CLIPPED,
     GRAD_NORM,
 )
 
@@ -70,31 +72,18 @@ class Collected:
     cond: Conditioning
 
 
-class D3PO:
+class D3PO(Rewarded):
     """D3PO samples pairs of trajectories and trains the policy to prefer every step of the better one."""
 
-    stage = "rollout"
     columns = COLUMNS
 
     def __init__(self, config: D3POConfig, models: Models, prompts: TrainingPrompts, session: Session):
         """Raises UserError for a reward that does not load."""
-        self.config, self.models, self.prompts, self.ranks = config, models, prompts, session.ranks
-        self.clock, self.counted = session.clock, session.live.counted
-        self.policy, self.trainable = models.policy, models.trainable
-        self.reward = Reward(config.reward, models, session.dir)
-        self.schedule = models.schedule(config.rollout)
+        super().__init__(config, models, prompts, session)
         self.learner = Learner(models.policy, self.schedule, config.optim)
-        models.diffusion.release_text_encoders()
-        device, seed = session.ranks.device, config.run.seed
-        self.rngs = {
-            "rollout": torch.Generator(device).manual_seed(seed + session.ranks.rank),
-            "shuffle": torch.Generator(device).manual_seed(seed + session.ranks.rank),
-            "steps": torch.Generator(device).manual_seed(seed),  # drawn alike on all ranks
-        }
-
-    def learning_rate(self, iteration: int) -> float:
-        """Returns the learning rate, which is constant, as published."""
-        return self.config.optim.lr
+        device, discount = session.ranks.device, config.optim.discount
+        self.weights = step_weights(self.schedule.num_steps, discount).to(device) if discount else None
+        self.rngs["steps"] = torch.Generator(device).manual_seed(config.run.seed)  # drawn alike on all ranks
 
     def collect(self, iteration: int) -> tuple[Collected, Measured]:
         """Returns two trajectories of each of this rank's prompts, the better first, and their facts by column.
@@ -107,11 +96,8 @@ class D3PO:
         with self.policy.sampling(cond, self.config.rollout.text_kv) as known, self.clock("rollout/trunk"):
             steps = walk(self.policy, self.schedule, x, known.repeat(2), rng)
             states += [step.x_prev for step in self.counted(steps, self.schedule.num_steps, "rollout")]
-        with self.clock("rollout/decode"):
-            images = self.models.diffusion.decode(states[-1])
-        with self.clock("rollout/judge"):
-            rewards = self.reward(images, self.prompts.texts(iteration) * 2, cond.repeat(2))  # (M, 2B)
-        scored = self.reward.check(rewards, iteration, self.ranks).unflatten(0, (2, -1)).all(0)  # (B,)
+        rewards, finite = self.rewards(states[-1], iteration, cond.repeat(2))  # (M, 2B), (2B,)
+        scored = finite.unflatten(0, (2, -1)).all(0)  # (B,)
         better = preferred(rewards.unflatten(1, (2, -1))) * scored  # (B,)
         order = torch.stack([better < 0, better >= 0]).long()  # (2, B): the trajectory that comes first, and second
         prompts = torch.arange(len(cond), device=order.device)
@@ -139,15 +125,14 @@ class D3PO:
 
     def steps_of(self, rows: Collected, pairs: Tensor) -> TrajectoryPairs:
         """Returns steps of some pairs of trajectories (P,) for an optimizer step, pair by pair: all, or those drawn."""
-        total, optim = self.schedule.num_steps, self.config.optim
-        if optim.discount:
-            weights = step_weights(total, optim.discount).to(pairs.device)
-            steps = torch.multinomial(weights, optim.draws, replacement=True, generator=self.rngs["steps"])
+        if self.weights is not None:
+            draws = self.config.optim.draws
+            steps = torch.multinomial(self.weights, draws, replacement=True, generator=self.rngs["steps"])
         else:
-            steps = torch.arange(total, device=pairs.device)
+            steps = torch.arange(self.schedule.num_steps, device=pairs.device)
         step, pair = steps.repeat(len(pairs)), pairs.repeat_interleave(len(steps))  # (P * S,)
         x_t, x_prev = (rows.states[at, :, pair].transpose(0, 1) for at in (step, step + 1))  # (2, P * S, C, H, W)
-        alike = (step == 0) & (not optim.discount)  # one forward serves both; drawn steps keep their order instead
+        alike = (step == 0) & (self.weights is None)  # one forward serves both; drawn steps keep their order instead
         return TrajectoryPairs(x_t, x_prev, step, pair, alike, tied=rows.tied[pair])
 
     def loss(self, batch: MicroBatch) -> tuple[Tensor, Measured]:
@@ -158,10 +143,6 @@ class D3PO:
         if optim.discount:
             return discounted_loss(log_ratio, pairs.tied, optim.beta, optim.clip, optim.draws)
         return d3po_loss(log_ratio, pairs.tied, optim.beta, optim.clip)
-
-    def measure(self, done: int) -> Measured:
-        """Measures nothing, because base and tuned model are evaluated before and after the loop."""
-        return {}
 
 
 def preferred(rewards: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..config.methods.ddpo import DDPOConfig
 from ..data.embeddings import TrainingPrompts
 from ..models.conditioning import Conditioning
-from ..models.policy import TrainedLora
+from ..models.policy import LoraAnd
 from ..rows import Rows, rows
 from ..runtime.columns import GRAD_NORM, PROMPTS, UNSCORED, Column, Curve, Sign
 from ..runtime.ranks import gather_rows
@@ -28,7 +28,7 @@ from ..runtime.session import Session
 from ..runtime.signs import ends_above
 from .models import Models
 from .protocol import Measured
-from .rewards import REWARD, Reward
+from .rewards import REWARD, Rewarded
 from .trajectories import walk
 
 HISTORY = "rewards.json"  # in a checkpoint
@@ -83,29 +83,17 @@ class Collected:
     cond: Conditioning
 
 
-class DDPO:
+class DDPO(Rewarded):
     """DDPO samples a trajectory of each prompt and makes the steps of the better ones more likely."""
 
-    stage = "rollout"
     columns = COLUMNS
+    single_reward = True
 
     def __init__(self, config: DDPOConfig, models: Models, prompts: TrainingPrompts, session: Session):
         """Raises UserError for a reward that does not load."""
-        self.config, self.models, self.prompts, self.ranks = config, models, prompts, session.ranks
-        self.clock, self.counted, self.policy = session.clock, session.live.counted, models.policy
-        self.reward = Reward(config.reward, models, session.dir, single=True)
-        self.schedule = models.schedule(config.rollout)
+        super().__init__(config, models, prompts, session)
         self.history = History(config.optim.history, config.optim.min_history)
-        self.trainable = WithHistory(models.trainable, self.history)
-        models.diffusion.release_text_encoders()
-        device, seed = session.ranks.device, config.run.seed
-        self.rngs = {
-            name: torch.Generator(device).manual_seed(seed + session.ranks.rank) for name in ("rollout", "shuffle")
-        }
-
-    def learning_rate(self, iteration: int) -> float:
-        """Returns the learning rate, which is constant, as published."""
-        return self.config.optim.lr
+        self.trainable = LoraAnd(models.trainable, self.history)
 
     def collect(self, iteration: int) -> tuple[Collected, Measured]:
         """Returns a trajectory of each of this rank's prompts with its advantage, and their facts by column.
@@ -121,11 +109,7 @@ class DDPO:
             for step in self.counted(steps, self.schedule.num_steps, "rollout"):
                 states.append(step.x_prev)
                 log_prob.append(self.log_prob(step.x_prev, step.x_t, step.eps, torch.full_like(which, step.number)))
-        with self.clock("rollout/decode"):
-            images = self.models.diffusion.decode(states[-1])
-        with self.clock("rollout/judge"):
-            rewards = self.reward(images, self.prompts.texts(iteration), cond)  # (1, B)
-        scored = self.reward.check(rewards, iteration, self.ranks)  # (B,)
+        rewards, scored = self.rewards(states[-1], iteration, cond)  # (1, B), (B,)
         everyone = gather_rows(rewards[0], self.ranks).tolist()  # one wait an iteration
         advantage = self.history.advantages(self.prompts.of_all(iteration), everyone)
         advantage = torch.tensor(advantage, device=x.device)[self.ranks.rank * len(cond) :][: len(cond)]
@@ -158,10 +142,6 @@ class DDPO:
     def log_prob(self, x_prev: Tensor, x_t: Tensor, eps: Tensor, step: Tensor) -> Tensor:
         """Returns the log-densities (N,) of steps from x_t to x_prev (N, C, H, W) under eps (G, N, C, H, W)."""
         return self.schedule.log_prob(x_prev.unsqueeze(0), x_t.unsqueeze(0), eps.unsqueeze(1), step)[0]
-
-    def measure(self, done: int) -> Measured:
-        """Measures nothing, because base and tuned model are evaluated before and after the loop."""
-        return {}
 
 
 def ppo_loss(
@@ -214,25 +194,12 @@ class History:
             relative.append(advantage if math.isfinite(reward) else 0.0)
         return relative
 
-
-@dataclass(frozen=True, slots=True)
-class WithHistory:
-    """The Trainable of DDPO: the policy's LoRA, and in checkpoints the history of rewards beside it."""
-
-    lora: TrainedLora
-    history: History
-    keep = None
-
-    def save(self, folder: Path, iteration: int) -> None:
-        """Writes the LoRA and folder/HISTORY."""
-        self.lora.save(folder, iteration)
-        rewards = {prompt: list(values) for prompt, values in self.history.rewards.items()}
+    def save(self, folder: Path) -> None:
+        """Writes folder/HISTORY."""
+        rewards = {prompt: list(values) for prompt, values in self.rewards.items()}
         (folder / HISTORY).write_text(json.dumps(rewards), encoding="utf-8")
 
     def load(self, folder: Path) -> None:
-        """Reads what `save` wrote. Raises UserError if the LoRA does not fit the policy."""
-        self.lora.load(folder)
+        """Reads what `save` wrote."""
         rewards = json.loads((folder / HISTORY).read_text(encoding="utf-8"))
-        self.history.rewards = {
-            prompt: deque(values, maxlen=self.history.longest) for prompt, values in rewards.items()
-        }
+        self.rewards = {prompt: deque(values, maxlen=self.longest) for prompt, values in rewards.items()}

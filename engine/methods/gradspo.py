@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..config.methods.gradspo import GradSPOConfig
 from ..data.embeddings import TrainingPrompts
-from ..models.averaged import Average, AveragedLora
+from ..models.averaged import Average
+from ..models.policy import LoraAnd
 from ..runtime.session import Session
 from .models import Models
 from .protocol import Measured
@@ -31,7 +32,7 @@ class GradSPO(SPO):
     def __init__(self, config: GradSPOConfig, models: Models, prompts: TrainingPrompts, session: Session):
         super().__init__(config, models, prompts, session)
         self.average = Average(models.policy.parameters, config.optim.ema)
-        self.trainable = AveragedLora(models.trainable, self.average)
+        self.trainable = LoraAnd(models.trainable, self.average)
         self.schedule = self.learner.schedule
         scheduler = models.diffusion.scheduler
         self.predicts_v = scheduler.config.prediction_type == "v_prediction"

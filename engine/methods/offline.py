@@ -23,8 +23,9 @@ from ..models.conditioning import Conditioning
 from ..runtime.columns import GRAD_NORM, PROMPTS, Column, Curve
 from ..runtime.session import Session
 from ..runtime.stop import ignore_signals
+from .columns import PAIRS
 from .models import Models
-from .protocol import Measured
+from .protocol import Measured, Method
 
 LOSS = Column(
     "loss",
@@ -42,7 +43,7 @@ ERROR = Column(
 
 def columns(*preferences: Column) -> tuple[Column, ...]:
     """Returns the columns of a method that reports these of its preferences."""
-    return (PROMPTS, Column("pairs", "total", heading="pairs", form="{:,}"), LOSS, ERROR, *preferences, GRAD_NORM)
+    return (PROMPTS, PAIRS, LOSS, ERROR, *preferences, GRAD_NORM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class NoisedPairs:
         return len(self.t)
 
 
-class Offline:
+class Offline(Method):
     """Loads pairs, noises them and lets the policy predict; a method adds its columns and its loss."""
 
     stage = "encode"
@@ -113,10 +114,6 @@ class Offline:
             with self.clock(self.stage):
                 noised = self.noised(next(rows))
             yield noised
-
-    def measure(self, done: int) -> Measured:
-        """Measures nothing, because base and tuned model are evaluated before and after the loop."""
-        return {}
 
     def timesteps(self, count: int) -> Tensor:
         """Draws the timesteps of pairs, (count,) int64: all are as likely."""

@@ -1,4 +1,4 @@
-"""Rewards of finished images, by the judge or by any scorer, for methods that compare trajectories by their end."""
+"""Rewards of finished images, by the judge or by any scorer, and what the methods share that learn from them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..config.online import JUDGE
+from ..config.online import JUDGE, RewardedConfig
+from ..data.embeddings import TrainingPrompts
 from ..errors import UserError
 from ..models.conditioning import Conditioning
 from ..runtime.checkpoint import last_checkpoint
 from ..runtime.columns import Column, Curve, Trend
 from ..runtime.ranks import Ranks, gather_rows
+from ..runtime.session import Session
 from ..scorers.find import load_scorer
 from ..scorers.scorer import levels
 from .models import Models
+from .protocol import Method
 
 REWARD = Column(
     "reward",
@@ -28,15 +31,14 @@ REWARD = Column(
 
 
 class Reward:
-    """Scores the images that latents decode to, as a PNG would store them, in 8 bits."""
+    """Scores images as a PNG would store them, in 8 bits."""
 
     def __init__(self, spec: str, models: Models, run_dir: Path, single: bool = False):
         """spec: "judge", or a scorer as evaluate.scorers names them; single: whether it must give one score alone.
 
         Raises UserError for a scorer that does not load.
         """
-        self.single = single
-        self.spec, self.diffusion, self.judge, self.run_dir = spec, models.diffusion, models.judge, run_dir
+        self.spec, self.judge, self.run_dir, self.single = spec, models.judge, run_dir, single
         self.scorer = None if spec == JUDGE else load_scorer(spec, "reward", models.diffusion.device)
 
     @torch.no_grad()
@@ -77,3 +79,41 @@ class Reward:
                 f"optim.lr, a model.dtype of more range, or another reward; {last_checkpoint(self.run_dir)}"
             )
         return finite
+
+
+class Rewarded(Method):
+    """Holds what a method needs that samples trajectories and rewards their ends; it adds the rest of a Method.
+
+    single_reward: whether it takes one score of an image alone.
+    """
+
+    stage = "rollout"
+    single_reward = False
+
+    def __init__(self, config: RewardedConfig, models: Models, prompts: TrainingPrompts, session: Session):
+        """Frees the text encoders. Raises UserError for a reward that does not load."""
+        self.config, self.models, self.prompts, self.ranks = config, models, prompts, session.ranks
+        self.clock, self.counted = session.clock, session.live.counted
+        self.policy, self.trainable = models.policy, models.trainable
+        self.reward = Reward(config.reward, models, session.dir, self.single_reward)
+        self.schedule = models.schedule(config.rollout)
+        models.diffusion.release_text_encoders()
+        device, seed = session.ranks.device, config.run.seed + session.ranks.rank
+        self.rngs = {name: torch.Generator(device).manual_seed(seed) for name in ("rollout", "shuffle")}
+
+    def learning_rate(self, iteration: int) -> float:
+        """Returns the learning rate, which is constant, as published."""
+        return self.config.optim.lr
+
+    def rewards(self, latents: Tensor, iteration: int, cond: Conditioning) -> tuple[Tensor, Tensor]:
+        """Returns M rewards (M, N) of clean latents (N, C, H, W), and which latents have finite ones, (N,) bool.
+
+        They are those of this rank's prompts of an iteration, once or several times over; cond: of the N. Raises
+        UserError if no reward of any rank is finite. A collective call.
+        """
+        with self.clock("rollout/decode"):
+            images = self.models.diffusion.decode(latents)
+        texts = self.prompts.texts(iteration)
+        with self.clock("rollout/judge"):
+            rewards = self.reward(images, texts * (len(latents) // len(texts)), cond)
+        return rewards, self.reward.check(rewards, iteration, self.ranks)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-
-from .policy import TrainedLora
 
 AVERAGE = "average.safetensors"  # in a checkpoint
 
@@ -42,25 +39,14 @@ class Average:
             for parameter, value in zip(self.parameters, current, strict=True):
                 parameter.data = value
 
-
-@dataclass(frozen=True, slots=True)
-class AveragedLora:
-    """The Trainable of a method with such an average: the policy's LoRA, and in checkpoints its average beside it."""
-
-    lora: TrainedLora
-    average: Average
-    keep = None
-
-    def save(self, folder: Path, iteration: int) -> None:
-        """Writes the LoRA and folder/AVERAGE."""
-        self.lora.save(folder, iteration)
-        tensors = {f"{i}": value for i, value in enumerate(self.average.values)}
-        save_file(tensors | {"waiting": torch.tensor(self.average.waiting)}, folder / AVERAGE)
+    def save(self, folder: Path) -> None:
+        """Writes folder/AVERAGE."""
+        tensors = {f"{i}": value for i, value in enumerate(self.values)}
+        save_file(tensors | {"waiting": torch.tensor(self.waiting)}, folder / AVERAGE)
 
     def load(self, folder: Path) -> None:
-        """Reads what `save` wrote. Raises UserError if the LoRA does not fit the policy."""
-        self.lora.load(folder)
+        """Reads what `save` wrote."""
         tensors = load_file(folder / AVERAGE)
-        self.average.waiting = int(tensors["waiting"])
-        for i, value in enumerate(self.average.values):
+        self.waiting = int(tensors["waiting"])
+        for i, value in enumerate(self.values):
             value.copy_(tensors[f"{i}"])

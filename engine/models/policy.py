@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -146,3 +147,30 @@ class TrainedLora:
     def load(self, folder: Path) -> None:
         """Loads the LoRA of a folder. Raises UserError if it does not fit the policy."""
         self.policy.load_lora(folder)
+
+
+class Companion(Protocol):
+    """What changes beside a LoRA while it is trained, and hence lies in checkpoints beside it."""
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoraAnd:
+    """The Trainable of a method that trains a policy's LoRA and keeps a companion."""
+
+    lora: TrainedLora
+    companion: Companion
+    keep = None
+
+    def save(self, folder: Path, iteration: int) -> None:
+        """Writes the LoRA and the companion's file."""
+        self.lora.save(folder, iteration)
+        self.companion.save(folder)
+
+    def load(self, folder: Path) -> None:
+        """Reads what `save` wrote. Raises UserError if the LoRA does not fit the policy."""
+        self.lora.load(folder)
+        self.companion.load(folder)

@@ -1,8 +1,8 @@
 """The columns that SPO reports: each with its form on the terminal, its curve, and the signs of trouble in it."""
 
 from ...runtime.columns import GRAD_NORM, PROMPTS, SHORT, UNSCORED, Column, Curve, Heatmap, Sign, Trend
-from ...runtime.signs import early_rows_empty, ends_above, ends_below, falls_below, late_rows_empty
-from ..columns import ACCURACY, MARGIN
+from ...runtime.signs import early_rows_empty, ends_below, falls_below, late_rows_empty
+from ..columns import ACCURACY, CLIPPED, LOSS, MARGIN, PAIRS
 
 COLUMNS = (
     PROMPTS,
@@ -13,7 +13,7 @@ COLUMNS = (
         drawn=Curve("Judge's score", "healthy: rises, then levels off"),
         trend=Trend("the judge's score", "up"),
     ),
-    Column("pairs", "total", heading="pairs", form="{:,}"),
+    PAIRS,
     UNSCORED,
     Column(
         "kept",
@@ -59,25 +59,9 @@ COLUMNS = (
             ),
         ),
     ),
-    Column(
-        "loss",
-        not_drawn="The loss is left out on purpose: it stays near ln 2 = 0.693 whether a run works or not. Watch the "
-        "judge's score instead.",
-    ),
+    LOSS,
     MARGIN,
     ACCURACY,
-    Column(
-        "clipped",
-        heading="clipped",
-        form="{:.0%}",
-        drawn=Curve("Log-ratios clipped", "healthy: stays below 50%", limit=0.5, percent=True, from_zero=True),
-        signs=(
-            Sign(
-                ends_above(0.5),
-                "{:.0%} of the log-ratios are clipped at the end, and a clipped one teaches nothing: try a smaller "
-                "optim.lr.",
-            ),
-        ),
-    ),
+    CLIPPED,
     GRAD_NORM,
 )

@@ -18,7 +18,7 @@ from ...runtime.columns import UNSCORED, Column
 from ...runtime.ranks import gather_rows
 from ...runtime.session import Session
 from ..models import Models
-from ..protocol import Measured
+from ..protocol import Measured, Method
 from .columns import COLUMNS
 from .pairs import PreferencePairs, balance
 from .rollout import Rollout, check_steps, judged_segments
@@ -34,7 +34,7 @@ class Collected:
     cond: Conditioning
 
 
-class SPO:
+class SPO(Method):
     """SPO rolls out, has the judge tell winners from losers, and trains the policy to prefer the winners."""
 
     stage = "rollout"
@@ -106,7 +106,3 @@ class SPO:
     def loss(self, batch: MicroBatch) -> tuple[Tensor, Measured]:
         """Returns the SPO loss of a micro-batch and its stats, as `Learner.loss` does."""
         return self.learner.loss(batch)
-
-    def measure(self, done: int) -> Measured:
-        """Measures nothing, because base and tuned model are evaluated before and after the loop."""
-        return {}
