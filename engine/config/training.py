@@ -214,7 +214,7 @@ class EvaluateConfig(Section):
 
 class RunConfig(Section):
     dir: str = Field(description="Run folder, which must be new or empty unless run.resume is set.")
-    iterations: int = Field(ge=1, description="Rollouts, each followed by optim.passes over its preference pairs.")
+    iterations: int = Field(ge=1, description="Rollouts, each followed by the optimizer steps on what it gave.")
     seed: Seed = Field(42, description="Seed of everything random in the run; process r uses seed + r.")
     device: Device = Field("auto", description="Where the run computes; auto takes a GPU where there is one.")
     kernels: Kernels = Field("auto", description=KERNELS)

@@ -45,6 +45,19 @@ def test_losses_and_gradients_are_the_authors(case5, alphas, width, dtype):
     assert (eps.grad - gradient).norm() <= 2e-6 * gradient.norm()
 
 
+def test_a_velocity_becomes_the_noise_that_is_in_x_t(alphas):
+    """Of noisy latents whose clean ones and noise are known, by the definition of v (arXiv 2202.00512)."""
+    rng, schedule = torch.Generator().manual_seed(0), Schedule(DDIMCoefficients.build(alphas, 20, 1.0), 5.0)
+    clean, noise = torch.randn(2, 3, 4, 2, 2, generator=rng)
+    step = torch.tensor([0, 7, 19])
+    a = alphas[schedule.timesteps(step, 3)].view(-1, 1, 1, 1)
+    x_t, v = a.sqrt() * clean + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * clean
+    pairs = PreferencePairs(x_t[None], x_t[None], step, step, step.bool())
+    method = SimpleNamespace(alphas=alphas, schedule=schedule, predicts_v=True)
+    found = GradSPO.noise(method, v.expand(2, 1, *v.shape), pairs)  # both guidance halves are right
+    torch.testing.assert_close(found, noise, rtol=0, atol=2e-6)
+
+
 def test_branches_of_one_score_teach_nothing():
     zero = torch.zeros(1, 4, 2, 2)
     eps = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -65,7 +78,7 @@ def test_the_average_is_the_authors_and_stands_in_for_the_policy(case5):
     assert torch.equal(weight, case5["ema/in/model_weight"])
 
 
-def test_a_micro_batch_is_the_formula_for_epsilon_and_v(method_recipe, unrolled):
+def test_a_micro_batch_is_the_formula(method_recipe, unrolled):
     """Both sides from predictions of one latent and one half at a time, in float64."""
     run = unrolled(method_recipe("gradspo", "optim.beta=3"))
     method = run.method
