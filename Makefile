@@ -11,9 +11,9 @@ PIP     = $(BIN)/python -m pip --disable-pip-version-check install --quiet
 TORCH   = $(shell sed -n '/^torch==/p' constraints.txt)
 
 # `python -m` would put the current folder on sys.path, where `import kernels` means ours (Python 3.11 on).
-tinyworld docs: export PYTHONSAFEPATH = 1
+gpu tinyworld docs: export PYTHONSAFEPATH = 1
 
-.PHONY: help install lint format test test-slow bench demo tinyworld docs clean
+.PHONY: help install lint format test test-slow bench gpu demo tinyworld docs clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -49,6 +49,10 @@ test-slow: lint  ## ruff and all tests, the slow ones too
 bench: $(STAMP)  ## time what the design claims to save
 	@$(PIP) --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/pytest bench --override-ini "python_files=bench_*.py" --benchmark-only --timeout 0 -q
+
+gpu: $(STAMP)  ## test and measure on a GPU, in at most nine minutes; without one, in a tiny form
+	@$(PIP) --constraint constraints.txt --editable ".[bench]"
+	$(BIN)/python -m strop.bench.gpu
 
 demo: $(STAMP)  ## post-train the tiny world, with a report of what it gained: ARGS="key=value ..." RUN=folder
 	$(BIN)/python engine/train.py configs/tinyworld.yaml run.dir=$(RUN) $(ARGS)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -24,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.benchmark import Timer
 
-from strop.bench.bench_step import RESULTS, ROOT, machine
+from strop.bench.machine import machine, write
 from strop.engine.config.find import load
 from strop.engine.config.training import Config
 from strop.engine.errors import UserError, exit_on_user_error
@@ -34,6 +33,7 @@ from strop.engine.plan.row_counts import count_rows
 from strop.engine.plan.unit_costs import Networks
 from strop.engine.runtime.ranks import start
 
+ROOT = Path(__file__).parents[1]
 BACKENDS = {
     "auto": None,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -71,7 +71,8 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m strop.bench.bench_attention", description=main.__doc__)
     parser.add_argument("recipe", help="tinyworld, sd15 or sdxl: of configs/, NAME.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.dtype=bfloat16")
-    args = parser.parse_args(argv)
+    parser.add_argument("--out", type=Path, help="folder of the record (default: the machine's in bench/results/)")
+    args = parser.parse_intermixed_args(argv)
     quiet_libraries()
     config = load(ROOT / "configs" / f"{args.recipe}.yaml", args.overrides)
     device = start(config.run.device).device
@@ -81,9 +82,7 @@ def main(argv: Sequence[str]) -> None:
         )
     record = {"recipe": args.recipe, "machine": machine(device), "torch": torch.__version__}
     record["calls"] = measure(calls(config), device)
-    target = RESULTS / f"attention-{record['machine'].replace(' ', '-')}-{args.recipe}.json"
-    target.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"\n{table(record)}\n\nwritten to {target}")
+    print(f"\n{table(record)}\n\nwritten to {write(record, f'attention-{args.recipe}', args.out)}")
 
 
 def calls(config: Config) -> list[Call]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 import strop.kernels as kernels
+from strop.bench.machine import machine, write
 from strop.kernels import adaln, ddim
 
 GPU = torch.cuda.is_available()
@@ -95,10 +95,10 @@ def cases() -> dict[str, Case]:
     by_name = {f"adaln_modulate {shape}": modulated(shape, False, half) for shape in rows}
     by_name |= {f"gated_residual_adaln {shape}": modulated(shape, True, half) for shape in rows}
     for name, shape in latents.items():
-        by_name |= {f"ddim_branch {name} k={k}": branches(shape, k, single) for k in (2, 4, 8)}
-        for s, r in ((1, 1), (2, 1), (2, 2)):  # a trajectory, a pair from one x_t, a pair of trajectories
-            by_name |= {f"ddim_log_prob {name} S={s} R={r}": log_probs(shape, s, r, False, single)}
-            by_name |= {f"ddim_log_ratio {name} S={s} R={r}": log_probs(shape, s, r, True, single)}
+        by_name |= {f"ddim_branch {name} k={k}": branches(shape, k, single) for k in (1, 4)}
+        by_name[f"ddim_log_prob {name}"] = log_probs(shape, 1, 1, False, single)  # of a trajectory
+        for s, r in ((2, 1), (2, 2)):  # a pair from one x_t, a pair of trajectories
+            by_name[f"ddim_log_ratio {name} R={r}"] = log_probs(shape, s, r, True, single)
     return by_name
 
 
@@ -158,29 +158,43 @@ def check(case: Case, run: Callable, what: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def lines(request):
-    """Collects the lines of the closing table, and the bandwidth of the copy in bytes/s under "copy"."""
-    lines = {"rows": []}
-    yield lines
-    text = "\n".join([HEADER, *lines["rows"]])
-    request.config.pluginmanager.get_plugin("terminalreporter").write_line(f"\n{text}")
+def record(request):
+    """Collects what is measured: the rows of the table, and the bandwidth of the copy in bytes/s under "copy"."""
+    record = {"machine": machine(DEVICE), "torch": torch.__version__, "copy": None, "rows": []}
+    yield record
+    request.config.pluginmanager.get_plugin("terminalreporter").write_line(f"\n{table_of(record)}")
+
+
+def keep(record: dict) -> None:
+    """Writes what is measured so far to the results of this GPU; a CPU has no bandwidth worth keeping."""
     if GPU:
-        name = torch.cuda.get_device_name()
-        folder = Path(__file__).parent / "results"
-        folder.mkdir(exist_ok=True)
-        head = f"{name}, torch {torch.__version__}, copy {lines['copy'] / 1e9:.0f} GB/s (read and written)"
-        (folder / f"kernels-{name.replace(' ', '-')}.md").write_text(f"{head}\n\n{text}\n")
+        write(record, "kernels")
+
+
+def table_of(record: dict) -> str:
+    """Returns the record as a table in Markdown, with an op's codes side by side."""
+    copy = record["copy"]
+    lines = [f"{record['machine']}, torch {record['torch']}, copy {copy / 1e9:.0f} GB/s\n"] if copy else []
+    lines.append(HEADER)
+    for row in sorted(record["rows"], key=lambda row: WHAT.index((row["name"], row["what"]))):
+        rate = row["bytes"] / row["seconds"]
+        cells = (f"{rate / 1e9:.0f}", f"{rate / copy:.0%}") if copy else ("-", "-")
+        lines.append(
+            f"| {row['name']} | {row['what']} | {row['code']} | {1e6 * row['seconds']:.1f} | {' | '.join(cells)} |"
+        )
+    return "\n".join(lines)
 
 
 @pytest.mark.skipif(not GPU, reason="there is no device memory to copy")
-def test_copy(benchmark, lines):
+def test_copy(benchmark, record):
     pairs = [[torch.empty(COPY, dtype=torch.uint8, device=DEVICE) for _ in range(2)] for _ in range(several(2 * COPY))]
-    lines["copy"] = 2 * COPY / seconds(benchmark, lambda i: lambda: pairs[i][1].copy_(pairs[i][0]), len(pairs))
+    record["copy"] = 2 * COPY / seconds(benchmark, lambda i: lambda: pairs[i][1].copy_(pairs[i][0]), len(pairs))
+    keep(record)
 
 
-@pytest.mark.parametrize("code", ["reference", "compiled", "triton"])
 @pytest.mark.parametrize("name, what", WHAT, ids=lambda value: str(value).replace(" ", "_"))
-def test_op(benchmark, lines, name, what, code):
+@pytest.mark.parametrize("code", ["triton", "reference", "compiled"])
+def test_op(benchmark, record, code, name, what):
     if code == "triton" and not GPU:
         pytest.skip("needs a GPU: Triton compiles for no CPU")
     case = CASES[name]
@@ -192,6 +206,5 @@ def test_op(benchmark, lines, name, what, code):
     with torch._functorch.config.patch(donated_buffer=False):  # a backward is run many times here
         check(case, run, what)
         time = seconds(benchmark, lambda i: prepared(case, run, what, 100 * i), several(size))
-    share = f"{size / time / lines['copy']:.0%}" if "copy" in lines else "-"
-    rate = f"{size / time / 1e9:.0f}" if GPU else "-"
-    lines["rows"].append(f"| {name} | {what} | {code} | {time * 1e6:.1f} | {rate} | {share} |")
+    record["rows"].append({"name": name, "what": what, "code": code, "bytes": size, "seconds": time})
+    keep(record)

@@ -12,10 +12,7 @@ iteration, as if none came twice. Quality is measured by bench/tinyworld/frontie
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
-import platform
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -28,8 +25,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from strop.bench import longest, ours, published
+from strop.bench.machine import machine, write
 from strop.engine.config.find import load
 from strop.engine.config.methods.spo import SPOConfig
+from strop.engine.config.settings import varied
 from strop.engine.data.prompts import read_prompts
 from strop.engine.errors import UserError, exit_on_user_error
 from strop.engine.judge.model import StepAwarePreferenceModel
@@ -41,9 +40,9 @@ from strop.engine.plan.meter import FORMULAS
 from strop.engine.plan.peak import seconds_on
 from strop.engine.runtime.ranks import start
 from strop.engine.runtime.stopwatch import Stopwatch
+from strop.kernels import use_reference
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench" / "results"
 STAGES = ("text", "rollout/trunk", "rollout/branches", "rollout/decode", "rollout/judge", "update", "update/optimizer")
 
 
@@ -64,6 +63,7 @@ class Side:
 
     def run(self, prompts: Sequence[str], clock) -> int:
         """Runs one iteration, with the same draws each time, and returns the number of its pairs."""
+        use_reference(self.iteration is published)  # the authors' judge has none of strop's kernels
         rngs = [torch.Generator(self.models.diffusion.device).manual_seed(seed) for seed in (0, 1)]
         result = self.iteration.iteration(self.models, prompts[: self.config.rollout.prompts], *rngs, clock)
         return len(result[0]["t"] if isinstance(result, tuple) else result)  # published.py returns its log too
@@ -73,32 +73,45 @@ class Side:
 def main(argv: Sequence[str]) -> None:
     """Times the published recipe, strop's and the fast one in turn, and prints the seconds and operations of each."""
     parser = argparse.ArgumentParser(prog="python -m strop.bench.bench_step", description=main.__doc__)
-    parser.add_argument("recipe", help="tinyworld, sd15 or sdxl: of configs/, NAME.yaml and NAME_fast.yaml")
+    parser.add_argument(
+        "recipe", help="tinyworld, sd15, sdxl or sdxl_released: of configs/, with the family's fast one"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all sides, such as model.compile=true")
     parser.add_argument("--rounds", type=int, default=3, help="timed iterations of each side, at least 1")
     parser.add_argument(
         "--threshold", type=float, default=0.0, help="rollout.threshold of all sides; 0 keeps every pair"
     )
-    args = parser.parse_args(argv)
+    parser.add_argument("--no-profile", action="store_true", help="leave out which operations take longest")
+    parser.add_argument("--out", type=Path, help="folder of the record (default: the machine's in bench/results/)")
+    args = parser.parse_intermixed_args(argv)
     quiet_libraries()
     if args.rounds < 1:
         raise UserError(f"--rounds: found {args.rounds}, expected 1 or more")
     overrides = [*args.overrides, f"rollout.threshold={args.threshold}"]
-    exact, fast = (load(ROOT / "configs" / f"{args.recipe}{kind}.yaml", overrides) for kind in ("", "_fast"))
+    names = args.recipe, f"{args.recipe.removesuffix('_released')}_fast"
+    exact, fast = (load(ROOT / "configs" / f"{name}.yaml", overrides) for name in names)
     device = start(exact.run.device).device
     if device.type == "cpu" and not Path(exact.model.path).exists():
         raise UserError(f"bench_step: {exact.model.path} is not on this machine, and at full size a CPU takes hours")
-    record = measure(exact, fast, args.recipe, args.rounds, device)
-    print(f"\n{table(record)}\n\nexact:\n\n{longest.table(record['sides']['exact']['profile'])}")
-    print(f"\nwritten to {write(record)}")
+    record = measure(exact, fast, args.recipe, args.rounds, device, not args.no_profile)
+    print(f"\n{table(record)}")
+    if not args.no_profile:
+        print(f"\nexact:\n\n{longest.table(record['sides']['exact']['profile'])}")
+    print(f"\nwritten to {write(record, name_of(record), args.out)}")
 
 
-def measure(exact: SPOConfig, fast: SPOConfig, recipe: str, rounds: int, device: torch.device) -> dict:
-    """Runs all sides `rounds` times in turn, after one iteration that counts operations, and returns the record."""
+def measure(
+    exact: SPOConfig, fast: SPOConfig, recipe: str, rounds: int, device: torch.device, profiled: bool = True
+) -> dict:
+    """Runs all sides `rounds` times in turn, after one iteration that counts operations, and returns the record.
+
+    profiled: whether each then runs once more, to find which of its operations take longest.
+    """
     file = Path(exact.prompts.train)
     prompts = read_prompts(str(file), "prompts.train") if file.exists() else [f"prompt {i}" for i in range(64)]
+    plain = varied(exact, {"model.gradient_checkpointing": False})  # the authors' code keeps activations
     sides = {
-        "published": Side(published, build(published.Published, exact, device), exact),
+        "published": Side(published, build(published.Published, plain, device), plain),
         "exact": Side(ours, build(ours.Ours, exact, device), exact),
         "fast": Side(ours, build(ours.Ours, fast, device), fast),
     }
@@ -118,7 +131,7 @@ def measure(exact: SPOConfig, fast: SPOConfig, recipe: str, rounds: int, device:
         spent = time.perf_counter() - begun
         left = spent / done * (rounds - done)
         print(f"round {done} of {rounds}, {spent:.0f} s, {left:.0f} s to go", flush=True)
-    for side in sides.values():
+    for side in sides.values() if profiled else ():
         side.profile = longest.longest(device, side.run, prompts, nullcontext)
     rate = matmul_rate(device, DTYPES[exact.model.dtype])
     return {
@@ -158,21 +171,10 @@ def at_peak(side: Side, device: torch.device) -> dict[str, str | float]:
     }
 
 
-def machine(device: torch.device) -> str:
-    """Returns the GPU's name, or the number of CPU cores and their architecture."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{os.cpu_count()}-core {platform.machine()} CPU"
-
-
-def write(record: dict) -> Path:
-    """Writes the record to bench/results/ and returns the file."""
-    RESULTS.mkdir(exist_ok=True)
+def name_of(record: dict) -> str:
+    """Returns the name of the record's file, without its ending."""
     how = f"-threshold-{record['threshold']:g}" if record["threshold"] else ""
-    how += "-compiled" if record["compile"] else ""
-    target = RESULTS / f"bench_step-{record['machine'].replace(' ', '-')}-{record['recipe']}{how}.json"
-    target.write_text(json.dumps(record, indent=2) + "\n")
-    return target
+    return f"step-{record['recipe']}{how}{'-compiled' if record['compile'] else ''}"
 
 
 def run_prompts(config: SPOConfig) -> int:
@@ -195,13 +197,13 @@ def build(kind: type, config: SPOConfig, device: torch.device) -> published.Publ
 
 def time_one(side: Side, prompts: Sequence[str], device: torch.device) -> None:
     """Times one iteration of a side; on a GPU, its peak memory too, without what the other sides have allocated."""
-    clock = Stopwatch(device)
+    clock, whole = Stopwatch(device), Stopwatch(device)  # of one clock, a stage would interrupt the whole
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-    with clock("total"):
+    with whole("total"):
         side.run(prompts, clock)
-    side.rounds.append(clock.seconds())
+    side.rounds.append(clock.seconds() | whole.seconds())
     if device.type == "cuda":
         increase = torch.cuda.max_memory_allocated(device) - before
         side.peak = max(side.peak or 0, increase + bytes_of(side.models))

@@ -20,6 +20,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPConfig, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from strop.bench.machine import machine, write
 from strop.bench.precision import halve, noise
 from strop.engine.config.find import load
 from strop.engine.config.methods.spo import SPOConfig
@@ -54,16 +55,14 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m strop.bench.full_size", description=main.__doc__)
     parser.add_argument("family", choices=[family.name for family in FAMILIES])
     parser.add_argument("--dtype", default="float16", choices=tuple(DTYPES))
+    parser.add_argument("--out", type=Path, help="folder of the record (default: the machine's in bench/results/)")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise UserError("full_size: PyTorch sees no GPU, and at full size an iteration on a CPU takes hours")
     config = load(ROOT / "configs" / f"{args.family}.yaml", [f"model.dtype={args.dtype}"])
     family = family_named(args.family)
     record = measure(config, family, family.architecture | {"judge": JUDGE}, torch.device("cuda"))
-    card = torch.cuda.get_device_name().replace(" ", "-")
-    target = ROOT / "bench" / "results" / f"full_size-{card}-{args.family}-{args.dtype}.json"
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps(record, indent=2) + "\n")
+    target = write(record, f"full_size-{args.family}-{args.dtype}", args.out)
     print(f"{json.dumps(record, indent=2)}\n\nwritten to {target}")
 
 
@@ -102,7 +101,7 @@ def measure(config: SPOConfig, family: Family, architecture: dict, device: torch
     return {
         "family": family.name,
         "dtype": model.dtype,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "machine": machine(device),
         "torch": torch.__version__,
         "prompts": config.rollout.prompts,
         "k": config.rollout.k,

@@ -46,6 +46,11 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 torch.set_num_threads(1)
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
 @functools.cache
 def module_of(file):
     """The tests of a file of this folder, "judge/test_clip.py": for parity.py, whatever sys.path has of these names."""

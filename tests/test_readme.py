@@ -236,8 +236,7 @@ def test_the_pages_one_meets_first_are_short():
 def test_measured_results_are_those_of_the_records():
     text, results = README.read_text(encoding="utf-8"), ROOT / "bench" / "results"
     plain, compiled = (
-        json.loads((results / f"bench_step-2-core-x86_64-CPU-tinyworld{kind}.json").read_text())
-        for kind in ("", "-compiled")
+        json.loads((results / f"2-core-x86_64-CPU/step-tinyworld{kind}.json").read_text()) for kind in ("", "-compiled")
     )
     for what, side in (("faster_per_prompt", "exact"), ("faster_per_prompt", "fast"), ("faster_per_run", "fast")):
         figures = plain[what][side], compiled[what][side]

@@ -87,12 +87,12 @@ def gpu_of_cuda_name(name: str) -> Gpu | None:
 def measured_share(results: Path, key: str, recipe: str) -> tuple[float, Path] | None:
     """Returns (share of the peak, file that says so), measured on this GPU with this recipe or else with another one.
 
-    None where nothing was measured on this GPU. A file of the folder `results` counts where it is JSON that has "gpu",
+    None where nothing was measured on this GPU. A file in the folder `results` counts where it is JSON that has "gpu",
     a key of GPUS; "recipe", the stem of a recipe's file; and "share_of_peak": seconds at the peak as Gpu.seconds has
     them, of all operations done including recomputed ones, over the seconds measured.
     """
     measured = []
-    for file in sorted(results.glob("*.json")):
+    for file in sorted(results.rglob("*.json")):
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
         except ValueError:

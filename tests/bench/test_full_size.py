@@ -47,7 +47,7 @@ def test_noise_is_larger_in_bfloat16_than_in_float16(tiny):
     assert noise["float16"]["gradient_cosine"] > 0.999
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="full size needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])

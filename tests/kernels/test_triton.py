@@ -21,7 +21,6 @@ triton = pytest.importorskip("triton", reason="Triton is not installed: every ca
 
 from strop.kernels import adaln_triton, ddim_triton, log_prob_triton  # noqa: E402
 
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 OPS = ("adaln_modulate", "gated_residual_adaln", "ddim_branch", "ddim_log_prob", "ddim_log_ratio")
 RESULTS = {"y", "h", "branches", "x0_hat", "log_prob", "log_ratio"}
 WIDE = ("ddim_log_prob", "ddim_log_ratio")  # their results are float32 whatever the inputs
@@ -32,7 +31,8 @@ WIDE = ("ddim_log_prob", "ddim_log_ratio")  # their results are float32 whatever
     params=[
         pytest.param(("cpu", "few"), id="interpreter"),
         pytest.param(("cpu", "many"), id="interpreter-many", marks=pytest.mark.slow),
-        pytest.param(("cuda", "many"), id="gpu", marks=GPU),
+        pytest.param(("cuda", "few"), id="gpu", marks=pytest.mark.gpu),
+        pytest.param(("cuda", "many"), id="gpu-many", marks=[pytest.mark.gpu, pytest.mark.slow]),
     ],
 )
 def figures(request):
@@ -139,7 +139,7 @@ def public(name):
     return getattr(kernels, name.partition("-")[0])
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", SAMPLES)
 def test_opcheck(name, device):
     args = [a.detach().to(device).requires_grad_(a.requires_grad) if torch.is_tensor(a) else a for a in samples()[name]]
@@ -249,7 +249,7 @@ def test_one_place_decides():
     assert backend.on_triton(gpu(torch.float32))
 
 
-@GPU
+@pytest.mark.gpu
 def test_more_than_two_to_the_31_elements():
     """The last rows of a tensor that 32 bits cannot index are those of the same rows alone."""
     rows, length, width = 2, 2**20 + 3, 1024
@@ -262,7 +262,7 @@ def test_more_than_two_to_the_31_elements():
     assert torch.equal(y[1:, -5:], last)
 
 
-@GPU
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", OPS)
 def test_compiled_on_a_gpu_gives_the_eager_bits(name):
     args = [a.detach().cuda().requires_grad_(a.requires_grad) if torch.is_tensor(a) else a for a in samples()[name]]

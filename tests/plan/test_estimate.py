@@ -195,7 +195,7 @@ def test_operations_per_prompt(recipe, at_most, published):
     assert theirs.plain / TERA == pytest.approx(published + event, rel=0.01)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the memory of a GPU is measured on one")
+@pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.parametrize("small", SMALL)
 def test_peak_memory_on_a_gpu(small):

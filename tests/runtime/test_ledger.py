@@ -236,7 +236,7 @@ def test_the_totals_are_of_all_ranks_and_count_what_was_before_once(nvml, now, m
     assert gpu_ledger.totals() == totals
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_real_card_is_read():
     matrix = torch.randn(8192, 8192, device=GPU)
     with Ledger(GPU) as gpu_ledger:

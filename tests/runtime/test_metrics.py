@@ -159,7 +159,7 @@ def test_two_ranks_agree_and_one_writes(tmp_path):
     assert lines(tmp_path) == [ranks[0]]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_adding_never_waits_for_the_device(tmp_path):
     measured = new(tmp_path, device="cuda")
     step = torch.tensor([0, 2, 2], device="cuda")

@@ -66,7 +66,7 @@ def test_parts_side_by_side_share_the_seconds_of_their_stage(now):
     assert clock.seconds() == {"rollout": 15.0, "rollout/judge": 10.0, "rollout/branches": 4.0}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_it_times_the_device_not_the_launch():
     clock = Stopwatch("cuda")
     begin = time.perf_counter()

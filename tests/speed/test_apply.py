@@ -142,13 +142,12 @@ def test_the_compilers_own_code_gives_the_same(tiny_folder, clip_folder):
     assert_alike(compiled, run(tiny_folder, clip_folder, 2))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "inner_steps, at", [(1, ["rollout.py"]), (2, ["rollout.py", "update.py"])], ids=["spo", "mspo"]
 )
 def test_an_iteration_waits_for_the_gpu_once_or_twice(tiny_folder, clip_folder, inner_steps, at):
     """Once for how many pairs are kept, once for which of them share x_t if not all: what comes after hangs on both."""
-    if not torch.cuda.is_available():
-        pytest.skip("waits for a GPU are seen on a GPU only")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run(tiny_folder, clip_folder, 2, inner_steps, device=torch.device("cuda", 0), watch=1)
