@@ -63,7 +63,8 @@ class Side:
 
     def run(self, prompts: Sequence[str], clock) -> int:
         """Runs one iteration, with the same draws each time, and returns the number of its pairs."""
-        use_reference(self.iteration is published)  # the authors' judge has none of strop's kernels
+        plain = self.iteration is published  # whose judge has none of strop's kernels
+        use_reference(plain or self.config.run.kernels == "reference")
         rngs = [torch.Generator(self.models.diffusion.device).manual_seed(seed) for seed in (0, 1)]
         result = self.iteration.iteration(self.models, prompts[: self.config.rollout.prompts], *rngs, clock)
         return len(result[0]["t"] if isinstance(result, tuple) else result)  # published.py returns its log too
@@ -76,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "recipe", help="tinyworld, sd15, sdxl or sdxl_released: of configs/, with the family's fast one"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all sides, such as model.compile=true")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all sides, such as model.compile=all")
     parser.add_argument("--rounds", type=int, default=3, help="timed iterations of each side, at least 1")
     parser.add_argument(
         "--threshold", type=float, default=0.0, help="rollout.threshold of all sides; 0 keeps every pair"

@@ -30,7 +30,7 @@ LIMIT = 540  # seconds of all parts together
 LEAST = 15  # seconds, with less of which no part is begun
 PYTEST = "-m pytest -q -p no:cacheprovider --timeout 0 --junitxml {xml}"
 TRAIN = "engine/train.py configs/tinyworld.yaml run.dir={logs}/tinyworld"
-STEP, ATTENTION = "-m strop.bench.bench_step", "-m strop.bench.bench_attention"
+STEP, SETTINGS, ATTENTION = (f"-m strop.bench.bench_{name}" for name in ("step", "settings", "attention"))
 FEW = "rollout.prompts=2 rollout.k=2 rollout.num_steps=4 rollout.t_range=[0,999] optim.micro_batch=2"
 SHORT = f"{FEW} evaluate.prompts=4 evaluate.pictures=2 evaluate.num_steps=2 run.iterations=2"
 
@@ -69,6 +69,12 @@ PARTS = (
         150,
         f"{STEP} sdxl_released --rounds 1 --no-profile --out {{results}} model.gradient_checkpointing=false",
         f"{STEP} tinyworld --rounds 1 --threshold 0.3 --out {{results}} {FEW}",
+    ),
+    Part(
+        "settings",
+        150,
+        f"{SETTINGS} sd15 --rounds 1 --out {{results}} rollout.prompts=4",
+        f"{SETTINGS} tinyworld --rounds 1 --only run.kernels=reference --out {{results}} {FEW}",
     ),
     Part("attention", 60, f"{ATTENTION} sd15 --out {{results}}", f"{ATTENTION} tinyworld --out {{results}} {FEW}"),
     Part(

@@ -238,7 +238,7 @@ def test_a_judge_is_trained_compiled(judge_run, recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda *what, **options: whole(*what, **options | {"backend": "eager"}))
     torch._dynamo.reset()
     counted = counters["stats"]["unique_graphs"]
-    main(recipe("model.compile=true"))
+    main(recipe("model.compile=all"))
     losses = [[line["loss"] for line in records(run)[1:]] for run in (judge_run.folder, tmp_path / "run")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert counters["stats"]["unique_graphs"] > counted

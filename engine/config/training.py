@@ -103,11 +103,11 @@ class ModelConfig(Section):
         "convolution. It takes 4/9 of the operations and a second copy of these weights (0.1 GB of SD-1.5 in float16); "
         "the numbers are the same but for rounding. It is faster on a CPU and not yet measured on a GPU.",
     )
-    compile: bool = Field(
+    compile: Literal[False, "judge_and_decoder", "all"] = Field(
         False,
-        description="Whether torch.compile compiles the UNet, the VAE decoder and the judge's image tower. It takes "
-        "minutes at the start of a run, less where PyTorch finds the cache of an earlier one "
-        "(TORCHINDUCTOR_CACHE_DIR). On two CPU cores it took four minutes and then saved 8 % of an iteration of "
+        description="What torch.compile compiles: the judge's image tower and the VAE decoder, or (all) the UNet too, "
+        "which takes minutes at the start of a run, less where PyTorch finds the cache of an earlier one "
+        "(TORCHINDUCTOR_CACHE_DIR). On two CPU cores all took four minutes and then saved 8 % of an iteration of "
         "tinyworld; it is not yet measured on a GPU.",
     )
     tf32: bool | None = Field(

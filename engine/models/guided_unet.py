@@ -38,7 +38,7 @@ class Savings:
     @classmethod
     def of(cls, model: ModelConfig, micro_batch: int) -> Savings:
         """Takes the settings of section `model`; micro_batch: pairs per forward of the update."""
-        return cls(model.unet_rows, model.merges_lora, model.share_halves, micro_batch if model.compile else 1)
+        return cls(model.unet_rows, model.merges_lora, model.share_halves, micro_batch if model.compile == "all" else 1)
 
 
 NO_SAVINGS = Savings()

@@ -160,7 +160,7 @@ class _CountingModels:
         self.policy = self.diffusion = self.judge = self
         self.parameters, self.scheduler = [nn.Parameter(torch.zeros(1))], DDIMScheduler()
         self.config, self.rollout_schedule = config, schedule
-        self.multiple = config.optim.micro_batch if config.model.compile else 1
+        self.multiple = config.optim.micro_batch if config.model.compile == "all" else 1
         self.rows, self.largest = Counter(), Counter()
         self.stage, self.is_reference, self.is_sampling, self.trained_latents = "", False, False, 0
         self.kept = (TEXT_ENCODERS, VAE_ENCODER)

@@ -29,8 +29,9 @@ def prepare(model: ModelConfig, unet: nn.Module, vae: nn.Module, judge: nn.Modul
     if model.channels_last:
         for network in (unet, vae):
             network.to(memory_format=torch.channels_last)
-    if model.compile:
+    if model.compile == "all":
         unet.compile(dynamic=False, recompile_limit=GRAPHS)
+    if model.compile:
         vae.decoder.compile(dynamic=False, recompile_limit=GRAPHS)
         judge.compile(dynamic=False)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from strop.bench import bench_attention, bench_step, full_size, precision
+from strop.bench import bench_attention, bench_settings, bench_step, full_size, precision
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -16,6 +16,7 @@ from strop.bench import bench_attention, bench_step, full_size, precision
         (bench_step, "tinyworld run.device=cuda", ["run.device", "cuda"]),
         (bench_step, "tinyworld --threshold 1", ["rollout.threshold"]),
         (bench_step, "nothing", ["nothing.yaml"]),
+        (bench_settings, "tinyworld --rounds 0", ["--rounds", "0"]),
         (full_size, "sd15", ["GPU"]),
         (precision, "--iterations 0", ["--iterations", "0"]),
         (precision, "--iterations 100000", ["--iterations", "100000"]),

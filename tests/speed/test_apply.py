@@ -127,7 +127,7 @@ def test_compiled_once_and_no_graph_after_the_first_iteration(
     torch._dynamo.reset()
     counters.clear()
     plain = run(tiny_folder, clip_folder, 3, inner_steps)
-    compiled = run(tiny_folder, clip_folder, 3, inner_steps, compile=True)
+    compiled = run(tiny_folder, clip_folder, 3, inner_steps, compile="all")
     assert len(plain.pairs[0]) % 3, "the last micro-batch is a part of one"
     assert compiled.graphs == [graphs] * 3
     assert not counters["graph_break"]
@@ -138,7 +138,7 @@ def test_compiled_once_and_no_graph_after_the_first_iteration(
 @pytest.mark.timeout(1200)  # minutes of compiling, unless an earlier run has left its cache
 def test_the_compilers_own_code_gives_the_same(tiny_folder, clip_folder):
     torch._dynamo.reset()
-    compiled = run(tiny_folder, clip_folder, 2, compile=True, fold_upsample=True)
+    compiled = run(tiny_folder, clip_folder, 2, compile="all", fold_upsample=True)
     assert_alike(compiled, run(tiny_folder, clip_folder, 2))
 
 
