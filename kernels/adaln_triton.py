@@ -32,6 +32,21 @@ SUM_CHUNKS, SUM_COLUMNS = 16, 128  # tile of the second stage of the sums
 
 
 @triton.jit
+def _vector(ptr, cols, inside):
+    """Loads columns for every row of a tile, in whose layout they then are, without a way through shared memory."""
+    return tl.load(tl.broadcast_to(ptr + cols, inside.shape), mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_pieces(ptr, held, row, within, width):
+    """Stores rows that are held in pieces; after all loads, because no load moves up past a store."""
+    COLUMNS: tl.constexpr = held[0].shape[1]
+    for piece in tl.static_range(len(held)):
+        cols = piece * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        tl.store(ptr + row * width + cols, held[piece], mask=within & (cols < width))
+
+
+@triton.jit
 def _adaln_fwd_kernel(
     x_ptr,  # (B, L, D): x, or residual if GATED
     branch_ptr,  # (B, L, D) if GATED, else unused
@@ -52,36 +67,50 @@ def _adaln_fwd_kernel(
     eps,
     GATED: tl.constexpr,
     ROWS: tl.constexpr,  # rows of one b to a program
-    BLOCK: tl.constexpr,  # power of two >= D
+    COLUMNS: tl.constexpr,  # of a piece, power of two
+    PIECES: tl.constexpr,  # cdiv(D, COLUMNS), held in registers
 ):
     tiles = tl.cdiv(length, ROWS)
     b = (tl.program_id(0) // tiles).to(tl.int64)
-    rows = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
-    cols = tl.arange(0, BLOCK)
-    within = cols < width
-    inside = (rows < length)[:, None] & within[None, :]
-    at = (b * length + rows)[:, None] * width + cols[None, :]
-
-    h = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if GATED:
-        branch = tl.load(branch_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        gate = tl.load(gate_ptr + b * gate_stride + cols, mask=within, other=0.0).to(tl.float32)
-        rounded = (h + gate[None, :] * branch).to(h_ptr.dtype.element_ty)
-        tl.store(h_ptr + at, rounded, mask=inside)
-        h = rounded.to(tl.float32)
-    weight = tl.load(weight_ptr + cols, mask=within, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + cols, mask=within, other=0.0).to(tl.float32)
-    shift = tl.load(shift_ptr + b * shift_stride + cols, mask=within, other=0.0).to(tl.float32)
-    scale = 1.0 + tl.load(scale_ptr + b * scale_stride + cols, mask=within, other=0.0).to(tl.float32)
-
-    mean = tl.sum(h, axis=1) / width
-    centred = tl.where(inside, h - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / width + eps)
-    y = centred * rstd[:, None] * (weight * scale)[None, :] + (bias * scale + shift)[None, :]
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+    rows = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)[:, None]
+    within = rows < length
     row = b * length + rows
-    tl.store(stats_ptr + row, mean, mask=rows < length)
-    tl.store(stats_ptr + stats_stride + row, rstd, mask=rows < length)
+    held = ()
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for piece in tl.static_range(PIECES):
+        cols = piece * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        inside = within & (cols < width)
+        h = tl.load(x_ptr + row * width + cols, mask=inside, other=0.0)
+        if GATED:
+            branch = tl.load(branch_ptr + row * width + cols, mask=inside, other=0.0).to(tl.float32)
+            gate = _vector(gate_ptr + b * gate_stride, cols, inside)
+            h = (h.to(tl.float32) + gate * branch).to(h_ptr.dtype.element_ty)
+        held = held + (h,)
+        total += h.to(tl.float32)
+    if GATED:
+        _store_pieces(h_ptr, held, row, within, width)
+    mean = tl.div_rn(tl.sum(total, axis=1, keep_dims=True), tl.cast(width, tl.float32))
+
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for piece in tl.static_range(PIECES):
+        cols = piece * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        centred = tl.where(cols < width, held[piece].to(tl.float32) - mean, 0.0)
+        total += centred * centred
+    variance = tl.div_rn(tl.sum(total, axis=1, keep_dims=True), tl.cast(width, tl.float32))
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+    tl.store(stats_ptr + row, mean, mask=within)
+    tl.store(stats_ptr + stats_stride + row, rstd, mask=within)
+
+    written = ()
+    for piece in tl.static_range(PIECES):
+        cols = piece * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        inside = within & (cols < width)
+        weight, bias = _vector(weight_ptr, cols, inside), _vector(bias_ptr, cols, inside)
+        shift = _vector(shift_ptr + b * shift_stride, cols, inside)
+        scale = 1.0 + _vector(scale_ptr + b * scale_stride, cols, inside)
+        y = (held[piece].to(tl.float32) - mean) * rstd * (weight * scale) + (bias * scale + shift)
+        written = written + (y.to(y_ptr.dtype.element_ty),)
+    _store_pieces(y_ptr, written, row, within, width)
 
 
 @triton.jit
@@ -201,6 +230,16 @@ def tiling(width: int, elements: int, most: int) -> dict[str, int]:
     return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, min(16, rows * block // 256))}
 
 
+def pieces(width: int) -> dict[str, int]:
+    """Returns the tile of a forward program: rows in at most 6 pieces, of 8 numbers to a thread where D >= 256.
+
+    A row of D <= 1536 has one warp to itself, which sums it without waiting for others; so none idles at D = 1280.
+    """
+    columns = min(triton.next_power_of_2(width), 256 * triton.next_power_of_2(triton.cdiv(width, 1536)))
+    rows, warps = max(1, min(16, 1024 // columns)), max(4, columns // 256)
+    return {"ROWS": rows, "COLUMNS": columns, "PIECES": triton.cdiv(width, columns), "num_warps": warps}
+
+
 def chunk_of(batch: int, length: int) -> int:
     """Returns how many rows of one b a program sums: enough programs for a large card, few sums; by shapes alone."""
     for chunk in (8, 16, 32):
@@ -227,7 +266,7 @@ def _forward(
     batch, length, width = x.shape
     y, h = torch.empty_like(x), torch.empty_like(x) if gated else None
     stats = x.new_empty((2, batch, length), dtype=torch.float32)
-    tile = tiling(int(width), 8192, 16)
+    tile = pieces(int(width))
     launch(_adaln_fwd_kernel)[(batch * triton.cdiv(length, tile["ROWS"]),)](
         x, branch, gate, weight, bias, shift, scale, h if gated else y, y, stats,
         gate.stride(0), shift.stride(0), scale.stride(0), batch * length, length, width, eps, GATED=gated, **tile,
@@ -277,7 +316,7 @@ def adaln_modulate_op(
     x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Returns (y, stats); stats (2, B, L) are for the backward."""
-    forward = _forward if on_triton(x) else adaln_forward_ref
+    forward = _forward if on_triton(x, width=x.shape[-1]) else adaln_forward_ref
     return forward(x, None, None, weight, bias, shift, scale, eps)[1:]
 
 
@@ -286,7 +325,7 @@ def adaln_modulate_backward_op(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, stats: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns dx, dweight, dbias, dshift, dscale."""
-    backward = _backward if on_triton(x) else adaln_backward_ref
+    backward = _backward if on_triton(x, width=x.shape[-1]) else adaln_backward_ref
     dx, _, _, *parameter_grads = backward(dy, None, x, None, None, weight, bias, scale, stats)
     return dx, *parameter_grads
 
@@ -303,7 +342,7 @@ def gated_residual_adaln_op(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (h, y, stats); stats (2, B, L) are for the backward."""
-    forward = _forward if on_triton(residual) else adaln_forward_ref
+    forward = _forward if on_triton(residual, width=residual.shape[-1]) else adaln_forward_ref
     return forward(residual, branch, gate, weight, bias, shift, scale, eps)
 
 
@@ -320,7 +359,7 @@ def gated_residual_adaln_backward_op(
     stats: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns dresidual, dbranch, dgate, dweight, dbias, dshift, dscale."""
-    backward = _backward if on_triton(h) else adaln_backward_ref
+    backward = _backward if on_triton(h, width=h.shape[-1]) else adaln_backward_ref
     return backward(dy, dh, h, branch, gate, weight, bias, scale, stats)
 
 
