@@ -147,7 +147,7 @@ def _adaln_bwd_kernel(
     gate = tl.load(gate_ptr + b * gate_stride + cols, mask=within, other=0.0).to(tl.float32) if GATED else scale
     none = tl.zeros([BLOCK], tl.float32)
     sum_dy_n, sum_dy, sum_dgate = none, none, none
-    for done in range(0, CHUNK, ROWS):
+    for done in tl.range(0, CHUNK, ROWS, num_stages=2):  # the next rows are fetched meanwhile
         rows = first + done + tl.arange(0, ROWS)
         row = b * length + rows
         inside = (rows < length)[:, None] & within[None, :]
