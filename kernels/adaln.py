@@ -6,7 +6,7 @@
 Shapes: x, residual, branch, h, y (B, L, D); weight, bias (D,); shift, scale, gate (B, D).
 The functions `<op>_ref` are plain PyTorch and define the meaning of each op: float32 inside (float64 for float64), one
 rounding to the type of the input at the end of each formula. They run everywhere but on CUDA tensors; those go to the
-kernels of adaln_triton.py. There is no nn.Module: whoever calls the functions owns the parameters.
+kernels of adaln_triton.py, up to D = 4096. There is no nn.Module: whoever calls the functions owns the parameters.
 """
 
 import torch
@@ -99,7 +99,7 @@ def adaln_modulate(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, scale
     _check_rows(x, "x", weight=weight, bias=bias, shift=shift, scale=scale)
     x, weight, bias, shift, scale = outside_autocast(x, weight, bias, shift, scale)
     check_alike(x, "x", weight=weight, bias=bias, shift=shift, scale=scale)
-    if on_triton(x):
+    if on_triton(x, width=x.shape[-1]):
         return torch.ops.strop.adaln_modulate(x, weight, bias, shift, scale, eps)[0]
     return adaln_modulate_ref(x, weight, bias, shift, scale, eps)
 
@@ -126,7 +126,7 @@ def gated_residual_adaln(
     tensors = outside_autocast(residual, branch, gate, weight, bias, shift, scale)
     residual, branch, gate, weight, bias, shift, scale = tensors
     check_alike(residual, "residual", branch=branch, gate=gate, weight=weight, bias=bias, shift=shift, scale=scale)
-    if on_triton(residual):
+    if on_triton(residual, width=residual.shape[-1]):
         return torch.ops.strop.gated_residual_adaln(*tensors, eps)[:2]
     return gated_residual_adaln_ref(*tensors, eps)
 

@@ -8,7 +8,7 @@ CPU tensors too, in Triton's interpreter, which is slow and meant for tests.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ except ImportError:
 TRITON = triton is not None
 INTERPRETED = TRITON and triton.knobs.runtime.interpret
 NARROW = (torch.float32, torch.bfloat16, torch.float16)  # the types of the kernels, which compute in float32
+WIDEST = 4096  # numbers to a row: the backward of adaLN holds a row in registers, which wider ones overflow
 _choice = SimpleNamespace(reference=False, record=None)
 
 
@@ -41,9 +42,9 @@ def use_reference(forced: bool) -> None:
     _choice.reference = forced
 
 
-def on_triton(*tensors: Tensor) -> bool:
-    """Whether a call with these tensors, checked to be on one device, goes to Triton."""
-    if not TRITON or _choice.reference or not all(tensor.dtype in NARROW for tensor in tensors):
+def on_triton(*tensors: Tensor, width: int = 1) -> bool:
+    """Whether a call with these tensors, checked to be on one device, goes to Triton; width: numbers to sum at once."""
+    if not TRITON or _choice.reference or width > WIDEST or not all(tensor.dtype in NARROW for tensor in tensors):
         return False
     return tensors[0].is_cuda or (tensors[0].device.type == "cpu" and INTERPRETED)
 
@@ -66,11 +67,28 @@ class _Recorder:
         return lambda *args, **constants: self.launches.append(Launch(self.kernel, grid, args, constants))
 
 
+class _OnItsDevice:
+    """Launches a kernel on the device of its first argument, where Triton would take the current one."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        def run(first: Tensor, *args, **constants) -> None:
+            elsewhere = first.is_cuda and first.device.index != torch.cuda.current_device()
+            with torch.cuda.device(first.device) if elsewhere else nullcontext():
+                self.kernel[grid](first, *args, **constants)
+
+        return run
+
+
 def launch(kernel):
-    """Prepares a kernel for `launch(kernel)[grid](*args, **constants)`, in eager mode and within torch.compile."""
+    """Prepares a kernel for `launch(kernel)[grid](*args, **constants)`, in eager mode and within torch.compile, whose
+    graphs set the device by themselves."""
     if _choice.record is not None:
         return _Recorder(kernel, _choice.record)
-    return kernel if INTERPRETED else wrap_triton(kernel)
+    traced = kernel if INTERPRETED else wrap_triton(kernel)
+    return _OnItsDevice(kernel) if traced is kernel else traced
 
 
 def check_alike(like: Tensor, name: str, **others: Tensor | None) -> None:

@@ -99,7 +99,7 @@ def _ddim_log_prob_sum_kernel(
         part = first + tl.arange(0, PARTS)
         total += tl.load(sums_ptr + mine * blocks + part, mask=part < blocks, other=0.0)
     sigma = tl.load(table_ptr + (mine % rows) * table_col + 4 * table_row)
-    mean = tl.sum(total, axis=0) / size / (sigma * sigma)
+    mean = tl.div_rn(tl.div_rn(tl.sum(total, axis=0), tl.cast(size, tl.float32)), sigma * sigma)
     if RATIO:
         log_value = mean
     else:
@@ -135,7 +135,7 @@ def _ddim_log_prob_bwd_kernel(
     from_x = tl.load(numbers + 2 * table_row)
     from_m = tl.load(numbers + 3 * table_row)
     sigma = tl.load(numbers + 4 * table_row)
-    slope = from_m / (sigma * sigma) / size
+    slope = tl.div_rn(tl.div_rn(from_m, sigma * sigma), tl.cast(size, tl.float32))
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     text = tl.load(text_ptr + at, mask=inside, other=0.0).to(tl.float32)
     uncond = tl.load(uncond_ptr + at, mask=inside, other=0.0).to(tl.float32) if GUIDED else text

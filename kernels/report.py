@@ -1,8 +1,9 @@
 """Reports how every kernel is compiled, on any machine without a GPU: `python -m strop.kernels.report`.
 
-It asks the launchers for the launches that they would make at the shapes of SHAPES, compiles each one ahead of time for
-sm_80 (A100) and sm_90 (H100, H200) as Triton would at the first call, and reads registers, spills and shared memory
-from the machine code and the widest access to global memory from the PTX. It runs no kernel and measures no time.
+It asks the launchers for the launches that they would make for the engine's calls in SHAPES, compiles each one ahead of
+time for sm_80 (A100) and sm_90 (H100, H200) as Triton would at the first call, and reads registers, spills and shared
+memory from the machine code and the widest access to global memory from the PTX. It runs no kernel and measures no
+time.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from . import adaln_triton, ddim_triton, log_prob_triton
+from . import adaln_backward_triton, adaln_triton, ddim_triton, log_prob_triton
 from .backend import Launch, recording
 
 ARCHITECTURES = (80, 90)
@@ -43,34 +45,55 @@ class Row(NamedTuple):
     store: int
 
 
-def adaln_launches(dtype: torch.dtype, shape: tuple[int, int, int], gated: bool) -> None:
-    """Launches forward and backward of adaln_modulate, or of gated_residual_adaln, at x of shape (B, L, D)."""
+def adaln_launches(dtype: torch.dtype, shape: tuple[int, int, int], gated: bool, frozen: bool = False) -> None:
+    """Launches the forward of adaln_modulate, or of gated_residual_adaln, at x of shape (B, L, D).
+
+    Each row has a modulation, a slice of six, and there is a backward, as in training; frozen: all rows share one, and
+    there is no backward, as in a rollout.
+    """
     batch, _, width = shape
     draw = lambda *size: torch.empty(size, dtype=dtype, device="meta")
-    modulation = draw(batch, 6 * width).chunk(6, dim=-1)  # as the engine has them: not dense
+    modulation = draw(1 if frozen else batch, 6 * width).expand(batch, -1).chunk(6, dim=-1)
     x, weight, bias, (shift, scale, gate, *_) = draw(*shape), draw(width), draw(width), modulation
     branch, gate = (x, gate) if gated else (None, None)
     h, y, stats = adaln_triton._forward(x, branch, gate, weight, bias, shift, scale, 1e-5)
-    adaln_triton._backward(y, h, x, branch, gate, weight, bias, scale, stats)
+    if not frozen:
+        adaln_backward_triton.adaln_backward(y, h, x, branch, gate, weight, bias, scale, stats)
 
 
-def ddim_launches(dtype: torch.dtype, shape: tuple[int, int, int, int], k: int) -> None:
-    """Launches the branches, log-probability, log-ratio and backward of N latents of shape (N, C, H, W)."""
-    x = torch.empty(shape, dtype=dtype, device="meta")
-    table = torch.empty((5, shape[0]), device="meta")
-    ddim_triton._branch(x, x, x, 5.0, table, x.expand(k, *shape))
-    x_prev, shared = x.expand(2, *shape), x.unsqueeze(0)
-    density = log_prob_triton._log_prob(x_prev, shared, shared, shared, None, None, 5.0, table)
-    log_prob_triton._log_prob(x_prev, shared, shared, shared, shared, shared, 5.0, table)
-    log_prob_triton._log_prob_backward(density, x_prev, shared, shared, shared, 5.0, table)
+def ddim_launches(dtype: torch.dtype, shape: tuple[int, int, int, int], k: int, guided: bool = True) -> None:
+    """Launches a step of the rollout: k branches of N latents of shape (N, C, H, W), or x0_hat where k = 0."""
+    eps = torch.empty((2, *shape), dtype=dtype, device="meta")
+    table = torch.empty((5, 20), device="meta")[:, 7:8].expand(5, shape[0])  # all rows at one step
+    guidance, uncond = (5.0, eps[0]) if guided else (1.0, None)
+    ddim_triton._branch(eps[0], uncond, eps[1], guidance, table, eps.new_empty((k, *shape)))
 
 
-SHAPES: tuple[
-    tuple[str, Callable[[torch.dtype], None]], ...
-] = (  # ViT-H's vision tower; latents of SDXL at 1024 pixels
-    ("(40, 257, 1280)", lambda dtype: adaln_launches(dtype, (40, 257, 1280), gated=False)),
-    ("(40, 257, 1280)", lambda dtype: adaln_launches(dtype, (40, 257, 1280), gated=True)),
-    ("(10, 4, 128, 128) k=4", lambda dtype: ddim_launches(dtype, (10, 4, 128, 128), 4)),
+def log_prob_launches(
+    dtype: torch.dtype, shape: tuple[int, int, int, int], s: int, r: int, guided: bool = True
+) -> None:
+    """Launches the log-probability, log-ratio and backward of S latents to a row and R that they come from."""
+    x_t, uncond, text = (torch.empty((2, r, *shape), dtype=dtype, device="meta")[i] for i in (0, 0, 1))
+    x_prev, table = x_t.new_empty((s, *shape)), torch.empty((5, shape[0]), device="meta")  # each row at its own step
+    guidance, uncond = (5.0, uncond) if guided else (1.0, None)
+    density = log_prob_triton._log_prob(x_prev, x_t, uncond, text, None, None, guidance, table)
+    log_prob_triton._log_prob(x_prev, x_t, uncond, text, uncond, text, guidance, table)
+    log_prob_triton._log_prob_backward(density, x_prev, x_t, uncond, text, guidance, table)
+
+
+TOWER, TOKEN = (40, 257, 1280), (40, 1, 1280)  # ViT-H's vision tower, and its class token alone
+LATENTS, PAIRS = (10, 4, 128, 128), (2, 4, 128, 128)  # SDXL's at 1024 pixels: of a rollout, and of a micro-batch
+SHAPES: tuple[tuple[str, Callable[[torch.dtype], None]], ...] = (
+    (f"{TOWER}", partial(adaln_launches, shape=TOWER, gated=False)),
+    (f"{TOWER}", partial(adaln_launches, shape=TOWER, gated=True)),
+    (f"{TOWER} frozen", partial(adaln_launches, shape=TOWER, gated=False, frozen=True)),
+    (f"{TOWER} frozen", partial(adaln_launches, shape=TOWER, gated=True, frozen=True)),
+    (f"{TOKEN}", partial(adaln_launches, shape=TOKEN, gated=True)),
+    (f"{TOKEN} frozen", partial(adaln_launches, shape=TOKEN, gated=True, frozen=True)),
+    *((f"{LATENTS} k={k}", partial(ddim_launches, shape=LATENTS, k=k)) for k in (4, 2, 1, 0)),
+    (f"{LATENTS} k=1", partial(ddim_launches, shape=LATENTS, k=1, guided=False)),
+    *((f"{PAIRS} S={s} R={r}", partial(log_prob_launches, shape=PAIRS, s=s, r=r)) for s, r in ((2, 1), (2, 2), (1, 1))),
+    (f"{PAIRS} S=2 R=1", partial(log_prob_launches, shape=PAIRS, s=2, r=1, guided=False)),
 )
 
 
@@ -95,7 +118,7 @@ def compiled(launch: Launch, sm: int) -> CompiledKernel:
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(launch.kernel.arg_names):
         value = arguments[name]
-        if i >= len(launch.args) or (not isinstance(value, Tensor) and value == 1):
+        if i >= len(launch.args) or (isinstance(value, int) and value == 1):
             signature[name], constants[name] = "constexpr", value
             continue
         if isinstance(value, Tensor):
@@ -104,7 +127,8 @@ def compiled(launch: Launch, sm: int) -> CompiledKernel:
             signature[name] = "fp32"
         else:
             signature[name] = "i32" if value < 2**31 else "i64"
-        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+        place = value.storage_offset() * value.itemsize if isinstance(value, Tensor) else value
+        if isinstance(place, int) and place % 16 == 0:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)

@@ -24,7 +24,17 @@ from strop.kernels.ddim import DDIMCoefficients
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ROWS = [(2, 3, 5), (1, 9, 600), (1, 1, 1), (1, 9, 1280), (3, 17, 64), (5, 1, 769), (2, 70, 33), (1, 2, 8192)]
+ROWS = [
+    (2, 3, 5),
+    (1, 9, 600),
+    (1, 1, 1),
+    (1, 9, 1280),
+    (3, 17, 64),
+    (5, 1, 769),
+    (2, 70, 33),
+    (1, 2, 4096),
+    (1, 5, 2050),
+]
 LATENTS = [  # with k, S and R of the log-probabilities, and whether there is guidance
     ((2, 4, 17, 19), 3, 2, 1, True),
     ((2, 4, 17, 19), 1, 3, 3, False),

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections import defaultdict
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -208,7 +210,7 @@ def test_a_compiled_graph_holds_the_kernels_and_knows_what_they_write(name, dyna
     target = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0)
     monkeypatch.setattr(triton.runtime.driver, "_active", target)
     for module in (adaln, adaln_triton, ddim, ddim_triton, log_prob_triton):
-        monkeypatch.setattr(module, "on_triton", lambda *tensors: True)
+        monkeypatch.setattr(module, "on_triton", lambda *tensors, **width: True)
     written = []
 
     def read(graph, inputs):
@@ -241,12 +243,73 @@ def test_one_place_decides():
     gpu = lambda dtype: SimpleNamespace(is_cuda=True, dtype=dtype, device=torch.device("cuda"))
     assert backend.on_triton(gpu(torch.float32), gpu(torch.bfloat16))
     assert not backend.on_triton(gpu(torch.float32), gpu(torch.float64))
+    assert [backend.on_triton(gpu(torch.float32), width=width) for width in (4096, 4097)] == [True, False]
     try:
         use_reference(True)
         assert not backend.on_triton(gpu(torch.float32))
     finally:
         use_reference(False)
     assert backend.on_triton(gpu(torch.float32))
+
+
+@pytest.mark.parametrize("name", ["adaln_modulate", "gated_residual_adaln"])
+def test_rows_that_registers_do_not_hold_go_to_the_reference(name, monkeypatch):
+    """Forward and backward, where a kernel that is not interpreted would fail on tensors of the CPU."""
+    monkeypatch.setattr(backend, "INTERPRETED", True)
+    width = 4097
+    rows, row = draw(1, 2, width, seed=0), draw(1, width, seed=1)
+    weight, bias = draw(width, seed=2), draw(width, seed=3)
+    given = (rows, weight, bias, row, row) if name == "adaln_modulate" else (rows, rows, row, weight, bias, row, row)
+    assert backend.on_triton(rows)
+    expected = getattr(adaln, f"{name}_ref")(*given)
+    results = [f if isinstance(f, tuple) else (f,) for f in (expected, public(name)(*given))]
+    results.append(torch_op(name)(*given, 1e-5)[: len(results[0])])
+    for found in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found, results[0], strict=True))
+    ours, theirs = (torch.autograd.grad(found[-1].sum(), rows)[0] for found in (results[2], results[0]))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("index, entered", [(0, []), (1, [1])])
+def test_a_kernel_is_launched_on_the_device_of_its_tensors(index, entered, monkeypatch):
+    """And where that is the current one, nothing is switched."""
+    current, switched, launched = [0], [], []
+
+    @contextmanager
+    def device(of):
+        switched.append(of.index)
+        current.append(of.index)
+        yield
+        current.pop()
+
+    kernel = defaultdict(lambda: lambda *args, **constants: launched.append((current[-1], args, constants)))
+    monkeypatch.setattr(backend, "wrap_triton", lambda kernel: kernel)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", index))
+    backend.launch(kernel)[(3,)](x, 2, ROWS=4)
+    assert launched == [(index, (x, 2), {"ROWS": 4})]
+    assert (switched, list(kernel), current) == (entered, [(3,)], [0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("name", SAMPLES)
+def test_the_second_gpu_gives_the_bits_of_the_first(name):
+    """While the first is current."""
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        args = [
+            a.detach().to(device).requires_grad_(a.requires_grad) if torch.is_tensor(a) else a for a in samples()[name]
+        ]
+        found = public(name)(*args)
+        found = found if isinstance(found, tuple) else (found,)
+        wanted = [a for a in args if torch.is_tensor(a) and a.requires_grad]
+        gradients = torch.autograd.grad([f.sum() for f in found], wanted, allow_unused=True)
+        assert all(f.device == torch.device(device) for f in found)
+        results.append([f.detach().cpu() for f in (*found, *gradients) if f is not None])
+    assert torch.cuda.current_device() == 0
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.gpu
