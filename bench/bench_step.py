@@ -121,9 +121,10 @@ def measure(
         with meter, torch.compiler.set_stance("force_eager"):
             side.pairs = side.run(prompts, meter.clock)
         side.flops = meter.flops
-        begun = time.perf_counter()
-        side.run(prompts, Stopwatch(device))  # compiles what is to be compiled, and warms up
-        side.first = time.perf_counter() - begun
+        if side.config.model.compile:
+            begun = time.perf_counter()
+            side.run(prompts, Stopwatch(device))
+            side.first = time.perf_counter() - begun
         print(f"{name}: {side.pairs} pairs and {sum(meter.flops.values()) / 1e12:.3g} TFLOP an iteration", flush=True)
     begun = time.perf_counter()
     for done in range(1, rounds + 1):

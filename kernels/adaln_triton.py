@@ -91,7 +91,7 @@ def _adaln_fwd_kernel(
         cols = piece * COLUMNS + tl.arange(0, COLUMNS)[None, :]
         centred = tl.where(cols < width, held[piece].to(tl.float32) - mean, 0.0)
         total += centred * centred
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(_mean(total, width) + eps))
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(_mean(total, width) + tl.cast(eps, tl.float32)))
     tl.store(stats_ptr + row, mean, mask=within)
     tl.store(stats_ptr + stats_stride + row, rstd, mask=within)
     written = ()

@@ -42,6 +42,7 @@ def _ddim_branch_kernel(
     AT_ONCE: tl.constexpr,  # branches at a time, a power of two
     BLOCK: tl.constexpr,
 ):
+    guidance = tl.cast(guidance, tl.float32)  # torch.compile passes Python's numbers in float64
     blocks = tl.cdiv(size, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     offset = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)

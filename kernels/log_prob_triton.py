@@ -53,6 +53,7 @@ def _ddim_log_prob_fwd_kernel(
     DRAWS: tl.constexpr,  # rows of x_prev to a row of x_t: S where R = 1, else 1
     BLOCK: tl.constexpr,
 ):
+    guidance = tl.cast(guidance, tl.float32)  # torch.compile passes Python's numbers in float64
     blocks = tl.cdiv(size, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)  # of (R, N)
     block = tl.program_id(0) % blocks
@@ -126,6 +127,7 @@ def _ddim_log_prob_bwd_kernel(
     DRAWS: tl.constexpr,  # rows of x_prev to a row of x_t: S where R = 1, else 1
     BLOCK: tl.constexpr,
 ):
+    guidance = tl.cast(guidance, tl.float32)  # torch.compile passes Python's numbers in float64
     blocks = tl.cdiv(size, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)  # of (R, N)
     offset = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)

@@ -111,8 +111,11 @@ def name_of(launch: Launch) -> str:
     return " ".join([launch.kernel.__name__.strip("_").removesuffix("_kernel"), *flags])
 
 
-def compiled(launch: Launch, sm: int) -> CompiledKernel:
-    """Compiles the kernel as Triton would at this launch, for a GPU of compute capability sm / 10."""
+def compiled(launch: Launch, sm: int, real: str = "fp32") -> CompiledKernel:
+    """Compiles the kernel as Triton would at this launch, for a GPU of compute capability sm / 10.
+
+    real: the type of Python's floats, which is "fp64" within torch.compile.
+    """
     options = {"num_warps": launch.constants["num_warps"]}
     arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.constants
     signature, constants, attributes = {}, {}, {}
@@ -124,7 +127,7 @@ def compiled(launch: Launch, sm: int) -> CompiledKernel:
         if isinstance(value, Tensor):
             signature[name] = f"*{NAMES[value.dtype]}"
         elif isinstance(value, float):
-            signature[name] = "fp32"
+            signature[name] = real
         else:
             signature[name] = "i32" if value < 2**31 else "i64"
         place = value.storage_offset() * value.itemsize if isinstance(value, Tensor) else value

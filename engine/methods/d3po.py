@@ -8,6 +8,7 @@ DenseReward (arXiv 2402.08265).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -105,7 +106,7 @@ class D3PO(Rewarded):
         facts = {
             "prompts": len(cond),
             "pairs": len(cond),
-            "reward": rewards[rewards.isfinite()].mean(),
+            "reward": rewards.where(rewards.isfinite(), math.nan).nanmean(),
             "tied": (better == 0).float().mean(),
             UNSCORED.name: (~scored).sum(),
         }

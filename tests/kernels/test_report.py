@@ -45,6 +45,14 @@ def test_arguments_are_specialised_as_triton_does_it():
     assert [(i,) in source.attrs for i in (1, 2)] == [True, False]
 
 
+@pytest.mark.parametrize("kernel", [name for name in BF16 if name.startswith("adaln_fwd") or "guided" in name])
+def test_numbers_in_float64_are_rounded_before_they_are_used(kernel):
+    """As torch.compile passes them; else it would not compile, or compute in float64 what eager mode does not."""
+    ptx = report.compiled(BF16[kernel][1], 90, "fp64").asm["ptx"]
+    assert "cvt.rn.f32.f64" in ptx
+    assert not re.search(r"\b(add|sub|mul|fma|div|neg|sqrt)\S*\.f64", ptx)
+
+
 @pytest.mark.parametrize("kernel", ["adaln_fwd", "adaln_bwd", "adaln_fwd gated", "adaln_bwd gated"])
 def test_vit_h_in_bfloat16_does_not_spill_and_moves_16_bytes_at_a_time(kernel):
     shape, launch = BF16[kernel]

@@ -6,6 +6,7 @@ ahead and decoding happen where a judge asks for them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -102,7 +103,8 @@ class Rollout:
                 x, eps = go_on(candidates, scores[-1], self.config.next_state, rng)
         pairs = PreferencePairs.cat(pairs)[torch.cat(sure).nonzero().flatten()]
         scores = torch.stack(scores)
-        return Outcome(pairs, pairs_per_step, scores[scores.isfinite()].mean(), torch.stack(unscored).sum())
+        mean = scores.where(scores.isfinite(), math.nan).nanmean()  # of the finite, whose number the host need not know
+        return Outcome(pairs, pairs_per_step, mean, torch.stack(unscored).sum())
 
     def candidates(self, branches: Tensor, step: int, cond: Conditioning, before: Tensor) -> Candidates:
         """Returns the branches (K, B, C, H, W), now at `step`, as the judge takes them.
