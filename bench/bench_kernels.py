@@ -1,10 +1,10 @@
 """Times the ops of strop.kernels, forward and backward: plain PyTorch, torch.compile of it, and Triton, side by side.
 
 `make bench` runs this. On a GPU, LAUNCHES calls go into one CUDA graph, over copies of the inputs that together exceed
-the L2 cache, and the closing table gives the time of a call, GB/s of the fewest bytes that the op can move, and
-these as a share of a device-to-device copy timed in the same way in the same run; bench/results/ gets the table under
-the name of the card. Without a GPU the first two are compared on small shapes, and there is no bandwidth to give.
-Values are checked before anything is timed.
+the L2 cache, and the closing table gives the time of a call and, of Triton's, the rate of the fewest bytes that the op
+can move as a share of a device-to-device copy's, timed in the same way in the same run. bench/results/ gets each
+figure as it comes, in the card's folder. Without a GPU the first two are compared on small shapes, and there is no
+bandwidth to give. Values are checked before anything is timed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 LAUNCHES, ROUNDS = 48, 30
 COPY = 256 << 20  # bytes of the copy whose bandwidth the table compares with
-HEADER = "| case | what | code | us | GB/s | of copy |\n|---|---|---|---|---|---|"
+CODES = ("triton", "compiled", "reference")
 
 
 class Case(NamedTuple):
@@ -172,16 +172,18 @@ def keep(record: dict) -> None:
 
 
 def table_of(record: dict) -> str:
-    """Returns the record as a table in Markdown, with an op's codes side by side."""
-    copy = record["copy"]
-    lines = [f"{record['machine']}, torch {record['torch']}, copy {copy / 1e9:.0f} GB/s\n"] if copy else []
-    lines.append(HEADER)
-    for row in sorted(record["rows"], key=lambda row: WHAT.index((row["name"], row["what"]))):
-        rate = row["bytes"] / row["seconds"]
-        cells = (f"{rate / 1e9:.0f}", f"{rate / copy:.0%}") if copy else ("-", "-")
-        lines.append(
-            f"| {row['name']} | {row['what']} | {row['code']} | {1e6 * row['seconds']:.1f} | {' | '.join(cells)} |"
-        )
+    """Returns the record as a table in Markdown: microseconds, and of Triton's the share of the copy's rate."""
+    copy, measured = record["copy"], {}
+    for row in record["rows"]:
+        measured.setdefault((row["name"], row["what"]), {})[row["code"]] = row
+    head = f"{record['machine']}, PyTorch {record['torch']}"
+    head += f": microseconds of a call, and in brackets the share of a copy's {copy / 1e9:.0f} GB/s" if copy else ""
+    lines = [head, "", "| op | | Triton | torch.compile | PyTorch |", "|---|---|---|---|---|"]
+    for (name, what), codes in measured.items():
+        cells = [f"{1e6 * codes[code]['seconds']:.1f}" if code in codes else "" for code in CODES]
+        if copy and "triton" in codes:
+            cells[0] += f" ({codes['triton']['bytes'] / codes['triton']['seconds'] / copy:.0%})"
+        lines.append(f"| {name} | {what} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -193,7 +195,7 @@ def test_copy(benchmark, record):
 
 
 @pytest.mark.parametrize("name, what", WHAT, ids=lambda value: str(value).replace(" ", "_"))
-@pytest.mark.parametrize("code", ["triton", "reference", "compiled"])
+@pytest.mark.parametrize("code", ["triton", "reference", "compiled"])  # what is slow to compile comes last
 def test_op(benchmark, record, code, name, what):
     if code == "triton" and not GPU:
         pytest.skip("needs a GPU: Triton compiles for no CPU")

@@ -49,39 +49,40 @@ class Part(NamedTuple):
 
 PARTS = (
     Part(
-        "kernels", 150, f"{PYTEST} tests/kernels -m 'gpu and not slow'", f"{PYTEST} tests/kernels -k one_place_decides"
-    ),
-    Part("train", 120, TRAIN, f"{TRAIN} {SHORT}"),
-    Part(
-        "bandwidth",
-        150,
-        f"{PYTEST} bench/bench_kernels.py --benchmark-only",
-        f"{PYTEST} bench/bench_kernels.py --benchmark-only -k 'ddim_branch and reference'",
+        "kernels", 120, f"{PYTEST} tests/kernels -m 'gpu and not slow'", f"{PYTEST} tests/kernels -k one_place_decides"
     ),
     Part(
         "sd15",
-        150,
+        170,
         f"{STEP} sd15 --rounds 1 --no-profile --out {{results}}",
         f"{STEP} tinyworld --rounds 1 --no-profile --out {{results}} {FEW}",
     ),
     Part(
         "sdxl",
         150,
-        f"{STEP} sdxl_released --rounds 1 --no-profile --out {{results}} model.gradient_checkpointing=false",
+        f"{STEP} sdxl_released --rounds 1 --no-profile --out {{results}} rollout.prompts=1 "
+        "model.gradient_checkpointing=false",
         f"{STEP} tinyworld --rounds 1 --threshold 0.3 --out {{results}} {FEW}",
     ),
     Part(
-        "settings",
-        150,
-        f"{SETTINGS} sd15 --rounds 1 --out {{results}} rollout.prompts=4",
-        f"{SETTINGS} tinyworld --rounds 1 --only run.kernels=reference --out {{results}} {FEW}",
+        "bandwidth",
+        90,
+        f"{PYTEST} bench/bench_kernels.py --benchmark-only",
+        f"{PYTEST} bench/bench_kernels.py --benchmark-only -k 'ddim_branch and reference'",
     ),
-    Part("attention", 60, f"{ATTENTION} sd15 --out {{results}}", f"{ATTENTION} tinyworld --out {{results}} {FEW}"),
     Part(
         "suite",
-        90,
+        60,
         f"{PYTEST} tests -m 'gpu and not slow' --ignore tests/kernels",
         f"{PYTEST} tests/runtime/test_stopwatch.py",
+    ),
+    Part("attention", 60, f"{ATTENTION} sd15 --out {{results}}", f"{ATTENTION} tinyworld --out {{results}} {FEW}"),
+    Part("train", 60, f"{TRAIN} run.iterations=5", f"{TRAIN} {SHORT}"),
+    Part(
+        "settings",
+        150,
+        f"{SETTINGS} sd15 --rounds 1 --out {{results}} rollout.prompts=2",
+        f"{SETTINGS} tinyworld --rounds 1 --only run.kernels=reference --out {{results}} {FEW}",
     ),
 )
 

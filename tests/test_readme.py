@@ -241,6 +241,10 @@ def test_measured_results_are_those_of_the_records():
     for what, side in (("faster_per_prompt", "exact"), ("faster_per_prompt", "fast"), ("faster_per_run", "fast")):
         figures = plain[what][side], compiled[what][side]
         assert "| {:.2f} times as fast; {:.2f} times with `model.compile` |".format(*figures) in text
+    card = json.loads((results / "NVIDIA-H200" / "step-sd15.json").read_text())
+    assert "| exact {exact:.2f} times as fast, fast {fast:.2f} |".format(**card["faster_per_prompt"]) in text
+    peaks = [f"{card['sides'][side]['peak_bytes'] / 1e9:.1f} GB" for side in ("published", "exact", "fast")]
+    assert f"| {', '.join(peaks)} |" in text
     variants = json.loads((results / "frontier_tinyworld.json").read_text())["variants"]
     fast, exact = variants["recipe"]["mean"], variants["exact"]["mean"]
     figures = fast["quality"], exact["quality"], fast["relative"]["flop"]

@@ -49,7 +49,7 @@ def test_no_part_is_begun_that_has_no_time(record):
 def test_an_unknown_part_lists_the_known(capsys):
     with pytest.raises(SystemExit, match="2"):
         gpu.main(["nothing"])
-    assert "found 'nothing', expected one of kernels, train" in capsys.readouterr().err
+    assert "found 'nothing', expected one of kernels, sd15" in capsys.readouterr().err
 
 
 @pytest.mark.slow
