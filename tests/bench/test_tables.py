@@ -15,7 +15,7 @@ from strop.bench.tinyworld.tables import cells, page, plots, search
 from strop.bench.tinyworld.tables.claims import claims, verdict
 from strop.bench.tinyworld.tables.examination import SCORES, Examination
 from strop.bench.tinyworld.tables.results import GENEVAL, Difference, Results
-from strop.bench.tinyworld.tables.rows import ABLATED, DEFAULT, ITERATIONS, METHODS, SEARCH_SEED, SEEDS, TFLOP
+from strop.bench.tinyworld.tables.rows import ABLATED, DEFAULT, ITERATIONS, METHODS, TFLOP
 from strop.engine.config.find import load
 from strop.engine.config.settings import differences, dump
 from strop.engine.errors import UserError
@@ -83,7 +83,6 @@ def test_a_row_changes_what_it_says_and_spends_the_budget():
         assert sorted(line.split(":")[0] for line in changed) == sorted(key.split("=")[0] for key in row.changes)
     for row in (*METHODS, *ABLATED):
         assert row.iterations == 0 or row.share == pytest.approx(1, abs=0.06), row.name
-    assert SEARCH_SEED not in SEEDS
 
 
 @pytest.mark.parametrize("row, points", [(DEFAULT, [4, 8, 12, 14]), (K8, [2, 4, 6, 8])], ids=["14", "8"])
@@ -152,24 +151,34 @@ def test_the_search_takes_the_best_rate_or_a_smaller_one_within_its_error(scores
     assert search.chosen(dict(zip((0.1, 1.0, 3.0), scores, strict=True))) == taken
 
 
-def test_the_search_uses_prompts_of_its_own_and_half_of_the_budget(made, study, monkeypatch):
+def test_the_search_uses_prompts_of_its_own_and_goes_on_while_it_gains(made, study):
     full = cells.Study(study.cells, study.runs)
     assert not set(search.prompts()) & set(cells.heldout(full))
     assert len(set(search.prompts())) == search.PROMPTS
     assert search.rates(DEFAULT) == [5e-4, 1.5e-3, 4.5e-3]
-    best = lambda lora: {"pickscore": torch.full((3,), float("lr0.0015" in str(lora)))}
-    tasks = list(search_of(study, best))
-    assert search.tuned(DEFAULT, study) is None
-    files = [task().name for task in tasks]
-    assert files == [f"search-spo-lr{lr}-7.json" for lr in ("0.0005", "0.0015", "0.0045")]
-    cell = json.loads((study.cells / files[0]).read_text())
-    assert (cell["iterations"], cell["settings"]["optim.lr"], cell["scores"]) == (7, 5e-4, {"pickscore": [0, 0, 0]})
+    assert searched(study, {"lr0.0015": 1.0}) == ["spo-42", "spo-lr0.0015-42", "spo-lr0.0045-42"]
     assert search.tuned(DEFAULT, study) == DEFAULT.with_rate(1.5e-3)
-    assert list(search_of(study, best)) == []
+    cell = cells.read(DEFAULT, 42, study)
+    assert (cell["iterations"], cell["settings"]["optim.lr"], cell["search"]) == (14, 5e-4, [0.5, 0.5, 0.5])
+    assert len(cell["curve"]) == 4  # the tables' own cell, too
+    assert searched(study, {}) == []
 
 
-def search_of(study, best):
-    return tables.search_tasks([DEFAULT], lambda: best, study)
+def test_the_search_ends_where_a_larger_rate_loses(made, study):
+    made(DEFAULT)  # without the scores of the search
+    assert searched(study, {"lr0.0015": 0.0}) == ["spo-42", "spo-lr0.0015-42"]
+    assert search.tuned(DEFAULT, study) == DEFAULT
+
+
+def searched(study, scores):
+    """Runs the search to its end, with these scores by rate, 0.5 by default; returns what was run."""
+    at = lambda lora: next((score for rate, score in scores.items() if rate in str(lora)), 0.5)
+    best = lambda lora, count=None: {"pickscore": torch.full((3,), at(lora))}
+    measure, ran = partial(cells.along, lambda: examination, study), []
+    while tasks := list(tables.search_tasks([DEFAULT], measure, lambda: best, study)):
+        assert search.tuned(DEFAULT, study) is None
+        ran += [task().stem for task in tasks]
+    return ran
 
 
 def test_differences_are_paired_by_prompt_and_averaged_over_seeds(results):

@@ -20,7 +20,7 @@ from strop.bench.tinyworld.tables import cells, counting, page, plots, search
 from strop.bench.tinyworld.tables.cells import Study
 from strop.bench.tinyworld.tables.examination import Examination
 from strop.bench.tinyworld.tables.results import Results
-from strop.bench.tinyworld.tables.rows import ABLATED, ABLATIONS, METHODS, SEARCH_SEED, SEEDS, Row
+from strop.bench.tinyworld.tables.rows import ABLATED, ABLATIONS, METHODS, SEEDS, Row
 from strop.engine.errors import UserError, exit_on_user_error
 from strop.engine.models.base_model import quiet_libraries
 from strop.engine.runtime.lock import lock
@@ -86,25 +86,30 @@ def make_cells(rows: Sequence[Row], seeds: Sequence[int], study: Study, jobs: in
     rows = [row for row in rows if row.iterations]
     examination = cache(lambda: Examination(cells.heldout(study)))
     of_search = cache(lambda: Examination(search.prompts()))
+    measure = partial(cells.along, examination, study)
     cells.measure_base(examination, study)
     if study.searched:
         search.measure_base(of_search, study)
-        run_all(list(search_tasks([row for row in rows if row in METHODS], of_search, study)), jobs)
+        while tasks := list(search_tasks([row for row in rows if row in METHODS], measure, of_search, study)):
+            run_all(tasks, jobs)
     tuned = [search.tuned(row, study) if row in METHODS else row for row in rows]
     own = [row for row in rows if row in ABLATED and row not in tuned]  # the ablations' default keeps its own rate
-    measure = partial(cells.along, examination, study)
     todo = [(row, seed) for seed in seeds for row in (*tuned, *own) if cells.read(row, seed, study) is None]
     run_all([partial(cells.make, row, seed, study, measure) for row, seed in todo], jobs)
 
 
-def search_tasks(rows: Sequence[Row], examination: Callable[[], Examination], study: Study) -> Iterator[Task]:
-    """Yields the runs of the search that are missing."""
-    part = search.half(study)
+def search_tasks(
+    rows: Sequence[Row], measure: cells.Measure, examination: Callable[[], Examination], study: Study
+) -> Iterator[Task]:
+    """Yields the next run of the search of each row whose search is not over."""
+
+    def both(row: Row, run: Path) -> dict:
+        return measure(row, run) | search.at_the_end(examination, run)
+
     for row in rows:
-        for lr in search.rates(row):
-            one = search.tried(row, lr)
-            if cells.read(one, SEARCH_SEED, part) is None:
-                yield partial(cells.make, one, SEARCH_SEED, part, partial(search.at_the_end, examination))
+        lr = search.missing(row, study)
+        if lr is not None:
+            yield partial(cells.make, search.tried(row, lr), SEEDS[0], study, both)
 
 
 def write_page(study: Study, target: Path, seeds: Sequence[int]) -> Path:

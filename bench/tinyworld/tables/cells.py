@@ -28,6 +28,7 @@ from strop.engine.runtime.run_folder import MAY_CHANGE
 HELDOUT = ROOT / "bench" / "tinyworld" / "prompts" / "heldout.txt"
 JUDGE_RECIPE = "configs/judge_tinyworld.yaml"
 POINTS = 4  # of a curve
+Measure = Callable[[Row, Path], dict]  # (row, run folder) -> what a cell holds beside its definition
 JUDGE = Lock()  # one run of those at once trains it
 ENGINE_ITSELF = ("evaluate.prompts=1", "evaluate.scorers=[]", "run.tracker=none")  # what it measures is not used
 
@@ -97,11 +98,8 @@ def read(row: Row, seed: int, study: Study) -> dict | None:
     return cell
 
 
-def make(row: Row, seed: int, study: Study, measure: Callable[[Row, Path], dict]) -> Path:
-    """Trains and measures a cell and writes its file, whose path it returns; the run's checkpoints are then removed.
-
-    measure(row, run folder) -> what the cell holds beside its definition.
-    """
+def make(row: Row, seed: int, study: Study, measure: Measure) -> Path:
+    """Trains and measures a cell and writes its file, whose path it returns; the run's checkpoints are then removed."""
     if row.name == "judge_no_step":
         train_judge()
     changes = keys(row, seed, study)

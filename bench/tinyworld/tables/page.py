@@ -15,7 +15,7 @@ from strop.bench.tinyworld.tables.cells import Study
 from strop.bench.tinyworld.tables.claims import FAMILIES, pickscores, verdict, verdicts
 from strop.bench.tinyworld.tables.examination import SCORES
 from strop.bench.tinyworld.tables.results import GENEVAL, Difference, Results, values
-from strop.bench.tinyworld.tables.rows import ABLATED, ABLATIONS, DEFAULT, ITERATIONS, METHODS, TFLOP, Row
+from strop.bench.tinyworld.tables.rows import ABLATED, ABLATIONS, DEFAULT, ITERATIONS, METHODS, SEEDS, TFLOP, Row
 from strop.engine.evaluation.published import GENEVAL as PAPER_GENEVAL
 
 NOTES = Path(__file__).with_name("notes.md")
@@ -35,9 +35,10 @@ is known. Its figures stand beside the paper's to compare orders; sizes are of a
 **Budget.** Every run spends what SPO's exact recipe spends, {budget:.1f} TFLOP: rollouts and updates, without loading
 and evaluation. What an iteration of a row costs is counted over its first iterations (`--count`), and how many it gets
 follows from that; later, fewer pairs pass the threshold, so that runs spend a few per cent less. **Learning rates.**
-Each method gets the same search: its recipe's rate, three times and nine times that, at seed {search_seed},
-for half of the budget; of the three, the one with the largest PickScore on {search_prompts} prompts that no table uses,
-or the smallest that is within a standard error of it. Ablations keep SPO's own rate.
+Each method gets the same search: its recipe's rate, three times and nine times that, at seed {search_seed}, as long as
+PickScore on {search_prompts} prompts that no table uses goes on rising; of those tried, the one where it is largest, or
+the smallest that is within a standard error of it. The run at that rate then stands in the tables. Ablations keep
+SPO's own rate.
 
 **Measures.** {prompts} held-out prompts, 20 DDIM steps, eta 0, guidance 3, the same noise for all. Quality (0 to 1) and
 alignment (share of pictures that show all of the caption) are by examiners that train nothing. PickScore and judge see
@@ -78,7 +79,7 @@ def head(results: Results, study: Study) -> str:
     few += "" if study.searched else f"\n\n{QUICK}"
     text = HEAD.format(
         budget=study.share * ITERATIONS * TFLOP,
-        search_seed=search.SEARCH_SEED,
+        search_seed=SEEDS[0],
         search_prompts=search.PROMPTS,
         prompts=study.prompts,
         seeds=few,
@@ -124,7 +125,7 @@ def searched(study: Study) -> str:
     if not rows:
         return f"The search over learning rates: {MISSING}."
     heads = ("method", "the recipe's", "three times", "nine times")
-    padded = [row + [MISSING] * (len(heads) - len(row)) for row in rows]
+    padded = [row + [""] * (len(heads) - len(row)) for row in rows]  # not yet run, or not tried after a fall
     return "The search, gain in PickScore by learning rate:\n\n" + table(heads, padded)
 
 
