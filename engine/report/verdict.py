@@ -20,7 +20,7 @@ from .run import Run
 
 NOT_MEASURED = "not measured"
 FEW, ALIKE = "too few to say", "all changes alike"
-ONLY_THE_JUDGE = "The run was measured only by the judge it was trained to please."
+ONLY_THE_JUDGE = "The run was measured only by the judge, which is no independent witness."
 NO_WITNESS = "pickscore is not independent: judges are trained from PickScore."
 
 
