@@ -140,10 +140,17 @@ class JudgeConfig(Section):
         description="Folder or hub id of the CLIP whose config.json, preprocessor and tokenizer go with judge.path; "
         "null if judge.path has its own.",
     )
-    kind: Literal["spm", "spm_no_step", "pickscore"] = Field(
+    kind: Literal["spm", "spm_no_step", "pickscore", "latent"] = Field(
         "spm",
         description="What the judge is: spm is SPO's step-aware preference model, spm_no_step the same model trained "
-        "without the timestep, pickscore a plain CLIP.",
+        "without the timestep, pickscore a plain CLIP; latent is a UNet's encoder that reads the noisy latents "
+        "themselves, as LPO's, so that the rollout neither looks ahead nor decodes.",
+    )
+    guidance: float | None = Field(
+        None,
+        ge=1,
+        description="Of a latent judge: guidance scale of its middle feature; 1 leaves out the half without the prompt "
+        "and half of the cost. null takes that with which the judge was trained, 7.5 for LPO's.",
     )
 
 

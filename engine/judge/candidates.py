@@ -20,12 +20,13 @@ LookAhead = Callable[[], tuple[Tensor | None, Tensor]]
 class Candidates:
     """K branches of each of B prompts at one training timestep.
 
-    x (K, B, C, H, W): latents; t: their training timestep, 0 for clean latents.
+    x (K, B, C, H, W): latents; t: their training timestep, 0 for clean latents; drawn_at: that of the latents from
+    which the last step drew them.
     """
 
-    def __init__(self, x: Tensor, t: float, look_ahead: LookAhead, decode: Callable[[Tensor], Tensor]):
+    def __init__(self, x: Tensor, t: float, drawn_at: float, look_ahead: LookAhead, decode: Callable[[Tensor], Tensor]):
         """Takes look_ahead, which returns (eps (G, K, B, C, H, W) at x, x0_hat), and decode: latents -> images."""
-        self.x, self.t = x, t
+        self.x, self.t, self.drawn_at = x, t, drawn_at
         self._look_ahead, self._decode = look_ahead, decode
 
     @property

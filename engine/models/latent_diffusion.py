@@ -128,17 +128,7 @@ class LatentDiffusion:
 
     def _encode_batch(self, prompts: Sequence[str], onto: torch.device | None) -> tuple[Tensor, Tensor | None]:
         """Returns hidden states (N, L, D) of N prompts and their pooled text (N, P), None if the UNet takes none."""
-        outputs = []
-        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
-            ids = tokenizer(
-                list(prompts),
-                padding="max_length",
-                max_length=tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            ).input_ids
-            outputs.append(encoder(ids.to(self.device), output_hidden_states=True))
-        text, pooled = self.family.states(outputs)
+        text, pooled = self.family.states(text_outputs(self.tokenizers, self.text_encoders, prompts, self.device))
         return text.to(onto), None if pooled is None else pooled.to(onto)
 
     def _warn_of_truncation(self, prompts: Sequence[str]) -> None:
@@ -151,6 +141,26 @@ class LatentDiffusion:
                 f"{len(truncated)} of {len(prompts)} prompts have more than {limit} tokens, and what is past them "
                 f"is not read, as in {shorten(truncated[0], 100, placeholder=' ...')!r}"
             )
+
+
+def text_outputs(
+    tokenizers: Sequence[CLIPTokenizer],
+    encoders: Sequence[torch.nn.Module],
+    prompts: Sequence[str],
+    device: torch.device,
+) -> list:
+    """Returns what each text encoder makes of the prompts: the outputs of transformers, with hidden states."""
+    outputs = []
+    for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
+        ids = tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        outputs.append(encoder(ids.to(device), output_hidden_states=True))
+    return outputs
 
 
 def decode_in_parts(decoder: AutoencoderKL | AutoencoderTiny, latents: Tensor, rows: int | None) -> Tensor:

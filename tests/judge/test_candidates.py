@@ -35,7 +35,7 @@ def test_candidates_are_computed_once_and_only_when_asked_for():
         calls.decode += 1
         return 2 * x0_hat
 
-    candidates = Candidates(torch.zeros(4, 3, 1, 1, 1), 751, look_ahead, decode)
+    candidates = Candidates(torch.zeros(4, 3, 1, 1, 1), 751, 801, look_ahead, decode)
     assert candidates.eps is None
     assert torch.equal(candidates.images, torch.full((4, 3, 1, 1, 1), 2.0))
     assert candidates.images is candidates.images

@@ -120,7 +120,8 @@ class Rollout:
             with self.clock("rollout/decode"):
                 return self.decoder.decode(x0_hat)  # (K, B, 3, H, W)
 
-        return Candidates(branches, self.schedule.t[step], look_ahead, decode)
+        t, drawn_at = self.schedule.t[step], self.schedule.t[step - 1]
+        return Candidates(branches, t, drawn_at, look_ahead, decode)
 
     def complete_eps(self, x: Tensor, eps: Tensor | None, step: int, cond: Conditioning) -> Tensor:
         """Returns all of eps (G, B, C, H, W) at x (B, C, H, W); eps: None, its half with the prompt, or all of it."""

@@ -78,6 +78,10 @@ class Family(ABC):
         """
 
     @abstractmethod
+    def pooled(self, outputs: Sequence) -> Tensor:
+        """Returns one vector for each of N prompts (N, P), by the outputs of the text encoders as in `states`."""
+
+    @abstractmethod
     def pooled_width(self, unet: Mapping) -> int | None:
         """Returns the width P of the pooled text that a UNet of this configuration takes; None if it takes none."""
 

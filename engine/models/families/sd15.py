@@ -59,6 +59,10 @@ class StableDiffusion1(Family):
         """Returns the encoder's last states, after the final LayerNorm."""
         return outputs[0].last_hidden_state, None
 
+    def pooled(self, outputs: Sequence) -> Tensor:
+        """Returns the encoder's state at the end of the prompt, not projected."""
+        return outputs[0].pooler_output
+
     def pooled_width(self, unet: Mapping) -> None:
         return None
 

@@ -86,6 +86,10 @@ class StableDiffusionXL(Family):
         """Returns the penultimate states of both encoders, concatenated, and the second's pooled projection."""
         return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[-1].text_embeds
 
+    def pooled(self, outputs: Sequence) -> Tensor:
+        """Returns the second encoder's projection."""
+        return outputs[-1].text_embeds
+
     def pooled_width(self, unet: Mapping) -> int:
         """Returns the width of the UNet's added embedding minus the part that embeds the sizes."""
         added_width = unet.get("projection_class_embeddings_input_dim") or 0

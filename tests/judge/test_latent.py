@@ -1,0 +1,102 @@
+"""strop.engine.judge.latent and latent_files: LPO's released judges score as their code does, and what is refused."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors import safe_open
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from strop.engine.config.training import JudgeConfig
+from strop.engine.errors import UserError
+from strop.engine.judge import latent_files
+from strop.engine.judge.candidates import Candidates
+from strop.engine.models.families.find import family_named
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "methods" / "case7_lpo_reward_model.safetensors"
+CPU = torch.device("cpu")
+FAMILIES = ("sd15", "sdxl")
+ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+
+
+class Prompts:
+    """A tokenizer of the prompts "0" to "3", whose tokens are the golden ones, and of the empty one."""
+
+    model_max_length = 12
+
+    def __init__(self, ids, fill):
+        self.rows = {str(i): row for i, row in enumerate(ids)}
+        self.rows[""] = torch.tensor([38, 39] + [fill] * 10)
+
+    def __call__(self, prompts, **options):
+        return SimpleNamespace(input_ids=torch.stack([self.rows[prompt] for prompt in prompts]))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request, golden, tmp_path_factory):
+    """A tiny judge in LPO's layout, the base model's parts that it needs, and what the authors' code made of it."""
+    name = request.param
+    tensors = {k.removeprefix(f"{name}/"): v for k, v in golden("methods/case7_lpo_reward_model").items() if name in k}
+    with safe_open(str(GOLDEN), "pt") as file:
+        config = json.loads(file.metadata()["config"])[name]["config"]
+    folder = tmp_path_factory.mktemp(name)
+    state = lambda prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(**config["unet"])
+    assert not unet.load_state_dict(state("model/unet."), strict=False).unexpected_keys
+    unet.save_pretrained(folder / "unet")
+    ids = {"vocab_size": 40, "max_position_embeddings": 12, "bos_token_id": 38, "eos_token_id": 2, "pad_token_id": 39}
+    for part, key in zip(family_named(name).text_encoders, ("text", "text2"), strict=False):
+        encoder = ENCODERS[part](CLIPTextConfig(**ids | config[key]))
+        weights = state(f"model/{part}.")
+        if not any(k.startswith("text_model.") for k in encoder.state_dict()):
+            weights = {k.removeprefix("text_model."): v for k, v in weights.items()}
+        encoder.load_state_dict(weights)
+        encoder.save_pretrained(folder / part)
+    released = {"visual_projection": {"weight": tensors["model/visual_projection.weight"]}}
+    released["logit_scale"] = tensors["model/logit_scale"]
+    if name == "sd15":
+        released["text_projection"] = {"weight": tensors["model/text_projection.weight"]}
+    torch.save(released, folder / "state_dict.pt")
+    tokenizers = [Prompts(tensors["in/input_ids"], 39)]
+    tokenizers += [Prompts(tensors["in/input_ids_2"], 0)] if name == "sdxl" else []
+    diffusion = SimpleNamespace(tokenizers=tokenizers, device=CPU, family=family_named(name))
+    diffusion.latent_shape, diffusion.image_size = (4, 16, 16), (32, 32)
+    return SimpleNamespace(folder=folder, diffusion=diffusion, tensors=tensors)
+
+
+def load(case, **keys):
+    config = JudgeConfig(path=str(case.folder), kind="latent", **keys)
+    return latent_files.load(config, case.diffusion, torch.float32, CPU)
+
+
+def scored(judge, latents, t, drawn_at):
+    """Scores of latents (K, 4, C, h, w) of the four prompts."""
+    candidates = Candidates(latents, t, drawn_at, never, never)
+    return judge.score(candidates, SimpleNamespace(judge=judge.encode(list("0123"))))
+
+
+def never(*_):
+    raise AssertionError("neither a look ahead nor an image is needed")
+
+
+@pytest.mark.parametrize("variant, keys", [("published", {}), ("no_guidance", {"guidance": 1.0})], ids=str)
+def test_scores_are_those_of_the_released_code(case, variant, keys):
+    judge, tensors = load(case, **keys), case.tensors
+    latents = tensors["in/noisy_latents"].unsqueeze(0)
+    for t in (951, 1):
+        found = scored(judge, latents, 0, t)[0]
+        torch.testing.assert_close(found.double(), tensors[f"{variant}/f64/scores_all_t{t}"], rtol=0, atol=3e-4)
+    with torch.no_grad():
+        features = judge._unpacked(judge.encode(list("0123"))).judge
+    torch.testing.assert_close(features.double(), tensors[f"{variant}/f64/text_features"], rtol=5e-6, atol=1e-6)
+
+
+def test_the_middle_alone_may_be_projected(case):
+    judge = load(case)
+    judge.network.visual_projection = torch.nn.Parameter(case.tensors["mid_only/visual_projection.weight"])
+    found = scored(judge, case.tensors["in/noisy_latents"].unsqueeze(0), 0, 951)[0]
+    torch.testing.assert_close(found.double(), case.tensors["mid_only/f64/scores_all_t951"], rtol=0, atol=3e-4)
