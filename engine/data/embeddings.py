@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..judge.model import StepAwarePreferenceModel
+from ..judge.find import AnyJudge
 from ..models.conditioning import Conditioning
 from ..models.latent_diffusion import BATCH, LatentDiffusion
 from ..runtime.ranks import Ranks
@@ -17,7 +17,7 @@ from .prompts import batch_of
 class Embeddings:
     """Embeddings of each prompt by base model and judge: `embeddings[prompts]` is a Conditioning on the device."""
 
-    def __init__(self, diffusion: LatentDiffusion, judge: StepAwarePreferenceModel, groups: Sequence[Sequence[str]]):
+    def __init__(self, diffusion: LatentDiffusion, judge: AnyJudge, groups: Sequence[Sequence[str]]):
         """Encodes the prompts of all groups, which are disjoint; the batches of one group do not depend on the others.
 
         The text encoders are not needed afterwards.
@@ -35,7 +35,7 @@ class Embeddings:
         return rows.to(self.device, non_blocking=True)  # safe: nothing writes to the copied tensors
 
     @staticmethod
-    def _encode(diffusion: LatentDiffusion, judge: StepAwarePreferenceModel, prompts: Sequence[str]) -> Conditioning:
+    def _encode(diffusion: LatentDiffusion, judge: AnyJudge, prompts: Sequence[str]) -> Conditioning:
         with torch.no_grad():
             features = [judge.encode(prompts[i : i + BATCH]) for i in range(0, len(prompts), BATCH)]
         host = torch.device("cpu")

@@ -47,6 +47,12 @@ def load(judge: JudgeConfig, rng: torch.Generator | None) -> JudgeFiles:
     rng (on the CPU): given if the judge is to be trained. A plain CLIP is then accepted: its modulation starts as the
     identity, its timestep embedder is drawn from rng. Raises UserError that names the key and what is wrong.
     """
+    if judge.kind == "latent":
+        raise UserError(
+            "judge.kind: found latent, which this command does not read; expected spm, spm_no_step or pickscore"
+        )
+    if judge.guidance is not None:
+        raise UserError(f"judge.guidance: found {judge.guidance}, but only a latent judge has guidance; leave it out")
     path = fetch(judge.path, judge.revision, "judge.path", (*SETTINGS, "model*.safetensors*"))
     if path.is_dir() and not weights_file(path):  # a hub id's .bin files are fetched only if needed
         path = fetch(judge.path, judge.revision, "judge.path", (*SETTINGS, "pytorch_model*.bin*"))

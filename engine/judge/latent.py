@@ -107,6 +107,11 @@ class LatentJudge:
         self.width = len(network.visual_projection)
         self._null: Conditioning | None = None
 
+    @property
+    def text_networks(self) -> list[nn.Module]:
+        """The networks that only `encode` needs."""
+        return list(self.network.encoders)
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Packs features, hidden states and pooled text of N prompts into a row each (N, ...), for Conditioning.judge.

@@ -30,7 +30,7 @@ PUBLISHED_GUIDANCE = 7.5
 VISUAL, TEXT, SCALE = "visual_projection.weight", "text_projection.weight", "logit_scale"
 
 
-def load(judge: JudgeConfig, diffusion: LatentDiffusion, dtype: torch.dtype, device: torch.device) -> LatentJudge:
+def load(judge: JudgeConfig, diffusion: LatentDiffusion, dtype: torch.dtype) -> LatentJudge:
     """Loads a latent judge, frozen, its projections in float32. Raises UserError that names what does not fit."""
     folder = fetch(judge.path, judge.revision, "judge.path", (RECORD, PROJECTIONS, PUBLISHED, "unet/*"))
     if not folder.is_dir():
@@ -41,7 +41,7 @@ def load(judge: JudgeConfig, diffusion: LatentDiffusion, dtype: torch.dtype, dev
         load_network(network_kind(family, part), judge.path, judge.revision, part, dtype, "judge.path")
         for part in family.text_encoders
     ]
-    built = LatentNetwork(unet, encoders, tensors[VISUAL], tensors.get(TEXT), tensors[SCALE]).to(device)
+    built = LatentNetwork(unet, encoders, tensors[VISUAL], tensors.get(TEXT), tensors[SCALE]).to(diffusion.device)
     _check_widths(built, tensors, encoders[-1].config, folder)
     guidance = record["guidance"] if judge.guidance is None else judge.guidance
     return LatentJudge(built, diffusion, guidance, record["t_of_step"])

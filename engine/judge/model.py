@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from ..config.training import JudgeConfig
@@ -44,6 +44,16 @@ class StepAwarePreferenceModel:
         self.device = clip.logit_scale.device
         self.mean = torch.tensor(mean, device=self.device).view(3, 1, 1)
         self.std = torch.tensor(std, device=self.device).view(3, 1, 1)
+
+    @property
+    def network(self) -> TimeConditionedCLIP:
+        """The judge's networks as one module."""
+        return self.clip
+
+    @property
+    def text_networks(self) -> list[nn.Module]:
+        """The networks that only `encode` needs."""
+        return [self.clip.text_model, self.clip.text_projection]
 
     @classmethod
     def load(

@@ -11,8 +11,8 @@ from ..config.offline import OfflineConfig
 from ..config.online import SamplingConfig
 from ..config.training import Config
 from ..data.decided_pairs import DecidedPairs, decided_pairs
-from ..judge.model import StepAwarePreferenceModel
-from ..models.base_model import load_unet
+from ..judge.find import AnyJudge, load_judge
+from ..models.base_model import DTYPES, load_unet
 from ..models.guided_unet import Savings
 from ..models.latent_diffusion import LatentDiffusion
 from ..models.policy import Policy, TrainedLora
@@ -27,7 +27,7 @@ class Models:
 
     policy: Policy
     diffusion: LatentDiffusion
-    judge: StepAwarePreferenceModel
+    judge: AnyJudge
     trainable: TrainedLora
 
     @classmethod
@@ -35,16 +35,16 @@ class Models:
         """Loads the models that a recipe names. Raises UserError for whatever the user has to put right."""
         diffusion = LatentDiffusion.load(config.model, device)
         unet = load_unet(config.model, device)
-        judge = StepAwarePreferenceModel.load(config.judge, device)
+        judge = load_judge(config.judge, diffusion, DTYPES[config.model.dtype])
         return cls.of(config, unet, diffusion, judge)
 
     @classmethod
-    def of(cls, config: Config, unet: nn.Module, diffusion: LatentDiffusion, judge: StepAwarePreferenceModel) -> Models:
+    def of(cls, config: Config, unet: nn.Module, diffusion: LatentDiffusion, judge: AnyJudge) -> Models:
         """Takes networks that are loaded; the UNet becomes the policy's."""
         model, lora = config.model, config.lora
         savings = Savings.of(model, config.optim.micro_batch)
         policy = Policy(unet, lora.rank, lora.target_modules, config.run.seed, diffusion.latent_shape, savings)
-        prepare(model, policy.unet, diffusion.vae, judge.clip)
+        prepare(model, policy.unet, diffusion.vae, judge.network)
         return cls(policy, diffusion, judge, TrainedLora(policy, config))
 
     def schedule(self, rollout: SamplingConfig) -> Schedule:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from ..config.methods.spo import SPOConfig
 from ..config.settings import keys, varied
 from ..config.training import Config
+from ..judge.latent import LatentJudge
 from .meta_models import ModelBuilder
 from .meter import Flops
 from .row_counts import RowCounts, count_rows
@@ -23,7 +24,7 @@ RECOMPUTED = "recomputed"
 NONE = Flops()
 PUBLISHED = {"num_steps": 20, "t_range": (0, 751), "guidance": 5.0}  # in the authors' code, whatever the family
 EXACT = {"rollout.judge_every": 1, "rollout.look_ahead": "full", "rollout.decoder": None}
-EXACT |= {"optim.passes": 1, "optim.keep_pairs": 1.0}
+EXACT |= {"optim.passes": 1, "optim.keep_pairs": 1.0, "judge.kind": "spm", "judge.guidance": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +103,9 @@ def published_flops(builder: ModelBuilder, costs: UnitCosts) -> StageFlops:
     candidates = counts.total("judge")
     update_rows = 2 * (2 if builder.config.optim.guided else 1) * counts.trained_rows
     other = OtherWork(
-        text=costs.text * encoded_prompts(builder) + costs.judge_text * candidates,
+        text=costs.text * encoded_prompts(builder) + costs.published_judge_text * candidates,
         images=costs.decode_published * candidates,
-        scores=(costs.judge + costs.modulation) * candidates,
+        scores=costs.published_judge * candidates,
         train=update_rows,
         reference=update_rows,
     )
@@ -154,4 +155,5 @@ def evaluation_flops(config: Config, costs: UnitCosts) -> Flops:
     evaluate = config.evaluate
     forward = costs.unet.guided * 2 if evaluate.guidance != 1 else costs.unet.unguided
     image = forward * evaluate.num_steps + costs.unet.text_kv + costs.evaluation_decode + costs.judge
+    image += costs.encode if config.judge.kind == LatentJudge.kind else NONE
     return image * (2 * evaluate.prompts)

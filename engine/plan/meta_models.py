@@ -21,6 +21,9 @@ from ..config.online import OnlineConfig, SamplingConfig
 from ..config.training import Config, JudgeConfig, ModelConfig
 from ..errors import UserError
 from ..judge.clip import TimeConditionedCLIP
+from ..judge.find import AnyJudge
+from ..judge.latent import LatentJudge, LatentNetwork
+from ..judge.latent_files import PUBLISHED_GUIDANCE
 from ..judge.model import StepAwarePreferenceModel
 from ..judge.pickscore import PICKSCORE
 from ..models.base_model import DTYPES, KINDS, latent_shape, network_kind
@@ -92,12 +95,27 @@ class ModelBuilder:
         text = TextEncoding(tokenizers, encoders, self.zero_null)
         return LatentDiffusion(self.family, text, vae, scheduler, shape, rows)
 
-    def judge(self) -> StepAwarePreferenceModel:
+    def judge(self) -> AnyJudge:
+        """Builds the judge of the recipe; a latent one has the architecture of the base model's own encoders."""
+        return self.latent_judge() if self.config.judge.kind == LatentJudge.kind else self.pixel_judge()
+
+    def pixel_judge(self) -> StepAwarePreferenceModel:
         modulated = self.config.judge.kind != "pickscore"
         clip = self._built(lambda: TimeConditionedCLIP(CLIPModel(self.judge_config), modulated), torch.float32)
         tokenizer = BlankTokenizer(self.judge_config.text_config.max_position_embeddings, self.device)
         clip.freeze()
         return StepAwarePreferenceModel(clip, tokenizer, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, self.config.judge.kind)
+
+    def latent_judge(self) -> LatentJudge:
+        diffusion, unet = self.diffusion(), self.unet()
+        blocks, projected = unet.config.block_out_channels, self.family.pooled_width(self.parts["unet"]) is None
+        encoders = diffusion.text_encoders
+        width = encoders[-1].config.hidden_size if projected else encoders[-1].config.projection_dim
+        empty = lambda *shape: torch.empty(shape, device=self.device)
+        visual, text = empty(width, sum(blocks) + blocks[-1]), empty(width, width) if projected else None
+        network = LatentNetwork(unet, encoders, visual, text, empty())
+        guidance = self.config.judge.guidance
+        return LatentJudge(network, diffusion, PUBLISHED_GUIDANCE if guidance is None else guidance, True)
 
     def _built(self, make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
         """Returns the network of `make()` on this device and in `dtype`; PyTorch's default type stays what it is."""
@@ -201,7 +219,7 @@ def _vae(path: str, model_vae: dict) -> dict:
 
 def _judge(judge: JudgeConfig) -> tuple[CLIPConfig, str]:
     """Returns (configuration of the judge's CLIP, where it comes from)."""
-    folders = [Path(path) for path in (judge.path, judge.components) if path]
+    folders = [Path(path) for path in (judge.path, judge.components) if path and judge.kind != LatentJudge.kind]
     folder = next((folder for folder in folders if (folder / "config.json").is_file()), None)
     if folder is None:
         return CLIPConfig(**PICKSCORE), "PickScore's CLIP, ViT-H/14"

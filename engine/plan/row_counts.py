@@ -27,6 +27,7 @@ from ..data.decided_pairs import DecidedPairs
 from ..data.embeddings import TrainingPrompts
 from ..data.pair_files import is_factory
 from ..judge.candidates import Candidates
+from ..judge.latent import LatentJudge
 from ..methods.find import method_class
 from ..models.conditioning import Conditioning
 from ..runtime.ranks import Ranks
@@ -238,12 +239,15 @@ class _CountingModels:
 
     def score(self, candidates: Candidates, cond: Conditioning) -> Tensor:
         """Returns scores (K, B) so far apart that the judge is sure at any threshold."""
-        k, prompts = candidates.images.shape[:2]
+        read = candidates.x if self.config.judge.kind == LatentJudge.kind else candidates.images
+        k, prompts = read.shape[:2]
         self._count("judge", k * prompts)
         return 1e3 * torch.arange(k, dtype=torch.float32).unsqueeze(1).expand(k, prompts)
 
     def score_images(self, images: Tensor, text: Tensor, t: int) -> Tensor:
         """Returns scores (K, N) of images (K, N, ...), all different."""
+        if self.config.judge.kind == LatentJudge.kind:
+            self._count("encode", images[..., 0, 0, 0].numel())
         self._count("judge", images[..., 0, 0, 0].numel())
         return torch.arange(len(text), dtype=torch.float32).expand(len(images), -1)
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config.methods.spo import SPOOptimConfig
-from ..judge.model import StepAwarePreferenceModel
+from ..judge.find import AnyJudge
+from ..judge.latent import LatentJudge
 from ..methods.spo.pairs import PreferencePairs
 from ..methods.spo.update import Learner, MicroBatch
 from ..models.conditioning import Conditioning
@@ -62,8 +63,9 @@ class UnitCosts:
 
     unet: under the keys of this recipe; published_unet: of the UNet as loaded, where no text is cached. By latent:
     decode in the rollout, evaluation_decode, and decode_published, where upsampling is not folded. By image: encode, by
-    the VAE; judge; and modulation, which the judge computes of a timestep. By prompt: text, judge_text. Bytes: the
-    peaks of one row, those of the texts of a batch; image_bytes, of a decoded latent; weights.
+    the VAE; judge, whatever it reads; and published_judge, SPO's, with its modulation. By prompt: text, judge_text and
+    published_judge_text. Bytes: the peaks of one row, those of the texts of a batch; image_bytes, of a decoded latent;
+    weights.
     """
 
     unet: UNetCosts
@@ -78,11 +80,12 @@ class UnitCosts:
     encode_peak: float
     judge: Flops
     judge_peak: float
-    modulation: Flops
+    published_judge: Flops
     text: Flops
     text_peak: float
     judge_text: Flops
     judge_text_peak: float
+    published_judge_text: Flops
     weights: Weights
 
 
@@ -106,7 +109,7 @@ class Networks:
 
     policy: Policy
     diffusion: LatentDiffusion
-    judge: StepAwarePreferenceModel
+    judge: AnyJudge
     tiny: TinyDecoder | None
 
     @classmethod
@@ -126,8 +129,8 @@ def unit_costs(builder: ModelBuilder, networks: Networks) -> UnitCosts:
         **resolution_costs(builder, networks),
         published_unet=published_unet,
         decode_published=decode_published,
-        **judge_costs(networks.judge, image, tf32),
-        **text_costs(networks.diffusion, networks.judge, tf32),
+        **judge_costs(builder, networks.judge, image),
+        **text_costs(builder, networks),
         weights=weight_bytes(networks),
     )
 
@@ -246,44 +249,53 @@ def measure_decode(
     return measure(lambda: decoder.decode(torch.empty(1, *latent_shape, device="meta")), tf32)
 
 
-def judge_costs(judge: StepAwarePreferenceModel, image: Tensor, tf32: bool = False) -> dict[str, Flops | float]:
-    """Returns the fields of UnitCosts for judging one image (1, 3, H, W)."""
+def judge_costs(builder: ModelBuilder, judge: AnyJudge, image: Tensor) -> dict[str, Flops | float]:
+    """Returns the fields of UnitCosts for judging what is shown as the image (1, 3, H, W)."""
+    tf32 = builder.config.model.uses_tf32
+    pixel = builder.pixel_judge() if isinstance(judge, LatentJudge) else judge
     modulations = []
-    modulate = lambda: modulations.append(judge.clip.modulation(_t()) if judge.clip.modulated else None)
+    modulate = lambda: modulations.append(pixel.clip.modulation(_t()) if pixel.clip.modulated else None)
     modulation = measure(modulate, tf32)
     with torch.no_grad():
-        tower = measure(lambda: judge.clip.tower(judge.pixels(image), modulations[0]), tf32)
-    return {"judge": tower.flops, "judge_peak": tower.peak, "modulation": modulation.flops}
+        tower = measure(lambda: pixel.clip.tower(pixel.pixels(image), modulations[0]), tf32)
+        score = tower
+        if isinstance(judge, LatentJudge):
+            cond, x = builder.conditioning(1), torch.empty(1, *builder.latent_shape, device="meta")
+            score = measure(lambda: judge.network.image_features(x, _t(), cond, judge.guidance), tf32)
+    return {"judge": score.flops, "judge_peak": score.peak, "published_judge": tower.flops + modulation.flops}
 
 
-def text_costs(
-    diffusion: LatentDiffusion, judge: StepAwarePreferenceModel, tf32: bool = False
-) -> dict[str, Flops | float]:
+def text_costs(builder: ModelBuilder, networks: Networks) -> dict[str, Flops | float]:
     """Returns the fields of UnitCosts for the text encoders: FLOPs of one prompt, peaks of BATCH of them."""
+    diffusion, judge, tf32 = networks.diffusion, networks.judge, builder.config.model.uses_tf32
     prompts = [""] * BATCH
     text = measure(lambda: diffusion.encode(prompts), tf32)
     with torch.no_grad():
-        judge_text = measure(lambda: judge.encode(prompts), tf32)
+        judge_text = published = measure(lambda: judge.encode(prompts), tf32)
+        if isinstance(judge, LatentJudge):
+            pixel = builder.pixel_judge()
+            published = measure(lambda: pixel.encode(prompts), tf32)
     encoded = BATCH + (not diffusion.zero_null)
     return {
         "text": text.flops * (1 / encoded),
         "text_peak": text.peak,
         "judge_text": judge_text.flops * (1 / BATCH),
         "judge_text_peak": judge_text.peak,
+        "published_judge_text": published.flops * (1 / BATCH),
     }
 
 
 def weight_bytes(networks: Networks) -> Weights:
     """Returns the bytes of the networks as they are now."""
-    policy, vae, clip, tiny = networks.policy, networks.diffusion.vae, networks.judge.clip, networks.tiny
-    decoder, judge_text = _bytes(vae.decoder, vae.post_quant_conv), _bytes(clip.text_model, clip.text_projection)
+    policy, vae, judge, tiny = networks.policy, networks.diffusion.vae, networks.judge, networks.tiny
+    decoder, judge_text = _bytes(vae.decoder, vae.post_quant_conv), _bytes(*judge.text_networks)
     return Weights(
         unet=_bytes(policy.unet) - sum(p.nbytes for p in policy.parameters),
         vae_decoder=decoder,
         vae_encoder=_bytes(vae) - decoder,
         tiny_decoder=_bytes(tiny.network) if tiny else 0,
         text_encoders=_bytes(*networks.diffusion.text_encoders),
-        judge=_bytes(clip) - judge_text,
+        judge=_bytes(judge.network) - judge_text,
         judge_text=judge_text,
         lora=sum(p.numel() for p in policy.parameters),
     )

@@ -1,24 +1,30 @@
 """strop.engine.judge.latent and latent_files: LPO's released judges score as their code does, and what is refused."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from strop.engine.config.training import JudgeConfig
 from strop.engine.errors import UserError
 from strop.engine.judge import latent_files
 from strop.engine.judge.candidates import Candidates
+from strop.engine.judge.latent import DECODER
 from strop.engine.models.families.find import family_named
+from strop.engine.models.latent_diffusion import LatentDiffusion, TextEncoding
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "methods" / "case7_lpo_reward_model.safetensors"
 CPU = torch.device("cpu")
 FAMILIES = ("sd15", "sdxl")
+BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
 ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 
 
@@ -63,14 +69,15 @@ def case(request, golden, tmp_path_factory):
     torch.save(released, folder / "state_dict.pt")
     tokenizers = [Prompts(tensors["in/input_ids"], 39)]
     tokenizers += [Prompts(tensors["in/input_ids_2"], 0)] if name == "sdxl" else []
-    diffusion = SimpleNamespace(tokenizers=tokenizers, device=CPU, family=family_named(name))
-    diffusion.latent_shape, diffusion.image_size = (4, 16, 16), (32, 32)
+    vae = AutoencoderKL(latent_channels=4, block_out_channels=(8, 8), norm_num_groups=4, **BLOCKS)
+    diffusion = LatentDiffusion(family_named(name), TextEncoding(), vae, DDIMScheduler(), latent_shape=(4, 16, 16))
+    diffusion.tokenizers = tokenizers
     return SimpleNamespace(folder=folder, diffusion=diffusion, tensors=tensors)
 
 
 def load(case, **keys):
     config = JudgeConfig(path=str(case.folder), kind="latent", **keys)
-    return latent_files.load(config, case.diffusion, torch.float32, CPU)
+    return latent_files.load(config, case.diffusion, torch.float32)
 
 
 def scored(judge, latents, t, drawn_at):
@@ -100,3 +107,88 @@ def test_the_middle_alone_may_be_projected(case):
     judge.network.visual_projection = torch.nn.Parameter(case.tensors["mid_only/visual_projection.weight"])
     found = scored(judge, case.tensors["in/noisy_latents"].unsqueeze(0), 0, 951)[0]
     torch.testing.assert_close(found.double(), case.tensors["mid_only/f64/scores_all_t951"], rtol=0, atol=3e-4)
+
+
+def test_a_saved_judge_scores_as_before(case, tmp_path):
+    """Without the UNet's decoder, by the conventions that it was saved with."""
+    judge = load(case, guidance=1.0)
+    judge.t_of_step = False
+    latent_files.save(tmp_path, judge)
+    names = {name.split(".")[0] for name in load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")}
+    assert not names & set(DECODER)
+    again = load(SimpleNamespace(folder=tmp_path, diffusion=case.diffusion))
+    latents = torch.randn(3, 4, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    expected = scored(judge, latents, 501, 951)
+    assert torch.equal(scored(again, latents, 501, 1), expected)
+    assert not torch.equal(scored(again, latents, 1, 501), expected)
+    assert expected.shape == (3, 4)
+
+
+def test_clean_images_are_scored_by_their_latents_at_the_least_timestep(case):
+    judge = load(case)
+    images = torch.rand(1, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    text = judge.encode(list("0123"))
+    with torch.no_grad():
+        mean = case.diffusion.vae.encode(images[0]).latent_dist.mean
+    expected = scored(judge, 0.18215 * mean.unsqueeze(0), 1, 1)
+    torch.testing.assert_close(judge.score_images(images, text, t=0), expected)
+
+
+def test_a_judge_without_text_encoders_says_so(case):
+    judge = load(case)
+    judge.release_text_tower()
+    with pytest.raises(RuntimeError, match="text features"):
+        judge.encode(["0"])
+
+
+def broken(folder, target):
+    shutil.copytree(folder, target, dirs_exist_ok=True)
+    return target
+
+
+def without_scale(folder):
+    state = torch.load(folder / "state_dict.pt", weights_only=True)
+    del state["logit_scale"]
+    torch.save(state, folder / "state_dict.pt")
+
+
+def too_wide(folder):
+    state = torch.load(folder / "state_dict.pt", weights_only=True)
+    state["visual_projection"]["weight"] = torch.zeros(12, 65)
+    torch.save(state, folder / "state_dict.pt")
+
+
+def not_finite(folder):
+    state = torch.load(folder / "state_dict.pt", weights_only=True)
+    state["logit_scale"] = torch.tensor(float("nan"))
+    torch.save(state, folder / "state_dict.pt")
+
+
+FAULTS = {
+    "no projections": (
+        lambda f: (f / "state_dict.pt").unlink(),
+        r"judge\.path: .* judge\.safetensors nor state_dict\.pt",
+    ),
+    "no scale": (without_scale, r"judge\.path: .* has no logit_scale"),
+    "a projection too wide": (too_wide, r"judge\.path: .*visual_projection\.weight \(12, 65\).* numbers"),
+    "not finite": (not_finite, r"judge\.path: .*logit_scale"),
+    "code in the pickle": (lambda f: torch.save({"x": print}, f / "state_dict.pt"), r"judge\.path: .*may run code"),
+    "no UNet": (lambda f: shutil.rmtree(f / "unet"), r"judge\.path: .*unet"),
+    "another kind": (lambda f: (f / "judge.json").write_text('{"kind": "spm"}'), r"judge\.kind: found latent.*'spm'"),
+    "a bad record": (lambda f: (f / "judge.json").write_text('{"kind": "latent"}'), r"judge\.path: .*guidance"),
+}
+
+
+@pytest.mark.parametrize("spoil, names", FAULTS.values(), ids=FAULTS)
+def test_a_folder_that_is_no_latent_judge_is_refused(case, spoil, names, tmp_path):
+    folder = broken(case.folder, tmp_path / "judge")
+    spoil(folder)
+    with pytest.raises(UserError, match=names):
+        load(SimpleNamespace(folder=folder, diffusion=case.diffusion))
+
+
+def test_a_judge_of_another_base_model_is_refused(case):
+    other = replace(case.diffusion.family, name="other", title="Another")
+    diffusion = SimpleNamespace(family=other, latent_shape=(4, 16, 16), device=CPU)
+    with pytest.raises(UserError, match=r"judge\.path: .* reads latents of .*, but model\.path is Another"):
+        load(SimpleNamespace(folder=case.folder, diffusion=diffusion))
