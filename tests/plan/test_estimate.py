@@ -195,6 +195,20 @@ def test_operations_per_prompt(recipe, at_most, published):
     assert theirs.plain / TERA == pytest.approx(published + event, rel=0.01)
 
 
+@pytest.mark.slow
+def test_a_latent_judge_leaves_out_look_ahead_and_decode():
+    """What the recipe as published takes does not depend on it; no stage but trunk, judge and update is left."""
+    keys = ("judge.kind=latent", "judge.guidance=1", "judge.path=nobody/judge")
+    builder = ModelBuilder.of(load("configs/sd15.yaml", keys))
+    counts, costs = count_rows(builder.config, builder.schedule("cpu")), unit_costs(builder, Networks.of(builder))
+    stages = stage_flops(builder, counts, costs)
+    assert not {"branches", "decode"} & stages.stages.keys()
+    assert costs.judge.all / TERA == pytest.approx(0.261, rel=0.01)  # the UNet's down and middle blocks
+    assert stages.done.all / TERA <= 125
+    pixel = published_flops(published_recipe(counted("sd15")[0]), counted("sd15")[2])
+    assert published_flops(published_recipe(builder), costs).plain == pixel.plain
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.parametrize("small", SMALL)

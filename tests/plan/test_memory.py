@@ -37,7 +37,7 @@ def measure():
     """measure(config, ranks, counts) -> its memory, where not said of 8 images of 0.5 GB at once and of 32 pairs."""
     costs = UnitCosts(
         *(UNET, UNET, NO, 2 * GB, NO, 2 * GB, NO, 0.5 * GB, NO, 0.5 * GB),
-        *(NO, 0.25 * GB, NO, NO, 1 * GB, NO, 1 * GB, WEIGHTS),
+        *(NO, 0.25 * GB, NO, NO, 1 * GB, NO, 1 * GB, NO, WEIGHTS),
     )
     largest = Counter(guided=16, decode=8, judge=8)
     held = {"latents": 32 * 3, "other_bytes": 32 * (2 * 8 + 1), "exchanged": True}

@@ -61,7 +61,7 @@ FAST = {  # keys, and the totals that they change from those of SD-1.5
     ),
     "two passes": ({"optim": {"passes": 2}}, {"train": 2 * 160 * 2, "reference": 160 * 2}),
     "half of the pairs": ({"optim": {"keep_pairs": 0.5}}, {"train": 80 * 2, "reference": 80 * 2}),
-    "compiled": ({"optim": {"micro_batch": 100}, "model": {"compile": True}}, {"train": 2 * 200}),
+    "compiled": ({"optim": {"micro_batch": 100}, "model": {"compile": "all"}}, {"train": 2 * 200}),
     "not compiled": ({"optim": {"micro_batch": 100}}, {"train": 2 * 160}),
 }
 
