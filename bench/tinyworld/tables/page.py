@@ -49,8 +49,8 @@ how much was won.
 paired by noise), then every training seed's own gain. {seeds}
 """
 
-QUICK = """**This is the small version**: a quarter of the budget, one seed, no search, fewer prompts, and of the
-ablations the next state alone. Its figures are for a look, not for a claim."""
+QUICK = """**This is the small version**: a seventh of the budget, one seed, no search, few prompts, and of the
+ablations one next state alone. Its figures are for a look, not for a claim."""
 GENEVAL_LEAD = """The rules are GenEval's and the detector is analytic (bench/tinyworld/geneval.py); guidance is 5, two
 images a prompt. No caption counts, so that the task of counting is left out. What the base model does without fault
 can only be lost."""

@@ -51,12 +51,38 @@ class RolloutConfig(SamplingConfig):
         "best_worst", description="The two branches that make a pair; of two random ones, the better is the winner."
     )
     threshold: float = Field(0.3, ge=0, lt=1, description="Pairs with p(winner) - p(loser) above this are trained on.")
+    threshold_noisiest: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="Threshold at the noisiest step of a trajectory; down to rollout.threshold at its last step it "
+        "falls linearly with the noise that a step adds, as LPO's does. null is rollout.threshold everywhere.",
+    )
+    keep: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of pairs to train on: the threshold is then set so that this share of the base model's "
+        "first pairs lies above it, whatever the judge's scale, and rollout.threshold is not used. A run says what it "
+        "came to.",
+    )
+    keep_by_timestep: bool = Field(
+        False, description="Whether rollout.keep sets a threshold for each timestep, so that none stays without pairs."
+    )
 
     @model_validator(mode="after")
     def _range_is_one(self) -> RolloutConfig:
         low, high = self.t_range
         if low > high:
             raise ValueError(f"t_range is [{low}, {high}], expected the lower timestep first")
+        return self
+
+    @model_validator(mode="after")
+    def _one_rule_of_keeping(self) -> RolloutConfig:
+        if self.keep is not None and self.threshold_noisiest is not None:
+            raise ValueError("keep and threshold_noisiest are both given, expected one of them")
+        if self.keep is None and self.keep_by_timestep:
+            raise ValueError("keep_by_timestep is true without keep, the share to keep; give that too")
         return self
 
     @model_validator(mode="after")

@@ -59,6 +59,7 @@ COLUMNS = (
             ),
         ),
     ),
+    Column("threshold"),
     LOSS,
     MARGIN,
     ACCURACY,

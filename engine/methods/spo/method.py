@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -22,7 +24,10 @@ from ..protocol import Measured, Method
 from .columns import COLUMNS
 from .pairs import PreferencePairs, balance
 from .rollout import Rollout, check_steps, judged_segments
+from .thresholds import given_thresholds, keeping_thresholds, threshold_line
 from .update import Learner, MicroBatch
+
+MEASURED = 32  # prompts whose pairs rollout.keep looks at, or more
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +64,36 @@ class SPO(Method):
         }
         timesteps = schedule.t[:-1]
         self.columns = [replace(c, labels=timesteps) if c.name == "pairs_per_t" else c for c in self.columns]
-        self.judged_steps = sum(map(len, judged_segments(schedule, config.rollout)))
+        self.judged = judged_segments(schedule, config.rollout)
+        self.judged_steps = sum(map(len, self.judged))
+        thresholds, self.said = given_thresholds(config.rollout, schedule), ""
+        if config.rollout.keep is not None:
+            thresholds, pairs = self.thresholds()
+            self.said = threshold_line(thresholds, self.judged, config.rollout.keep, pairs)
+        self.rollout = replace(self.rollout, thresholds=thresholds)
+        self.threshold = fmean(thresholds[segment.start] for segment in self.judged)
         most = config.iterations * self.learner.batch_count(config.rollout.prompts * self.judged_steps)
         if config.optim.accumulate > most:
             raise UserError(
                 f"optim.accumulate: found {config.optim.accumulate}, expected at most {most}, the micro-batches of the "
                 "whole run; with more, no optimizer step is made and nothing is learned"
             )
+
+    def thresholds(self) -> tuple[list[float], int]:
+        """Returns thresholds that keep rollout.keep of the policy's pairs, and of how many pairs, over all ranks.
+
+        It is called while the policy is still the base model, so that a run that goes on finds the same.
+        """
+        rollout, ranks = self.config.rollout, self.ranks
+        rng = torch.Generator(ranks.device).manual_seed(self.config.run.seed + ranks.rank)
+        count = min(math.ceil(MEASURED / (rollout.prompts * ranks.size)), self.config.iterations)
+        gaps = []
+        for iteration in range(count):
+            with self.policy.sampling(self.prompts.mine(iteration), rollout.text_kv) as cond:
+                gaps.append(self.rollout(cond, rng).gaps)
+        gaps = gather_rows(torch.cat(gaps, dim=1).T.contiguous(), ranks).T  # (S, N)
+        steps = self.rollout.schedule.num_steps
+        return keeping_thresholds(gaps, self.judged, rollout.keep, rollout.keep_by_timestep, steps), gaps.numel()
 
     def learning_rate(self, iteration: int) -> float:
         """Returns the learning rate, which is constant, as published."""
@@ -76,6 +104,9 @@ class SPO(Method):
 
         Raises UserError if no pair of any rank has finite scores.
         """
+        if self.said and self.ranks.first:
+            print(self.said, flush=True)
+            self.said = ""
         cond = self.prompts.mine(iteration)
         with self.policy.sampling(cond, self.config.rollout.text_kv) as sampling_cond:
             outcome = self.rollout(sampling_cond, self.rngs["rollout"])
@@ -92,6 +123,7 @@ class SPO(Method):
             "pairs_per_t": outcome.pairs_per_step,
             "judge": outcome.score,
             "kept": outcome.pairs_per_step.sum() / possible,
+            "threshold": self.threshold,
             UNSCORED.name: unscored,
         }
         return Collected(iteration, outcome.pairs, cond), facts

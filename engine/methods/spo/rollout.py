@@ -7,7 +7,7 @@ ahead and decoding happen where a judge asks for them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -22,6 +22,7 @@ from ...models.conditioning import Conditioning
 from ...schedules.draws import Rng, integers
 from ...schedules.schedule import Schedule
 from .pairs import PreferencePairs, is_sure
+from .thresholds import given_thresholds
 
 
 class Predictor(Protocol):
@@ -40,13 +41,15 @@ class Decoder(Protocol):
 class Outcome:
     """The pairs above the threshold by step, then prompt; their number per step (T,).
 
-    score: mean of the branches' scores that are finite; unscored: how many possible pairs have one that is not.
+    score: mean of the branches' scores that are finite; unscored: how many possible pairs have one that is not. gaps
+    (S, B): score(winner) - score(loser) in each judged segment.
     """
 
     pairs: PreferencePairs
     pairs_per_step: Tensor
     score: Tensor
     unscored: Tensor
+    gaps: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,7 @@ class Rollout:
     walked on one branch if a segment follows, and not at all after the last one.
 
     config: the section `rollout`; clock: times the parts of the stage `rollout`; counted: passes the segments on and
-    shows which of how many it is.
+    shows which of how many it is; thresholds (T,): how sure the judge must be at each step, None as config says.
     """
 
     policy: Predictor
@@ -70,12 +73,14 @@ class Rollout:
     config: RolloutConfig
     clock: Callable[[str], AbstractContextManager] = nullcontext
     counted: Callable[[Iterable[range], int, str], Iterable[range]] = lambda items, total, stage: items
+    thresholds: Sequence[float] | None = None
 
     @torch.no_grad()
     def __call__(self, cond: Conditioning, rng: Rng) -> Outcome:
         judged = judged_segments(self.schedule, self.config)
+        thresholds = self.thresholds or given_thresholds(self.config, self.schedule)
         apart = any(len(segment) > 1 for segment in judged)
-        pairs, sure, scores, unscored = [], [], [], []
+        pairs, sure, scores, unscored, gaps = [], [], [], [], []
         pairs_per_step = torch.zeros(self.schedule.num_steps, device=self.schedule.device)
         x = self.schedule.prior((len(cond), *self.policy.latent_shape), rng)  # (B, C, H, W)
         current, eps = 0, None
@@ -92,11 +97,13 @@ class Rollout:
             with self.clock("rollout/judge"):
                 scores.append(self.judge.score(candidates, cond))  # (K, B)
             chosen = choose(scores[-1], self.config.pair, rng)  # (2, B)
+            winner, loser = scores[-1].gather(0, chosen)
+            gaps.append(winner - loser)
             unscored.append(len(segment) * (~scores[-1].gather(0, chosen).isfinite().all(0)).sum())
             for step, earlier, later in zip(segment, states, states[1:], strict=False):
                 pair = PreferencePairs.of_step(earlier, later, chosen, step)
                 pairs.append(pair.apart() if apart else pair)
-                sure.append(is_sure(scores[-1], chosen, self.config.threshold))
+                sure.append(is_sure(scores[-1], chosen, thresholds[segment.start]))
                 pairs_per_step[step] = sure[-1].sum()
             current = segment.stop
             if segment != judged[-1]:
@@ -104,7 +111,7 @@ class Rollout:
         pairs = PreferencePairs.cat(pairs)[torch.cat(sure).nonzero().flatten()]
         scores = torch.stack(scores)
         mean = scores.where(scores.isfinite(), math.nan).nanmean()  # of the finite, whose number the host need not know
-        return Outcome(pairs, pairs_per_step, mean, torch.stack(unscored).sum())
+        return Outcome(pairs, pairs_per_step, mean, torch.stack(unscored).sum(), torch.stack(gaps))
 
     def candidates(self, branches: Tensor, step: int, cond: Conditioning, before: Tensor) -> Candidates:
         """Returns the branches (K, B, C, H, W), now at `step`, as the judge takes them.
