@@ -27,7 +27,7 @@ def given_thresholds(config: RolloutConfig, schedule: Schedule) -> list[float]:
     steps = schedule.num_steps
     if high is None:
         return [config.threshold] * steps
-    sigma = schedule.sigma(torch.arange(steps, device=schedule.device)).double().tolist()
+    sigma = schedule.sigma(torch.arange(steps, device=schedule.device)).double().tolist()  # one wait a run
     span = sigma[0] - sigma[-1]
     return [low + (high - low) * ((each - sigma[-1]) / span if span else 0.0) for each in sigma]
 
@@ -58,6 +58,6 @@ def threshold_line(thresholds: Sequence[float], segments: Sequence[range], share
 
 def _quantile(gaps: Tensor, share: float) -> float:
     """Returns the threshold above which this share of the finite gaps lies."""
-    finite = gaps[gaps.isfinite()].double().sort(descending=True).values.tolist()
+    finite = gaps[gaps.isfinite()].double().sort(descending=True).values.tolist()  # one wait a run
     kept = round(share * len(finite))
     return min(math.tanh(max(finite[kept], 0.0) / 2), BELOW_ONE) if kept < len(finite) else 0.0
