@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from strop.engine.config.methods.spo import SPOConfig
+from strop.engine.evaluation.monitor import Monitor
 from strop.engine.runtime import checkpoint, lock
 from strop.engine.runtime.checkpoint import Facts, Training
 from strop.engine.runtime.metrics import read_records
@@ -156,6 +157,15 @@ def test_only_what_a_run_wrote_is_removed(tmp_path):
     assert [path.name for path in (folder / "000002.old").iterdir()] == ["notes.txt"]
     assert checkpoint.newest(tmp_path).name == "000004"
     assert not checkpoint.damage(folder / "000004")
+
+
+@pytest.mark.parametrize(
+    "monitored, left", [((), ["000003"]), (("evaluate.every=1",), ["000001", "000003"])], ids=["alone", "with the best"]
+)
+def test_old_checkpoints_go_but_for_that_of_the_best_evaluation(recipe, tmp_path, monkeypatch, monitored, left):
+    monkeypatch.setattr(Monitor, "best", 1)
+    main(recipe("run.iterations=3", "run.save_every=1", "run.keep=1", *monitored))
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == left
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):

@@ -228,6 +228,12 @@ class RunConfig(Section):
     log_every: int = Field(1, ge=1, description="Iterations per line of metrics.jsonl and of the terminal.")
     tracker: Tracker = Field("tensorboard", description=TRACKER)
     save_every: int = Field(10, ge=1, description="Iterations per checkpoint; one more is written at the end.")
+    keep: int | None = Field(
+        None,
+        ge=1,
+        description="How many of the newest checkpoints stay (SDXL's take 1.1 GB each), beside that of the best "
+        "evaluation where evaluate.every is set; null keeps all.",
+    )
     resume: Resume = Field(False, description=RESUME)
     rank_timeout: int = Field(600, ge=5, description=RANK_TIMEOUT)
     share_of_peak: bool = Field(

@@ -1,4 +1,4 @@
-"""Reads and writes a latent judge's folder: unet/, text_encoder/, with SDXL text_encoder_2/, and its projections.
+"""Reads and writes a latent judge's folder: unet/, a folder for each text encoder, and its projections.
 
 Ours lie in judge.safetensors, with the conventions of scoring in judge.json; those of LPO's released folders in
 state_dict.pt. The UNet may have its decoder, which is dropped.

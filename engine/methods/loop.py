@@ -41,7 +41,7 @@ def train(session: Session, method: Method, optimizer: Optimizer, monitor: Monit
             if iteration == 0:
                 diagnosis.after_first(optimizer, session.config.iterations)
         monitored = measure(session, method, iteration + 1, monitor)
-        session.save(iteration + 1, now=monitored)
+        session.save(iteration + 1, monitored, monitor.best if monitor else None)
         if monitor and monitor.stopped:
             break
 

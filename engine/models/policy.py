@@ -134,7 +134,11 @@ class TrainedLora:
 
     policy: Policy
     config: Config
-    keep = None  # all checkpoints stay: they are small
+
+    @property
+    def keep(self) -> int | None:
+        """How many checkpoints stay."""
+        return self.config.run.keep
 
     def save(self, folder: Path, iteration: int) -> Path:
         """Writes folder/LORA_FILE and returns its path."""
@@ -163,7 +167,11 @@ class LoraAnd:
 
     lora: TrainedLora
     companion: Companion
-    keep = None
+
+    @property
+    def keep(self) -> int | None:
+        """How many checkpoints stay."""
+        return self.lora.keep
 
     def save(self, folder: Path, iteration: int) -> None:
         """Writes the LoRA and the companion's file."""

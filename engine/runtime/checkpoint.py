@@ -64,11 +64,14 @@ class Facts:
     own: Mapping[str, Tensor]
 
 
-def save(training: Training, config: Recipe, iteration: int, ranks: Ranks, facts: Facts) -> Path:
+def save(
+    training: Training, config: Recipe, iteration: int, ranks: Ranks, facts: Facts, spared: int | None = None
+) -> Path:
     """Writes the checkpoint run.dir/checkpoints/<iteration>; returns its path. Every rank calls it.
 
     It gets its name when all of it is on the disk, so that neither a kill nor a power cut leaves a broken one. Then
-    checkpoints beyond `Trainable.keep` are removed. Raises UserError, on every rank, if a file cannot be written.
+    checkpoints beyond `Trainable.keep` are removed, but for that of iteration `spared`. Raises UserError, on every
+    rank, if a file cannot be written.
     """
     final = Path(config.run.dir) / "checkpoints" / f"{iteration:06d}"
     draft = final.with_name(f".{final.name}.draft")
@@ -97,7 +100,8 @@ def save(training: Training, config: Recipe, iteration: int, ranks: Ranks, facts
             sync(final.parent)
             keep = training.trainable.keep
             for folder in finished(Path(config.run.dir))[: -keep if keep else 0]:
-                _remove(folder)
+                if int(folder.name) != spared:
+                    _remove(folder)
 
     def guarded(part: Callable[[], None]) -> None:
         with writing(draft):

@@ -27,6 +27,7 @@ MAY_CHANGE = (  # on resume; everything else decides what the run computes
     "run.log_every",
     "run.tracker",
     "run.save_every",
+    "run.keep",
     "run.resume",
     "run.rank_timeout",
     "run.share_of_peak",

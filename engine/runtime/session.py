@@ -167,8 +167,10 @@ class Session:
             if self.tracker:
                 self.tracker.write(record)
 
-    def save(self, done: int, now: bool = False) -> None:
+    def save(self, done: int, now: bool = False, spared: int | None = None) -> None:
         """Writes a checkpoint after `done` iterations, if it is due or `now`. Every rank calls it.
+
+        spared: the iteration of one that stays, though it is old.
 
         It does so too, and raises Interrupted, if a signal has come to any rank.
         """
@@ -179,7 +181,7 @@ class Session:
                 sums, total = self.metrics.unflushed()
                 shared = {"seconds": self.seconds(), "since_record": self._since_record | {"total": total}}
                 shared |= {"ledger": self.ledger.totals(), "inputs": self.folder.digests}
-                checkpoint.save(self.training, self.config, done, self.ranks, Facts(shared, sums))
+                checkpoint.save(self.training, self.config, done, self.ranks, Facts(shared, sums), spared)
         if self.ending:
             raise Interrupted(self.ending)
 
