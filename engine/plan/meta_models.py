@@ -219,7 +219,9 @@ def _vae(path: str, model_vae: dict) -> dict:
 
 def _judge(judge: JudgeConfig) -> tuple[CLIPConfig, str]:
     """Returns (configuration of the judge's CLIP, where it comes from)."""
-    folders = [Path(path) for path in (judge.path, judge.components) if path and judge.kind != LatentJudge.kind]
+    if judge.kind == LatentJudge.kind:  # CLIPs are then those of the published code alone
+        return CLIPConfig(**PICKSCORE), "the base model's own encoders"
+    folders = [Path(path) for path in (judge.path, judge.components) if path]
     folder = next((folder for folder in folders if (folder / "config.json").is_file()), None)
     if folder is None:
         return CLIPConfig(**PICKSCORE), "PickScore's CLIP, ViT-H/14"

@@ -15,6 +15,8 @@ from .scaling import GpuRow, RecipeRow
 if TYPE_CHECKING:
     from .estimate import Plan
 
+HARDLY = 0.005  # of the time
+
 
 def render(plan: Plan) -> str:
     """Returns all sections, one after the other."""
@@ -71,8 +73,8 @@ def ratios(plan: Plan) -> list[str]:
     theirs = f" (published {tera(published.plain)})" if published else ""
     lines.append(f"Without the LoRA, and a backward pass counted as one forward: {tera(ours.plain)}{theirs}.")
     full = replace(ours.done, half=0)
-    if ours.done.half and full.all:
-        slow = plan.gpu.seconds(full, plan.share) / plan.gpu.seconds(ours.done, plan.share)
+    slow = plan.gpu.seconds(full, plan.share) / plan.gpu.seconds(ours.done, plan.share)
+    if ours.done.half and slow > HARDLY:
         unit = "TF32" if full.tf32 else "float32"
         lines.append(f"In {unit} (judge): {full.all / ours.done.all:.1%} of the TFLOP, {slow:.0%} of the time.")
     return lines
