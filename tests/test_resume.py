@@ -131,15 +131,13 @@ def test_a_planted_pickle_does_not_run(recipe, copied, tmp_path, capsys):
 class Numbers:
     """A Trainable and an optimizer of one number."""
 
-    keep = 2
-
     def save(self, folder, iteration=None):
         save_file({"number": torch.ones(1)}, folder / ("weights" if iteration else "optimizer"))
 
 
 def test_only_what_a_run_wrote_is_removed(tmp_path):
     sections = {"model": {"path": "none"}, "judge": {"path": "none"}, "prompts": {"train": "none"}}
-    config = SPOConfig.model_validate(sections | {"run": {"dir": str(tmp_path), "iterations": 3}})
+    config = SPOConfig.model_validate(sections | {"run": {"dir": str(tmp_path), "iterations": 3, "keep": 2}})
     write = functools.partial(checkpoint.save, Training(Numbers(), Numbers(), {}), config, ranks=ALONE)
     folder = tmp_path / "checkpoints"
     for iteration in (1, 2, 3, 4):

@@ -83,7 +83,10 @@ class JudgeTrainingRunConfig(Section):
     kernels: Kernels = Field("auto", description=KERNELS)
     log_every: int = Field(20, ge=1, description="Steps per line of metrics.jsonl and of the terminal.")
     tracker: Tracker = Field("tensorboard", description=TRACKER)
-    save_every: int = Field(500, ge=1, description="Steps per checkpoint; the newest two stay, older ones are deleted.")
+    save_every: int = Field(500, ge=1, description="Steps per checkpoint.")
+    keep: int | None = Field(
+        2, ge=1, description="How many of the newest checkpoints stay (PickScore's take 12 GB each); null keeps all."
+    )
     resume: Resume = Field(False, description=RESUME)
     rank_timeout: int = Field(600, ge=5, description=RANK_TIMEOUT)
 

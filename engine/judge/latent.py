@@ -16,7 +16,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ..models.conditioning import Conditioning
-from ..models.guided_unet import both_halves
+from ..models.guided_unet import unet_inputs
 from ..models.latent_diffusion import BATCH, LatentDiffusion, text_outputs
 from .candidates import Candidates
 
@@ -49,13 +49,8 @@ class LatentNetwork(nn.Module):
         guidance: scale of the middle block's feature, as of a prediction; 1 leaves out the half without the prompt.
         """
         guided = guidance != 1
-        text = both_halves(cond.null, cond.text, guided)
-        halves, added = 2 if guided else 1, None
-        if cond.pooled is not None:
-            pooled = both_halves(cond.null_pooled, cond.pooled, guided)
-            added = {"text_embeds": pooled, "time_ids": cond.time_ids.expand(len(text), -1)}
-        outputs = encoder_outputs(self.unet, x.repeat(halves, 1, 1, 1).to(text.dtype), t.repeat(halves), text, added)
-        *down, middle = (output.float().mean((2, 3)).unflatten(0, (halves, -1)) for output in outputs)
+        outputs = encoder_outputs(self.unet, *unet_inputs(x, t, cond, guided))
+        *down, middle = (output.float().mean((2, 3)).unflatten(0, (-1, len(x))) for output in outputs)
         if guided:
             middle = middle[:1] + guidance * (middle[1:] - middle[:1])
         if self.visual_projection.shape[1] != middle.shape[-1]:  # all scales
@@ -121,7 +116,8 @@ class LatentJudge:
         if not len(self.network.encoders):
             raise RuntimeError("a judge without its text encoders cannot be asked for text features")
         if self._null is None:
-            self._null = self._read([""])
+            null = self._read([""])
+            self._null = replace(null, time_ids=self.diffusion.time_ids(null.text.dtype))  # once, not at every score
         parts = [self._read(prompts[i : i + BATCH]) for i in range(0, len(prompts), BATCH)]
         return torch.cat([pack(part) for part in parts])
 
@@ -160,11 +156,9 @@ class LatentJudge:
         width, length = self.width, null.text[0].numel()
         features, text, pooled = rows.split([width, length, rows.shape[1] - width - length], dim=1)
         cond = Conditioning(text.unflatten(1, null.text.shape[1:]).to(dtype), null.text, judge=features.float())
-        time_ids = self.family.time_ids(*self.diffusion.image_size)
-        if time_ids is None:
+        if null.pooled is None:
             return cond
-        sizes = torch.tensor([time_ids], dtype=dtype, device=rows.device)
-        return replace(cond, pooled=pooled.to(dtype), null_pooled=null.pooled, time_ids=sizes)
+        return replace(cond, pooled=pooled.to(dtype), null_pooled=null.pooled, time_ids=null.time_ids)
 
 
 def pack(cond: Conditioning) -> Tensor:

@@ -118,10 +118,9 @@ class StepAwarePreferenceModel:
 
 @dataclass(frozen=True, slots=True)
 class TrainedJudge:
-    """The Trainable of a run that trains a judge. The last two checkpoints are kept: each has 12 GB for PickScore."""
+    """The Trainable of a run that trains a judge."""
 
     judge: StepAwarePreferenceModel
-    keep = 2
 
     def save(self, folder: Path, iteration: int) -> None:
         """Writes folder/JUDGE_FILE."""

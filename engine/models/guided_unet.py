@@ -119,8 +119,16 @@ class GuidedUNet:
 
 def unet_eps(unet: UNet2DConditionModel, x: Tensor, step_t: Tensor, cond: Conditioning, guided: bool) -> Tensor:
     """Runs any UNet as GuidedUNet.eps does: one forward for both guidance halves, (2 or 1, N, C, H, W) in float32."""
+    rows, step_t, text, added = unet_inputs(x, step_t, cond, guided)
+    out = unet(rows, step_t, encoder_hidden_states=text, added_cond_kwargs=added).sample
+    return out.float().unflatten(0, (-1, len(x)))
+
+
+def unet_inputs(
+    x: Tensor, step_t: Tensor, cond: Conditioning, guided: bool
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor] | None]:
+    """Returns a UNet's rows, timesteps, text and added inputs for N latents: 2N if guided, without the prompt first."""
     halves = 2 if guided else 1
-    dtype = cond.text.dtype
     if cond.row is None:
         text = both_halves(cond.null, cond.text, guided)
     else:  # each row's text among the cached ones
@@ -129,9 +137,7 @@ def unet_eps(unet: UNet2DConditionModel, x: Tensor, step_t: Tensor, cond: Condit
     if cond.pooled is not None:
         time_ids = cond.time_ids.expand(len(text), -1)
         added = {"text_embeds": both_halves(cond.null_pooled, cond.pooled, guided), "time_ids": time_ids}
-    rows = x.repeat(halves, 1, 1, 1).to(dtype)
-    out = unet(rows, step_t.repeat(halves), encoder_hidden_states=text, added_cond_kwargs=added).sample
-    return out.float().unflatten(0, (halves, len(x)))
+    return x.repeat(halves, 1, 1, 1).to(cond.text.dtype), step_t.repeat(halves), text, added
 
 
 def both_halves(null: Tensor, text: Tensor, guided: bool) -> Tensor:

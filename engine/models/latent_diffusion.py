@@ -98,10 +98,12 @@ class LatentDiffusion:
             null, null_pooled = (None if value is None else torch.zeros_like(value[:1]) for value in (text, pooled))
         else:
             null, null_pooled = self._encode_batch([""], onto)
-        time_ids = self.family.time_ids(*self.image_size)
-        if time_ids is not None:
-            time_ids = torch.tensor([time_ids], dtype=text.dtype, device=self.device)
-        return Conditioning(text, null, pooled=pooled, null_pooled=null_pooled, time_ids=time_ids)
+        return Conditioning(text, null, None, pooled, null_pooled, self.time_ids(text.dtype))
+
+    def time_ids(self, dtype: torch.dtype) -> Tensor | None:
+        """Returns the sizes that the UNet takes besides the text, (1, 6) on the device, or None."""
+        sizes = self.family.time_ids(*self.image_size)
+        return None if sizes is None else torch.tensor([sizes], dtype=dtype, device=self.device)
 
     def release_text_encoders(self) -> None:
         """Frees the text encoders and their memory; `encode` then raises RuntimeError."""
@@ -118,6 +120,7 @@ class LatentDiffusion:
 
         The VAE encodes one image of each pair after the other, which halves its memory.
         """
+        self.vae.encoder.to(self.device)  # from where release_encoders may have moved it
         sides = [self.vae.encode(side.to(self.vae.dtype)).latent_dist for side in images]
         return torch.stack([side.mean for side in sides]), torch.stack([side.std for side in sides])
 

@@ -135,11 +135,6 @@ class TrainedLora:
     policy: Policy
     config: Config
 
-    @property
-    def keep(self) -> int | None:
-        """How many checkpoints stay."""
-        return self.config.run.keep
-
     def save(self, folder: Path, iteration: int) -> Path:
         """Writes folder/LORA_FILE and returns its path."""
         return self.policy.save_lora(folder, self.facts(iteration))
@@ -167,11 +162,6 @@ class LoraAnd:
 
     lora: TrainedLora
     companion: Companion
-
-    @property
-    def keep(self) -> int | None:
-        """How many checkpoints stay."""
-        return self.lora.keep
 
     def save(self, folder: Path, iteration: int) -> None:
         """Writes the LoRA and the companion's file."""

@@ -36,9 +36,7 @@ NAME, DRAFT = re.compile(r"\d{6}"), re.compile(r"\.\d{6}\.draft")
 
 
 class Trainable(Protocol):
-    """Weights that a run trains, a LoRA or a judge. keep: how many checkpoints stay in a run folder; None keeps all."""
-
-    keep: int | None
+    """Weights that a run trains, a LoRA or a judge."""
 
     def save(self, folder: Path, iteration: int) -> None:
         """Writes the weights into a folder, as they are after `iteration` iterations."""
@@ -70,7 +68,7 @@ def save(
     """Writes the checkpoint run.dir/checkpoints/<iteration>; returns its path. Every rank calls it.
 
     It gets its name when all of it is on the disk, so that neither a kill nor a power cut leaves a broken one. Then
-    checkpoints beyond `Trainable.keep` are removed, but for that of iteration `spared`. Raises UserError, on every
+    checkpoints beyond `run.keep` are removed, but for that of iteration `spared`. Raises UserError, on every
     rank, if a file cannot be written.
     """
     final = Path(config.run.dir) / "checkpoints" / f"{iteration:06d}"
@@ -98,7 +96,7 @@ def save(
             _remove(final)
             os.replace(draft, final)
             sync(final.parent)
-            keep = training.trainable.keep
+            keep = config.run.keep
             for folder in finished(Path(config.run.dir))[: -keep if keep else 0]:
                 if int(folder.name) != spared:
                     _remove(folder)

@@ -97,9 +97,9 @@ class Rollout:
             with self.clock("rollout/judge"):
                 scores.append(self.judge.score(candidates, cond))  # (K, B)
             chosen = choose(scores[-1], self.config.pair, rng)  # (2, B)
-            winner, loser = scores[-1].gather(0, chosen)
-            gaps.append(winner - loser)
-            unscored.append(len(segment) * (~scores[-1].gather(0, chosen).isfinite().all(0)).sum())
+            both = scores[-1].gather(0, chosen)  # (2, B)
+            gaps.append(both[0] - both[1])
+            unscored.append(len(segment) * (~both.isfinite().all(0)).sum())
             for step, earlier, later in zip(segment, states, states[1:], strict=False):
                 pair = PreferencePairs.of_step(earlier, later, chosen, step)
                 pairs.append(pair.apart() if apart else pair)
