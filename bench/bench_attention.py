@@ -23,15 +23,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.benchmark import Timer
 
-from strop.bench.machine import machine, write
+from strop.bench.machine import machine, start_bench, write
 from strop.engine.config.find import load
 from strop.engine.config.training import Config
-from strop.engine.errors import UserError, exit_on_user_error
+from strop.engine.errors import exit_on_user_error
 from strop.engine.models.base_model import quiet_libraries
 from strop.engine.plan.meta_models import ModelBuilder
 from strop.engine.plan.row_counts import count_rows
 from strop.engine.plan.unit_costs import Networks
-from strop.engine.runtime.ranks import start
 
 ROOT = Path(__file__).parents[1]
 BACKENDS = {
@@ -75,11 +74,7 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_intermixed_args(argv)
     quiet_libraries()
     config = load(ROOT / "configs" / f"{args.recipe}.yaml", args.overrides)
-    device = start(config.run.device).device
-    if device.type == "cpu" and not Path(config.model.path).exists():
-        raise UserError(
-            f"bench_attention: {config.model.path} is not on this machine, and at full size a CPU takes hours"
-        )
+    device = start_bench("bench_attention", config)
     record = {"recipe": args.recipe, "machine": machine(device), "torch": torch.__version__}
     record["calls"] = measure(calls(config), device)
     print(f"\n{table(record)}\n\nwritten to {write(record, f'attention-{args.recipe}', args.out)}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,12 +17,12 @@ from pathlib import Path
 import torch
 
 from strop.bench import ours
-from strop.bench.bench_step import ROOT, STAGES, Side, build, time_one
-from strop.bench.machine import machine, write
+from strop.bench.bench_step import ROOT, STAGES, Side, build, gigabytes, medians, time_one
+from strop.bench.machine import machine, start_bench, write
 from strop.engine.config.find import load
+from strop.engine.config.methods.spo import SPOConfig
 from strop.engine.errors import UserError, exit_on_user_error
 from strop.engine.models.base_model import quiet_libraries
-from strop.engine.runtime.ranks import start
 from strop.engine.runtime.stopwatch import Stopwatch
 
 BASE, AGAIN = "as it stands", "as it stands, again"
@@ -54,11 +53,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--rounds: found {args.rounds}, expected 1 or more")
     overrides = [*args.overrides, "rollout.threshold=0"]
     config = load(ROOT / "configs" / f"{args.recipe}.yaml", overrides)
-    device = start(config.run.device).device
-    if device.type == "cpu" and not Path(config.model.path).exists():
-        raise UserError(
-            f"bench_settings: {config.model.path} is not on this machine, and at full size a CPU takes hours"
-        )
+    device = start_bench("bench_settings", config)
     record = {"recipe": args.recipe, "machine": machine(device), "torch": torch.__version__, "settings": {}}
     record |= {"overrides": args.overrides, "rounds": args.rounds}
     named = f"settings-{args.recipe}"
@@ -66,12 +61,12 @@ def main(argv: Sequence[str]) -> None:
         changed = [] if name in (BASE, AGAIN) else [name]
         config = load(ROOT / "configs" / f"{args.recipe}.yaml", [*overrides, *changed])
         record["settings"][name] = measured = measure(config, args.rounds, device)
-        write(record, named, args.out)
+        target = write(record, named, args.out)
         print(f"{name}: {measured['seconds']['total']:.3g} s", flush=True)
-    print(f"\n{table(record)}\n\nwritten to {write(record, named, args.out)}")
+    print(f"\n{table(record)}\n\nwritten to {target}")
 
 
-def measure(config, rounds: int, device: torch.device) -> dict:
+def measure(config: SPOConfig, rounds: int, device: torch.device) -> dict:
     """Returns the medians of `rounds` iterations after a first one: {"first", "seconds" by stage, "peak_bytes"}."""
     side = Side(ours, build(ours.Ours, config, device), config)
     prompts = [f"prompt {i}" for i in range(config.rollout.prompts)]
@@ -82,8 +77,7 @@ def measure(config, rounds: int, device: torch.device) -> dict:
     first = time.perf_counter() - begun
     for _ in range(rounds):
         time_one(side, prompts, device)
-    seconds = {name: statistics.median(one.get(name, 0.0) for one in side.rounds) for name in (*STAGES, "total")}
-    peak = side.peak
+    seconds, peak = medians(side), side.peak
     del side  # its networks, before the next are built
     gc.collect()
     if device.type == "cuda":
@@ -104,7 +98,7 @@ def table(record: dict) -> str:
     for name, one in record["settings"].items():
         cells = [f"{one['seconds'][stage]:.3g}" for stage in (*stages, "total")]
         cells.append(f"{base / one['seconds']['total']:.2f}")
-        cells.append(f"{one['peak_bytes'] / 1e9:.1f} GB" if one["peak_bytes"] else "not measured")
+        cells.append(gigabytes(one["peak_bytes"]))
         lines.append(f"| {name} | {' | '.join(cells)} | {one['first']:.3g} |")
     return "\n".join(lines)
 

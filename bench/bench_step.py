@@ -25,7 +25,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from strop.bench import longest, ours, published
-from strop.bench.machine import machine, write
+from strop.bench.machine import machine, start_bench, write
 from strop.engine.config.find import load
 from strop.engine.config.methods.spo import SPOConfig
 from strop.engine.config.settings import varied
@@ -38,7 +38,6 @@ from strop.engine.plan.gpus import GPUS, gpu_of_cuda_name
 from strop.engine.plan.meta_models import ModelBuilder
 from strop.engine.plan.meter import FORMULAS
 from strop.engine.plan.peak import seconds_on
-from strop.engine.runtime.ranks import start
 from strop.engine.runtime.stopwatch import Stopwatch
 from strop.kernels import use_reference
 
@@ -91,9 +90,7 @@ def main(argv: Sequence[str]) -> None:
     overrides = [*args.overrides, f"rollout.threshold={args.threshold}"]
     names = args.recipe, f"{args.recipe.removesuffix('_released')}_fast"
     exact, fast = (load(ROOT / "configs" / f"{name}.yaml", overrides) for name in names)
-    device = start(exact.run.device).device
-    if device.type == "cpu" and not Path(exact.model.path).exists():
-        raise UserError(f"bench_step: {exact.model.path} is not on this machine, and at full size a CPU takes hours")
+    device = start_bench("bench_step", exact)
     record = measure(exact, fast, args.recipe, args.rounds, device, not args.no_profile)
     print(f"\n{table(record)}")
     if not args.no_profile:
@@ -235,7 +232,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def summary(side: Side, rate: float) -> dict:
     """Returns a side's entries of the record; seconds are medians of the rounds. rate: FLOP/s of matrix products."""
-    seconds = {name: statistics.median(one.get(name, 0.0) for one in side.rounds) for name in (*STAGES, "total")}
+    seconds = medians(side)
     tflop = {name: side.flops.get(name, 0.0) / 1e12 for name in STAGES}
     tflop["update"] += tflop["update/optimizer"]
     tflop["total"] = sum(side.flops.values()) / 1e12
@@ -254,6 +251,16 @@ def summary(side: Side, rate: float) -> dict:
         "seconds_per_prompt": seconds["total"] / prompts,
         "pairs_per_second": side.pairs / seconds["total"],
     }
+
+
+def medians(side: Side) -> dict[str, float]:
+    """Returns the seconds of each stage and of an iteration: of its rounds, the median."""
+    return {name: statistics.median(one.get(name, 0.0) for one in side.rounds) for name in (*STAGES, "total")}
+
+
+def gigabytes(peak: int | None) -> str:
+    """Returns a peak of memory as text."""
+    return f"{peak / 1e9:.1f} GB" if peak else "not measured"
 
 
 def ratio(baseline: Side, side: Side) -> float:
@@ -282,7 +289,7 @@ def table(record: dict) -> str:
         "prompts, pairs": lambda side: f"{side['prompts']}, {side['pairs']}",
         "seconds a prompt": lambda side: f"{side['seconds_per_prompt']:.3g}",
         "pairs a second": lambda side: f"{side['pairs_per_second']:.3g}",
-        "peak memory": lambda side: f"{side['peak_bytes'] / 1e9:.1f} GB" if side["peak_bytes"] else "not measured",
+        "peak memory": lambda side: gigabytes(side["peak_bytes"]),
     }
     lines += [f"| {name} | " + " | ".join(map(show, sides.values())) + " |" for name, show in rows.items()]
     if record["compile"]:

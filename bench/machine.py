@@ -9,7 +9,10 @@ from pathlib import Path
 
 import torch
 
+from strop.engine.config.training import Config
+from strop.engine.errors import UserError
 from strop.engine.runtime.files import write_atomically
+from strop.engine.runtime.ranks import start
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -19,6 +22,14 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{os.cpu_count()}-core {platform.machine()} CPU"
+
+
+def start_bench(name: str, config: Config) -> torch.device:
+    """Returns the device of a recipe. Raises UserError where that is a CPU and the model would be of full size."""
+    device = start(config.run.device).device
+    if device.type == "cpu" and not Path(config.model.path).exists():
+        raise UserError(f"{name}: {config.model.path} is not on this machine, and at full size a CPU takes hours")
+    return device
 
 
 def folder(name: str) -> Path:

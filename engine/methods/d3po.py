@@ -8,7 +8,6 @@ DenseReward (arXiv 2402.08265).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -24,7 +23,7 @@ from ..runtime.session import Session
 from ..runtime.signs import ends_above
 from .columns import ACCURACY, CLIPPED, LOSS, MARGIN, PAIRS
 from .models import Models
-from .protocol import Measured
+from .protocol import Measured, finite_mean
 from .rewards import REWARD, Rewarded
 from .spo.loss import spo_loss
 from .spo.pairs import PreferencePairs
@@ -106,7 +105,7 @@ class D3PO(Rewarded):
         facts = {
             "prompts": len(cond),
             "pairs": len(cond),
-            "reward": rewards.where(rewards.isfinite(), math.nan).nanmean(),
+            "reward": finite_mean(rewards),
             "tied": (better == 0).float().mean(),
             UNSCORED.name: (~scored).sum(),
         }

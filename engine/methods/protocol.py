@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Protocol, TypeVar
 
@@ -60,3 +61,8 @@ class Method(Protocol[Rows, Batch]):
         By default it measures nothing, because base and tuned model are evaluated before and after the loop.
         """
         return {}
+
+
+def finite_mean(values: Tensor) -> Tensor:
+    """Returns the mean () of the values that are finite, whose number the host need not know."""
+    return values.where(values.isfinite(), math.nan).nanmean()

@@ -130,7 +130,7 @@ def unit_costs(builder: ModelBuilder, networks: Networks) -> UnitCosts:
         published_unet=published_unet,
         decode_published=decode_published,
         **judge_costs(builder, networks.judge, image),
-        **text_costs(builder, networks),
+        **text_costs(networks.diffusion, tf32),
         weights=weight_bytes(networks),
     )
 
@@ -250,39 +250,34 @@ def measure_decode(
 
 
 def judge_costs(builder: ModelBuilder, judge: AnyJudge, image: Tensor) -> dict[str, Flops | float]:
-    """Returns the fields of UnitCosts for judging what is shown as the image (1, 3, H, W)."""
-    tf32 = builder.config.model.uses_tf32
+    """Returns the fields of UnitCosts for judging what is shown as the image (1, 3, H, W), and for its prompts."""
+    tf32, prompts = builder.config.model.uses_tf32, [""] * BATCH
     pixel = builder.pixel_judge() if isinstance(judge, LatentJudge) else judge
     modulations = []
     modulate = lambda: modulations.append(pixel.clip.modulation(_t()) if pixel.clip.modulated else None)
     modulation = measure(modulate, tf32)
     with torch.no_grad():
-        tower = measure(lambda: pixel.clip.tower(pixel.pixels(image), modulations[0]), tf32)
-        score = tower
+        score = tower = measure(lambda: pixel.clip.tower(pixel.pixels(image), modulations[0]), tf32)
+        text = published_text = measure(lambda: pixel.encode(prompts), tf32)
         if isinstance(judge, LatentJudge):
             cond, x = builder.conditioning(1), torch.empty(1, *builder.latent_shape, device="meta")
             score = measure(lambda: judge.network.image_features(x, _t(), cond, judge.guidance), tf32)
-    return {"judge": score.flops, "judge_peak": score.peak, "published_judge": tower.flops + modulation.flops}
-
-
-def text_costs(builder: ModelBuilder, networks: Networks) -> dict[str, Flops | float]:
-    """Returns the fields of UnitCosts for the text encoders: FLOPs of one prompt, peaks of BATCH of them."""
-    diffusion, judge, tf32 = networks.diffusion, networks.judge, builder.config.model.uses_tf32
-    prompts = [""] * BATCH
-    text = measure(lambda: diffusion.encode(prompts), tf32)
-    with torch.no_grad():
-        judge_text = published = measure(lambda: judge.encode(prompts), tf32)
-        if isinstance(judge, LatentJudge):
-            pixel = builder.pixel_judge()
-            published = measure(lambda: pixel.encode(prompts), tf32)
-    encoded = BATCH + (not diffusion.zero_null)
+            text = measure(lambda: judge.encode(prompts), tf32)
     return {
-        "text": text.flops * (1 / encoded),
-        "text_peak": text.peak,
-        "judge_text": judge_text.flops * (1 / BATCH),
-        "judge_text_peak": judge_text.peak,
-        "published_judge_text": published.flops * (1 / BATCH),
+        "judge": score.flops,
+        "judge_peak": score.peak,
+        "judge_text": text.flops * (1 / BATCH),
+        "judge_text_peak": text.peak,
+        "published_judge": tower.flops + modulation.flops,
+        "published_judge_text": published_text.flops * (1 / BATCH),
     }
+
+
+def text_costs(diffusion: LatentDiffusion, tf32: bool = False) -> dict[str, Flops | float]:
+    """Returns the fields of UnitCosts for the text encoders: FLOPs of one prompt, peak of BATCH of them."""
+    text = measure(lambda: diffusion.encode([""] * BATCH), tf32)
+    encoded = BATCH + (not diffusion.zero_null)
+    return {"text": text.flops * (1 / encoded), "text_peak": text.peak}
 
 
 def weight_bytes(networks: Networks) -> Weights:

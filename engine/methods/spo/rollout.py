@@ -6,7 +6,6 @@ ahead and decoding happen where a judge asks for them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from ...judge.candidates import Candidates, Judge
 from ...models.conditioning import Conditioning
 from ...schedules.draws import Rng, integers
 from ...schedules.schedule import Schedule
+from ..protocol import finite_mean
 from .pairs import PreferencePairs, is_sure
 from .thresholds import given_thresholds
 
@@ -110,8 +110,7 @@ class Rollout:
                 x, eps = go_on(candidates, scores[-1], self.config.next_state, rng)
         pairs = PreferencePairs.cat(pairs)[torch.cat(sure).nonzero().flatten()]
         scores = torch.stack(scores)
-        mean = scores.where(scores.isfinite(), math.nan).nanmean()  # of the finite, whose number the host need not know
-        return Outcome(pairs, pairs_per_step, mean, torch.stack(unscored).sum(), torch.stack(gaps))
+        return Outcome(pairs, pairs_per_step, finite_mean(scores), torch.stack(unscored).sum(), torch.stack(gaps))
 
     def candidates(self, branches: Tensor, step: int, cond: Conditioning, before: Tensor) -> Candidates:
         """Returns the branches (K, B, C, H, W), now at `step`, as the judge takes them.
