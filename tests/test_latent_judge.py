@@ -88,4 +88,4 @@ def test_guidance_of_another_kind_of_judge_is_refused(clip_folder, tiny_folder):
     diffusion = LatentDiffusion.load(ModelConfig(path=str(tiny_folder)), CPU)
     judge = JudgeConfig(path=str(clip_folder), kind="pickscore", guidance=2.0)
     with pytest.raises(UserError, match=r"judge\.guidance: found 2\.0.*latent"):
-        load_judge(judge, diffusion, torch.float32)
+        load_judge(judge, diffusion, None, torch.float32)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from ..config.judge_training import JudgeTrainingDataConfig
 from ..errors import UserError
 from ..judge.model import StepAwarePreferenceModel
 from ..judge.pixels import resized_pixels
@@ -55,7 +56,7 @@ class Entries:
             cache,
             fingerprint([diffusion.vae]),
             fingerprint(diffusion.text_encoders, vocabularies),
-            fingerprint([judge.clip], leave_out=MODULATION) if judge else "",
+            fingerprint([judge.clip], leave_out=MODULATION if judge.is_plain else ()) if judge else "",
         )
 
     def of_images(self, source: PairSource, row: int, size: tuple[int, int], kind: str = PLAIN) -> Path:
@@ -255,11 +256,16 @@ def name_broken(broken: Sequence[str], run_dir: Path) -> None:
         print(f"{len(broken):,} broken pairs left out, named in {path}, such as {broken[0]}")
 
 
-def pickscore_labels(scores: Tensor, tie: float) -> Tensor:
-    """Makes labels (2, N) from PickScore's scores (2, N): an image wins if its softmax is more than `tie` higher.
+def labels_by(scores: Tensor, data: JudgeTrainingDataConfig) -> Tensor:
+    """Makes labels (2, N) from a judge's scores (2, N), by data.labels.
 
-    All other pairs are ties. Source: the published SPMTask.update_as_pickscore_label.
+    Where that is `distilled`, they are the judge's probabilities. Where it is `pickscore`, an image wins if its
+    probability is more than data.tie higher, and all other pairs are ties. Source of the latter: the published
+    SPMTask.update_as_pickscore_label.
     """
+    if data.labels == "distilled":
+        return scores.softmax(0)
+    tie = data.tie
     gap = scores.softmax(0).diff(dim=0).neg()  # (1, N), p_0 - p_1
     first = torch.where(gap > tie, 1.0, torch.where(gap < -tie, 0.0, 0.5))
     return torch.cat([first, 1 - first])

@@ -35,7 +35,7 @@ class Models:
         """Loads the models that a recipe names. Raises UserError for whatever the user has to put right."""
         diffusion = LatentDiffusion.load(config.model, device)
         unet = load_unet(config.model, device)
-        judge = load_judge(config.judge, diffusion, DTYPES[config.model.dtype])
+        judge = load_judge(config.judge, diffusion, unet, DTYPES[config.model.dtype])
         return cls.of(config, unet, diffusion, judge)
 
     @classmethod
