@@ -40,7 +40,7 @@ MODULATION = ("adaLN_modulation", "t_embedder")  # tensors that a judge has and 
 class Entries:
     """Paths of the cache's entries, which depend on the weights of the models that compute them.
 
-    vae, encoders, judge: fingerprints of those models.
+    vae, encoders, judge: fingerprints of those models; encoders is "" where no text is cached, judge where no score is.
     """
 
     cache: PairCache
@@ -49,13 +49,19 @@ class Entries:
     judge: str
 
     @classmethod
-    def of(cls, cache: PairCache, diffusion: LatentDiffusion, judge: StepAwarePreferenceModel | None) -> Entries:
+    def of(
+        cls,
+        cache: PairCache,
+        diffusion: LatentDiffusion,
+        judge: StepAwarePreferenceModel | None = None,
+        texts: bool = True,
+    ) -> Entries:
         """Hashes the models' loaded weights, which takes seconds. judge: None unless it makes the labels."""
         vocabularies = [sorted(tokenizer.get_vocab().items()) for tokenizer in diffusion.tokenizers]
         return cls(
             cache,
             fingerprint([diffusion.vae]),
-            fingerprint(diffusion.text_encoders, vocabularies),
+            fingerprint(diffusion.text_encoders, vocabularies) if texts else "",
             fingerprint([judge.clip], leave_out=MODULATION if judge.is_plain else ()) if judge else "",
         )
 

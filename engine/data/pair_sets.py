@@ -18,6 +18,7 @@ from ..config.factory import resolve
 from ..config.judge_training import JudgeTrainingConfig, JudgeTrainingDataConfig
 from ..config.pairs import PairsConfig
 from ..errors import UserError
+from ..judge.latent import LatentJudge
 from ..judge.model import StepAwarePreferenceModel
 from ..models.latent_diffusion import LatentDiffusion
 from ..runtime.ranks import Ranks
@@ -54,7 +55,8 @@ class FilePairs(Dataset):
     """A Dataset of pairs from files; an item is {caption, label_0, label_1, num_examples} and more.
 
     With images=True it has image_0, image_1 (3, H, W) in [-1, 1]. With entries it has, in float16 from the cache, mean
-    and std (2, C, h, w) of the VAE's posteriors, text (L, D) and, if the UNet takes it, pooled (P). `more` may ask for
+    and std (2, C, h, w) of the VAE's posteriors and, if it is cached, text (L, D) and what the UNet takes of it beside,
+    pooled (P). `more` may ask for
     FLIPPED: flipped_mean, flipped_std; and for FRAMES: frame (2, 4), as pair_files.frame has it of each image.
     """
 
@@ -85,7 +87,8 @@ class FilePairs(Dataset):
                 pair["frame"] = torch.stack([frame(image, *self.size) for image in images])
         if self.entries:
             place = self.source, row, self.size
-            pair |= self._entry(self.entries.of_images(*place)) | self._entry(self.entries.text(pair["caption"]))
+            pair |= self._entry(self.entries.of_images(*place))
+            pair |= self._entry(self.entries.text(pair["caption"])) if self.entries.encoders else {}
             pair |= self._entry(self.entries.of_images(*place, FRAMES)) if FRAMES in self.more else {}
             if FLIPPED in self.more:
                 flipped = self._entry(self.entries.of_images(*place, FLIPPED))
@@ -194,7 +197,7 @@ def make_sets(
                 RelabelledPairs.of(pairs, labeller, data, config.optim.batch) for pairs in (train, heldout)
             )
         return PairSets(train, heldout)
-    entries = cache_entries(data, config.run.dir, diffusion, labeller)
+    entries = cache_entries(data, config.run.dir, diffusion, labeller, texts=config.judge.kind != LatentJudge.kind)
     size = diffusion.image_size
     pair_scan = PairScan(diffusion, labeller, size, entries, config.optim.batch, data.workers, ranks)
     sets, broken = [], []
@@ -208,7 +211,7 @@ def make_sets(
         clean = config.optim.clean_share > 0
         sets.append(FilePairs(part.source, labels, size, not encode or clean, entries if encode else None))
     train, heldout = chosen
-    if entries:
+    if entries and entries.encoders:
         pair_scan.encode_captions([train.source.captions[row] for row in sets[0].rows])
     sources = [train.source] if heldout.source is train.source else [train.source, heldout.source]
     broken += [line for source in sources for line in source.broken]
@@ -278,10 +281,17 @@ def check_size(data: PairsConfig) -> None:
 
 
 def cache_entries(
-    data: PairsConfig, run_dir: str, diffusion: LatentDiffusion, judge: StepAwarePreferenceModel | None = None
+    data: PairsConfig,
+    run_dir: str,
+    diffusion: LatentDiffusion,
+    judge: StepAwarePreferenceModel | None = None,
+    texts: bool = True,
 ) -> Entries | None:
-    """Opens the cache that data.cache names; None where it is null. judge: a PickScore whose scores are kept."""
+    """Opens the cache that data.cache names; None where it is null.
+
+    judge: one whose scores are kept; texts: whether the captions' embeddings are.
+    """
     if data.cache is None:
         return None
     folder = Path(run_dir).parent / "pair-cache" if data.cache == "auto" else Path(data.cache)
-    return Entries.of(PairCache(folder), diffusion, judge)
+    return Entries.of(PairCache(folder), diffusion, judge, texts)

@@ -144,16 +144,19 @@ class JudgeTraining:
         if not self.sets.cached:
             posterior = diffusion.posterior(images_of(pairs, rows, device))
             return *posterior, diffusion.encode(pairs["caption"][rows]) if self.views.reads_text else None
+        mean, std = (pairs[name][rows].transpose(0, 1).to(device, diffusion.vae.dtype) for name in ("mean", "std"))
+        if not self.views.reads_text:
+            return mean, std, None
         dtype = self.empty_prompt.text.dtype
         encoded = {name: pairs[name][rows].to(device, dtype) for name in ("text", "pooled") if name in pairs}
-        mean, std = (pairs[name][rows].transpose(0, 1).to(device, diffusion.vae.dtype) for name in ("mean", "std"))
         return mean, std, replace(self.empty_prompt, **encoded)
 
     def _timesteps(self) -> Tensor:
         """Returns the timesteps at which pairs are shown: those of a sampler's steps, or all."""
         if self.config.optim.num_steps is None:
             return torch.arange(self.views.noiser.timesteps, device=self.ranks.device)
-        return torch.tensor(self.diffusion.schedule(self.config.optim.num_steps, 1.0, 1.0).t, device=self.ranks.device)
+        *timesteps, _ = self.diffusion.schedule(self.config.optim.num_steps, 1.0, 1.0).t  # the last is the clean end
+        return torch.tensor(timesteps, device=self.ranks.device)
 
     def autocast(self) -> torch.autocast:
         """Returns a context in which arithmetic is bfloat16 where model.dtype is a 16-bit type, as published."""
