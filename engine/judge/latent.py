@@ -14,9 +14,9 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from peft import LoraConfig as PeftLoraConfig
 from torch import Tensor, nn
 
+from ..models.adapter import add_lora
 from ..models.conditioning import Conditioning
 from ..models.guided_unet import unet_inputs
 from ..models.latent_diffusion import BATCH, LatentDiffusion, text_outputs
@@ -54,11 +54,8 @@ class LatentNetwork(nn.Module):
         self._outputs = torch.compile(encoder_outputs, **options)
 
     def add_lora(self, rank: int, seed: int) -> None:
-        """Adds a fresh LoRA to all layers of the UNet's blocks: A drawn from `seed`, B = 0, alpha = rank."""
-        config = PeftLoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=LORA_LAYERS)
-        with torch.random.fork_rng():
-            torch.random.manual_seed(seed)
-            self.unet.add_adapter(config)
+        """Adds a fresh LoRA to all layers of the UNet's blocks, as models/adapter.py does."""
+        add_lora(self.unet, rank, LORA_LAYERS, seed)
         self.lora_rank = rank
 
     def image_features(self, x: Tensor, t: Tensor, cond: Conditioning, guidance: float) -> Tensor:

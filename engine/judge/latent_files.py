@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
 from ..config.judge_training import TrainedJudgeConfig
 from ..config.training import JudgeConfig, ModelConfig
 from ..errors import UserError
+from ..models.adapter import lora_state, set_lora_state
 from ..models.base_model import DTYPES, KINDS, BaseModel, configure_unet, load_network, network_kind
 from ..models.families.find import family_of_unet
 from ..models.hub import fetch
@@ -103,7 +103,7 @@ def save(folder: Path, judge: LatentJudge) -> None:
     tensors = {VISUAL: network.visual_projection, TEXT: network.text_projection, SCALE: network.logit_scale}
     record = {"kind": judge.kind, "guidance": judge.guidance, "t_of_step": judge.t_of_step}
     if network.lora_rank:
-        tensors |= {f"{LORA}{name}": value for name, value in get_peft_model_state_dict(network.unet).items()}
+        tensors |= {f"{LORA}{name}": value for name, value in lora_state(network.unet).items()}
         tensors[FIRST] = network.unet.conv_in.weight.float()
         record["lora_rank"] = network.lora_rank
     else:
@@ -133,10 +133,10 @@ def _fill_lora(network: LatentNetwork, rank: int, tensors: Mapping[str, Tensor],
         )
     network.add_lora(rank, 0)
     lora = {name.removeprefix(LORA): value for name, value in tensors.items() if name.startswith(LORA)}
-    expected = {name: value.shape for name, value in get_peft_model_state_dict(network.unet).items()}
+    expected = {name: value.shape for name, value in lora_state(network.unet).items()}
     if {name: value.shape for name, value in lora.items()} != expected:
         raise UserError(f"judge.path: the LoRA in {folder} does not fit its networks, expected {len(expected)} tensors")
-    set_peft_model_state_dict(network.unet, lora)
+    set_lora_state(network.unet, lora)
 
 
 def _clip_projection(judge: TrainedJudgeConfig) -> Tensor:
