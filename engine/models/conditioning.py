@@ -15,14 +15,15 @@ class Conditioning(Rows):
     """Embeddings of N prompts, and of the empty (negative) prompt.
 
     text (N, L, D): hidden states of the text encoder, or of two side by side; null (1, L, D): those of the empty
-    prompt. judge (N, E): what the judge's `encode` makes of the text. Where the UNet takes them: pooled (N, P),
-    null_pooled (1, P), and time_ids (1, 6), or (M, 6) for M latents: original size, crop, target size. row (N,)
+    prompt. judge, auditor (N, E): what the `encode` of either makes of the text. Where the UNet takes them: pooled
+    (N, P), null_pooled (1, P), and time_ids (1, 6), or (M, 6) for M latents: original size, crop, target size. row (N,)
     int64: each prompt's row in the texts that speed/text_kv.py caches; row 0 is the empty prompt's.
     """
 
     text: Tensor = rows()
     null: Tensor = rows(None)
     judge: Tensor | None = rows(default=None)
+    auditor: Tensor | None = rows(default=None)
     pooled: Tensor | None = rows(default=None)
     null_pooled: Tensor | None = rows(None, default=None)
     time_ids: Tensor | None = rows(None, default=None)

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from ..online import OnlineConfig, SamplingConfig
-from ..training import Count, OptimConfig, Timestep
+from ..training import Count, JudgeConfig, OptimConfig, Timestep
 
 
 class RolloutConfig(SamplingConfig):
@@ -117,6 +117,34 @@ class SPOOptimConfig(OptimConfig):
     )
 
 
+class AuditConfig(JudgeConfig):
+    path: str | None = Field(
+        None,
+        description="The auditor, a second judge that scores some of the judge's branches and trains nothing, in the "
+        "forms of judge.path; null for none.",
+    )
+    every: int | None = Field(
+        None,
+        ge=1,
+        description="Iterations from one audit to the next; the first iteration has one. An audit reports `agreement`, "
+        "Kendall's tau between the scores of judge and auditor over the branches of a fork, and changes nothing that is "
+        "trained.",
+    )
+    prompts: Count = Field(
+        2,
+        description="How many of its prompts each process audits, at every fork. Of each, an auditor that looks at "
+        "images beside a latent judge costs the look-aheads and decodes that this judge spares; `strop plan` counts "
+        "them.",
+    )
+
+    @model_validator(mode="after")
+    def _path_and_every(self) -> AuditConfig:
+        if (self.path is None) != (self.every is None):
+            given, missing = ("every", "path") if self.path is None else ("path", "every")
+            raise ValueError(f"{given} is given without {missing}; give both for an auditor, or neither")
+        return self
+
+
 class SPOConfig(OnlineConfig):
     """A recipe of step-by-step preference optimization (arXiv 2406.04314)."""
 
@@ -127,6 +155,12 @@ class SPOConfig(OnlineConfig):
     method: Literal["spo"] = Field("spo", description="This method.")
     rollout: RolloutConfig = RolloutConfig()
     optim: SPOOptimConfig = SPOOptimConfig()
+    audit: AuditConfig = AuditConfig()
+
+    @property
+    def auditor(self) -> AuditConfig | None:
+        """The auditor, None where the recipe has none."""
+        return self.audit if self.audit.every else None
 
     @property
     def guided_update(self) -> bool:
