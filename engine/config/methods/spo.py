@@ -127,8 +127,8 @@ class AuditConfig(JudgeConfig):
         None,
         ge=1,
         description="Iterations from one audit to the next; the first iteration has one. An audit reports `agreement`, "
-        "Kendall's tau between the scores of judge and auditor over the branches of a fork, and changes nothing that is "
-        "trained.",
+        "Kendall's tau between the scores of judge and auditor over the branches of a fork. Nothing that is trained "
+        "changes by it.",
     )
     prompts: Count = Field(
         2,

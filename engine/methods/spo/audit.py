@@ -6,6 +6,7 @@ what it was trained for; its own scores do not show that.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -54,5 +55,5 @@ def kendall_tau(a: Tensor, b: Tensor) -> Tensor:
     """
     one, other = torch.triu_indices(len(a), len(a), offset=1, device=a.device)
     order_a, order_b = (torch.sign(scores[one] - scores[other]) for scores in (a, b))  # (K * (K - 1) / 2, B)
-    untied = order_a.abs().sum(0) * order_b.abs().sum(0)
-    return (order_a * order_b).sum(0) / untied.sqrt()
+    tau = (order_a * order_b).sum(0) / (order_a.abs().sum(0) * order_b.abs().sum(0)).sqrt()
+    return tau.where(a.isfinite().all(0) & b.isfinite().all(0), math.nan)
