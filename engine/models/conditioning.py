@@ -23,11 +23,11 @@ class Conditioning(Rows):
     text: Tensor = rows()
     null: Tensor = rows(None)
     judge: Tensor | None = rows(default=None)
-    auditor: Tensor | None = rows(default=None)
     pooled: Tensor | None = rows(default=None)
     null_pooled: Tensor | None = rows(None, default=None)
     time_ids: Tensor | None = rows(None, default=None)
     row: Tensor | None = rows(default=None)
+    auditor: Tensor | None = rows(default=None)
 
     def unprompted(self) -> Conditioning:
         """Returns a copy in which each of the N prompts is replaced by the empty prompt."""

@@ -176,7 +176,8 @@ class _CountingModels:
     def __getitem__(self, prompts: Sequence[str]) -> Conditioning:
         """Returns the embeddings of prompts that were encoded before the loop."""
         count = len(prompts)
-        return Conditioning(torch.zeros(count, 1, 1), torch.zeros(1, 1, 1), torch.zeros(count), torch.zeros(count))
+        judges = dict.fromkeys(("judge", "auditor"), torch.zeros(count))
+        return Conditioning(torch.zeros(count, 1, 1), torch.zeros(1, 1, 1), **judges)
 
     def schedule(self, rollout: SamplingConfig) -> Schedule:
         return self.rollout_schedule
