@@ -117,8 +117,8 @@ def test_an_auditor_changes_no_bit_and_a_resumed_run_audits_as_a_whole_one(
     assert taus == [record["agreement"] for record in resumed]
     assert taus[1] is None
     assert all(-1 <= tau <= 1 for tau in (taus[0], taus[2]))
-    assert "Agreement of judge and auditor" in (tmp_path / "audited" / "report.html").read_text()
-    assert "Agreement" not in (tmp_path / "plain" / "report.html").read_text()
+    assert "Judge and auditor, Kendall" in (tmp_path / "audited" / "report.html").read_text()
+    assert "auditor, Kendall" not in (tmp_path / "plain" / "report.html").read_text()
     assert str(auditor)[-60:] in capsys.readouterr().out
 
 

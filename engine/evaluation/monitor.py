@@ -34,7 +34,7 @@ HELDOUT = Column("heldout")
 CHANGE = Column(
     "heldout_change",
     heading="{}",
-    drawn=Curve("Held-out change, in deviations of the base", "healthy: the independent scores rise with the judge's"),
+    drawn=Curve("Held-out change, in base deviations", "healthy: the independent scores rise with the judge's"),
 )
 STRAYED = Column(
     "drift",

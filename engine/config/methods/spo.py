@@ -123,6 +123,9 @@ class AuditConfig(JudgeConfig):
         description="The auditor, a second judge that scores some of the judge's branches and trains nothing, in the "
         "forms of judge.path; null for none.",
     )
+    components: str | None = Field(
+        None, description=JudgeConfig.model_fields["components"].description.replace("judge.path", "audit.path")
+    )
     every: int | None = Field(
         None,
         ge=1,

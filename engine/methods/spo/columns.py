@@ -71,7 +71,7 @@ COLUMNS = (
 AGREEMENT = Column(  # of a run with an auditor
     "agreement",
     drawn=Curve(
-        "Agreement of judge and auditor (Kendall's tau)",
+        "Judge and auditor, Kendall's tau",
         "healthy: above 0.1, and no fall by 0.2",
         limit=LEAST_AGREEMENT,
     ),
