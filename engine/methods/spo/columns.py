@@ -5,7 +5,6 @@ from ...runtime.signs import early_rows_empty, ends_below, falls_below, falls_by
 from ..columns import ACCURACY, CLIPPED, LOSS, MARGIN, PAIRS
 
 LEAST_AGREEMENT, MOST_FALL = 0.1, 0.2  # of Kendall's tau
-WAYS_OUT = "Look at the samples, take an earlier checkpoint, or train the judge on images of this policy."
 COLUMNS = (
     PROMPTS,
     Column(
@@ -78,11 +77,13 @@ AGREEMENT = Column(  # of a run with an auditor
     signs=(
         Sign(
             of_several(stays_low(LEAST_AGREEMENT)),
-            "The judge and the auditor do not agree: Kendall's tau is {:.2f}. " + WAYS_OUT,
+            "The judge and the auditor do not agree: Kendall's tau is {:.2f}. Look at the samples; if the auditor is "
+            "right, take another judge or train this one further.",
         ),
         Sign(
             falls_by(MOST_FALL),
-            "The judge and the auditor no longer agree as they did: Kendall's tau has fallen by {:.2f}. " + WAYS_OUT,
+            "The judge and the auditor no longer agree as they did: Kendall's tau has fallen by {:.2f}. Look at the "
+            "samples, stop earlier, or train the judge further.",
         ),
     ),
 )
