@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from strop.engine import train, train_judge
 from strop.engine.config.find import load
@@ -20,6 +21,7 @@ from strop.engine.methods.spo.rollout import Rollout
 from strop.engine.models.base_model import load_unet
 from strop.engine.models.latent_diffusion import LatentDiffusion
 from strop.engine.models.policy import Policy
+from strop.engine.runtime.metrics import read_records
 from strop.engine.runtime.ranks import Ranks
 from strop.engine.runtime.session import Session
 
@@ -194,3 +196,36 @@ def test_guidance_of_another_kind_of_judge_is_refused(clip_folder, tiny_folder):
     judge = JudgeConfig(path=str(clip_folder), kind="pickscore", guidance=2.0)
     with pytest.raises(UserError, match=r"judge\.guidance: found 2\.0.*latent"):
         load_judge(judge, diffusion, None, torch.float32)
+
+
+@pytest.mark.parametrize("method, judge", [("spo", "latent"), ("gradspo", "pixel")])
+def test_an_auditor_changes_no_bit_and_a_resumed_run_audits_as_a_whole_one(
+    method, judge, method_recipe, judge_of, clip_folder, tiny_folder, tmp_path, capsys
+):
+    """The auditor is of the other kind than the judge. Of three iterations the first and the third are audited."""
+    kinds = {"latent": (judge_of(tiny_folder), "latent"), "pixel": (clip_folder, "pickscore")}
+    (path, kind), (auditor, other) = kinds.pop(judge), *kinds.values()
+    common = (f"judge.path={path}", f"judge.kind={kind}", "rollout.k=3", "run.iterations=3")
+    audit = (f"audit.path={auditor}", f"audit.kind={other}", "audit.every=2", "audit.prompts=1")
+    runs = {"plain": (), "audited": audit, "resumed": (*audit, "run.resume=true")}
+    for name, keys in runs.items():
+        if name == "resumed":  # after the second iteration
+            shutil.copytree(tmp_path / "audited", tmp_path / name)
+            shutil.rmtree(tmp_path / name / "checkpoints" / "000003")
+        train.main(method_recipe(method, *common, *keys, f"run.dir={tmp_path / name}"))
+    states = [load_file(tmp_path / name / "lora" / "pytorch_lora_weights.safetensors") for name in runs]
+    assert all(torch.equal(value, state[name]) for state in states for name, value in states[0].items())
+    plain, audited, resumed = (read_records(tmp_path / name / "metrics.jsonl") for name in runs)
+    assert not any("agreement" in record for record in plain)
+    taus = [record["agreement"] for record in audited]
+    assert taus == [record["agreement"] for record in resumed]
+    assert taus[1] is None
+    assert all(-1 <= tau <= 1 for tau in (taus[0], taus[2]))
+    assert "Judge and auditor, Kendall" in (tmp_path / "audited" / "report.html").read_text()
+    assert "auditor, Kendall" not in (tmp_path / "plain" / "report.html").read_text()
+    assert str(auditor)[-60:] in capsys.readouterr().out
+
+
+def test_a_judge_agrees_with_itself(recipe, clip_folder, tmp_path):
+    train.main(recipe(f"audit.path={clip_folder}", "audit.kind=pickscore", "audit.every=1", "rollout.k=3"))
+    assert [record["agreement"] for record in read_records(tmp_path / "run" / "metrics.jsonl")] == [1.0, 1.0]

@@ -285,6 +285,11 @@ class Config(Section):
         return None
 
     @property
+    def auditor(self) -> JudgeConfig | None:
+        """A second judge, with which the judge is compared; None where the method or the recipe has none."""
+        return None
+
+    @property
     def text_kv(self) -> bool:
         """Whether keys and values of a prompt are computed once for a batch of the evaluation."""
         return True

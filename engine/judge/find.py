@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,6 +19,7 @@ from .latent import LatentJudge
 from .model import StepAwarePreferenceModel
 
 AnyJudge = StepAwarePreferenceModel | LatentJudge
+KEY = re.compile(r"\bjudge\.(?=(path|kind|guidance|components|revision)\b)")  # in what a loader says
 
 
 def load_judge(
@@ -28,6 +32,14 @@ def load_judge(
     if judge.kind == LatentJudge.kind:
         return latent_files.load(judge, diffusion, unet, dtype)
     return StepAwarePreferenceModel.load(judge, diffusion.device)
+
+
+def load_auditor(
+    audit: JudgeConfig, diffusion: LatentDiffusion, unet: UNet2DConditionModel, dtype: torch.dtype
+) -> AnyJudge:
+    """Does as `load_judge` with the section `audit` of a recipe, whose keys its errors name."""
+    with _errors_of("audit"):
+        return load_judge(audit, diffusion, unet, dtype)
 
 
 def begin_judge(config: JudgeTrainingConfig, diffusion: LatentDiffusion) -> AnyJudge:
@@ -53,10 +65,8 @@ def load_labeller(config: JudgeTrainingConfig, judge: AnyJudge) -> StepAwarePref
                 "already trained; begin from PickScore, name a labeller.path, or use the given labels"
             )
         return judge
-    try:
+    with _errors_of("labeller"):
         return StepAwarePreferenceModel.load(JudgeConfig(**labeller.model_dump()), judge.device)
-    except UserError as error:
-        raise UserError(str(error).replace("judge.", "labeller.")) from None
 
 
 def save_judge(judge: AnyJudge, folder: Path) -> None:
@@ -65,3 +75,12 @@ def save_judge(judge: AnyJudge, folder: Path) -> None:
         latent_files.save(folder, judge)
     else:
         judge.save(folder)
+
+
+@contextmanager
+def _errors_of(section: str) -> Iterator[None]:
+    """Opens a context in which errors that name a key of section `judge` name that of another section."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(KEY.sub(f"{section}.", str(error))) from None

@@ -18,13 +18,14 @@ from .meter import Flops
 from .row_counts import RowCounts, count_rows
 from .unit_costs import UNetCosts, UnitCosts
 
-STAGES = ("text", "encode", "trunk", "branches", "decode", "judge")
+STAGES = ("text", "encode", "trunk", "branches", "decode", "judge", "audit")
 STAGES += ("update: policy", "update: reference", "update: other forwards")
 RECOMPUTED = "recomputed"
 NONE = Flops()
 PUBLISHED = {"num_steps": 20, "t_range": (0, 751), "guidance": 5.0}  # in the authors' code, whatever the family
 EXACT = {"rollout.judge_every": 1, "rollout.look_ahead": "full", "rollout.decoder": None}
 EXACT |= {"optim.passes": 1, "optim.keep_pairs": 1.0, "judge.kind": "spm", "judge.guidance": None}
+EXACT |= {"audit.path": None, "audit.every": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,8 @@ class OtherWork:
     """Work of an iteration besides the forwards of its rollout.
 
     text: by the text encoders, the judge's included. text_kv, text_kv_base: keys and values of the text and merging the
-    LoRA into the weights, with and without the LoRA. encoded: by text encoders and VAE within the loop. images:
+    LoRA into the weights, with and without the LoRA. audit, audit_base: an audit, spread over the iterations from one
+    to the next, with and without the LoRA. encoded: by text encoders and VAE within the loop. images:
     decoding. scores: by the judge. train, reference, forward: UNet rows of the update that are trained on, that the
     reference computes, and others. recompute: of one row, by gradient checkpointing; None without it.
     """
@@ -68,6 +70,8 @@ class OtherWork:
     encoded: Flops = NONE
     text_kv: Flops = NONE
     text_kv_base: Flops = NONE
+    audit: Flops = NONE
+    audit_base: Flops = NONE
     recompute: Flops | None = None
 
 
@@ -76,8 +80,9 @@ def stage_flops(builder: ModelBuilder, counts: RowCounts, costs: UnitCosts) -> S
     unet, config = costs.unet, builder.config
     cached_texts = counts.prompts + 1 if counts.prompts and config.text_kv else 0
     texts = counts.total("text") + (0 if builder.zero_null else counts.total("empty text"))
+    auditor_text = costs.auditor.text if config.auditor else NONE
     other = OtherWork(
-        text=costs.text * encoded_prompts(builder) + costs.judge_text * counts.prompts,
+        text=costs.text * encoded_prompts(builder) + (costs.judge_text + auditor_text) * counts.prompts,
         images=costs.decode * counts.total("decode"),
         scores=costs.judge * counts.total("judge"),
         train=counts.total("train"),
@@ -86,6 +91,8 @@ def stage_flops(builder: ModelBuilder, counts: RowCounts, costs: UnitCosts) -> S
         encoded=costs.encode * counts.total("encode") + costs.text * texts,
         text_kv=unet.text_kv * cached_texts + unet.merge * bool(counts.prompts),
         text_kv_base=unet.text_kv_base * cached_texts,
+        audit=audit_flops(config, counts, costs, unet.guided, unet.unguided),
+        audit_base=audit_flops(config, counts, costs, unet.guided_base, unet.unguided_base),
         recompute=unet.recompute if config.model.gradient_checkpointing else None,
     )
     return _stage_flops(counts, unet, other)
@@ -124,15 +131,25 @@ def _stage_flops(counts: RowCounts, unet: UNetCosts, other: OtherWork) -> StageF
     )
     rollout = sampled("rollout/trunk"), sampled("rollout/branches")
     update = unet.train * other.train, unet.reference * other.reference, unet.forward * other.forward
-    by_stage = (other.text + other.text_kv, other.encoded, *rollout, other.images, other.scores, *update)
+    by_stage = (other.text + other.text_kv, other.encoded, *rollout, other.images, other.scores, other.audit, *update)
     stages = {name: flops for name, flops in zip(STAGES, by_stage, strict=True) if flops.all}
     if other.recompute is not None:
         stages[RECOMPUTED] = other.recompute * other.train
     base = unet.guided_base * counts.total("guided") + unet.unguided_base * counts.total("unguided")
     base += unet.reference * (2 * other.train + other.reference + other.forward)
-    plain = other.text + other.text_kv_base + other.encoded + other.images + other.scores + base
+    plain = other.text + other.text_kv_base + other.encoded + other.images + other.scores + other.audit_base + base
     per_item = 1 / counts.items
     return StageFlops({name: flops * per_item for name, flops in stages.items()}, plain.all * per_item)
+
+
+def audit_flops(config: Config, counts: RowCounts, costs: UnitCosts, guided: Flops, unguided: Flops) -> Flops:
+    """Returns the operations of audits by iteration. guided, unguided: of a row of such a forward of the UNet."""
+    if not config.auditor:
+        return NONE
+    rows = counts.audit
+    forwards = guided * rows["guided"] + unguided * rows["unguided"]
+    audit = forwards + costs.decode * rows["decode"] + costs.auditor.score * rows["auditor"]
+    return audit * (1 / config.auditor.every)
 
 
 def spo_recipe(config: Config) -> SPOConfig:

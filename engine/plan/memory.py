@@ -38,7 +38,7 @@ class MemoryUse:
 
 def memory_use(builder: ModelBuilder, counts: RowCounts, costs: UnitCosts, ranks: int) -> MemoryUse:
     """Returns the memory that one of `ranks` processes takes, each on its own GPU."""
-    config, weights = builder.config, costs.weights
+    config, weights, auditor = builder.config, costs.weights, costs.auditor
     lora, latent = FLOAT * weights.lora, math.prod(builder.latent_shape)
     encoders = {TEXT_ENCODERS: weights.text_encoders, VAE_ENCODER: weights.vae_encoder}
     named = lambda part: part if counts.total("encode") else f"{part}, which training does not use"
@@ -48,6 +48,7 @@ def memory_use(builder: ModelBuilder, counts: RowCounts, costs: UnitCosts, ranks
         **{named(part): encoders[part] for part in counts.kept},
         **({"tiny decoder": weights.tiny_decoder} if weights.tiny_decoder else {}),
         "judge": weights.judge,
+        **({"auditor": auditor.weights} if auditor else {}),
         "LoRA": lora,
         **({"average of the LoRA": lora * counts.lora_copies} if counts.lora_copies else {}),
     }
@@ -67,19 +68,22 @@ def memory_use(builder: ModelBuilder, counts: RowCounts, costs: UnitCosts, ranks
     unet_rows = min(unet_rows, config.model.unet_rows or unet_rows)
     update = costs.unet.checkpointed_peak if config.model.gradient_checkpointing else costs.unet.update_peak
     released = sum(encoders.values()) - sum(encoders[part] for part in counts.kept)
-    loaded = sum(models.values()) + released + weights.judge_text
+    loaded = sum(models.values()) + released + weights.judge_text + (auditor.text_weights if auditor else 0)
+    text_peak = max(costs.text_peak, costs.judge_text_peak, auditor.text_peak if auditor else 0)
     phases = {
-        "embedding the prompts": loaded + max(costs.text_peak, costs.judge_text_peak),
+        "embedding the prompts": loaded + text_peak,
         "encode": resident + gradients + max(costs.encode_peak * largest["encode"], costs.text_peak),
         "rollout: UNet": resident + sampling + costs.unet.forward_peak * unet_rows,
         "rollout: decode": resident + sampling + decode,
         "rollout: judge": resident + sampling + images + costs.judge_peak * largest["judge"],
+        "rollout: auditor": resident + sampling + images + (auditor.peak * largest["auditor"] if auditor else 0),
         "update": resident + gradients + 2 * rows + update * update_rows(builder, counts),
         "evaluation": resident + evaluation_bytes(builder, costs),
         "balance of pairs": resident + (2 * ranks + 1) * rows,
     }
-    absent = {"encode": not largest["encode"], "balance of pairs": ranks == 1 or not counts.exchanged}
-    absent |= {phase: not counts.prompts for phase in phases if phase.startswith("rollout")}
+    absent = {phase: not counts.prompts for phase in phases if phase.startswith("rollout")}
+    absent |= {"encode": not largest["encode"], "balance of pairs": ranks == 1 or not counts.exchanged}
+    absent["rollout: auditor"] = not auditor
     return MemoryUse(parts, {phase: size for phase, size in phases.items() if not absent.get(phase)})
 
 

@@ -18,6 +18,7 @@ from transformers import CLIPConfig, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..config.online import OnlineConfig, SamplingConfig
+from ..config.settings import varied
 from ..config.training import Config, JudgeConfig, ModelConfig
 from ..errors import UserError
 from ..judge.clip import TimeConditionedCLIP
@@ -61,7 +62,16 @@ class ModelBuilder:
         """
         base_family, parts, source = _base_model(config.model, family)
         judge, judge_source = _judge(config.judge)
-        return cls(config, base_family, parts, judge, f"{source}; judge: {judge_source}", device)
+        source += f"; judge: {judge_source}"
+        if config.auditor:
+            source += f"; auditor: {_judge(config.auditor, 'audit')[1]}"
+        return cls(config, base_family, parts, judge, source, device)
+
+    def for_auditor(self) -> ModelBuilder:
+        """Returns the builder of the same recipe with its auditor as the judge."""
+        auditor = {f"judge.{key}": getattr(self.config.auditor, key) for key in JudgeConfig.model_fields}
+        judge, _ = _judge(self.config.auditor, "audit")
+        return replace(self, config=varied(self.config, auditor), judge_config=judge)
 
     def policy(self) -> Policy:
         """Builds the UNet with its LoRA; upsampling is not folded and gradient checkpointing is off."""
@@ -217,15 +227,15 @@ def _vae(path: str, model_vae: dict) -> dict:
     return read_config(folder, "vae" if (folder / "vae").is_dir() else "", "model.vae")
 
 
-def _judge(judge: JudgeConfig) -> tuple[CLIPConfig, str]:
-    """Returns (configuration of the judge's CLIP, where it comes from)."""
+def _judge(judge: JudgeConfig, section: str = "judge") -> tuple[CLIPConfig, str]:
+    """Returns (configuration of the judge's CLIP, where it comes from). section: of the recipe, for messages."""
     if judge.kind == LatentJudge.kind:  # CLIPs are then those of the published code alone
         return CLIPConfig(**PICKSCORE), "the base model's own encoders"
     folders = [Path(path) for path in (judge.path, judge.components) if path]
     folder = next((folder for folder in folders if (folder / "config.json").is_file()), None)
     if folder is None:
         return CLIPConfig(**PICKSCORE), "PickScore's CLIP, ViT-H/14"
-    kind = read_config(folder.parent, folder.name, "judge.path").get("model_type")
+    kind = read_config(folder.parent, folder.name, f"{section}.path").get("model_type")
     if kind != "clip":
-        raise UserError(f"judge.path: {folder / 'config.json'} is of a model of type {kind}, expected clip")
+        raise UserError(f"{section}.path: {folder / 'config.json'} is of a model of type {kind}, expected clip")
     return CLIPConfig.from_pretrained(folder), f"the config.json in {folder}"

@@ -35,6 +35,7 @@ from ..schedules.schedule import Schedule
 
 ONE_PROCESS = Ranks(0, 1, torch.device("cpu"))
 TEXT_ENCODERS, VAE_ENCODER = "text encoders", "VAE encoder"
+AUDIT = "rollout/audit"  # the clock's stage
 COUNTED_AS = {"rollout.decoder": None, "reward": JUDGE, "data.workers": 0}  # in place of what would be loaded
 
 
@@ -43,20 +44,22 @@ class RowCounts:
     """Counts of one iteration of one process, where the judge is sure of every pair.
 
     items: how many prompts it samples for, or pairs it learns from where it samples nothing; `item` says which. rows:
-    by (stage, call), how many rows went through. largest: by call, the most rows in one of them. The calls of the UNet,
-    in its rows, of which a guided latent has two: `guided` and `unguided`, forwards of the rollout; in the update
-    `train`, forwards that a backward pass follows, `reference`, and `forward`, other forwards of the policy. `decode`
-    counts latents; `judge` images that judge or reward score; `encode` images for the VAE; `text` and `empty text`
-    prompts that are encoded within the loop. pairs: those that a run reports. trained_rows: different rows that are
-    trained on. x_t_per_row: 2 where one may have two latents x_t. latents, other_bytes: of what is collected, without
-    conditioning. exchanged: whether ranks deal it anew. lora_copies: beside the policy's own. kept: encoders that stay
-    on the device.
+    by (stage, call), how many rows went through; audit: by call, those of an iteration's audit, which are not among
+    them. largest: by call, the most rows in one of them, whichever. The calls of the UNet, in its rows, of which a
+    guided latent has two: `guided` and `unguided`, forwards of the rollout; in the update `train`, forwards that a
+    backward pass follows, `reference`, and `forward`, other forwards of the policy. `decode` counts latents; `judge`
+    images that judge or reward score, `auditor` those that an auditor does; `encode` images for the VAE; `text` and
+    `empty text` prompts that are encoded within the loop. pairs: those that a run reports. trained_rows: different rows
+    that are trained on. x_t_per_row: 2 where one may have two latents x_t. latents, other_bytes: of what is collected,
+    without conditioning. exchanged: whether ranks deal it anew. lora_copies: beside the policy's own. kept: encoders
+    that stay on the device.
     """
 
     items: int
     item: str = "prompt"
     rows: Counter = field(default_factory=Counter)
     largest: Counter = field(default_factory=Counter)
+    audit: Counter = field(default_factory=Counter)
     pairs: int = 0
     trained_rows: int = 0
     x_t_per_row: int = 1
@@ -108,6 +111,7 @@ def count_rows(config: Config, schedule: Schedule) -> RowCounts:
                 x_t_per_row = max(x_t_per_row, math.ceil(counter.trained_latents / len(batch)))
             else:
                 counter.rows.update(known[kind])
+    audit = Counter({call: counter.rows.pop((stage, call)) for stage, call in [*counter.rows] if stage == AUDIT})
     tensors = list(_tensors(collected))
     is_latent = lambda tensor: tensor.ndim > 3 and tensor.shape[-3:] == counter.latent_shape
     return RowCounts(
@@ -115,6 +119,7 @@ def count_rows(config: Config, schedule: Schedule) -> RowCounts:
         item="prompt" if prompts else "pair",
         rows=counter.rows,
         largest=counter.largest,
+        audit=audit,
         pairs=facts.get("pairs", 0),
         trained_rows=sum(sizes) // getattr(config.optim, "passes", 1),
         x_t_per_row=x_t_per_row,
@@ -165,11 +170,14 @@ class _CountingModels:
         self.rows, self.largest = Counter(), Counter()
         self.stage, self.is_reference, self.is_sampling, self.trained_latents = "", False, False, 0
         self.kept = (TEXT_ENCODERS, VAE_ENCODER)
+        audited = lambda candidates, cond: self._scored("auditor", config.auditor.kind, candidates)
+        self.auditor = SimpleNamespace(score=audited) if config.auditor else None
 
     def __getitem__(self, prompts: Sequence[str]) -> Conditioning:
         """Returns the embeddings of prompts that were encoded before the loop."""
         count = len(prompts)
-        return Conditioning(torch.zeros(count, 1, 1), torch.zeros(1, 1, 1), torch.zeros(count))
+        judges = dict.fromkeys(("judge", "auditor"), torch.zeros(count))
+        return Conditioning(torch.zeros(count, 1, 1), torch.zeros(1, 1, 1), **judges)
 
     def schedule(self, rollout: SamplingConfig) -> Schedule:
         return self.rollout_schedule
@@ -239,9 +247,12 @@ class _CountingModels:
 
     def score(self, candidates: Candidates, cond: Conditioning) -> Tensor:
         """Returns scores (K, B) so far apart that the judge is sure at any threshold."""
-        read = candidates.x if self.config.judge.kind == LatentJudge.kind else candidates.images
+        return self._scored("judge", self.config.judge.kind, candidates)
+
+    def _scored(self, call: str, kind: str, candidates: Candidates) -> Tensor:
+        read = candidates.x if kind == LatentJudge.kind else candidates.images
         k, prompts = read.shape[:2]
-        self._count("judge", k * prompts)
+        self._count(call, k * prompts)
         return 1e3 * torch.arange(k, dtype=torch.float32).unsqueeze(1).expand(k, prompts)
 
     def score_images(self, images: Tensor, text: Tensor, t: int) -> Tensor:

@@ -65,7 +65,7 @@ class UnitCosts:
     decode in the rollout, evaluation_decode, and decode_published, where upsampling is not folded. By image: encode, by
     the VAE; judge, whatever it reads; and published_judge, SPO's, with its modulation. By prompt: text, judge_text and
     published_judge_text. Bytes: the peaks of one row, those of the texts of a batch; image_bytes, of a decoded latent;
-    weights.
+    weights. auditor: None where the recipe has none.
     """
 
     unet: UNetCosts
@@ -87,6 +87,19 @@ class UnitCosts:
     judge_text_peak: float
     published_judge_text: Flops
     weights: Weights
+    auditor: AuditorCosts | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AuditorCosts:
+    """Costs of an auditor, as a judge's: FLOPs of an image and of a prompt, and bytes."""
+
+    score: Flops
+    peak: float
+    text: Flops
+    text_peak: float
+    weights: int
+    text_weights: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +145,7 @@ def unit_costs(builder: ModelBuilder, networks: Networks) -> UnitCosts:
         **judge_costs(builder, networks.judge, image),
         **text_costs(networks.diffusion, tf32),
         weights=weight_bytes(networks),
+        auditor=auditor_costs(builder.for_auditor(), image) if config.auditor else None,
     )
 
 
@@ -271,6 +285,14 @@ def judge_costs(builder: ModelBuilder, judge: AnyJudge, image: Tensor) -> dict[s
         "published_judge": tower.flops + modulation.flops,
         "published_judge_text": published_text.flops * (1 / BATCH),
     }
+
+
+def auditor_costs(builder: ModelBuilder, image: Tensor) -> AuditorCosts:
+    """Measures an auditor as `judge_costs` does a judge. builder: that of the recipe with the auditor as its judge."""
+    judge = builder.judge()
+    text, costs = _bytes(*judge.text_networks), judge_costs(builder, judge, image)
+    measured = (costs[name] for name in ("judge", "judge_peak", "judge_text", "judge_text_peak"))
+    return AuditorCosts(*measured, weights=_bytes(judge.network) - text, text_weights=text)
 
 
 def text_costs(diffusion: LatentDiffusion, tf32: bool = False) -> dict[str, Flops | float]:

@@ -60,7 +60,7 @@ def test_scores_of_branches_are_the_published_ones(judge, text, case2):
     """Two branches of four prompts, the images and their mirror images, as candidates have them."""
     image = case2["in/image_64x64_f16"].float()
     branches, latents = torch.stack([image, image.flip(-1)]), torch.zeros(2, 4, 4, 8, 8)
-    candidates = Candidates(latents, 501, 551, lambda: (None, latents), lambda x0_hat: branches)
+    candidates = Candidates(latents, 501, 551, lambda prompts: (None, latents), lambda x0_hat: branches)
     cond = Conditioning(text=torch.zeros(4, 1, 1), null=torch.zeros(1, 1, 1), judge=text)
     expected = case2["spm/k2b4_64x64_and_hflip_t501/scores"].view(2, 4)
     torch.testing.assert_close(judge.score(candidates, cond), expected, rtol=0, atol=SCORES)

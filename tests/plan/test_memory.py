@@ -1,6 +1,7 @@
 """plan/memory and plan/fit: parts and phases by hand, what the keys do to them, which keys make a recipe fit."""
 
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from strop.engine.plan.memory import decoding_bytes, gradient_bytes, memory_use
 from strop.engine.plan.meter import Flops
 from strop.engine.plan.out_of_memory import keys
 from strop.engine.plan.row_counts import RowCounts
-from strop.engine.plan.unit_costs import UNetCosts, UnitCosts, Weights
+from strop.engine.plan.unit_costs import AuditorCosts, UNetCosts, UnitCosts, Weights
 
 GB = 1e9
 NO = Flops()
@@ -39,11 +40,13 @@ def measure():
         *(UNET, UNET, NO, 2 * GB, NO, 2 * GB, NO, 0.5 * GB, NO, 0.5 * GB),
         *(NO, 0.25 * GB, NO, NO, 1 * GB, NO, 1 * GB, NO, WEIGHTS),
     )
+    auditor = AuditorCosts(NO, 0.5 * GB, NO, 1.5 * GB, weights=2 * GB, text_weights=1 * GB)
     largest = Counter(guided=16, decode=8, judge=8)
     held = {"latents": 32 * 3, "other_bytes": 32 * (2 * 8 + 1), "exchanged": True}
     spo = RowCounts(2, largest=largest, trained_rows=32, **held)
     builder = lambda config: SimpleNamespace(config=config, latent_shape=(4, 8, 8), size=(64, 64))
-    return lambda config, ranks=1, counts=spo: memory_use(builder(config), counts, costs, ranks)
+    of = lambda config: replace(costs, auditor=auditor if config.auditor else None)
+    return lambda config, ranks=1, counts=spo: memory_use(builder(config), counts, of(config), ranks)
 
 
 def test_scorers_stay_on_the_gpu(config, measure):
@@ -92,6 +95,16 @@ def test_parts_and_phases(config, measure):
         "evaluation": stays + 4 * GB,
     }
     assert (memory.peak_phase, memory.peak) == ("update", memory.phases["update"])
+
+
+def test_an_auditor_stays_and_has_a_phase(make_config, measure):
+    config = make_config(rollout={"prompts": 2}, audit={"path": "none", "every": 9})
+    counts = RowCounts(2, largest=Counter(guided=16, decode=8, judge=8, auditor=4), trained_rows=32)
+    plain, audited = (measure(each, counts=counts) for each in (make_config(rollout={"prompts": 2}), config))
+    assert audited.parts.items() - plain.parts.items() == {("auditor", 2 * GB)}
+    assert audited.phases["rollout: auditor"] == sum(audited.parts.values()) + 4 * GB + 4 * 0.5 * GB
+    before, after = (memory.phases["embedding the prompts"] for memory in (plain, audited))
+    assert after - before == 2 * GB + 1 * GB + (1.5 - 1) * GB  # weights, and a larger peak than of the other encoders
 
 
 @pytest.mark.parametrize(

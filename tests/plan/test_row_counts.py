@@ -72,6 +72,23 @@ def test_what_a_key_changes(rows_of, keys, totals):
     assert {call: counts.total(*([call] if isinstance(call, str) else call)) for call in totals} == totals
 
 
+AUDITED = {  # the kind of judge, that of the auditor, and the rows of an audit of 2 prompts with 4 branches at 16 forks
+    "pixels by pixels": ("spm", "spm", {"auditor": 16 * 8}),
+    "latents by pixels": ("latent", "spm", {"auditor": 16 * 8, "decode": 16 * 8, "guided": 15 * 8 * 2}),
+    "pixels by latents": ("spm", "latent", {"auditor": 16 * 8}),
+}
+
+
+@pytest.mark.parametrize("judge, auditor, rows", AUDITED.values(), ids=AUDITED)
+def test_an_audit_is_counted_apart(rows_of, judge, auditor, rows):
+    sections = {"judge": {"path": "none", "kind": judge}}
+    counts = rows_of(**sections, audit={"path": "none", "kind": auditor, "every": 5})
+    assert counts.audit == rows
+    assert counts.largest["auditor"] == 8
+    plain = rows_of(**sections)
+    assert (counts.rows, counts.pairs, plain.audit) == (plain.rows, plain.pairs, {})
+
+
 def test_pairs_and_micro_batches_of_the_keys_of_the_update(rows_of):
     once, twice, half = rows_of(), rows_of(optim={"passes": 2}), rows_of(optim={"keep_pairs": 0.5})
     assert (twice.micro_batches, twice.trained_rows) == (2 * once.micro_batches, once.trained_rows)

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from ..online import OnlineConfig, SamplingConfig
-from ..training import Count, OptimConfig, Timestep
+from ..training import Count, JudgeConfig, OptimConfig, Timestep
 
 
 class RolloutConfig(SamplingConfig):
@@ -128,6 +128,37 @@ class SPOOptimConfig(OptimConfig):
         return self
 
 
+class AuditConfig(JudgeConfig):
+    path: str | None = Field(
+        None,
+        description="The auditor, a second judge that scores some of the judge's branches and trains nothing, in the "
+        "forms of judge.path; null for none.",
+    )
+    components: str | None = Field(
+        None, description=JudgeConfig.model_fields["components"].description.replace("judge.path", "audit.path")
+    )
+    every: int | None = Field(
+        None,
+        ge=1,
+        description="Iterations from one audit to the next; the first iteration has one. An audit reports `agreement`, "
+        "Kendall's tau between the scores of judge and auditor over the branches of a fork. Nothing that is trained "
+        "changes by it.",
+    )
+    prompts: Count = Field(
+        2,
+        description="How many of its prompts each process audits, at every fork. Of each, an auditor that looks at "
+        "images beside a latent judge costs the look-aheads and decodes that this judge spares; `strop plan` counts "
+        "them.",
+    )
+
+    @model_validator(mode="after")
+    def _path_and_every(self) -> AuditConfig:
+        if (self.path is None) != (self.every is None):
+            given, missing = ("every", "path") if self.path is None else ("path", "every")
+            raise ValueError(f"{given} is given without {missing}; give both for an auditor, or neither")
+        return self
+
+
 class SPOConfig(OnlineConfig):
     """A recipe of step-by-step preference optimization (arXiv 2406.04314)."""
 
@@ -138,6 +169,12 @@ class SPOConfig(OnlineConfig):
     method: Literal["spo"] = Field("spo", description="This method.")
     rollout: RolloutConfig = RolloutConfig()
     optim: SPOOptimConfig = SPOOptimConfig()
+    audit: AuditConfig = AuditConfig()
+
+    @property
+    def auditor(self) -> AuditConfig | None:
+        """The auditor, None where the recipe has none."""
+        return self.audit if self.audit.every else None
 
     @model_validator(mode="after")
     def _has_a_half_without_the_prompt(self) -> SPOConfig:

@@ -118,16 +118,13 @@ class Rollout:
         before (2 or 1, K or 1, B, ...): eps one step ago.
         """
 
-        def look_ahead() -> tuple[Tensor | None, Tensor]:
-            with self.clock("rollout/branches"):
-                return self.look_ahead(branches, step, cond, before if self.config.look_ahead == "text" else None)
+        def look_ahead(prompts: slice) -> tuple[Tensor | None, Tensor]:
+            known = before[:, :, prompts] if self.config.look_ahead == "text" else None
+            return self.look_ahead(branches[:, prompts], step, cond[prompts], known)
 
-        def decode(x0_hat: Tensor) -> Tensor:
-            with self.clock("rollout/decode"):
-                return self.decoder.decode(x0_hat)  # (K, B, 3, H, W)
-
+        decode = lambda x0_hat: self.decoder.decode(x0_hat)  # (K, B, 3, H, W)
         t, drawn_at = self.schedule.t[step], self.schedule.t[step - 1]
-        return Candidates(branches, t, drawn_at, look_ahead, decode)
+        return Candidates(branches, t, drawn_at, look_ahead, decode, self.clock)
 
     def complete_eps(self, x: Tensor, eps: Tensor | None, step: int, cond: Conditioning) -> Tensor:
         """Returns all of eps (G, B, C, H, W) at x (B, C, H, W); eps: None, its half with the prompt, or all of it."""
