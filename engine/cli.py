@@ -14,6 +14,7 @@ from .errors import UserError, exit_on_user_error
 COMMANDS = {  # name: (module, what it does)
     "train": (".train", "post-train a model by a recipe"),
     "train-judge": (".train_judge", "train a judge from preference pairs"),
+    "filter-pairs": (".filter_pairs", "keep the pairs on whose label scorers agree"),
     "plan": (".plan.__main__", "print what a recipe costs, before anything runs"),
     "evaluate": (".evaluate_lora", "compare LoRAs with their base: scores, intervals, gallery"),
     "evaluate-judge": (".evaluate_judge", "how often what a judge picks ends up better"),

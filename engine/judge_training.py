@@ -78,14 +78,16 @@ def inputs(config: JudgeTrainingConfig) -> Inputs:
 
     Raises UserError if a model is not there.
     """
-    pairs = {"data.source": config.data.source, "data.heldout_source": config.data.heldout_source}
+    pairs = {f"data.{name}": getattr(config.data, name) for name in ("source", "only", "heldout_source")}
     files = {k: v if is_factory(v) else Path(v) for k, v in pairs.items() if v}
     return model_inputs(config.model, config.judge) | files
 
 
 def announce(session: Session, sets: PairSets) -> None:
     """Prints how many pairs there are, and names those that are broken."""
-    print(f"{len(sets.train):,} training pairs, {len(sets.heldout):,} held-out pairs, {sets.left_out:,} rows left out")
+    filtered = f", {sets.filtered:,} by data.only" if session.config.data.only else ""
+    left_out = f"{sets.left_out:,} rows left out{filtered}"
+    print(f"{len(sets.train):,} training pairs, {len(sets.heldout):,} held-out pairs, {left_out}")
     name_broken(sets.broken, session.dir)
 
 
@@ -102,6 +104,7 @@ def close(session: Session, method: JudgeTraining, summary: dict) -> None:
         "training_pairs": len(sets.train),
         "heldout_pairs": len(sets.heldout),
         "left_out_rows": sets.left_out,
+        "filtered_pairs": sets.filtered,
         "broken_pairs": {"count": len(sets.broken), "such_as": sets.broken[:NAMED]},
         "parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
         "paths": summary["paths"] | {"judge": str(session.dir / "judge")},

@@ -28,6 +28,7 @@ from strop.engine.models.policy import Policy
 
 MOST_GROWTH = 1.5 * 2**30  # bytes that a refusal may take
 MERGED = "--format merged --out {new}"
+ONE_SCORE = "{new} --scorers clip_score --gap clip_score=0 --tie-gap clip_score=3"
 REFUSALS = [
     ("tran sd15", "'tran'", "train"),
     ("train tinyworld", "bench/tinyworld/weights/sd", "checkout"),
@@ -104,6 +105,22 @@ REFUSALS = [
     ("train-judge {judge} run.dir={judge_run} run.resume=true judge.path={swapped}", "judge.path", "model.safetensors"),
     ("train-judge {judge} run.dir={judge_run} run.resume=true data.source=a:b", "data.source", "recipe_modules:pairs"),
     ("train-judge {judge} run.dir={judge_run} run.resume=true data.heldout=9", "run.resume", "data.heldout: 20 -> 9"),
+    ("train {pairs} data.only={file}", "data.only", "{file}", "recipe_modules:pairs"),
+    ("train-judge {judge} data.only={file}", "data.only", "{file}", "recipe_modules:pairs"),
+    (f"filter-pairs nowhere {ONE_SCORE}", "SOURCE", "nowhere", "parquet", ".jsonl"),
+    (f"filter-pairs recipe_modules:pairs {ONE_SCORE}", "SOURCE", "recipe_modules:pairs", "no code"),
+    (f"filter-pairs {{broken}}/pairs.jsonl {ONE_SCORE} --gap clip_score", "--gap", "'clip_score'", "NAME=NUMBER"),
+    (f"filter-pairs {{broken}}/pairs.jsonl {ONE_SCORE} --gap clip_score=0,clip_score=1", "--gap", "once"),
+    (f"filter-pairs {{broken}}/pairs.jsonl {ONE_SCORE} --gap clip_score=nan", "--gap", "clip_score=nan"),
+    (f"filter-pairs {{broken}}/pairs.jsonl {ONE_SCORE} --tie-gap clip_score=-1", "--tie-gap", "-1", "clip_score"),
+    (f"filter-pairs {{broken}}/pairs.jsonl {ONE_SCORE} --batch 0", "--batch", "0"),
+    (f"filter-pairs {{broken}}/pairs.jsonl {ONE_SCORE} --device tpu", "--device", "'tpu'"),
+    (f"filter-pairs {{broken}}/pairs.jsonl {ONE_SCORE} --scorers clip", "--scorers", "'clip'", "clip_score"),
+    (f"filter-pairs {{broken}}/pairs.jsonl {ONE_SCORE} --scorers clip_score=nowhere", "--scorers", "nowhere"),
+    ("filter-pairs {broken}/pairs.jsonl {new} --scorers clip_score", "--gap", "aesthetic", "clip_score"),
+    ("filter-pairs {broken}/pairs.jsonl {new} --scorers aesthetic,clip_score", "--scorers", "aesthetic", "sac+logos"),
+    ("filter-pairs {broken}/pairs.jsonl {new} --scorers recipe_modules:examiner", "--gap", "aesthetic", "brightness"),
+    ("filter-pairs {broken}/pairs.jsonl {file} --scorers aesthetic=a,clip_score", "OUT", "{file}", "filter-pairs"),
     ("plan nothing.yaml", "nothing.yaml"),
     ("plan {training} --gpu abacus", "--gpu", "'abacus'", "a100"),
     ("plan {training} --gpus 0", "--gpus", "0"),

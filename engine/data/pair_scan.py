@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 import torch
@@ -195,11 +195,7 @@ class _PairReader(IterableDataset):
         self.source, self.encode, self.groups = source, encode, groups
 
     def __iter__(self) -> Iterator[dict]:
-        worker = get_worker_info()
-        groups = self.groups[worker.id :: worker.num_workers] if worker else self.groups
-        for rows in groups:
-            for row in rows:
-                yield {"row": row} | self._read_or_broken(row)
+        return ({"row": row} | self._read_or_broken(row) for row in rows_of_worker(self.groups))
 
     def _read_or_broken(self, row: int) -> dict:
         try:
@@ -227,6 +223,12 @@ class _PairReader(IterableDataset):
         return pair
 
 
+def rows_of_worker(groups: list[list[int]]) -> Iterator[int]:
+    """Yields the rows that this worker of a DataLoader reads, of whole groups; all of them outside of a worker."""
+    worker = get_worker_info()
+    return chain.from_iterable(groups[worker.id :: worker.num_workers] if worker else groups)
+
+
 class ProgressLine:
     """Prints the progress of a scan on the terminal, at most every SECONDS_PER_LINE seconds."""
 
@@ -245,11 +247,13 @@ class ProgressLine:
             print(f"{self.title} {self.done:,}/{self.total:,}, {rate:.1f} a second, ETA {remaining}", flush=True)
 
 
-def refuse_too_many(broken: Sequence[str], total: int, key: str, max_broken: float) -> None:
-    """Raises UserError if more than the fraction max_broken of `total` pairs is broken."""
+def refuse_too_many(
+    broken: Sequence[str], total: int, key: str, max_broken: float, limit: str = "data.max_broken"
+) -> None:
+    """Raises UserError if more than the fraction max_broken, whose key is `limit`, of `total` pairs is broken."""
     if len(broken) > max_broken * total:
         raise UserError(
-            f"{key}: at least {len(broken)} of {total} pairs are broken, which is more than data.max_broken = "
+            f"{key}: at least {len(broken)} of {total} pairs are broken, which is more than {limit} = "
             f"{max_broken:g}; the first is {broken[0]}"
         )
 

@@ -24,16 +24,18 @@ from ..models.latent_diffusion import LatentDiffusion
 from ..runtime.ranks import Ranks
 from .pair_cache import PairCache
 from .pair_files import PairSource, frame, is_factory, open_source, resized
+from .pair_filter import kept_of
 from .pair_scan import FLIPPED, FRAMES, PLAIN, Entries, PairScan, labels_by, refuse_too_many
 
 
 @dataclass(frozen=True, slots=True)
 class ChosenRows:
-    """Some rows of a source, and the configuration key that names the source."""
+    """Some rows of a source, the configuration key that names it, and how many others data.only does not keep."""
 
     source: PairSource
     rows: list[int]
     key: str
+    filtered: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +43,15 @@ class PairSets:
     """The training pairs and the held-out pairs of a run.
 
     broken: "file row: why" of pairs that could not be used. left_out: how many rows have no label, equal images or a
-    caption of data.heldout_source. cached: the training pairs come from the cache, not as images.
+    caption of data.heldout_source; filtered: how many pairs data.only does not keep. cached: the training pairs come
+    from the cache, not as images.
     """
 
     train: Dataset
     heldout: Dataset
     broken: list[str] = field(default_factory=list)
     left_out: int = 0
+    filtered: int = 0
     cached: bool = False
 
 
@@ -138,7 +142,7 @@ def choose(config: JudgeTrainingConfig, ranks: Ranks) -> tuple[ChosenRows, Chose
         _check_factory(config, ranks)
         return None
     labelled = data.labels == "given"
-    train = open_pairs(data.source, "data.source", labelled, data.max_broken)
+    train = open_pairs(data.source, "data.source", labelled or data.only is not None, data.max_broken)
     if data.heldout_source is None:
         rows, heldout_rows = split_by_caption(train.captions, data.heldout, config.run.seed)
         heldout = ChosenRows(train, heldout_rows, "data.source")
@@ -148,13 +152,15 @@ def choose(config: JudgeTrainingConfig, ranks: Ranks) -> tuple[ChosenRows, Chose
         heldout_captions = {source.captions[row] for row in heldout.rows}
         rows = [row for row, caption in enumerate(train.captions) if caption not in heldout_captions]
         train.left_out += len(train) - len(rows)
+    kept = kept_of(rows, train, data) if rows else rows
     if not rows or len(heldout.rows) < ranks.size:
         raise UserError(
             f"{heldout.key}: found {len(rows)} pairs to train on and {len(heldout.rows)} held-out ones with other "
             f"captions, expected at least 1 and {ranks.size} (the processes); data.heldout says how many are held out"
         )
     used = config.optim.steps * config.optim.accumulate * config.optim.batch * ranks.size
-    return ChosenRows(train, draw_rows(rows, min(used, data.train or used), config.run.seed), "data.source"), heldout
+    drawn = draw_rows(kept, min(used, data.train or used), config.run.seed)
+    return ChosenRows(train, drawn, "data.source", len(rows) - len(kept)), heldout
 
 
 def draw_rows(rows: Sequence[int], most: int, seed: int) -> list[int]:
@@ -215,7 +221,8 @@ def make_sets(
         pair_scan.encode_captions([train.source.captions[row] for row in sets[0].rows])
     sources = [train.source] if heldout.source is train.source else [train.source, heldout.source]
     broken += [line for source in sources for line in source.broken]
-    return PairSets(*sets, broken, sum(source.left_out for source in sources), entries is not None)
+    left_out = sum(source.left_out for source in sources)
+    return PairSets(*sets, broken, left_out, train.filtered, entries is not None)
 
 
 def load_pairs(factory: Callable[[int, int], Dataset], spec: str, seed: int, size: int) -> Dataset:
@@ -253,11 +260,14 @@ def rank_batches(count: int, batch: int, steps: int, seed: int, ranks: Ranks) ->
         yield dealt[ranks.rank * batch : (ranks.rank + 1) * batch].tolist()
 
 
-def open_pairs(spec: str, key: str, labelled: bool, max_broken: float) -> PairSource:
-    """Opens a source as `open_source` does. Raises UserError also where it holds no pair or too many broken ones."""
+def open_pairs(spec: str, key: str, labelled: bool, max_broken: float, limit: str = "data.max_broken") -> PairSource:
+    """Opens a source as `open_source` does. Raises UserError also where it holds no pair or too many broken ones.
+
+    limit: the key of max_broken.
+    """
     source = open_source(spec, key, labelled)
     total = len(source) + len(source.broken)
-    refuse_too_many(source.broken, total, key, max_broken)
+    refuse_too_many(source.broken, total, key, max_broken, limit)
     if not len(source):
         why = f" but {source.left_out} rows without a label or with equal images" if source.left_out else ""
         raise UserError(f"{key}: {spec} holds no pair{why}")
@@ -271,11 +281,14 @@ def _check_factory(config: JudgeTrainingConfig, ranks: Ranks) -> None:
     resolve(data.source, "data.source")
     if data.heldout_source is not None:
         resolve(data.heldout_source, "data.heldout_source")
-    check_size(data)
+    check_made(data)
 
 
-def check_size(data: PairsConfig) -> None:
-    """Raises UserError where data.source is a factory and data.train does not say how many pairs it makes."""
+def check_made(data: PairsConfig) -> None:
+    """Raises UserError where data.source is a factory and keys do not go with it: data.train must say how many pairs
+    it makes, and data.only is for rows of files."""
+    if data.only is not None:
+        raise UserError(f"data.only: found {data.only}, expected null for pairs that code makes ({data.source})")
     if data.train is None:
         raise UserError(f"data.train: found null, expected the number of pairs that {data.source} shall make")
 
