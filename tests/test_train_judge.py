@@ -142,8 +142,8 @@ def test_clean_share_shows_that_many_pairs_as_they_are(recipe, monkeypatch):
     def watch(self, pairs, clean):
         shown = show(self, pairs, clean)
         as_they_are = torch.stack([pairs["image_0"], pairs["image_1"]])[:, :clean]
-        clean_pixels = self.judge.pixels(as_they_are.flatten(0, 1)).view_as(shown.pixels[:, :clean])
-        assert (shown.pixels[:, :clean] - clean_pixels).abs().max() < 1e-5 if clean else True
+        clean_pixels = self.judge.pixels(as_they_are.flatten(0, 1)).view_as(shown.seen[:, :clean])
+        assert (shown.seen[:, :clean] - clean_pixels).abs().max() < 1e-5 if clean else True
         assert (shown.t[:clean] == 0).all()
         assert len(set(shown.t[clean:].tolist())) == len(shown) - clean, "each pair has a timestep of its own"
         seen.append((clean, (shown.t[clean:] > 0).float().mean().item()))
@@ -226,7 +226,7 @@ def test_the_cache_changes_nothing_but_rounding(file_recipe, tmp_path):
 @pytest.mark.parametrize("key", ["fold_upsample", "channels_last"])
 def test_a_key_of_speed_reaches_the_networks(recipe, key):
     method, _ = built(recipe("model.fold_upsample=false", f"model.{key}=true"))
-    for network in (method.denoiser.unet, method.denoiser.diffusion.vae):
+    for network in (method.views.unet, method.diffusion.vae):
         folded = any(isinstance(module, FoldedUpsample) for module in network.modules())
         ordered = all(w.is_contiguous(memory_format=torch.channels_last) for w in network.parameters() if w.ndim == 4)
         assert (folded, ordered) == (key == "fold_upsample", key == "channels_last")
@@ -247,11 +247,11 @@ def test_a_judge_is_trained_compiled(judge_run, recipe, tmp_path, monkeypatch):
 def test_the_encoders_leave_the_device_once_all_is_kept(file_recipe, tmp_path):
     method, _ = built(file_recipe("parquet"))
     assert method.sets.cached
-    assert method.denoiser.diffusion.text_encoders == []
-    assert {p.device.type for p in method.denoiser.diffusion.vae.encoder.parameters()} == {"cpu"}
+    assert method.diffusion.text_encoders == []
+    assert {p.device.type for p in method.diffusion.vae.encoder.parameters()} == {"cpu"}
     live, _ = built(file_recipe("parquet", "data.cache=null"))
     assert not live.sets.cached
-    assert len(live.denoiser.diffusion.text_encoders) == 1
+    assert len(live.diffusion.text_encoders) == 1
 
 
 def test_broken_pairs_are_counted_named_and_left_out(file_recipe, tmp_path, capsys):
@@ -311,6 +311,6 @@ def test_two_processes_train_one_judge_share_a_cache_and_go_on_bit_for_bit(file_
     assert same(judge_of(run), whole)
 
 
-@pytest.mark.parametrize("name", ["tinyworld", "sd15", "sdxl"])
+@pytest.mark.parametrize("name", ["tinyworld", "sd15", "sdxl", "latent_tinyworld", "latent_sd15", "latent_sdxl"])
 def test_the_recipes_are_valid(name):
     load(Path(__file__).parents[1] / "configs" / f"judge_{name}.yaml", cls=JudgeTrainingConfig)

@@ -12,18 +12,19 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from ..config.factory import resolve
-from ..config.judge_training import JudgeTrainingConfig
+from ..config.judge_training import JudgeTrainingConfig, JudgeTrainingDataConfig
 from ..config.pairs import PairsConfig
 from ..errors import UserError
+from ..judge.latent import LatentJudge
 from ..judge.model import StepAwarePreferenceModel
 from ..models.latent_diffusion import LatentDiffusion
 from ..runtime.ranks import Ranks
 from .pair_cache import PairCache
 from .pair_files import PairSource, frame, is_factory, open_source, resized
-from .pair_scan import FLIPPED, FRAMES, PLAIN, Entries, PairScan, pickscore_labels, refuse_too_many
+from .pair_scan import FLIPPED, FRAMES, PLAIN, Entries, PairScan, labels_by, refuse_too_many
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,8 @@ class FilePairs(Dataset):
     """A Dataset of pairs from files; an item is {caption, label_0, label_1, num_examples} and more.
 
     With images=True it has image_0, image_1 (3, H, W) in [-1, 1]. With entries it has, in float16 from the cache, mean
-    and std (2, C, h, w) of the VAE's posteriors, text (L, D) and, if the UNet takes it, pooled (P). `more` may ask for
+    and std (2, C, h, w) of the VAE's posteriors and, if it is cached, text (L, D) and what the UNet takes of it beside,
+    pooled (P). `more` may ask for
     FLIPPED: flipped_mean, flipped_std; and for FRAMES: frame (2, 4), as pair_files.frame has it of each image.
     """
 
@@ -85,7 +87,8 @@ class FilePairs(Dataset):
                 pair["frame"] = torch.stack([frame(image, *self.size) for image in images])
         if self.entries:
             place = self.source, row, self.size
-            pair |= self._entry(self.entries.of_images(*place)) | self._entry(self.entries.text(pair["caption"]))
+            pair |= self._entry(self.entries.of_images(*place))
+            pair |= self._entry(self.entries.text(pair["caption"])) if self.entries.encoders else {}
             pair |= self._entry(self.entries.of_images(*place, FRAMES)) if FRAMES in self.more else {}
             if FLIPPED in self.more:
                 flipped = self._entry(self.entries.of_images(*place, FLIPPED))
@@ -97,6 +100,32 @@ class FilePairs(Dataset):
         if entry is None:
             raise UserError(f"data.cache: {path} was whole when the run began and is not now; start again")
         return entry
+
+
+@dataclass(frozen=True, slots=True)
+class RelabelledPairs(Dataset):
+    """Pairs that code made, with other labels (2, n)."""
+
+    pairs: Dataset
+    labels: Tensor
+
+    @classmethod
+    def of(
+        cls, pairs: Dataset, labeller: StepAwarePreferenceModel, data: JudgeTrainingDataConfig, batch: int
+    ) -> RelabelledPairs:
+        """Labels all pairs by the scores of a judge of images at t = 0, `batch` of them at once."""
+        scores = []
+        for rows in DataLoader(pairs, batch_size=batch, num_workers=data.workers):
+            images = torch.stack([rows["image_0"], rows["image_1"]]).to(labeller.device)
+            scores.append(labeller.score_images(images, labeller.encode(rows["caption"]), 0).cpu())
+        return cls(pairs, labels_by(torch.cat(scores, dim=1), data))
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, i: int) -> dict:
+        first, second = self.labels[:, i].tolist()
+        return self.pairs[i] | {"label_0": first, "label_1": second}
 
 
 def choose(config: JudgeTrainingConfig, ranks: Ranks) -> tuple[ChosenRows, ChosenRows] | None:
@@ -147,45 +176,42 @@ def split_by_caption(captions: Sequence[str], count: int, seed: int) -> tuple[li
     return sorted(row for group in order for row in groups[group]), sorted(heldout[:count])
 
 
-def check_labeller(config: JudgeTrainingConfig, judge: StepAwarePreferenceModel) -> None:
-    """Raises UserError if PickScore's labels are asked for and judge.path is not a plain PickScore."""
-    modulation = (value for name, value in judge.clip.named_parameters() if "adaLN_modulation.1.weight" in name)
-    if config.data.labels == "pickscore" and any(value.any() for value in modulation):
-        raise UserError(
-            f"data.labels: pickscore needs a plain PickScore as judge.path, and {config.judge.path} is a judge already "
-            "trained; begin from PickScore or use the given labels"
-        )
-
-
 def make_sets(
     config: JudgeTrainingConfig,
     chosen: tuple[ChosenRows, ChosenRows] | None,
     diffusion: LatentDiffusion,
-    judge: StepAwarePreferenceModel,
+    labeller: StepAwarePreferenceModel | None,
     ranks: Ranks,
 ) -> PairSets:
-    """Scans the chosen pairs and builds the data sets. Every rank must call it."""
+    """Scans the chosen pairs and builds the data sets. Every rank must call it.
+
+    labeller: makes the labels; None where they are given.
+    """
     data, seed = config.data, config.run.seed
     if chosen is None:
         spec = data.heldout_source or data.source
         train = load_pairs(resolve(data.source, "data.source"), data.source, seed, data.train)
-        return PairSets(train, load_pairs(resolve(spec, "data.heldout_source"), spec, seed + 1, data.heldout))
-    scored = judge if data.labels == "pickscore" else None
-    entries = cache_entries(data, config.run.dir, diffusion, scored)
+        heldout = load_pairs(resolve(spec, "data.heldout_source"), spec, seed + 1, data.heldout)
+        if labeller:
+            train, heldout = (
+                RelabelledPairs.of(pairs, labeller, data, config.optim.batch) for pairs in (train, heldout)
+            )
+        return PairSets(train, heldout)
+    entries = cache_entries(data, config.run.dir, diffusion, labeller, texts=config.judge.kind != LatentJudge.kind)
     size = diffusion.image_size
-    pair_scan = PairScan(diffusion, scored, size, entries, config.optim.batch, data.workers, ranks)
+    pair_scan = PairScan(diffusion, labeller, size, entries, config.optim.batch, data.workers, ranks)
     sets, broken = [], []
     for part, encode in zip(chosen, (entries is not None, False), strict=True):
         result = pair_scan.scan(part.source, part.rows, part.key, data.max_broken, (PLAIN,) if encode else ())
         broken += result.broken
         labels = {row: part.source.labels[row] for row in result.scores}
-        if scored:
+        if labeller:
             rows, scores = list(result.scores), torch.tensor(list(result.scores.values())).T  # (2, N)
-            labels = dict(zip(rows, pickscore_labels(scores, data.tie).T.tolist(), strict=True))
+            labels = dict(zip(rows, labels_by(scores, data).T.tolist(), strict=True))
         clean = config.optim.clean_share > 0
         sets.append(FilePairs(part.source, labels, size, not encode or clean, entries if encode else None))
     train, heldout = chosen
-    if entries:
+    if entries and entries.encoders:
         pair_scan.encode_captions([train.source.captions[row] for row in sets[0].rows])
     sources = [train.source] if heldout.source is train.source else [train.source, heldout.source]
     broken += [line for source in sources for line in source.broken]
@@ -246,8 +272,6 @@ def _check_factory(config: JudgeTrainingConfig, ranks: Ranks) -> None:
     if data.heldout_source is not None:
         resolve(data.heldout_source, "data.heldout_source")
     check_size(data)
-    if data.labels == "pickscore":
-        raise UserError(f"data.labels: found pickscore, expected given, as {data.source} makes pairs with labels")
 
 
 def check_size(data: PairsConfig) -> None:
@@ -257,10 +281,17 @@ def check_size(data: PairsConfig) -> None:
 
 
 def cache_entries(
-    data: PairsConfig, run_dir: str, diffusion: LatentDiffusion, judge: StepAwarePreferenceModel | None = None
+    data: PairsConfig,
+    run_dir: str,
+    diffusion: LatentDiffusion,
+    judge: StepAwarePreferenceModel | None = None,
+    texts: bool = True,
 ) -> Entries | None:
-    """Opens the cache that data.cache names; None where it is null. judge: a PickScore whose scores are kept."""
+    """Opens the cache that data.cache names; None where it is null.
+
+    judge: one whose scores are kept; texts: whether the captions' embeddings are.
+    """
     if data.cache is None:
         return None
     folder = Path(run_dir).parent / "pair-cache" if data.cache == "auto" else Path(data.cache)
-    return Entries.of(PairCache(folder), diffusion, judge)
+    return Entries.of(PairCache(folder), diffusion, judge, texts)

@@ -51,6 +51,11 @@ class StepAwarePreferenceModel:
         return self.clip
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it scores as a plain CLIP does, whatever the timestep."""
+        return not any(v.any() for name, v in self.clip.named_parameters() if "adaLN_modulation.1.weight" in name)
+
+    @property
     def text_networks(self) -> list[nn.Module]:
         """The networks that only `encode` needs."""
         return [self.clip.text_model, self.clip.text_projection]
@@ -68,6 +73,10 @@ class StepAwarePreferenceModel:
         files = judge_files.load(judge, rng)
         clip = files.clip.to(device).freeze()
         return cls(clip, files.tokenizer, files.mean, files.std, judge.kind)
+
+    def unfreeze(self) -> None:
+        """Makes the judge ready for training: all of its CLIP is trained."""
+        self.clip.requires_grad_(True).train()
 
     def save(self, folder: Path) -> None:
         """Writes a folder that `load` reads; it records the kind of judge."""
@@ -120,15 +129,19 @@ class StepAwarePreferenceModel:
 class TrainedJudge:
     """The Trainable of a run that trains a judge."""
 
-    judge: StepAwarePreferenceModel
+    network: nn.Module
 
     def save(self, folder: Path, iteration: int) -> None:
-        """Writes folder/JUDGE_FILE."""
-        state = {name: value.contiguous() for name, value in self.judge.clip.state_dict().items()}
-        save_tensors(state, folder / JUDGE_FILE)
+        """Writes folder/JUDGE_FILE, all that is trained."""
+        save_tensors({name: value.detach().contiguous() for name, value in self._trained()}, folder / JUDGE_FILE)
 
     def load(self, folder: Path) -> None:
         """Loads the weights that `save` wrote. Raises UserError if they are not finite."""
         state = load_file(folder / JUDGE_FILE)
         check_finite(state, str(folder / JUDGE_FILE))
-        self.judge.clip.load_state_dict(state)
+        with torch.no_grad():
+            for name, value in self._trained():
+                value.copy_(state[name])
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, value) for name, value in self.network.named_parameters() if value.requires_grad]

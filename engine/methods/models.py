@@ -40,8 +40,8 @@ class Models:
         diffusion = LatentDiffusion.load(config.model, device)
         unet = load_unet(config.model, device)
         dtype = DTYPES[config.model.dtype]
-        judge = load_judge(config.judge, diffusion, dtype)
-        auditor = load_auditor(config.auditor, diffusion, dtype) if config.auditor else None
+        judge = load_judge(config.judge, diffusion, unet, dtype)
+        auditor = load_auditor(config.auditor, diffusion, unet, dtype) if config.auditor else None
         return replace(cls.of(config, unet, diffusion, judge), auditor=auditor)
 
     @classmethod

@@ -98,9 +98,10 @@ class SPOOptimConfig(OptimConfig):
     clip: float | None = Field(
         0.1, gt=0, lt=1, description="Probability ratios are clamped to [1 - clip, 1 + clip]; null leaves them free."
     )
-    guided: bool = Field(
+    guided: bool | Literal["text"] = Field(
         True,
-        description="Whether the guided prediction (rollout.guidance) is trained, or the one with the prompt alone.",
+        description="Whether the guided prediction (rollout.guidance) is trained, or (false) the one with the prompt "
+        "alone. text is an approximation: the guided prediction, whose half without the prompt gets no gradient.",
     )
     accumulate: Count = Field(1, description="Micro-batches per optimizer step.")
     passes: Count = Field(
@@ -112,9 +113,19 @@ class SPOOptimConfig(OptimConfig):
         1.0,
         gt=0,
         le=1,
-        description="Share of a rollout's pairs that is trained on, drawn at random. Less than 1 is an approximation, "
-        "and a poor trade where the rollout costs more than the training.",
+        description="Share of a rollout's pairs that is trained on. Less than 1 is an approximation, and a poor trade "
+        "where the rollout costs more than the training.",
     )
+    keep_by: Literal["random", "surest"] = Field(
+        "random",
+        description="Which pairs optim.keep_pairs leaves: some drawn at random, or those whose scores differ most.",
+    )
+
+    @model_validator(mode="after")
+    def _has_pairs_to_leave_out(self) -> SPOOptimConfig:
+        if self.keep_by == "surest" and self.keep_pairs == 1:
+            raise ValueError("keep_by is surest, but keep_pairs is 1, which leaves none out; give the share to keep")
+        return self
 
 
 class AuditConfig(JudgeConfig):
@@ -160,6 +171,12 @@ class SPOConfig(OnlineConfig):
     optim: SPOOptimConfig = SPOOptimConfig()
     audit: AuditConfig = AuditConfig()
 
+    @model_validator(mode="after")
+    def _has_a_half_without_the_prompt(self) -> SPOConfig:
+        if self.optim.guided == "text" and self.rollout.guidance == 1:
+            raise ValueError("optim.guided is text, but with rollout.guidance 1 there is no other half; use true")
+        return self
+
     @property
     def auditor(self) -> AuditConfig | None:
         """The auditor, None where the recipe has none."""
@@ -168,7 +185,7 @@ class SPOConfig(OnlineConfig):
     @property
     def guided_update(self) -> bool:
         """Whether the update computes both guidance halves."""
-        return self.optim.guided and super().guided_update
+        return bool(self.optim.guided) and super().guided_update
 
     def in_words(self, ranks: int) -> str:
         """Returns what an iteration does, as a run announces it."""

@@ -101,7 +101,7 @@ class Rollout:
             gaps.append(both[0] - both[1])
             unscored.append(len(segment) * (~both.isfinite().all(0)).sum())
             for step, earlier, later in zip(segment, states, states[1:], strict=False):
-                pair = PreferencePairs.of_step(earlier, later, chosen, step)
+                pair = PreferencePairs.of_step(earlier, later, chosen, step, gaps[-1])
                 pairs.append(pair.apart() if apart else pair)
                 sure.append(is_sure(scores[-1], chosen, thresholds[segment.start]))
                 pairs_per_step[step] = sure[-1].sum()
