@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from .config.methods.spo import SPOConfig
+from .config.settings import varied
 from .data.embeddings import Embeddings
 from .evaluation.pools import Pools, share, spread, won
 from .evaluation.progress import Progress
@@ -40,7 +41,7 @@ def measured(config: SPOConfig, steps: int) -> dict[str, dict[str, dict]]:
     """Returns by score, then by timestep and ALL, the share of pools in which the judge's winner ends as the better."""
     ranks = start(config.run.device)
     _, prompts = prompts_of(config, ranks)
-    models = Models.load(config, ranks.device)
+    models = Models.load(varied(config, {"audit.path": None, "audit.every": None}), ranks.device)
     scorers = [load_scorer(spec, "evaluate.scorers", ranks.device) for spec in config.evaluate.scorers]
     embeddings = Embeddings(models.diffusion, models.judge, [prompts])
     models.diffusion.release_text_encoders()

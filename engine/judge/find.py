@@ -38,7 +38,7 @@ def load_auditor(
     audit: JudgeConfig, diffusion: LatentDiffusion, unet: UNet2DConditionModel, dtype: torch.dtype
 ) -> AnyJudge:
     """Does as `load_judge` with the section `audit` of a recipe, whose keys its errors name."""
-    with _errors_of("audit"):
+    with keys_of("audit"):
         return load_judge(audit, diffusion, unet, dtype)
 
 
@@ -65,7 +65,7 @@ def load_labeller(config: JudgeTrainingConfig, judge: AnyJudge) -> StepAwarePref
                 "already trained; begin from PickScore, name a labeller.path, or use the given labels"
             )
         return judge
-    with _errors_of("labeller"):
+    with keys_of("labeller"):
         return StepAwarePreferenceModel.load(JudgeConfig(**labeller.model_dump()), judge.device)
 
 
@@ -78,8 +78,8 @@ def save_judge(judge: AnyJudge, folder: Path) -> None:
 
 
 @contextmanager
-def _errors_of(section: str) -> Iterator[None]:
-    """Opens a context in which errors that name a key of section `judge` name that of another section."""
+def keys_of(section: str) -> Iterator[None]:
+    """Names the keys of this section of a recipe in errors that name those of `judge`."""
     try:
         yield
     except UserError as error:

@@ -171,16 +171,16 @@ class SPOConfig(OnlineConfig):
     optim: SPOOptimConfig = SPOOptimConfig()
     audit: AuditConfig = AuditConfig()
 
-    @property
-    def auditor(self) -> AuditConfig | None:
-        """The auditor, None where the recipe has none."""
-        return self.audit if self.audit.every else None
-
     @model_validator(mode="after")
     def _has_a_half_without_the_prompt(self) -> SPOConfig:
         if self.optim.guided == "text" and self.rollout.guidance == 1:
             raise ValueError("optim.guided is text, but with rollout.guidance 1 there is no other half; use true")
         return self
+
+    @property
+    def auditor(self) -> AuditConfig | None:
+        """The auditor, None where the recipe has none."""
+        return self.audit if self.audit.every else None
 
     @property
     def guided_update(self) -> bool:
