@@ -122,7 +122,7 @@ METHODS = {  # sections of a recipe, the totals of calls, and what else is count
         # the trunk is the first forward, and the last step is judged as it is
         {"guided": 3 * 2 + 3 * 2 * 2 * 3, "judge": 3 * 2 * 4} | dict.fromkeys(UPDATE, 3 * 4 * 2),
         {"trained_rows": 3 * 4, "lora_copies": 1, "exchanged": True, "kept": ("VAE encoder",)},
-        (3 * 3 * 4, 3 * 4 * 17),  # x_t and two x_prev; as in SPO
+        (3 * 3 * 4, 3 * 4 * 21),  # x_t and two x_prev; as in SPO
     ),
     "diffusion_dpo": (
         {"optim": {"micro_batch": 3, "accumulate": 2}},
