@@ -154,7 +154,7 @@ def run_one(name: str, seed: int, out: Path) -> Path:
 
 def costs(name: str) -> dict[str, Costs]:
     """Measures FLOP and seconds of a variant's prompts and pairs by running a few iterations of it."""
-    once = ("rollout.threshold=0", "run.iterations=1", "optim.passes=1", "optim.keep_pairs=1.0")
+    once = ("rollout.threshold=0", "run.iterations=1", "optim.passes=1", "optim.keep_pairs=1.0", "optim.keep_by=random")
     config, cpu = recipe(name, *once), torch.device("cpu")
     judge = StepAwarePreferenceModel.load(config.judge, cpu)
     models = ours.Ours(load_unet(config.model, cpu), LatentDiffusion.load(config.model, cpu), judge, config)

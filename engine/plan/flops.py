@@ -24,7 +24,13 @@ RECOMPUTED = "recomputed"
 NONE = Flops()
 PUBLISHED = {"num_steps": 20, "t_range": (0, 751), "guidance": 5.0}  # in the authors' code, whatever the family
 EXACT = {"rollout.judge_every": 1, "rollout.look_ahead": "full", "rollout.decoder": None}
-EXACT |= {"optim.passes": 1, "optim.keep_pairs": 1.0, "judge.kind": "spm", "judge.guidance": None}
+EXACT |= {
+    "optim.passes": 1,
+    "optim.keep_pairs": 1.0,
+    "optim.keep_by": "random",
+    "judge.kind": "spm",
+    "judge.guidance": None,
+}
 EXACT |= {"audit.path": None, "audit.every": None}
 
 
