@@ -85,7 +85,7 @@ def test_it_rewards_other_methods(method, method_recipe, judge_of, tiny_folder, 
 
 
 def test_guidance_of_another_kind_of_judge_is_refused(clip_folder, tiny_folder):
-    diffusion = LatentDiffusion.load(ModelConfig(path=str(tiny_folder)), CPU)
+    model = ModelConfig(path=str(tiny_folder))
     judge = JudgeConfig(path=str(clip_folder), kind="pickscore", guidance=2.0)
     with pytest.raises(UserError, match=r"judge\.guidance: found 2\.0.*latent"):
-        load_judge(judge, diffusion, torch.float32)
+        load_judge(judge, model, LatentDiffusion.load(model, CPU))

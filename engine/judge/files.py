@@ -53,6 +53,8 @@ def load(judge: JudgeConfig, rng: torch.Generator | None) -> JudgeFiles:
         )
     if judge.guidance is not None:
         raise UserError(f"judge.guidance: found {judge.guidance}, but only a latent judge has guidance; leave it out")
+    if rng is not None and judge.dtype not in (None, "float32"):
+        raise UserError(f"judge.dtype: found {judge.dtype}, but a judge is trained in float32; leave it out")
     path = fetch(judge.path, judge.revision, "judge.path", (*SETTINGS, "model*.safetensors*"))
     if path.is_dir() and not weights_file(path):  # a hub id's .bin files are fetched only if needed
         path = fetch(judge.path, judge.revision, "judge.path", (*SETTINGS, "pytorch_model*.bin*"))

@@ -97,9 +97,14 @@ class ModelBuilder:
 
     def judge(self) -> AnyJudge:
         """Builds the judge of the recipe; a latent one has the architecture of the base model's own encoders."""
-        return self.latent_judge() if self.config.judge.kind == LatentJudge.kind else self.pixel_judge()
+        if self.config.judge.kind == LatentJudge.kind:
+            return self.latent_judge()
+        judge = self.pixel_judge()
+        judge.clip.cast(self.judge_dtype)
+        return judge
 
     def pixel_judge(self) -> StepAwarePreferenceModel:
+        """Builds a judge of images, in float32 as published."""
         modulated = self.config.judge.kind != "pickscore"
         clip = self._built(lambda: TimeConditionedCLIP(CLIPModel(self.judge_config), modulated), torch.float32)
         tokenizer = BlankTokenizer(self.judge_config.text_config.max_position_embeddings, self.device)
@@ -110,6 +115,8 @@ class ModelBuilder:
         diffusion, unet = self.diffusion(), self.unet()
         blocks, projected = unet.config.block_out_channels, self.family.pooled_width(self.parts["unet"]) is None
         encoders = diffusion.text_encoders
+        for network in (unet, *encoders):
+            nn.Module.to(network, self.judge_dtype)
         width = encoders[-1].config.hidden_size if projected else encoders[-1].config.projection_dim
         empty = lambda *shape: torch.empty(shape, device=self.device)
         visual, text = empty(width, sum(blocks) + blocks[-1]), empty(width, width) if projected else None
@@ -142,6 +149,10 @@ class ModelBuilder:
     @property
     def dtype(self) -> torch.dtype:
         return DTYPES[self.config.model.dtype]
+
+    @property
+    def judge_dtype(self) -> torch.dtype:
+        return DTYPES[self.config.judge.computed_in(self.config.model)]
 
     @property
     def vae_dtype(self) -> torch.dtype:
