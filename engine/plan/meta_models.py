@@ -118,9 +118,10 @@ class ModelBuilder:
         for network in (unet, *encoders):
             nn.Module.to(network, self.judge_dtype)
         width = encoders[-1].config.hidden_size if projected else encoders[-1].config.projection_dim
-        empty = lambda *shape: torch.empty(shape, device=self.device)
-        visual, text = empty(width, sum(blocks) + blocks[-1]), empty(width, width) if projected else None
-        network = LatentNetwork(unet, encoders, visual, text, empty())
+        drawn = lambda rows, out: self._built(lambda: nn.Linear(rows, out, bias=False), torch.float32).weight
+        visual, text = drawn(sum(blocks) + blocks[-1], width), drawn(width, width) if projected else None
+        scale = torch.full((), self.judge_config.logit_scale_init_value, device=self.device)
+        network = LatentNetwork(unet, encoders, visual, text, scale)
         guidance = self.config.judge.guidance
         return LatentJudge(network, diffusion, PUBLISHED_GUIDANCE if guidance is None else guidance, True)
 
