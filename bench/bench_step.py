@@ -101,8 +101,8 @@ def measure(
 ) -> dict:
     """Runs all sides `rounds` times in turn, after one iteration that counts operations, and returns the record.
 
-    thresholds: at which the ratios are measured, beside that of `exact`. profiled: whether each side then runs once
-    more, to find which of its operations take longest.
+    thresholds: at which the ratios are measured, beside that of `exact`. profiled: whether the exact recipe then runs
+    once more, to find which of its operations take longest.
     """
     file = Path(exact.prompts.train)
     prompts = read_prompts(str(file), "prompts.train") if file.exists() else [f"prompt {i}" for i in range(64)]
@@ -115,8 +115,8 @@ def measure(
     at = {threshold: at_threshold(sides, threshold) for threshold in thresholds if threshold != exact.rollout.threshold}
     at = {exact.rollout.threshold: sides} | at
     time_in_turn(list(at.values()), rounds, prompts, device)
-    for side in sides.values() if profiled else ():
-        side.profile = longest.longest(device, side.run, prompts, nullcontext)
+    if profiled:
+        sides["exact"].profile = longest.longest(device, sides["exact"].run, prompts, nullcontext)
     rate = matmul_rate(device, DTYPES[exact.model.dtype])
     faster = compared(sides)["faster_per_prompt"]
     return {
