@@ -8,17 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from strop.bench.judge_precision import write_random_judge
 from strop.engine import train, train_judge
 from strop.engine.config.find import load
 from strop.engine.config.judge_training import JudgeTrainingConfig
 from strop.engine.config.training import JudgeConfig, ModelConfig
 from strop.engine.errors import UserError
 from strop.engine.judge.find import load_judge
-from strop.engine.judge.latent import LatentJudge, LatentNetwork
-from strop.engine.judge.latent_files import save
 from strop.engine.judge_training import build
 from strop.engine.methods.spo.rollout import Rollout
-from strop.engine.models.base_model import load_unet
 from strop.engine.models.latent_diffusion import LatentDiffusion
 from strop.engine.models.policy import Policy
 from strop.engine.runtime.metrics import read_records
@@ -33,17 +31,7 @@ def judge_of(tmp_path_factory):
     """judge_of(folder) -> the folder of a latent judge of this base model, with random projections."""
 
     def make(folder):
-        model = ModelConfig(path=str(folder))
-        diffusion, unet = LatentDiffusion.load(model, CPU), load_unet(model, CPU)
-        rng = torch.Generator().manual_seed(0)
-        blocks, encoder = unet.config.block_out_channels, diffusion.text_encoders[-1].config
-        sdxl = diffusion.family.name == "sdxl"
-        visual = torch.randn(encoder.projection_dim if sdxl else 24, sum(blocks) + blocks[-1], generator=rng)
-        text = None if sdxl else torch.randn(24, encoder.hidden_size, generator=rng)
-        network = LatentNetwork(unet, diffusion.text_encoders, visual, text, torch.tensor(2.6592))
-        target = tmp_path_factory.mktemp("latent-judge")
-        save(target, LatentJudge(network, diffusion, 7.5, t_of_step=False))
-        return target
+        return write_random_judge(ModelConfig(path=str(folder)), tmp_path_factory.mktemp("latent-judge"))
 
     return make
 
@@ -192,10 +180,10 @@ def test_a_judge_with_another_rank_of_lora_is_not_trained_further(latent_recipe,
 
 
 def test_guidance_of_another_kind_of_judge_is_refused(clip_folder, tiny_folder):
-    diffusion = LatentDiffusion.load(ModelConfig(path=str(tiny_folder)), CPU)
+    model = ModelConfig(path=str(tiny_folder))
     judge = JudgeConfig(path=str(clip_folder), kind="pickscore", guidance=2.0)
     with pytest.raises(UserError, match=r"judge\.guidance: found 2\.0.*latent"):
-        load_judge(judge, diffusion, None, torch.float32)
+        load_judge(judge, model, LatentDiffusion.load(model, CPU), None)
 
 
 @pytest.mark.parametrize("method, judge", [("spo", "latent"), ("gradspo", "pixel")])

@@ -86,6 +86,7 @@ REFUSALS = [
     ("train-judge {judge} optim.step=3", "optim.step;", "optim.steps?"),
     ("train-judge {judge} model.path=nowhere", "model.path", "nowhere"),
     ("train-judge {judge} judge.path=nowhere", "judge.path", "nowhere"),
+    ("train-judge {judge} judge.dtype=float16", "judge.dtype", "float16", "float32"),
     ("train-judge {judge} data.source=bright_pairs", "data.source", "bright_pairs", "parquet", ".jsonl"),
     ("train-judge {judge} data.source=dark_pairs:load", "data.source", "dark_pairs"),
     (

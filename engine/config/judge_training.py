@@ -53,6 +53,8 @@ class TrainedJudgeConfig(JudgeConfig):
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> TrainedJudgeConfig:
+        if self.dtype is not None:
+            raise ValueError(f"dtype is {self.dtype}, but a judge is trained in float32; leave it out")
         if self.kind != "latent":
             for key in ("guidance", "lora_rank"):
                 if (value := getattr(self, key)) is not None:

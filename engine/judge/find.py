@@ -11,35 +11,37 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from ..config.judge_training import JudgeTrainingConfig
-from ..config.training import JudgeConfig
+from ..config.training import JudgeConfig, ModelConfig
 from ..errors import UserError
+from ..models.base_model import dtype_on
 from ..models.latent_diffusion import LatentDiffusion
 from . import latent_files
 from .latent import LatentJudge
 from .model import StepAwarePreferenceModel
 
 AnyJudge = StepAwarePreferenceModel | LatentJudge
-KEY = re.compile(r"\bjudge\.(?=(path|kind|guidance|components|revision)\b)")  # in what a loader says
+KEY = re.compile(r"\bjudge\.(?=(path|kind|guidance|components|revision|dtype)\b)")  # in what a loader says
 
 
 def load_judge(
-    judge: JudgeConfig, diffusion: LatentDiffusion, unet: UNet2DConditionModel, dtype: torch.dtype
+    judge: JudgeConfig, model: ModelConfig, diffusion: LatentDiffusion, unet: UNet2DConditionModel
 ) -> AnyJudge:
     """Loads a judge of the kind judge.kind, frozen. Raises UserError that names the key.
 
-    unet: the base model's, as it is loaded; dtype: of a latent judge.
+    diffusion: of `model`; unet: the base model's, as it is loaded.
     """
     if judge.kind == LatentJudge.kind:
+        dtype = dtype_on(diffusion.device, judge.computed_in(model), "judge.dtype")
         return latent_files.load(judge, diffusion, unet, dtype)
     return StepAwarePreferenceModel.load(judge, diffusion.device)
 
 
 def load_auditor(
-    audit: JudgeConfig, diffusion: LatentDiffusion, unet: UNet2DConditionModel, dtype: torch.dtype
+    audit: JudgeConfig, model: ModelConfig, diffusion: LatentDiffusion, unet: UNet2DConditionModel
 ) -> AnyJudge:
     """Does as `load_judge` with the section `audit` of a recipe, whose keys its errors name."""
     with keys_of("audit"):
-        return load_judge(audit, diffusion, unet, dtype)
+        return load_judge(audit, model, diffusion, unet)
 
 
 def begin_judge(config: JudgeTrainingConfig, diffusion: LatentDiffusion) -> AnyJudge:

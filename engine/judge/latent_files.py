@@ -49,6 +49,10 @@ def load(judge: JudgeConfig, diffusion: LatentDiffusion, base: UNet2DConditionMo
     family, tensors, record = diffusion.family, _projections(folder), _record(folder)
     rank = record.get("lora_rank")
     if rank:
+        if dtype != base.dtype:
+            raise UserError(
+                f"judge.dtype: {folder} is a LoRA on the base model and has its type; leave judge.dtype out"
+            )
         unet, encoders = _sharing(base), diffusion.text_encoders
     else:
         unet = _unet(folder, diffusion).to(dtype)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from ..config.training import JudgeConfig
+from ..models.base_model import dtype_on
 from ..models.conditioning import Conditioning
 from ..models.weight_files import check_finite, save_tensors
 from . import files as judge_files
@@ -64,14 +65,15 @@ class StepAwarePreferenceModel:
     def load(
         cls, judge: JudgeConfig, device: torch.device, rng: torch.Generator | None = None
     ) -> StepAwarePreferenceModel:
-        """Loads a judge, frozen and in float32, from any of the forms that judge/files.py reads.
+        """Loads a judge, frozen, in judge.dtype or float32, from any of the forms that judge/files.py reads.
 
         rng (on the CPU): given if the judge is to be trained. A plain CLIP is then accepted: its modulation starts as
         the identity, its timestep embedder is drawn from rng. Without rng a plain CLIP is accepted only for kind
         pickscore. Raises UserError that names what is missing or does not fit.
         """
+        dtype = dtype_on(device, judge.dtype or "float32", "judge.dtype")
         files = judge_files.load(judge, rng)
-        clip = files.clip.to(device).freeze()
+        clip = files.clip.to(device).cast(dtype).freeze()
         return cls(clip, files.tokenizer, files.mean, files.std, judge.kind)
 
     def unfreeze(self) -> None:
@@ -85,7 +87,7 @@ class StepAwarePreferenceModel:
         judge_files.save(folder, judge_files.JudgeFiles(self.clip, self.tokenizer, mean, std), self.kind)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Computes normalised text features (N, E) of N prompts; over-long prompts are truncated."""
+        """Computes normalised text features (N, E) of N prompts in float32; over-long prompts are truncated."""
         self._needs_text_tower("asked for text features")
         ids = self.tokenizer(
             list(prompts),
@@ -95,7 +97,7 @@ class StepAwarePreferenceModel:
             return_tensors="pt",
         ).input_ids.to(self.device)
         features = torch.cat([self.clip.text_features(part) for part in ids.split(ENCODE_BATCH)])
-        return F.normalize(features, dim=-1)
+        return F.normalize(features.float(), dim=-1)
 
     def release_text_tower(self) -> None:
         """Frees the text tower's memory; `encode` and `save` then raise RuntimeError."""
@@ -113,8 +115,8 @@ class StepAwarePreferenceModel:
 
     def compare(self, pixels: Tensor, text: Tensor, t: Tensor | float) -> Tensor:
         """Scores normalised pixels (N, 3, S, S) and text features (N, E) at t, (N,) or one for all: (N,)."""
-        image = F.normalize(self.clip.image_features(pixels, STEPLESS_T if self.kind == "spm_no_step" else t), dim=-1)
-        return self.clip.logit_scale.exp() * (image * text).sum(-1)
+        image = self.clip.image_features(pixels, STEPLESS_T if self.kind == "spm_no_step" else t)
+        return self.clip.logit_scale.exp() * (F.normalize(image.float(), dim=-1) * text).sum(-1)
 
     def pixels(self, images: Tensor) -> Tensor:
         """Converts images (N, 3, H, W) in about [-1, 1] to normalised pixels (N, 3, S, S) for scoring."""

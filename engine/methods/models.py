@@ -12,7 +12,7 @@ from ..config.online import SamplingConfig
 from ..config.training import Config
 from ..data.decided_pairs import DecidedPairs, decided_pairs
 from ..judge.find import AnyJudge, load_auditor, load_judge
-from ..models.base_model import DTYPES, load_unet
+from ..models.base_model import load_unet
 from ..models.guided_unet import Savings
 from ..models.latent_diffusion import LatentDiffusion
 from ..models.policy import Policy, TrainedLora
@@ -39,9 +39,8 @@ class Models:
         """Loads the models that a recipe names. Raises UserError for whatever the user has to put right."""
         diffusion = LatentDiffusion.load(config.model, device)
         unet = load_unet(config.model, device)
-        dtype = DTYPES[config.model.dtype]
-        judge = load_judge(config.judge, diffusion, unet, dtype)
-        auditor = load_auditor(config.auditor, diffusion, unet, dtype) if config.auditor else None
+        judge = load_judge(config.judge, config.model, diffusion, unet)
+        auditor = load_auditor(config.auditor, config.model, diffusion, unet) if config.auditor else None
         return replace(cls.of(config, unet, diffusion, judge), auditor=auditor)
 
     @classmethod

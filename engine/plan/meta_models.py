@@ -107,9 +107,14 @@ class ModelBuilder:
 
     def judge(self) -> AnyJudge:
         """Builds the judge of the recipe; a latent one has the architecture of the base model's own encoders."""
-        return self.latent_judge() if self.config.judge.kind == LatentJudge.kind else self.pixel_judge()
+        if self.config.judge.kind == LatentJudge.kind:
+            return self.latent_judge()
+        judge = self.pixel_judge()
+        judge.clip.cast(self.judge_dtype)
+        return judge
 
     def pixel_judge(self) -> StepAwarePreferenceModel:
+        """Builds a judge of images, in float32 as published."""
         modulated = self.config.judge.kind != "pickscore"
         clip = self._built(lambda: TimeConditionedCLIP(CLIPModel(self.judge_config), modulated), torch.float32)
         tokenizer = BlankTokenizer(self.judge_config.text_config.max_position_embeddings, self.device)
@@ -120,10 +125,13 @@ class ModelBuilder:
         diffusion, unet = self.diffusion(), self.unet()
         blocks, projected = unet.config.block_out_channels, self.family.pooled_width(self.parts["unet"]) is None
         encoders = diffusion.text_encoders
+        for network in (unet, *encoders):
+            nn.Module.to(network, self.judge_dtype)
         width = encoders[-1].config.hidden_size if projected else encoders[-1].config.projection_dim
-        empty = lambda *shape: torch.empty(shape, device=self.device)
-        visual, text = empty(width, sum(blocks) + blocks[-1]), empty(width, width) if projected else None
-        network = LatentNetwork(unet, encoders, visual, text, empty())
+        drawn = lambda rows, out: self._built(lambda: nn.Linear(rows, out, bias=False), torch.float32).weight
+        visual, text = drawn(sum(blocks) + blocks[-1], width), drawn(width, width) if projected else None
+        scale = torch.full((), self.judge_config.logit_scale_init_value, device=self.device)
+        network = LatentNetwork(unet, encoders, visual, text, scale)
         guidance = self.config.judge.guidance
         return LatentJudge(network, diffusion, PUBLISHED_GUIDANCE if guidance is None else guidance, True)
 
@@ -152,6 +160,10 @@ class ModelBuilder:
     @property
     def dtype(self) -> torch.dtype:
         return DTYPES[self.config.model.dtype]
+
+    @property
+    def judge_dtype(self) -> torch.dtype:
+        return DTYPES[self.config.judge.computed_in(self.config.model)]
 
     @property
     def vae_dtype(self) -> torch.dtype:

@@ -274,7 +274,8 @@ def judge_costs(builder: ModelBuilder, judge: AnyJudge, image: Tensor) -> dict[s
         score = tower = measure(lambda: pixel.clip.tower(pixel.pixels(image), modulations[0]), tf32)
         text = published_text = measure(lambda: pixel.encode(prompts), tf32)
         if isinstance(judge, LatentJudge):
-            cond, x = builder.conditioning(1), torch.empty(1, *builder.latent_shape, device="meta")
+            cond = builder.conditioning(1).to(builder.judge_dtype)
+            x = torch.empty(1, *builder.latent_shape, device="meta")
             score = measure(lambda: judge.network.image_features(x, _t(), cond, judge.guidance), tf32)
             text = measure(lambda: judge.encode(prompts), tf32)
     return {

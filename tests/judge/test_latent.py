@@ -14,10 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from strop.engine.config.training import JudgeConfig
+from strop.engine.config.training import JudgeConfig, ModelConfig
 from strop.engine.errors import UserError
 from strop.engine.judge import latent_files
 from strop.engine.judge.candidates import Candidates
+from strop.engine.judge.find import load_judge
 from strop.engine.judge.latent import DECODER, LatentJudge, LatentNetwork
 from strop.engine.judge.loss import example_weights, preference_loss, preference_scores
 from strop.engine.models.families.find import family_named
@@ -165,6 +166,22 @@ def test_clean_images_are_scored_by_their_latents_at_the_least_timestep(case):
         mean = case.diffusion.vae.encode(images[0]).latent_dist.mean
     expected = scored(judge, 0.18215 * mean.unsqueeze(0), 1, 1)
     torch.testing.assert_close(judge.score_images(images, text, t=0), expected)
+
+
+@pytest.mark.parametrize(
+    "dtype, model, expected", [("float16", "float32", torch.float16), (None, "bfloat16", torch.bfloat16)]
+)
+def test_its_networks_are_of_its_own_type_or_the_models(case, dtype, model, expected):
+    """Projections and scores are in float32, and the scores near those in float32."""
+    recipe = JudgeConfig(path=str(case.folder), kind="latent", dtype=dtype)
+    judge = load_judge(recipe, ModelConfig(path="none", dtype=model), case.diffusion, None)
+    network = judge.network
+    assert {p.dtype for part in (network.unet, *network.encoders) for p in part.parameters()} == {expected}
+    assert network.visual_projection.dtype == network.logit_scale.dtype == torch.float32
+    latents = case.tensors["in/noisy_latents"].unsqueeze(0)
+    scores, exact = (scored(each, latents, 0, 951) for each in (judge, load(case)))
+    assert scores.dtype == torch.float32
+    assert 0 < (scores - exact).abs().max() < 0.2 * exact.abs().max()
 
 
 def test_a_judge_without_text_encoders_says_so(case):

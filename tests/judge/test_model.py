@@ -189,6 +189,23 @@ def test_a_loaded_clip_is_frozen_and_scores_as_transformers_does_at_every_timest
     assert {p.dtype for p in judge.clip.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("dtype, off", [("float16", 0.1), ("bfloat16", 1.0)])
+def test_in_half_precision_scores_stay_in_float32_and_near(judge, clip_folder, text, case2, dtype, off):
+    """Scores are cosines times a hundred; the scale itself is not rounded."""
+    half = StepAwarePreferenceModel.load(JudgeConfig(path=str(clip_folder), kind="pickscore", dtype=dtype), CPU)
+    scale, types = half.clip.logit_scale, {p.dtype for name, p in half.clip.named_parameters() if "scale" not in name}
+    assert types == {getattr(torch, dtype)}
+    assert torch.equal(scale, judge.clip.logit_scale)
+    assert half.encode(["a"]).dtype == torch.float32
+    modulated = copy.deepcopy(judge)
+    modulated.clip.cast(getattr(torch, dtype))
+    for t in (0, 951):
+        scores = modulated.compare(case2["in/pixel_values"], text, t)
+        error = (scores - judge.compare(case2["in/pixel_values"], text, t)).abs().max()
+        assert scores.dtype == torch.float32
+        assert 0 < error < off
+
+
 def test_saved_and_loaded_it_scores_the_same(judge, text, case2, tmp_path):
     trained = copy.deepcopy(judge)
     trained.kind = "spm_no_step"

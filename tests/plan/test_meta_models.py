@@ -1,15 +1,18 @@
 """plan/meta_models: whose architecture is taken, and that its networks are those which a run loads."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from strop.engine.config.settings import varied
 from strop.engine.models.base_model import BaseModel, load_unet
 from strop.engine.models.families.find import family_named
 from strop.engine.models.latent_diffusion import LatentDiffusion
 from strop.engine.models.policy import Policy
 from strop.engine.plan.meta_models import ModelBuilder
+from strop.engine.plan.unit_costs import judge_costs
 
 CPU = torch.device("cpu")
 
@@ -105,6 +108,23 @@ def test_the_judge_is_pickscores_or_that_of_its_folder(builder, clip_folder, spm
     assert set(shapes(judge.clip)) == set(spm.state)
     assert str(clip_folder) in built.source
     assert "ViT-H/14" in builder("somebody/sd").source
+
+
+@pytest.mark.parametrize("kind", ["spm", "pickscore", "latent"])
+def test_the_judge_is_of_its_type(builder, kind, tiny_folder, clip_folder):
+    """A judge of half precision has half the bytes, but for the scale and a latent judge's projections."""
+    built = builder(tiny_folder, judge=clip_folder)
+    of_type = lambda dtype: varied(built.config, {"judge.kind": kind, "judge.dtype": dtype})
+    single, half = (replace(built, config=of_type(dtype)) for dtype in (None, "float16"))
+    bytes_of = lambda network: sum(p.nbytes for p in network.parameters())
+    wide = {"visual_projection", "text_projection", "logit_scale"} if kind == "latent" else {"logit_scale"}
+    network = half.judge().network
+    stays = sum(p.nbytes for name, p in network.named_parameters() if name in wide)
+    assert bytes_of(network) - stays == (bytes_of(single.judge().network) - stays) / 2
+    costs = [judge_costs(each, each.judge(), torch.empty(1, 3, 16, 16, device="meta")) for each in (single, half)]
+    assert costs[0]["judge"].all == pytest.approx(costs[1]["judge"].all)
+    assert costs[0]["judge"].half == 0
+    assert costs[1]["judge"].half > 0.9 * costs[1]["judge"].all
 
 
 def test_a_tiny_decoder_is_taesd_or_that_of_its_folder(builder, tmp_path):
