@@ -43,6 +43,7 @@ class TrainedJudgeConfig(JudgeConfig):
         description="Of a latent judge: guidance scale of its middle feature, 7.5 for LPO's; 1 leaves out the half "
         "without the prompt and half of the cost. null takes that of judge.path, or 1.",
     )
+    dtype: Literal["float32"] | None = Field(None, description="Type of the weights that are trained.")
     lora_rank: int | None = Field(
         None,
         ge=1,
@@ -53,8 +54,6 @@ class TrainedJudgeConfig(JudgeConfig):
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> TrainedJudgeConfig:
-        if self.dtype is not None:
-            raise ValueError(f"dtype is {self.dtype}, but a judge is trained in float32; leave it out")
         if self.kind != "latent":
             for key in ("guidance", "lora_rank"):
                 if (value := getattr(self, key)) is not None:
