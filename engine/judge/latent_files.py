@@ -46,7 +46,7 @@ def load(judge: JudgeConfig, diffusion: LatentDiffusion, base: UNet2DConditionMo
     folder = fetch(judge.path, judge.revision, "judge.path", (RECORD, PROJECTIONS, PUBLISHED, "unet/*"))
     if not folder.is_dir():
         raise UserError(f"judge.path: found the file {folder}, expected the folder of a latent judge")
-    family, tensors, record = diffusion.family, _projections(folder), _record(folder)
+    family, tensors, record = diffusion.family, _projections(folder), record_of(folder)
     rank = record.get("lora_rank")
     if rank:
         if dtype != base.dtype:
@@ -189,7 +189,7 @@ def _flat(state: object) -> dict[str, Tensor]:
     return flat
 
 
-def _record(folder: Path) -> dict:
+def record_of(folder: Path) -> dict:
     """Returns the conventions of scoring: those that `save` wrote, without a record the published ones."""
     file = folder / RECORD
     if not file.is_file():
@@ -199,6 +199,8 @@ def _record(folder: Path) -> dict:
         raise UserError(f"judge.kind: found latent, but {file} names the kind {record.get('kind')!r}")
     if not isinstance(record.get("guidance"), (int, float)) or not isinstance(record.get("t_of_step"), bool):
         raise UserError(f"judge.path: {file} lacks the number guidance or the truth value t_of_step")
+    if not isinstance(record.get("lora_rank"), (int, type(None))):
+        raise UserError(f"judge.path: {file} has lora_rank {record['lora_rank']!r}, expected a number")
     return record
 
 

@@ -24,7 +24,7 @@ from ..errors import UserError
 from ..judge.clip import TimeConditionedCLIP
 from ..judge.find import AnyJudge
 from ..judge.latent import LatentJudge, LatentNetwork
-from ..judge.latent_files import PUBLISHED_GUIDANCE
+from ..judge.latent_files import record_of
 from ..judge.model import StepAwarePreferenceModel
 from ..judge.pickscore import PICKSCORE
 from ..models.base_model import DTYPES, KINDS, latent_shape, network_kind
@@ -132,8 +132,9 @@ class ModelBuilder:
         visual, text = drawn(sum(blocks) + blocks[-1], width), drawn(width, width) if projected else None
         scale = torch.full((), self.judge_config.logit_scale_init_value, device=self.device)
         network = LatentNetwork(unet, encoders, visual, text, scale)
-        guidance = self.config.judge.guidance
-        return LatentJudge(network, diffusion, PUBLISHED_GUIDANCE if guidance is None else guidance, True)
+        judge = self.config.judge
+        guidance = record_of(Path(judge.path))["guidance"] if judge.guidance is None else judge.guidance
+        return LatentJudge(network, diffusion, guidance, True)
 
     def _built(self, make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
         """Returns the network of `make()` on this device and in `dtype`; PyTorch's default type stays what it is."""

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from strop.engine.config.find import load
 from strop.engine.config.settings import varied
 from strop.engine.models.base_model import BaseModel, load_unet
 from strop.engine.models.families.find import family_named
@@ -138,3 +139,8 @@ def test_a_tiny_decoder_is_taesd_or_that_of_its_folder(builder, tmp_path):
     small = builder("somebody/sd", decoder=str(tmp_path), decode_rows=3).decoder()
     assert (taesd.decode_rows, small.decode_rows) == (None, 3)
     assert sum(p.numel() for p in small.network.decoder.parameters()) < decoder / 10
+
+
+@pytest.mark.parametrize("overrides, guidance", [((), 1.0), (("judge.guidance=3",), 3.0), (("judge.path=none",), 7.5)])
+def test_a_latent_judge_has_the_guidance_that_its_folder_records(overrides, guidance):
+    assert ModelBuilder.of(load("tinyworld_latent", overrides)).latent_judge().guidance == guidance
