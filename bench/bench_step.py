@@ -83,7 +83,7 @@ def recipes(name: str, overrides: Sequence[str], names: Sequence[str]) -> tuple[
     exact = load(ROOT / "configs" / f"{name}.yaml", overrides)
     if exact.judge.kind == "latent":
         raise UserError("judge.kind: found latent, expected a judge of images, which alone the published code has")
-    latent = {"judge.kind": "latent", "judge.path": str(Path(exact.model.path).parent / "latent_judge")}
+    latent = {"judge.kind": "latent", "judge.path": str(Path(exact.model.path).parent / "judge_latent")}
     make = {
         "fast": lambda: load(ROOT / "configs" / f"{name.removesuffix('_released')}_fast.yaml", overrides),
         "latent": lambda: varied(exact, latent),
