@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def recipes(name: str, overrides: Sequence[str], names: Sequence[str]) -> tuple[SPOConfig, dict[str, SPOConfig]]:
-    """Returns (exact recipe, the named of OTHERS). A latent judge may lie beside the base model, as latent_judge.
+    """Returns (exact recipe, the named of OTHERS). A latent judge may lie beside the base model, as judge_latent.
 
     Raises UserError for a judge that the published code cannot have.
     """
