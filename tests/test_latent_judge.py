@@ -148,8 +148,10 @@ def test_timesteps_are_a_samplers_and_noise_is_each_images_own(latent_recipe, ti
     assert (seen.std((2, 3, 4)) / scale - 1).abs().max() < 0.25
     assert (seen[0] - seen[1]).std((1, 2, 3)).div(scale).min() > 1.0, "sqrt(2), where noise that is shared has 0"
     clean = torch.rand(2, 3, 3, 16, 16) * 2 - 1
-    expected, _ = method.diffusion.posterior(clean)
-    assert torch.equal(method.views.scored(clean, 0, None, None), expected * method.diffusion.vae.config.scaling_factor)
+    posterior = method.diffusion.posterior(clean)
+    assert torch.equal(
+        method.views.scored(clean, posterior, 0, None, None), posterior[0] * method.diffusion.vae.config.scaling_factor
+    )
 
 
 BAD = {

@@ -95,7 +95,8 @@ def _first_scores_higher(
         names, state = captions[start : start + 64], rng.get_state()
         for prefix, (judge, views) in judges.items():
             cond = views.noiser.diffusion.encode(names) if views.reads_text else None
-            shown = views.scored(part, t, cond, rng.set_state(state))
+            posterior = views.noiser.diffusion.posterior(part)
+            shown = views.scored(part, posterior, t, cond, rng.set_state(state))
             scores = preference_scores(judge, shown, judge.encode(names), torch.full((len(names),), t))
             higher[prefix].append(scores[0] > scores[1])
     return {prefix: torch.cat(parts) for prefix, parts in higher.items()}

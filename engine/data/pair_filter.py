@@ -43,8 +43,10 @@ class Rule:
     def check(self, names: Collection[str]) -> None:
         """Raises UserError where the rule needs a score that is not among the names."""
         for key, bounds in (("--gap", self.gap), ("--tie-gap", self.tie_gap)):
-            for name in bounds.keys() - names:
-                raise UserError(f"{key}: found {name}, expected of the scores that --scorers gives, {', '.join(names)}")
+            if missing := [name for name in bounds if name not in names]:
+                raise UserError(
+                    f"{key}: found {missing[0]}, expected of the scores that --scorers gives, {', '.join(names)}"
+                )
 
     def unmet(self, gaps: Mapping[str, float], kind: str) -> list[str]:
         """Returns the names of the scores for which a pair of a kind drops out; it is kept where there are none."""

@@ -40,7 +40,8 @@ def heldout_views(config: JudgeTrainingConfig, pairs: Dataset, views: Views, ran
     for batch in DataLoader(rank_pairs, batch_size=config.optim.batch, num_workers=config.data.workers):
         images = torch.stack([batch["image_0"], batch["image_1"]]).to(ranks.device)  # (2, N, 3, H, W)
         cond = views.noiser.diffusion.encode(batch["caption"]) if views.reads_text else None
-        shown = torch.stack([views.scored(images, t, cond, rng).half().cpu() for t in TIMESTEPS])
+        posterior = views.noiser.diffusion.posterior(images)
+        shown = torch.stack([views.scored(images, posterior, t, cond, rng).half().cpu() for t in TIMESTEPS])
         batches.append(HeldoutBatch(shown, labels_of(batch, ranks.device), batch["caption"]))
     return batches
 

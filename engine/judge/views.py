@@ -17,6 +17,8 @@ from .latent import LatentJudge
 from .model import StepAwarePreferenceModel
 from .pixels import training_pixels
 
+Posterior = tuple[Tensor, Tensor]  # mean and std of images, as LatentDiffusion.posterior returns them
+
 
 class Views(Protocol):
     """What a judge is shown of N pairs, as its `compare` takes it: (2, N, ...).
@@ -35,7 +37,9 @@ class Views(Protocol):
     def noised(self, mean: Tensor, std: Tensor, cond: Conditioning | None, t: Tensor, rng: torch.Generator) -> Tensor:
         """Shows images at timesteps t (N,), in training; mean, std: what LatentDiffusion.posterior made of them."""
 
-    def scored(self, images: Tensor, t: int, cond: Conditioning | None, rng: torch.Generator) -> Tensor:
+    def scored(
+        self, images: Tensor, posterior: Posterior, t: int, cond: Conditioning | None, rng: torch.Generator
+    ) -> Tensor:
         """Shows images (2, N, 3, H, W) at timestep t, 0: as they are, in the way in which candidates are scored."""
 
 
@@ -53,9 +57,8 @@ class ImageViews:
     def noised(self, mean: Tensor, std: Tensor, cond: Conditioning, t: Tensor, rng: torch.Generator) -> Tensor:
         return training_pixels(self.judge, self.noiser.show(mean, std, cond, t, rng))
 
-    def scored(self, images: Tensor, t: int, cond: Conditioning, rng: torch.Generator) -> Tensor:
+    def scored(self, images: Tensor, posterior: Posterior, t: int, cond: Conditioning, rng: torch.Generator) -> Tensor:
         if t:
-            posterior = self.noiser.diffusion.posterior(images)
             images = self.noiser.show(*posterior, cond, torch.full((len(cond),), t, device=images.device), rng)
         return self.judge.pixels(images.flatten(0, 1)).unflatten(0, images.shape[:2])
 
@@ -69,17 +72,18 @@ class LatentViews:
         self.noiser, self.unet = noiser, nn.Identity()
 
     def clean(self, images: Tensor) -> Tensor:
-        mean, _ = self.noiser.diffusion.posterior(images)
-        return mean.float() * self.noiser.diffusion.vae.config.scaling_factor
+        return self._latents(self.noiser.diffusion.posterior(images)[0])
 
     def noised(self, mean: Tensor, std: Tensor, cond: None, t: Tensor, rng: torch.Generator) -> Tensor:
         return self.noiser.noised(mean, std, t, rng).unflatten(0, mean.shape[:2])
 
-    def scored(self, images: Tensor, t: int, cond: None, rng: torch.Generator) -> Tensor:
+    def scored(self, images: Tensor, posterior: Posterior, t: int, cond: None, rng: torch.Generator) -> Tensor:
         if not t:
-            return self.clean(images)
-        steps = torch.full((images.shape[1],), t, device=images.device)
-        return self.noised(*self.noiser.diffusion.posterior(images), cond, steps, rng)
+            return self._latents(posterior[0])
+        return self.noised(*posterior, cond, torch.full((images.shape[1],), t, device=images.device), rng)
+
+    def _latents(self, mean: Tensor) -> Tensor:
+        return mean.float() * self.noiser.diffusion.vae.config.scaling_factor
 
 
 def views_of(config: JudgeTrainingConfig, judge: AnyJudge, diffusion: LatentDiffusion) -> Views:

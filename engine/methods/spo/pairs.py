@@ -21,8 +21,8 @@ class PreferencePairs(Rows):
 
     x_t (R, N, C, H, W): R = 1 where winner and loser share it in all pairs; x_prev (2, N, C, H, W): winner first;
     step (N,) int64: index into the schedule; prompt (N,) int64: row of the iteration's Conditioning; shared (N,) bool:
-    whether winner and loser have the same x_t; gap (N,): score(winner) - score(loser), or None; eps_ref (G, R, N, C, H,
-    W): the reference's prediction at x_t, or None.
+    whether winner and loser have the same x_t; eps_ref (G, R, N, C, H, W): the reference's prediction at x_t, or None;
+    gap (N,): score(winner) - score(loser), or None.
     """
 
     x_t: Tensor = rows(1)
@@ -30,8 +30,8 @@ class PreferencePairs(Rows):
     step: Tensor = rows()
     prompt: Tensor = rows()
     shared: Tensor = rows()
-    gap: Tensor | None = rows(default=None)
     eps_ref: Tensor | None = rows(2, default=None)
+    gap: Tensor | None = rows(default=None)
 
     @classmethod
     def of_step(
@@ -46,7 +46,7 @@ class PreferencePairs(Rows):
         shared = len(x_t) == 1
         x_t = x_t if shared else x_t[chosen, prompts]  # (R, B, C, H, W)
         steps, shared = torch.full_like(prompts, step), torch.full_like(prompts, shared, dtype=bool)
-        return cls(x_t, x_prev[chosen, prompts], steps, prompts, shared, gap)
+        return cls(x_t, x_prev[chosen, prompts], steps, prompts, shared, gap=gap)
 
     def surest(self, count: int) -> PreferencePairs:
         """Returns the `count` pairs with the largest gaps, in the order in which they are."""
