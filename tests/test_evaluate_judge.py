@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,13 +26,14 @@ def test_a_judge_that_knows_the_finished_images_is_always_right(sign, right, rec
             super().__init__(*parts)
             pools.append(self)
 
-    pools, step_of, rollout = [], {}, judge_evaluation.Rollout
+    pools, step_of, build = [], {}, judge_evaluation.build_rollout
 
-    def with_oracle(policy, decoder, judge, schedule, config):
-        step_of.update({t: step for step, t in enumerate(schedule.t)})
-        return rollout(policy, decoder, Oracle(), schedule, config)
+    def with_oracle(config, models):
+        built = build(config, models)
+        step_of.update({t: step for step, t in enumerate(built.schedule.t)})
+        return replace(built, judge=Oracle())
 
-    monkeypatch.setattr(judge_evaluation, "Rollout", with_oracle)
+    monkeypatch.setattr(judge_evaluation, "build_rollout", with_oracle)
     monkeypatch.setattr(judge_evaluation, "Pools", WatchedPools)
     main([*recipe(), "--prompts=3", "--steps=2", f"--out={tmp_path / 'figures.json'}"])
     figures = json.loads((tmp_path / "figures.json").read_text())
@@ -48,7 +50,7 @@ def test_the_steps_are_spread_and_ties_count_one_half():
     assert spread(segments, 1) == segments[:1]
     assert spread(segments, 12) == segments
     images = torch.tensor([[1.0, 2.0, 3.0], [2.0, 2.0, 1.0]]).view(2, 3, 1, 1, 1)
-    found = won([lambda side, prompts: {"value": side.flatten()}], images, ["a", "b", "c"])
+    found = won({"a": lambda side, prompts: {"value": side.flatten()}}, images, ["a", "b", "c"])
     assert found["value"].tolist() == [0, 0.5, 1]
     assert share(found["value"])["share"] == 0.5
 

@@ -82,20 +82,10 @@ def test_it_rewards_other_methods(method, method_recipe, judge_of, tiny_folder, 
 
 
 @pytest.fixture
-def latent_recipe(recipe, pair_files, tmp_path):
+def latent_recipe(file_recipe):
     """latent_recipe(form, folder, ...) -> the command line of a latent judge's training on 32 pairs in files."""
-
-    def make(form, folder, *overrides):
-        source = tmp_path / form
-        if not source.exists():
-            getattr(pair_files, form)(source, pair_files.rows(32))
-        source = source / "pairs.jsonl" if form == "jsonl" else source
-        data = ("data.train=null", "data.heldout=6", f"data.source={source}", f"data.cache={tmp_path / 'cache'}")
-        optim = ("optim.steps=4", "optim.batch=4", "optim.num_steps=20", "optim.clean_share=0")
-        judge = ("judge.path=null", "judge.kind=latent", f"model.path={folder}")
-        return recipe(*data, *optim, *judge, *overrides, judge=True)
-
-    return make
+    keys = ("optim.steps=4", "optim.num_steps=20", "judge.path=null", "judge.kind=latent")
+    return lambda form, folder, *overrides: file_recipe(form, *keys, f"model.path={folder}", *overrides)
 
 
 @pytest.mark.parametrize(

@@ -161,21 +161,6 @@ def test_bfloat16_models_keep_a_float32_judge(recipe, tmp_path):
     assert all(line["loss"] > 0 for line in records(tmp_path / "run")[1:])
 
 
-@pytest.fixture
-def file_recipe(recipe, tmp_path, pair_files):
-    """file_recipe("parquet", ...) -> the arguments of a short run on 32 pairs in files, with a cache."""
-
-    def make(form, *overrides):
-        source = tmp_path / form
-        if not source.exists():
-            getattr(pair_files, form)(source, pair_files.rows(32))
-        source = source / "pairs.jsonl" if form == "jsonl" else source
-        data = ("data.train=null", "data.heldout=6", f"data.source={source}", f"data.cache={tmp_path / 'cache'}")
-        return recipe(*data, "optim.steps=3", "optim.batch=4", "optim.clean_share=0", *overrides)
-
-    return make
-
-
 def judge_of(run):
     return load_file(run / "judge" / "model.safetensors")
 

@@ -6,17 +6,18 @@ deterministic DDIM, so that nothing but the choice tells their images apart, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..methods.spo.rollout import Rollout, choose, go_on
+from ..methods.spo.rollout import Rollout
 from ..models.conditioning import Conditioning
 from ..models.latent_diffusion import LatentDiffusion
 from ..schedules.draws import Rng
 from ..schedules.schedule import Schedule
+from ..scorers.find import scores_by
 from ..scorers.scorer import levels
 from .evaluator import Score
 from .intervals import wilson
@@ -37,21 +38,10 @@ class Pools:
 
     def __call__(self, cond: Conditioning, rng: Rng) -> Iterator[tuple[range, Tensor]]:
         """Yields each segment with the finished images of winner and loser (2, B, 3, H, W) of the B prompts of cond."""
-        rollout, schedule = self.rollout, self.rollout.schedule
-        x = schedule.prior((len(cond), *rollout.policy.latent_shape), rng)
-        current, eps = 0, None
-        for segment in self.segments:
-            eps = rollout.complete_eps(x, eps, current, cond)
-            x, eps = rollout.walk(x, eps, range(current, segment.start), cond, rng)
-            branches = schedule.branch(x, eps, segment.start, rollout.config.k, rng)
-            walked, before = rollout.walk_on(branches, eps.unsqueeze(1), segment[1:], cond, rng)
-            candidates = rollout.candidates([branches, *walked][-1], segment.stop, cond, before)
-            scores = rollout.judge.score(candidates, cond)
-            chosen = choose(scores, "best_worst", rng)  # (2, B)
-            pair = candidates.x[chosen, torch.arange(len(cond), device=x.device)]  # (2, B, C, h, w)
-            yield segment, self.finished(pair, segment.stop, cond)
-            x, eps = go_on(candidates, scores, "random", rng)
-            current = segment.stop
+        prompts = torch.arange(len(cond), device=self.finish.device)
+        for fork in self.rollout.forks(self.segments, cond, rng):
+            pair = fork.states[-1][fork.chosen, prompts]  # (2, B, C, h, w)
+            yield fork.segment, self.finished(pair, fork.segment.stop, cond)
 
     def finished(self, latents: Tensor, step: int, cond: Conditioning) -> Tensor:
         """Walks latents (K, B, C, h, w) from `step` to the end and decodes them: (K, B, 3, H, W), as a PNG has them."""
@@ -70,10 +60,16 @@ def spread(segments: Sequence[range], count: int) -> list[range]:
     return [segments[round(i * (len(segments) - 1) / max(count - 1, 1))] for i in range(count)]
 
 
-def won(scores: Sequence[Score], images: Tensor, prompts: list[str]) -> dict[str, Tensor]:
-    """Returns by score whether the first of two images (2, B, 3, H, W) is better, (B,): 1, 0, or .5 for a tie."""
-    sides = [{name: value for score in scores for name, value in score(side, prompts).items()} for side in images]
-    return {name: (1 + (first - sides[1][name]).sign().cpu()) / 2 for name, first in sides[0].items()}
+def won(scorers: Mapping[str, Score], images: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+    """Returns by score whether the first of two images (2, B, 3, H, W) is better, (B,): 1, 0, or .5 for a tie.
+
+    scorers: by their specs in evaluate.scorers. Raises UserError for scores that cannot be used.
+    """
+    better = {}
+    for spec, scorer in scorers.items():
+        first, second = (scores_by(scorer, side, prompts, spec, "evaluate.scorers") for side in images)
+        better |= {name: (1 + (torch.tensor(first[name]) - torch.tensor(second[name])).sign()) / 2 for name in first}
+    return better
 
 
 def share(won: Tensor) -> dict:

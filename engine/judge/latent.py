@@ -77,6 +77,12 @@ class LatentNetwork(nn.Module):
         return pooled.float() if self.text_projection is None else F.linear(pooled.float(), self.text_projection)
 
 
+def feature_width(unet: UNet2DConditionModel) -> int:
+    """Returns how many numbers the pooled features of all of a UNet's down blocks and its middle block are."""
+    blocks = unet.config.block_out_channels
+    return sum(blocks) + blocks[-1]
+
+
 def without_decoder(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """Removes in place what a UNet has after its middle block, and returns it."""
     for part in DECODER:

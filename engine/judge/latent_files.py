@@ -8,12 +8,12 @@ no further folders: its networks are the base model's. `begin` makes the judge w
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config.judge_training import TrainedJudgeConfig
 from ..config.training import JudgeConfig, ModelConfig
@@ -26,15 +26,13 @@ from ..models.latent_diffusion import LatentDiffusion
 from ..models.model_files import read_config, read_json
 from ..models.weight_files import check_finite, check_fit, fill, read_tensors, read_weights, save_tensors
 from .files import RECORD
-from .latent import DECODER, LatentJudge, LatentNetwork, without_decoder
+from .latent import DECODER, LatentJudge, LatentNetwork, feature_width, without_decoder
 
 PROJECTIONS, PUBLISHED = "judge.safetensors", "state_dict.pt"
 PUBLISHED_GUIDANCE = 7.5
 VISUAL, TEXT, SCALE = "visual_projection.weight", "text_projection.weight", "logit_scale"
-LORA, FIRST = (
-    "lora.",
-    "base.conv_in.weight",
-)  # of a LoRA: its tensors, and one that tells its base model
+LORA = "lora."  # prefix of the tensors of a judge that is a LoRA
+FIRST = "base.conv_in.weight"  # beside them, to tell its base model
 FIRST_SCALE = 2.6592  # ln(1 / 0.07), CLIP's logit scale before training
 
 
@@ -77,22 +75,32 @@ def begin(
     judge.components, else the identity; a fresh visual projection is drawn from rng (on the CPU).
     """
     base, dtype = BaseModel.find(model), DTYPES[model.dtype if judge.lora_rank else "float32"]
-    unet = configure_unet(base.part("unet", dtype), model)
-    if judge.path is not None:
+    unet = base.part("unet", dtype)
+    if judge.path is None:
+        encoders = diffusion.text_encoders if judge.lora_rank else base.text_encoders(torch.float32)
+        begun = _fresh(judge, unet, encoders, diffusion, rng)
+    else:
         begun = load(judge, diffusion, unet, dtype)
         if begun.network.lora_rank != judge.lora_rank:
             raise UserError(
                 f"judge.lora_rank: found {judge.lora_rank}, but {judge.path} was trained with {begun.network.lora_rank}"
             )
-        configure_unet(begun.network.unet, model)
-        return begun
-    encoders = diffusion.text_encoders if judge.lora_rank else base.text_encoders(torch.float32)
+    configure_unet(begun.network.unet, model)
+    return begun
+
+
+def _fresh(
+    judge: TrainedJudgeConfig,
+    unet: UNet2DConditionModel,
+    encoders: Sequence[nn.Module],
+    diffusion: LatentDiffusion,
+    rng: torch.Generator,
+) -> LatentJudge:
     text, width = None, encoders[-1].config.projection_dim
     if diffusion.family.pooled_width(unet.config) is None:  # the encoder has no projection of its own
         text = _clip_projection(judge) if judge.components else torch.eye(encoders[-1].config.hidden_size)
         width = len(text)
-    blocks = unet.config.block_out_channels
-    features = sum(blocks) + blocks[-1]
+    features = feature_width(unet)
     visual = torch.randn(width, features, generator=rng) / features**0.5
     network = LatentNetwork(unet, encoders, visual, text, torch.tensor(FIRST_SCALE))
     if judge.lora_rank:
@@ -228,9 +236,9 @@ def _unet(folder: Path, diffusion: LatentDiffusion) -> UNet2DConditionModel:
 
 def _check_widths(network: LatentNetwork, tensors: Mapping[str, Tensor], text: object, folder: Path) -> None:
     """Raises UserError where a projection does not fit its network. text: the last encoder's configuration."""
-    blocks = network.unet.config.block_out_channels
+    middle, features = network.unet.config.block_out_channels[-1], feature_width(network.unet)
     visual, scale = tensors[VISUAL], tensors[SCALE]
-    fits = visual.ndim == 2 and visual.shape[1] in (blocks[-1], sum(blocks) + blocks[-1]) and scale.numel() == 1
+    fits = visual.ndim == 2 and visual.shape[1] in (middle, features) and scale.numel() == 1
     projected = TEXT in tensors
     shape = tensors[TEXT].shape if projected else (text.projection_dim, text.projection_dim)
     fits = fits and tuple(shape) == (len(visual), text.hidden_size if projected else len(visual))
@@ -238,5 +246,5 @@ def _check_widths(network: LatentNetwork, tensors: Mapping[str, Tensor], text: o
         found = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in sorted(tensors.items()))
         raise UserError(
             f"judge.path: the projections in {folder} ({found}) do not fit its networks, whose UNet has features of "
-            f"{sum(blocks) + blocks[-1]} numbers, {blocks[-1]} of them in the middle"
+            f"{features} numbers, {middle} of them in the middle"
         )

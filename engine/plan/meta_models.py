@@ -23,7 +23,7 @@ from ..config.training import Config, JudgeConfig, ModelConfig
 from ..errors import UserError
 from ..judge.clip import TimeConditionedCLIP
 from ..judge.find import AnyJudge
-from ..judge.latent import LatentJudge, LatentNetwork
+from ..judge.latent import LatentJudge, LatentNetwork, feature_width
 from ..judge.latent_files import record_of
 from ..judge.model import StepAwarePreferenceModel
 from ..judge.pickscore import PICKSCORE
@@ -123,13 +123,13 @@ class ModelBuilder:
 
     def latent_judge(self) -> LatentJudge:
         diffusion, unet = self.diffusion(), self.unet()
-        blocks, projected = unet.config.block_out_channels, self.family.pooled_width(self.parts["unet"]) is None
+        projected = self.family.pooled_width(self.parts["unet"]) is None
         encoders = diffusion.text_encoders
         for network in (unet, *encoders):
             nn.Module.to(network, self.judge_dtype)
         width = encoders[-1].config.hidden_size if projected else encoders[-1].config.projection_dim
         drawn = lambda rows, out: self._built(lambda: nn.Linear(rows, out, bias=False), torch.float32).weight
-        visual, text = drawn(sum(blocks) + blocks[-1], width), drawn(width, width) if projected else None
+        visual, text = drawn(feature_width(unet), width), drawn(width, width) if projected else None
         scale = torch.full((), self.judge_config.logit_scale_init_value, device=self.device)
         network = LatentNetwork(unet, encoders, visual, text, scale)
         judge = self.config.judge

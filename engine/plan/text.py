@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ..runtime.output import table
 from .fit import Fix
 from .flops import RECOMPUTED
 from .memory import RESERVE
@@ -159,13 +160,6 @@ def gpu_cells(row: GpuRow) -> Sequence[str]:
     seconds = (short(row.computing), short(row.receiving))
     run = (f"{row.optimizer_steps:,.0f}", short(row.hours), short(row.hours * row.gpus))
     return (f"{row.gpus:>4}", *mega, *seconds, *run)
-
-
-def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Returns lines of aligned columns, the first to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
-    padded = lambda row: [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-    return ["  ".join([row[0].ljust(widths[0]), *padded(row)]).rstrip() for row in (titles, *rows)]
 
 
 def seconds_and_share(seconds: float, total: float) -> tuple[str, str]:

@@ -47,6 +47,7 @@ MAY_CHANGE = (  # on resume; everything else decides what the run computes
     "audit.components",
     "audit.kind",
     "audit.guidance",
+    "audit.dtype",
     "audit.every",
     "audit.prompts",
     "data.cache",

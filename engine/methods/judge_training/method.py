@@ -67,9 +67,11 @@ class JudgeTraining:
         self.ranks, self.clock, self.counted = session.ranks, session.clock, session.live.counted
         self.diffusion = views.noiser.diffusion
         self.heldout = heldout_views(config, sets.heldout, views, self.ranks)
-        self.empty_prompt = self.diffusion.encode([""])
+        self.empty_prompt = self.diffusion.encode([""]) if views.reads_text else None
         if sets.cached:
             self.diffusion.release_encoders()
+        elif not views.reads_text:
+            self.diffusion.release_text_encoders()
         judge.unfreeze()
         self.trainable = TrainedJudge(judge.network)
         decided = [sum((batch.labels[0] != batch.labels[1]).sum() for batch in self.heldout)]

@@ -40,6 +40,14 @@ class Collected:
     cond: Conditioning
 
 
+def build_rollout(config: SPOConfig, models: Models) -> Rollout:
+    """Builds the rollout of a recipe. Raises UserError where its steps or its decoder do not fit the models."""
+    schedule = models.schedule(config.rollout)
+    check_steps(config.rollout, schedule)
+    decoder = load_decoder(config.rollout.decoder, config.model.dtype, models.diffusion)
+    return Rollout(models.policy, decoder, models.judge, schedule, config.rollout)
+
+
 class SPO(Method):
     """SPO rolls out, has the judge tell winners from losers, and trains the policy to prefer the winners."""
 
@@ -49,12 +57,8 @@ class SPO(Method):
     def __init__(self, config: SPOConfig, models: Models, prompts: TrainingPrompts, session: Session):
         self.config, self.policy, self.prompts, self.ranks = config, models.policy, prompts, session.ranks
         self.counted, self.run_dir = session.live.counted, session.dir
-        schedule = models.schedule(config.rollout)
-        check_steps(config.rollout, schedule)
-        decoder = load_decoder(config.rollout.decoder, config.model.dtype, models.diffusion)
-        self.rollout = Rollout(
-            models.policy, decoder, models.judge, schedule, config.rollout, session.clock, self.counted
-        )
+        self.rollout = replace(build_rollout(config, models), clock=session.clock, counted=self.counted)
+        schedule = self.rollout.schedule
         self.learner = Learner(models.policy, schedule, config.optim)
         self.trainable = models.trainable
         models.diffusion.release_text_encoders()
