@@ -106,12 +106,13 @@ def make_plan(config: Config, recipe: str, gpu_key: str, gpus: int, options: Pla
     gpu, builder = find_gpu(gpu_key), ModelBuilder.of(config, options.family)
     schedule = builder.schedule("cpu")
     counts, networks = count_rows(config, schedule), Networks.of(builder)
-    costs = unit_costs(builder, networks)
+    has_rollout = "rollout.k" in keys(type(config))
+    costs = unit_costs(builder, networks, has_rollout)
     share, share_source = _share(options.share, gpu_key, recipe)
     throughput = Throughput(gpu, share)
     items = options.items or config.run.iterations * counts.items * gpus
     published = same_rollout = None
-    if "rollout.k" in keys(type(config)):
+    if has_rollout:
         published, same_rollout = (published_flops(recipe, costs) for recipe in (published_recipe(builder), builder))
 
     def measure(changed: Config) -> MemoryUse:

@@ -7,6 +7,7 @@ strop caches for a whole run, is left out; a scorer that gives rewards counts as
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ..config.methods.spo import SPOConfig
@@ -16,10 +17,8 @@ from ..judge.latent import LatentJudge
 from .meta_models import ModelBuilder
 from .meter import Flops
 from .row_counts import RowCounts, count_rows
-from .unit_costs import UNetCosts, UnitCosts
+from .unit_costs import UnitCosts
 
-STAGES = ("text", "encode", "trunk", "branches", "decode", "judge")
-STAGES += ("update: policy", "update: reference", "update: other forwards")
 RECOMPUTED = "recomputed"
 NONE = Flops()
 PUBLISHED = {"num_steps": 20, "t_range": (0, 751), "guidance": 5.0}  # in the authors' code, whatever the family
@@ -31,8 +30,8 @@ EXACT |= {"optim.passes": 1, "optim.keep_pairs": 1.0, "judge.kind": "spm", "judg
 class StageFlops:
     """Operations per prompt, or per pair, as RowCounts.item says.
 
-    stages: by name, those of STAGES that there are and, with gradient checkpointing, RECOMPUTED. plain: the sum of
-    STAGES without what the LoRA adds, and with a backward pass counted as one forward.
+    stages: by name, those that there are, in the order of an iteration. plain: the sum of all but RECOMPUTED, without
+    what the LoRA adds, and with a backward pass counted as one forward.
     """
 
     stages: dict[str, Flops]
@@ -49,46 +48,36 @@ class StageFlops:
         return sum(self.stages.values(), Flops())
 
 
-@dataclass(frozen=True, slots=True)
-class OtherWork:
-    """Work of an iteration besides the forwards of its rollout.
-
-    text: by the text encoders, the judge's included. text_kv, text_kv_base: keys and values of the text and merging the
-    LoRA into the weights, with and without the LoRA. encoded: by text encoders and VAE within the loop. images:
-    decoding. scores: by the judge. train, reference, forward: UNet rows of the update that are trained on, that the
-    reference computes, and others. recompute: of one row, by gradient checkpointing; None without it.
-    """
-
-    text: Flops
-    images: Flops
-    scores: Flops
-    train: int
-    reference: int
-    forward: int = 0
-    encoded: Flops = NONE
-    text_kv: Flops = NONE
-    text_kv_base: Flops = NONE
-    recompute: Flops | None = None
-
-
 def stage_flops(builder: ModelBuilder, counts: RowCounts, costs: UnitCosts) -> StageFlops:
     """Returns the operations of a recipe as strop runs it, where every pair is sure enough to be trained on."""
-    unet, config = costs.unet, builder.config
+    config, unet, total = builder.config, costs.unet, counts.total
+    train, reference, forward = total("train"), total("reference"), total("forward")
     cached_texts = counts.prompts + 1 if counts.prompts and config.text_kv else 0
-    texts = counts.total("text") + (0 if builder.zero_null else counts.total("empty text"))
-    other = OtherWork(
-        text=costs.text * encoded_prompts(builder) + costs.judge_text * counts.prompts,
-        images=costs.decode * counts.total("decode"),
-        scores=costs.judge * counts.total("judge"),
-        train=counts.total("train"),
-        reference=counts.total("reference"),
-        forward=counts.total("forward"),
-        encoded=costs.encode * counts.total("encode") + costs.text * texts,
-        text_kv=unet.text_kv * cached_texts + unet.merge * bool(counts.prompts),
-        text_kv_base=unet.text_kv_base * cached_texts,
-        recompute=unet.recompute if config.model.gradient_checkpointing else None,
-    )
-    return _stage_flops(counts, unet, other)
+    texts = total("text") + (0 if builder.zero_null else total("empty text"))
+    text = costs.text.flops * encoded_prompts(builder) + costs.judge_text.flops * counts.prompts
+
+    def rollout(cost: Callable[[bool], Flops], stage: str | None = None) -> Flops:
+        rows = {True: total("guided", stage), False: total("unguided", stage)}
+        return sum((cost(guided) * count for guided, count in rows.items() if count), NONE)
+
+    sampled = lambda guided: unet.sampled(guided).flops
+    encode = costs.encode.flops * total("encode") + costs.text.flops * texts
+    decode, judge = costs.decode.flops * total("decode"), costs.judge.flops * total("judge")
+    stages = {
+        "text": text + unet.text_kv().flops * cached_texts + unet.merge.flops * bool(counts.prompts),
+        "encode": encode,
+        "trunk": rollout(sampled, "rollout/trunk"),
+        "branches": rollout(sampled, "rollout/branches"),
+        "decode": decode,
+        "judge": judge,
+        "update: policy": unet.train * train,
+        "update: reference": unet.reference * reference,
+        "update: other forwards": unet.forward * forward if forward else NONE,
+        RECOMPUTED: unet.recompute * train if config.model.gradient_checkpointing else NONE,
+    }
+    base = unet.text_kv(lora=False).flops * cached_texts + rollout(unet.sampled_base)
+    base += unet.reference * (2 * train + reference + forward)
+    return _per_item(counts, stages, text + encode + decode + judge + base)
 
 
 def published_flops(builder: ModelBuilder, costs: UnitCosts) -> StageFlops:
@@ -98,41 +87,34 @@ def published_flops(builder: ModelBuilder, costs: UnitCosts) -> StageFlops:
     Winner and loser are computed in separate calls, a second UNet is the reference, and the judge's text tower and
     modulation run for every candidate at every event. None of the recipe's approximations is used.
     """
-    builder = replace(builder, config=varied(spo_recipe(builder.config), EXACT))
+    builder, row = replace(builder, config=varied(spo_recipe(builder.config), EXACT)), costs.published
     counts = count_rows(builder.config, builder.schedule("cpu"))
     candidates = counts.total("judge")
-    update_rows = 2 * (2 if builder.config.optim.guided else 1) * counts.trained_rows
-    other = OtherWork(
-        text=costs.text * encoded_prompts(builder) + costs.published_judge_text * candidates,
-        images=costs.decode_published * candidates,
-        scores=costs.published_judge * candidates,
-        train=update_rows,
-        reference=update_rows,
-    )
-    return _stage_flops(counts, costs.published_unet, other)
+    sampled = lambda stage=None: counts.total("guided", stage) + counts.total("unguided", stage)
+    learned = 2 * (2 if builder.config.optim.guided else 1) * counts.trained_rows
+    text = costs.text.flops * encoded_prompts(builder) + row.judge_text * candidates
+    decode, judge = row.decode * candidates, row.judge * candidates
+    stages = {
+        "text": text,
+        "trunk": row.forward * sampled("rollout/trunk"),
+        "branches": row.forward * sampled("rollout/branches"),
+        "decode": decode,
+        "judge": judge,
+        "update: policy": row.train * learned,
+        "update: reference": row.reference * learned,
+    }
+    return _per_item(counts, stages, text + decode + judge + row.reference * (sampled() + 3 * learned))
+
+
+def _per_item(counts: RowCounts, stages: dict[str, Flops], plain: Flops) -> StageFlops:
+    each = 1 / counts.items
+    return StageFlops({name: flops * each for name, flops in stages.items() if flops.all}, plain.all * each)
 
 
 def encoded_prompts(builder: ModelBuilder) -> int:
     """Returns how many prompts the text encoders see in an iteration, the empty one included where it is encoded."""
     prompts = builder.config.prompts_per_iteration
     return prompts + (prompts > 0 and not builder.zero_null)
-
-
-def _stage_flops(counts: RowCounts, unet: UNetCosts, other: OtherWork) -> StageFlops:
-    sampled = lambda stage: (
-        unet.guided * counts.total("guided", stage) + unet.unguided * counts.total("unguided", stage)
-    )
-    rollout = sampled("rollout/trunk"), sampled("rollout/branches")
-    update = unet.train * other.train, unet.reference * other.reference, unet.forward * other.forward
-    by_stage = (other.text + other.text_kv, other.encoded, *rollout, other.images, other.scores, *update)
-    stages = {name: flops for name, flops in zip(STAGES, by_stage, strict=True) if flops.all}
-    if other.recompute is not None:
-        stages[RECOMPUTED] = other.recompute * other.train
-    base = unet.guided_base * counts.total("guided") + unet.unguided_base * counts.total("unguided")
-    base += unet.reference * (2 * other.train + other.reference + other.forward)
-    plain = other.text + other.text_kv_base + other.encoded + other.images + other.scores + base
-    per_item = 1 / counts.items
-    return StageFlops({name: flops * per_item for name, flops in stages.items()}, plain.all * per_item)
 
 
 def spo_recipe(config: Config) -> SPOConfig:
@@ -152,8 +134,9 @@ def published_recipe(builder: ModelBuilder) -> ModelBuilder:
 def evaluation_flops(config: Config, costs: UnitCosts) -> Flops:
     """Returns the operations of all evaluation of a run, in all processes: the held-out prompts are drawn twice, by the
     base and by the tuned model."""
-    evaluate = config.evaluate
-    forward = costs.unet.guided * 2 if evaluate.guidance != 1 else costs.unet.unguided
-    image = forward * evaluate.num_steps + costs.unet.text_kv + costs.evaluation_decode + costs.judge
-    image += costs.encode if config.judge.kind == LatentJudge.kind else NONE
+    evaluate, unet = config.evaluate, costs.unet
+    guided = evaluate.guidance != 1
+    image = unet.sampled(guided).flops * (evaluate.num_steps * (2 if guided else 1)) + unet.text_kv().flops
+    image += costs.evaluation_decode.flops + costs.judge.flops
+    image += costs.encode.flops if config.judge.kind == LatentJudge.kind else NONE
     return image * (2 * evaluate.prompts)

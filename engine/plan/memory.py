@@ -38,7 +38,7 @@ class MemoryUse:
 
 def memory_use(builder: ModelBuilder, counts: RowCounts, costs: UnitCosts, ranks: int) -> MemoryUse:
     """Returns the memory that one of `ranks` processes takes, each on its own GPU."""
-    config, weights = builder.config, costs.weights
+    config, weights, unet = builder.config, costs.weights, costs.unet
     lora, latent = FLOAT * weights.lora, math.prod(builder.latent_shape)
     encoders = {TEXT_ENCODERS: weights.text_encoders, VAE_ENCODER: weights.vae_encoder}
     named = lambda part: part if counts.total("encode") else f"{part}, which training does not use"
@@ -61,19 +61,19 @@ def memory_use(builder: ModelBuilder, counts: RowCounts, costs: UnitCosts, ranks
     rows = counts.collected_bytes(latent)
     gradients = gradient_bytes(config.zero.stage, lora, ranks, config.accumulate)
     largest, images = counts.largest, costs.image_bytes * counts.largest["decode"]
-    sampling = costs.unet.text_kv_bytes * (counts.prompts + 1) + costs.unet.merged_bytes + rows
-    decode = decoding_bytes(costs.decode_peak, costs.image_bytes, largest["decode"], config.model.decode_rows)
+    sampling = unet.text_kv().peak * (counts.prompts + 1) + unet.merge.peak + rows
+    decode = decoding_bytes(costs.decode.peak, costs.image_bytes, largest["decode"], config.model.decode_rows)
     unet_rows = max(largest["guided"], largest["unguided"])
     unet_rows = min(unet_rows, config.model.unet_rows or unet_rows)
-    update = costs.unet.checkpointed_peak if config.model.gradient_checkpointing else costs.unet.update_peak
+    update = unet.update(config.model.gradient_checkpointing).peak
     released = sum(encoders.values()) - sum(encoders[part] for part in counts.kept)
     loaded = sum(models.values()) + released + weights.judge_text
     phases = {
-        "embedding the prompts": loaded + max(costs.text_peak, costs.judge_text_peak),
-        "encode": resident + gradients + max(costs.encode_peak * largest["encode"], costs.text_peak),
-        "rollout: UNet": resident + sampling + costs.unet.forward_peak * unet_rows,
+        "embedding the prompts": loaded + max(costs.text.peak, costs.judge_text.peak),
+        "encode": resident + gradients + max(costs.encode.peak * largest["encode"], costs.text.peak),
+        "rollout: UNet": resident + sampling + unet.sampled().peak * unet_rows,
         "rollout: decode": resident + sampling + decode,
-        "rollout: judge": resident + sampling + images + costs.judge_peak * largest["judge"],
+        "rollout: judge": resident + sampling + images + costs.judge.peak * largest["judge"],
         "update": resident + gradients + 2 * rows + update * update_rows(builder, counts),
         "evaluation": resident + evaluation_bytes(builder, costs),
         "balance of pairs": resident + (2 * ranks + 1) * rows,
@@ -116,9 +116,9 @@ def evaluation_bytes(builder: ModelBuilder, costs: UnitCosts) -> float:
     evaluate, model = builder.config.evaluate, builder.config.model
     batch = min(evaluate.batch, evaluate.prompts)
     rows = batch * (2 if evaluate.guidance != 1 else 1)
-    sampling = costs.unet.text_kv_bytes * (batch + 1) + costs.unet.merged_bytes
-    unet = sampling + costs.unet.forward_peak * min(rows, model.unet_rows or rows)
+    sampling = costs.unet.text_kv().peak * (batch + 1) + costs.unet.merge.peak
+    unet = sampling + costs.unet.sampled().peak * min(rows, model.unet_rows or rows)
     image = 3 * math.prod(builder.size) * FLOAT
-    decode = decoding_bytes(costs.evaluation_decode_peak, image, batch, model.decode_rows)
-    judge = 2 * image * batch + costs.judge_peak * batch
+    decode = decoding_bytes(costs.evaluation_decode.peak, image, batch, model.decode_rows)
+    judge = 2 * image * batch + costs.judge.peak * batch
     return max(unet, sampling + decode, judge)

@@ -158,6 +158,11 @@ class ModelBuilder:
         return latent_shape(self.config.model, self.parts["unet"], self.factor, self.config.model.path)
 
     @property
+    def multiple(self) -> int:
+        """How many times as high and wide as its smallest tensors a UNet's latents are."""
+        return 2 ** (len(self.parts["unet"].get("block_out_channels", range(4))) - 1)
+
+    @property
     def size(self) -> tuple[int, int]:
         """(height, width) of an image in pixels."""
         _, height, width = self.latent_shape

@@ -9,7 +9,8 @@ the calls of this thread while the work runs.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -67,15 +68,31 @@ class Measurement:
     flops: Flops
     peak: float
 
+    def __sub__(self, other: Measurement) -> Measurement:
+        return Measurement(self.flops - other.flops, self.peak - other.peak)
+
+    def __mul__(self, times: float) -> Measurement:
+        return Measurement(self.flops * times, self.peak * times)
+
 
 def measure(work: Callable[[], object], tf32: bool = False) -> Measurement:
     """Measures `work()`, which must use the meta device alone; its result counts while it lives.
 
     tf32: whether TF32 is allowed, in matrix products and convolutions alike.
     """
-    with _FusedAttention(), _Meter(tf32) as meter:
+    return measure_by_size(work, 0, tf32)(0)
+
+
+def measure_by_size(work: Callable[[], object], size: int, tf32: bool = False) -> Callable[[int], Measurement]:
+    """Measures `work()` at one size and returns what it takes at any: a function of the size, exact in both numbers.
+
+    size: of the work as it runs, such as the pixels of a latent, with prime factors that no other dimension of a tensor
+    has: operations and bytes that it divides are those that grow with it, operations that its square divides with the
+    square. 0 means that nothing is known to grow.
+    """
+    with _FusedAttention(), _Meter(size, tf32) as meter:
         work()
-    return Measurement(meter.flops, meter.peak)
+    return meter.at
 
 
 def checkpointed(function: Callable[..., object], *args: object) -> object:
@@ -103,25 +120,30 @@ class Call(NamedTuple):
 
 
 class _Meter(TorchDispatchMode):
-    """Counts operations, and the bytes of storages made inside that are alive: `now` and at the `peak`.
+    """Counts operations, and the bytes of storages made inside that are alive: `fixed`, and `grown` for each of `size`.
 
     The formulas are FlopCounterMode's. That mode is not used because it follows modules by hooks, which keep tensors
     alive too long. calls: what all meters know of calls. On the meta device most functions are decompositions in
-    Python, so that making a known result anew takes a hundredth of the time of computing it.
+    Python, so that making a known result anew takes a hundredth of the time of computing it. operations: by unit of a
+    GPU and power of the size. peaks: the most `fixed` there was beside so much `grown`.
     """
 
     calls: ClassVar[dict[tuple, Call]] = {}
 
-    def __init__(self, tf32: bool):
+    def __init__(self, size: int, tf32: bool):
         super().__init__()
-        self.float32_unit = "tf32" if tf32 else "float32"
-        self.flops = Flops()
-        self.now = self.peak = 0
+        self.size, self.float32_unit = size, "tf32" if tf32 else "float32"
+        self.fixed = self.grown = 0
+        self.operations, self.peaks = Counter(), {0: 0}
         self.alive: dict[int, weakref.ref] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and telling Dynamo so takes longer than most calls
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        key = (function, _signature(args), _signature(kwargs))
+        key = (function, _signature(args), _signature(kwargs.items()) if kwargs else None)
         call = self.calls.get(key)
         if call is None or call.layout is VIEW:
             result = function(*args, **kwargs)
@@ -130,27 +152,47 @@ class _Meter(TorchDispatchMode):
         if call is None:
             call = self.calls[key] = _described(function, args, kwargs, result)
         if call.operations:
-            self.flops += Flops(**{self._unit(args): call.operations})
+            power, each = self._powers(call.operations, 2)
+            self.operations[self._unit(args), power] += each
         if call.layout is not VIEW and call.layout is not IN_PLACE:
             for tensor in _tensors(result):
                 self._add(tensor.untyped_storage())
         return result
 
+    def at(self, size: int) -> Measurement:
+        """Returns what was measured, had it been of this size."""
+        units = Counter()
+        for (unit, power), each in self.operations.items():
+            units[unit] += each * size**power
+        return Measurement(Flops(**units), max(fixed + grown * size for grown, fixed in self.peaks.items()))
+
+    def _powers(self, count: int, most: int) -> tuple[int, int]:
+        """Returns (power of the size in a count, at most `most`; what is left of the count without it)."""
+        power = 0
+        while self.size and power < most and count % self.size == 0:
+            power, count = power + 1, count // self.size
+        return power, count
+
     def _unit(self, args: tuple) -> str:
         return self.float32_unit if next(a for a in args if isinstance(a, Tensor)).dtype == torch.float32 else "half"
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key = storage._cdata
         if key in self.alive:
             return
+        grows, each = self._powers(storage.nbytes(), 1)
+        fixed, grown = (0, each) if grows else (each, 0)
 
         def freed(_):
-            self.now -= size
+            self.fixed -= fixed
+            self.grown -= grown
             del self.alive[key]
 
         self.alive[key] = weakref.ref(storage, freed)
-        self.now += size
-        self.peak = max(self.peak, self.now)
+        self.fixed += fixed
+        self.grown += grown
+        if self.fixed > self.peaks.get(self.grown, -1):
+            self.peaks[self.grown] = self.fixed
 
 
 class _FusedAttention(TorchFunctionMode):
@@ -184,15 +226,18 @@ def _described(function, args: tuple, kwargs: dict, result: object) -> Call:
     return Call(IN_PLACE if args and result is args[0] else VIEW, operations)
 
 
-def _signature(value: object) -> object:
+def _signature(values: Iterable) -> tuple:
     """Returns all that a result on the meta device depends on, hashable: of a tensor its layout."""
-    if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype, value.device
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_signature, value))
-    if isinstance(value, dict):
-        return tuple((name, _signature(item)) for name, item in value.items())
-    return type(value), value
+    return tuple(
+        [
+            (value.shape, value.stride(), value.dtype)
+            if isinstance(value, Tensor)
+            else _signature(value)
+            if isinstance(value, (list, tuple))
+            else (type(value), value)
+            for value in values
+        ]
+    )
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

@@ -62,8 +62,7 @@ def along_inner_steps(builder: ModelBuilder, costs: UnitCosts, ranks: int) -> li
 def along_resolution(builder: ModelBuilder, networks: Networks, costs: UnitCosts, ranks: int) -> list[RecipeRow]:
     """Returns the rows of half, one and one and a half times the recipe's height and width, rounded to what the UNet
     can halve."""
-    blocks, rows = len(builder.parts["unet"].get("block_out_channels", range(4))), []
-    multiple = builder.factor * 2 ** (blocks - 1)
+    rows, multiple = [], builder.factor * builder.multiple
     for times in (0.5, 1, 1.5):
         height, width = (max(1, round(times * side / multiple)) * multiple for side in builder.size)
         sized = _varied(builder, {"model.height": height, "model.width": width})

@@ -38,7 +38,7 @@ def tinyworld_costs():
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         builder = ModelBuilder.of(load(TINYWORLD))
-        return unit_costs(builder, Networks.of(builder))
+        return unit_costs(builder, Networks.of(builder), True)
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def test_a_small_gpu_recipe_is_the_recipe_in_smaller_parts(small):
 def counted(recipe):
     """(builder, row counts, unit costs) of a recipe of configs/."""
     builder = ModelBuilder.of(load(f"configs/{recipe}.yaml"))
-    return builder, count_rows(builder.config, builder.schedule("cpu")), unit_costs(builder, Networks.of(builder))
+    return builder, count_rows(builder.config, builder.schedule("cpu")), unit_costs(builder, Networks.of(builder), True)
 
 
 @pytest.mark.slow
@@ -200,10 +200,10 @@ def test_a_latent_judge_leaves_out_look_ahead_and_decode():
     """What the recipe as published takes does not depend on it; no stage but trunk, judge and update is left."""
     keys = ("judge.kind=latent", "judge.guidance=1", "judge.path=nobody/judge")
     builder = ModelBuilder.of(load("configs/sd15.yaml", keys))
-    counts, costs = count_rows(builder.config, builder.schedule("cpu")), unit_costs(builder, Networks.of(builder))
+    counts, costs = count_rows(builder.config, builder.schedule("cpu")), unit_costs(builder, Networks.of(builder), True)
     stages = stage_flops(builder, counts, costs)
     assert not {"branches", "decode"} & stages.stages.keys()
-    assert costs.judge.all / TERA == pytest.approx(0.261, rel=0.01)  # the UNet's down and middle blocks
+    assert costs.judge.flops.all / TERA == pytest.approx(0.261, rel=0.01)  # the UNet's down and middle blocks
     assert stages.done.all / TERA <= 125
     pixel = published_flops(published_recipe(counted("sd15")[0]), counted("sd15")[2])
     assert published_flops(published_recipe(builder), costs).plain == pixel.plain

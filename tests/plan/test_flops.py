@@ -41,7 +41,7 @@ def planned(request, make_config, tiny_folder, tiny_sdxl_folder, clip_folder):
     rollout = {"num_steps": 10, "threshold": 0.0, "prompts": len(PROMPTS)} | CASES[request.param]
     config = make_config(folder, clip_folder, rollout=rollout, optim={"micro_batch": 5})
     builder = ModelBuilder.of(config)
-    return request.param, builder, unit_costs(builder, Networks.of(builder))
+    return request.param, builder, unit_costs(builder, Networks.of(builder), True)
 
 
 class Stages:

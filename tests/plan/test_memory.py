@@ -9,20 +9,19 @@ from strop.engine.config.settings import varied
 from strop.engine.errors import UserError
 from strop.engine.plan.fit import find_fixes, options
 from strop.engine.plan.memory import decoding_bytes, gradient_bytes, memory_use
-from strop.engine.plan.meter import Flops
+from strop.engine.plan.meter import Flops, Measurement
 from strop.engine.plan.out_of_memory import keys
 from strop.engine.plan.row_counts import RowCounts
-from strop.engine.plan.unit_costs import UNetCosts, UnitCosts, Weights
+from strop.engine.plan.unit_costs import UnitCosts, Weights
 
 GB = 1e9
-NO = Flops()
-UNET = UNetCosts(
-    *[NO] * 11,
-    forward_peak=1 * GB,
-    text_kv_bytes=0.0,
-    merged_bytes=0.0,
-    update_peak=8 * GB,
-    checkpointed_peak=2 * GB,
+HALF, ONE, TWO = (Measurement(Flops(), size * GB) for size in (0.5, 1, 2))
+NONE = Measurement(Flops(), 0.0)
+UNET = SimpleNamespace(
+    sampled=lambda: ONE,
+    text_kv=lambda: NONE,
+    merge=NONE,
+    update=lambda checkpointing: TWO if checkpointing else TWO * 4,
 )
 WEIGHTS = Weights(5 * GB, 1 * GB, 0.5 * GB, 0, 3 * GB, 4 * GB, 1 * GB, lora=GB // 4)
 
@@ -35,10 +34,8 @@ def config(make_config):
 @pytest.fixture
 def measure():
     """measure(config, ranks, counts) -> its memory, where not said of 8 images of 0.5 GB at once and of 32 pairs."""
-    costs = UnitCosts(
-        *(UNET, UNET, NO, 2 * GB, NO, 2 * GB, NO, 0.5 * GB, NO, 0.5 * GB),
-        *(NO, 0.25 * GB, NO, NO, 1 * GB, NO, 1 * GB, NO, WEIGHTS),
-    )
+    decodes = {"decode": TWO, "evaluation_decode": TWO, "image_bytes": 0.5 * GB, "encode": HALF}
+    costs = UnitCosts(UNET, **decodes, judge=HALF * 0.5, judge_text=ONE, text=ONE, weights=WEIGHTS, published=None)
     largest = Counter(guided=16, decode=8, judge=8)
     held = {"latents": 32 * 3, "other_bytes": 32 * (2 * 8 + 1), "exchanged": True}
     spo = RowCounts(2, largest=largest, trained_rows=32, **held)

@@ -1,22 +1,21 @@
-"""plan/unit_costs: costs are proportional to rows; the FLOPs of the full-size networks; bytes of weights on disk."""
+"""plan/unit_costs: costs are proportional to rows, and one measurement holds for all resolutions; the FLOPs of the
+full-size networks; bytes of weights on disk."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from strop.engine.config.settings import varied
 from strop.engine.methods.spo.pairs import PreferencePairs
 from strop.engine.methods.spo.update import Learner, MicroBatch
+from strop.engine.models.guided_unet import Savings
+from strop.engine.plan import unit_costs as module
 from strop.engine.plan.meta_models import ModelBuilder
 from strop.engine.plan.meter import checkpointed, measure
-from strop.engine.plan.unit_costs import (
-    Networks,
-    judge_costs,
-    measure_decode,
-    measure_sampling,
-    text_costs,
-    unet_costs,
-    weight_bytes,
-)
+from strop.engine.plan.unit_costs import Networks, UNetCosts, unit_costs
+from strop.engine.speed.apply import remove_idle_work
 
 ROW = 2
 
@@ -40,7 +39,9 @@ def test_a_forward_grows_with_its_rows(tiny, rows):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_an_update_grows_with_its_rows(tiny, checkpointing):
     policy, schedule, n = tiny.policy(), tiny.schedule("meta"), 6
-    costs = unet_costs(tiny, policy)
+    costs = UNetCosts(tiny, policy)
+    each = costs.train + costs.reference + (costs.recompute if checkpointing else costs.reference * 0)
+    peak = costs.update(checkpointing).peak
     policy.unet.disable_gradient_checkpointing()
     if checkpointing:
         policy.unet.enable_gradient_checkpointing(checkpointed)
@@ -50,14 +51,33 @@ def test_an_update_grows_with_its_rows(tiny, checkpointing):
     batch, learner = MicroBatch(pairs, 2, tiny.conditioning(1)), Learner(policy, schedule, tiny.config.optim)
     update = measure(lambda: learner.loss(batch)[0].backward())
     rows = ROW * (2 * n - 2)  # two of the pairs share their latent
-    each = costs.train + costs.reference + costs.recompute * checkpointing
     assert update.flops.all == pytest.approx(rows * each.all, rel=1e-9)
-    peak = costs.checkpointed_peak if checkpointing else costs.update_peak
     assert update.peak == pytest.approx(rows * peak, rel=0.05)
 
 
+@pytest.mark.parametrize("folder", ["tiny_folder", "tiny_sdxl_folder"], ids=["sd15", "sdxl"])
+def test_one_measurement_of_the_unet_holds_for_all_resolutions(make_config, request, monkeypatch, folder):
+    """Operations and bytes are those of a measurement at the resolution itself, to the last one."""
+    builder = ModelBuilder.of(make_config(request.getfixturevalue(folder)))
+    policy = builder.policy()
+    remove_idle_work(policy.unet, builder.diffusion().vae, True)
+    policy.savings = Savings(merge_lora=True, share_halves=True)
+    costs = UNetCosts(builder, policy)
+
+    def all_of(costs):
+        rows = [costs.sampled(), costs.sampled(False), costs.text_kv(), costs.merge, *map(costs.update, (False, True))]
+        return [*rows, costs.reference, costs.forward, *costs.unsaved()]
+
+    for height, width in ((16, 16), (48, 32), (128, 128)):
+        resized = replace(builder, config=varied(builder.config, {"model.height": height, "model.width": width}))
+        elsewhere = all_of(replace(costs, builder=resized))
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "SIDES", [side // builder.multiple for side in resized.latent_shape[1:]])
+            assert elsewhere == all_of(UNetCosts(resized, policy))
+
+
 def test_weights_are_those_on_disk(tiny, tiny_sdxl_folder):
-    weights = weight_bytes(Networks.of(tiny))
+    weights = Networks.of(tiny).weights()
 
     def size(*parts):
         files = [file for part in parts for file in (tiny_sdxl_folder / part).glob("*.safetensors")]
@@ -76,20 +96,14 @@ def test_weights_are_those_on_disk(tiny, tiny_sdxl_folder):
 )
 def test_the_full_size_networks(make_config, family, forward, decode, text):
     builder = ModelBuilder.of(make_config(f"somebody/{family}", model={"dtype": "float16"}))
-    policy, diffusion, judge = builder.policy(), builder.diffusion(), builder.judge()
-    x = torch.empty(1, *policy.latent_shape, device="meta")
-    with policy.reference():
-        merge, text_kv, guided, _ = measure_sampling(policy, x, builder.conditioning(1), cache_text=False)
-    assert (merge.flops.all, text_kv.flops.all) == (0, 0)
+    costs = unit_costs(builder, Networks.of(builder), published=True)
     tera = lambda flops: flops.all / 1e12
-    assert tera(guided.flops) / ROW == pytest.approx(forward, rel=0.01)
-    assert tera(measure_decode(diffusion, policy.latent_shape).flops) == pytest.approx(decode, rel=0.01)
-    images = judge_costs(builder, judge, torch.empty(1, 3, 512, 512, device="meta", dtype=torch.float16))
-    texts = text_costs(diffusion) | images
-    assert tera(texts["text"]) == pytest.approx(text, rel=0.01)
-    assert tera(texts["judge_text"]) == pytest.approx(0.047, rel=0.01)
-    assert tera(images["judge"]) == pytest.approx(0.335, rel=0.01)
-    assert images["judge"].tf32 > 0.99 * images["judge"].all
+    assert tera(costs.published.reference) == pytest.approx(forward, rel=0.01)
+    assert tera(costs.published.decode) == pytest.approx(decode, rel=0.01)
+    assert tera(costs.text.flops) == pytest.approx(text, rel=0.01)
+    assert tera(costs.judge_text.flops) == pytest.approx(0.047, rel=0.01)
+    assert tera(costs.judge.flops) == pytest.approx(0.335, rel=0.01)
+    assert costs.judge.flops.tf32 > 0.99 * costs.judge.flops.all
 
 
 def test_the_published_lora_has_as_many_numbers(make_config):
