@@ -2,8 +2,8 @@
 
 A plan has operations by stage, per prompt, or per pair of a method that samples nothing, and beside a recipe with SPO's
 rollout those of SPO's published code; memory by part, and keys to make it fit; hours and energy at a stated share of
-the GPU's peak; and how all of it scales. Everything is counted on meta tensors, in half a minute, on any machine and
-without a download. Hours are an estimate: nothing is timed here.
+the GPU's peak; and how all of it scales. Everything is counted on meta tensors, on any machine and without a download.
+Hours are an estimate: nothing is timed here.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from ..config.training import Config
 from ..models.families.base import Family
 from .fit import Fix, find_fixes
 from .flops import StageFlops, evaluation_flops, published_flops, published_recipe, stage_flops
-from .gpus import ASSUMED_SHARE, Gpu, Throughput, find_gpu, measured_share
+from .gpus import ASSUMED_SHARE, Gpu, find_gpu, measured_share
 from .memory import RESERVE, MemoryUse, memory_use
 from .meta_models import ModelBuilder
 from .row_counts import RowCounts, count_rows
-from .scaling import GpuRow, RecipeRow, along_gpus, along_inner_steps, along_k, along_resolution
-from .unit_costs import Networks, unit_costs
+from .scaling import GpuRow, RecipeRow, along_gpus, along_key, along_resolution
+from .unit_costs import Costs
 
 CHECKPOINTING = "model.gradient_checkpointing"
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
@@ -32,19 +32,18 @@ RESULTS = Path(__file__).parents[2] / "bench" / "results"
 class Plan:
     """All numbers that are printed.
 
-    share: of the GPU's peak; share_source: where that number comes from. items: prompts of the whole run, or pairs, as
-    counts.item says. published: SPO's authors' code with its own rollout, None for a recipe without SPO's rollout;
-    published_same_rollout: with this recipe's, None where they are the same. fixes: keys that make it fit;
-    fixed_memory: the memory with them. memory_without_checkpointing: None for a recipe without gradient
-    checkpointing. evaluation_hours: of drawing the held-out prompts twice. k, inner_steps, resolution, by_gpus: rows of
-    scaling.py, none for keys that the recipe's method lacks.
+    gpu: with the share of its peak that it reaches; share_source: where that number comes from. items: prompts of the
+    whole run, or pairs, as counts.item says. published: SPO's authors' code with its own rollout, None for a recipe
+    without SPO's rollout; published_same_rollout: with this recipe's, None where they are the same. fixes: keys that
+    make it fit; fixed_memory: the memory with them. memory_without_checkpointing: None for a recipe without gradient
+    checkpointing. evaluation_hours: of drawing the held-out prompts twice. scaling: rows by what varies, none for keys
+    that the recipe's method lacks.
     """
 
     recipe: str
     source: str
     gpu: Gpu
     gpus: int
-    share: float
     share_source: str
     iterations: int
     items: int
@@ -58,9 +57,7 @@ class Plan:
     memory_without_checkpointing: MemoryUse | None
     run: GpuRow
     evaluation_hours: float
-    k: list[RecipeRow]
-    inner_steps: list[RecipeRow]
-    resolution: list[RecipeRow]
+    scaling: dict[str, list[RecipeRow]]
     by_gpus: list[GpuRow]
 
     @property
@@ -103,17 +100,15 @@ def make_plan(config: Config, recipe: str, gpu_key: str, gpus: int, options: Pla
 
     Raises UserError for an unknown GPU, and where model or method refuse the recipe.
     """
-    gpu, builder = find_gpu(gpu_key), ModelBuilder.of(config, options.family)
-    schedule = builder.schedule("cpu")
-    counts, networks = count_rows(config, schedule), Networks.of(builder)
-    has_rollout = "rollout.k" in keys(type(config))
-    costs = unit_costs(builder, networks, has_rollout)
     share, share_source = _share(options.share, gpu_key, recipe)
-    throughput = Throughput(gpu, share)
+    gpu, builder = replace(find_gpu(gpu_key), share=share), ModelBuilder.of(config, options.family)
+    schedule = builder.schedule("cpu")
+    counts = count_rows(config, schedule)
+    forks = "rollout.k" in keys(type(config))  # as in SPO
+    costs = Costs(builder, published=forks)
     items = options.items or config.run.iterations * counts.items * gpus
-    published = same_rollout = None
-    if has_rollout:
-        published, same_rollout = (published_flops(recipe, costs) for recipe in (published_recipe(builder), builder))
+    published = published_flops(published_recipe(builder), costs) if forks else None
+    same_rollout = published_flops(builder, costs) if forks else None
 
     def measure(changed: Config) -> MemoryUse:
         return memory_use(replace(builder, config=changed), count_rows(changed, schedule), costs, gpus)
@@ -125,7 +120,6 @@ def make_plan(config: Config, recipe: str, gpu_key: str, gpus: int, options: Pla
         source=builder.source,
         gpu=gpu,
         gpus=gpus,
-        share=share,
         share_source=share_source,
         iterations=math.ceil(items / (counts.items * gpus)),
         items=items,
@@ -137,12 +131,14 @@ def make_plan(config: Config, recipe: str, gpu_key: str, gpus: int, options: Pla
         fixes=fixes,
         fixed_memory=fixed_memory,
         memory_without_checkpointing=measure(varied(config, {CHECKPOINTING: False})) if checkpointing else None,
-        run=along_gpus(builder, counts, costs, throughput, items, [gpus])[0],
-        evaluation_hours=throughput.seconds(evaluation_flops(config, costs)) / gpus / 3600,
-        k=along_k(builder, costs, gpus),
-        inner_steps=along_inner_steps(builder, costs, gpus),
-        resolution=along_resolution(builder, networks, costs, gpus),
-        by_gpus=along_gpus(builder, counts, costs, throughput, items),
+        run=along_gpus(builder, counts, costs, gpu, items, [gpus])[0],
+        evaluation_hours=gpu.seconds(evaluation_flops(config, costs)) / gpus / 3600,
+        scaling={
+            "k": along_key(builder, "rollout.k", costs, gpus),
+            "inner_steps": along_key(builder, "rollout.inner_steps", costs, gpus),
+            "resolution": along_resolution(builder, costs, gpus),
+        },
+        by_gpus=along_gpus(builder, counts, costs, gpu, items),
     )
 
 
@@ -157,34 +153,35 @@ def _share(asked: float | None, gpu_key: str, recipe: str) -> tuple[float, str]:
 
 def as_json(plan: Plan) -> dict:
     """Returns everything in a plan for JSON: operations, bytes, hours."""
-    by_stage = lambda flops: {name: stage.all for name, stage in flops.stages.items()}
-    operations = lambda flops: {
-        "stages": by_stage(flops),
-        "total": flops.needed.all,
-        "done": flops.done.all,
-        "plain": flops.plain,
-    }
-    bytes_of = lambda memory: {"parts": memory.parts, "phases": memory.phases, "peak": memory.peak}
-    published, same_rollout, item = plan.published, plan.published_same_rollout, plan.counts.item
+    item, same_rollout = plan.counts.item, plan.published_same_rollout
+    operations = lambda flops: (
+        flops
+        and {
+            "stages": {name: stage.all for name, stage in flops.stages.items()},
+            "total": flops.needed.all,
+            "done": flops.done.all,
+            "plain": flops.plain,
+        }
+    )
     return {
         "recipe": plan.recipe,
         "architecture": plan.source,
         "gpu": asdict(plan.gpu),
         "gpus": plan.gpus,
-        "share_of_peak": plan.share,
+        "share_of_peak": plan.gpu.share,
         "share_from": plan.share_source,
         "iterations": plan.iterations,
         f"{item}s": plan.items,
         f"flop_per_{item}": operations(plan.flops),
-        f"flop_per_{item}_published": operations(published) if published else None,
-        f"flop_per_{item}_published_same_rollout": operations(same_rollout) if same_rollout else None,
-        "memory": bytes_of(plan.memory),
+        f"flop_per_{item}_published": operations(plan.published),
+        f"flop_per_{item}_published_same_rollout": operations(same_rollout),
+        "memory": asdict(plan.memory) | {"peak": plan.memory.peak},
         "fits": plan.fits,
         "fixes": [asdict(fix) for fix in plan.fixes],
-        "memory_fixed": bytes_of(plan.fixed_memory),
+        "memory_fixed": asdict(plan.fixed_memory) | {"peak": plan.fixed_memory.peak},
         "hours": plan.hours,
         "gpu_hours": plan.gpu_hours,
         "kwh": plan.kilowatt_hours,
-        "scaling": {name: [asdict(row) for row in getattr(plan, name)] for name in ("k", "inner_steps", "resolution")},
+        "scaling": {name: [asdict(row) for row in rows] for name, rows in plan.scaling.items()},
         "by_gpus": [asdict(row) for row in plan.by_gpus],
     }

@@ -17,7 +17,7 @@ from ..judge.latent import LatentJudge
 from .meta_models import ModelBuilder
 from .meter import Flops
 from .row_counts import RowCounts, count_rows
-from .unit_costs import UnitCosts
+from .unit_costs import Costs
 
 RECOMPUTED = "recomputed"
 NONE = Flops()
@@ -48,9 +48,9 @@ class StageFlops:
         return sum(self.stages.values(), Flops())
 
 
-def stage_flops(builder: ModelBuilder, counts: RowCounts, costs: UnitCosts) -> StageFlops:
+def stage_flops(builder: ModelBuilder, counts: RowCounts, costs: Costs) -> StageFlops:
     """Returns the operations of a recipe as strop runs it, where every pair is sure enough to be trained on."""
-    config, unet, total = builder.config, costs.unet, counts.total
+    config, total = builder.config, counts.total
     train, reference, forward = total("train"), total("reference"), total("forward")
     cached_texts = counts.prompts + 1 if counts.prompts and config.text_kv else 0
     texts = total("text") + (0 if builder.zero_null else total("empty text"))
@@ -60,27 +60,27 @@ def stage_flops(builder: ModelBuilder, counts: RowCounts, costs: UnitCosts) -> S
         rows = {True: total("guided", stage), False: total("unguided", stage)}
         return sum((cost(guided) * count for guided, count in rows.items() if count), NONE)
 
-    sampled = lambda guided: unet.sampled(guided).flops
-    encode = costs.encode.flops * total("encode") + costs.text.flops * texts
-    decode, judge = costs.decode.flops * total("decode"), costs.judge.flops * total("judge")
+    sampled, update = lambda guided: costs.sampled(guided).flops, costs.update(False).flops
+    encode = costs.encode().flops * total("encode") + costs.text.flops * texts
+    decode, judge = costs.decode().flops * total("decode"), costs.judge.flops * total("judge")
     stages = {
-        "text": text + unet.text_kv().flops * cached_texts + unet.merge.flops * bool(counts.prompts),
+        "text": text + costs.text_kv().flops * cached_texts + costs.merge().flops * bool(counts.prompts),
         "encode": encode,
         "trunk": rollout(sampled, "rollout/trunk"),
         "branches": rollout(sampled, "rollout/branches"),
         "decode": decode,
         "judge": judge,
-        "update: policy": unet.train * train,
-        "update: reference": unet.reference * reference,
-        "update: other forwards": unet.forward * forward if forward else NONE,
-        RECOMPUTED: unet.recompute * train if config.model.gradient_checkpointing else NONE,
+        "update: policy": (update - costs.predicted(lora=False)) * train,
+        "update: reference": costs.predicted(lora=False) * reference,
+        "update: other forwards": costs.predicted(lora=True) * forward if forward else NONE,
+        RECOMPUTED: (costs.update(True).flops - update) * train if config.model.gradient_checkpointing else NONE,
     }
-    base = unet.text_kv(lora=False).flops * cached_texts + rollout(unet.sampled_base)
-    base += unet.reference * (2 * train + reference + forward)
+    base = costs.text_kv(lora=False).flops * cached_texts + rollout(costs.sampled_base)
+    base += costs.predicted(lora=False) * (2 * train + reference + forward)
     return _per_item(counts, stages, text + encode + decode + judge + base)
 
 
-def published_flops(builder: ModelBuilder, costs: UnitCosts) -> StageFlops:
+def published_flops(builder: ModelBuilder, costs: Costs) -> StageFlops:
     """Returns the operations of a recipe as SPO's authors' code would run it, with every pair and no checkpointing.
 
     The recipe is one of SPO, or of a method with the same rollout.
@@ -92,18 +92,18 @@ def published_flops(builder: ModelBuilder, costs: UnitCosts) -> StageFlops:
     candidates = counts.total("judge")
     sampled = lambda stage=None: counts.total("guided", stage) + counts.total("unguided", stage)
     learned = 2 * (2 if builder.config.optim.guided else 1) * counts.trained_rows
-    text = costs.text.flops * encoded_prompts(builder) + row.judge_text * candidates
-    decode, judge = row.decode * candidates, row.judge * candidates
+    text = costs.text.flops * encoded_prompts(builder) + row["judge_text"] * candidates
+    decode, judge = row["decode"] * candidates, row["judge"] * candidates
     stages = {
         "text": text,
-        "trunk": row.forward * sampled("rollout/trunk"),
-        "branches": row.forward * sampled("rollout/branches"),
+        "trunk": row["forward"] * sampled("rollout/trunk"),
+        "branches": row["forward"] * sampled("rollout/branches"),
         "decode": decode,
         "judge": judge,
-        "update: policy": row.train * learned,
-        "update: reference": row.reference * learned,
+        "update: policy": row["train"] * learned,
+        "update: reference": row["reference"] * learned,
     }
-    return _per_item(counts, stages, text + decode + judge + row.reference * (sampled() + 3 * learned))
+    return _per_item(counts, stages, text + decode + judge + row["reference"] * (sampled() + 3 * learned))
 
 
 def _per_item(counts: RowCounts, stages: dict[str, Flops], plain: Flops) -> StageFlops:
@@ -131,12 +131,12 @@ def published_recipe(builder: ModelBuilder) -> ModelBuilder:
     return replace(builder, config=varied(spo_recipe(builder.config), EXACT | rollout | {"optim.guided": True}))
 
 
-def evaluation_flops(config: Config, costs: UnitCosts) -> Flops:
+def evaluation_flops(config: Config, costs: Costs) -> Flops:
     """Returns the operations of all evaluation of a run, in all processes: the held-out prompts are drawn twice, by the
     base and by the tuned model."""
-    evaluate, unet = config.evaluate, costs.unet
+    evaluate = config.evaluate
     guided = evaluate.guidance != 1
-    image = unet.sampled(guided).flops * (evaluate.num_steps * (2 if guided else 1)) + unet.text_kv().flops
-    image += costs.evaluation_decode.flops + costs.judge.flops
-    image += costs.encode.flops if config.judge.kind == LatentJudge.kind else NONE
+    image = costs.sampled(guided).flops * (evaluate.num_steps * (2 if guided else 1)) + costs.text_kv().flops
+    image += costs.decode(True).flops + costs.judge.flops
+    image += costs.encode().flops if config.judge.kind == LatentJudge.kind else NONE
     return image * (2 * evaluate.prompts)

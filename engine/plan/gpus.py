@@ -25,7 +25,7 @@ ASSUMED_SHARE = 0.4  # of the peak: about what the published runs used of theirs
 @dataclass(frozen=True, slots=True)
 class Gpu:
     """A GPU's datasheet. half, tf32, float32: TFLOP/s of matrix products; memory in GB; watts: rated power; link: GB/s
-    to other GPUs of the machine, one way (half of what is called bidirectional)."""
+    to other GPUs of the machine, one way (half of what is called bidirectional). share: of its peak that it reaches."""
 
     name: str
     half: float
@@ -35,22 +35,11 @@ class Gpu:
     watts: float
     link: float
     link_name: str
-
-    def seconds(self, flops: Flops, share: float) -> float:
-        """Returns the seconds of these operations at a share (0 to 1) of the peak of the units that do them."""
-        return (flops.half / self.half + flops.tf32 / self.tf32 + flops.float32 / self.float32) / 1e12 / share
-
-
-@dataclass(frozen=True, slots=True)
-class Throughput:
-    """A GPU that reaches a share (0 to 1) of its peak."""
-
-    gpu: Gpu
-    share: float
+    share: float = 1.0
 
     def seconds(self, flops: Flops) -> float:
-        """Returns the seconds that these operations take."""
-        return self.gpu.seconds(flops, self.share)
+        """Returns the seconds of these operations, each on the unit that does them."""
+        return (flops.half / self.half + flops.tf32 / self.tf32 + flops.float32 / self.float32) / 1e12 / self.share
 
 
 GPUS = {
@@ -97,7 +86,8 @@ def measured_share(results: Path, key: str, recipe: str) -> tuple[float, Path] |
             record = json.loads(file.read_text(encoding="utf-8"))
         except ValueError:
             continue
-        share = record.get("share_of_peak") if isinstance(record, dict) and record.get("gpu") == key else None
+        of_gpu = isinstance(record, dict) and GPUS.get(str(record.get("gpu"))) is find_gpu(key)
+        share = record.get("share_of_peak") if of_gpu else None
         if isinstance(share, float) and 0 < share <= 1:
             measured.append((record.get("recipe") == recipe, share, file))
     return max(measured)[1:] if measured else None

@@ -24,7 +24,7 @@ from .gpus import Gpu, gpu_of_cuda_name
 from .meta_models import ModelBuilder
 from .meter import Flops
 from .row_counts import count_rows
-from .unit_costs import Networks, unit_costs
+from .unit_costs import Costs
 
 UPDATE = ("update: policy", "update: reference", "update: other forwards", RECOMPUTED)
 
@@ -56,9 +56,9 @@ def seconds_on(gpu: Gpu, config: Config, family: Family) -> dict[str, float]:
     """
     builder = ModelBuilder.of(config, family)
     counts = count_rows(config, builder.schedule("cpu"))
-    stages = stage_flops(builder, counts, unit_costs(builder, Networks.of(builder))).stages
+    stages = stage_flops(builder, counts, Costs(builder)).stages
     stages.pop("text", None)
-    seconds = lambda parts: gpu.seconds(sum(parts, Flops()), share=1.0)
+    seconds = lambda parts: gpu.seconds(sum(parts, Flops()))
     update = seconds(stages.pop(name) for name in UPDATE if name in stages)
     collect = seconds(stages.values())
     if not counts.pairs:

@@ -1,6 +1,7 @@
 """plan/gpus: which GPUs are known, seconds at a share of their peak, and shares that were measured."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -11,8 +12,8 @@ from strop.engine.plan.meter import Flops
 
 def test_each_unit_takes_its_own_time():
     a100 = find_gpu("A100")
-    assert a100.seconds(Flops(half=312e12), 1) == pytest.approx(1)
-    assert a100.seconds(Flops(312e12, 156e12, 19.5e12), 0.5) == pytest.approx(6)
+    assert a100.seconds(Flops(half=312e12)) == pytest.approx(1)
+    assert replace(a100, share=0.5).seconds(Flops(312e12, 156e12, 19.5e12)) == pytest.approx(6)
 
 
 def test_no_gpu_does_float32_faster_than_half_precision():
@@ -39,6 +40,7 @@ def test_a_measured_share_is_taken_of_the_same_recipe_first(tmp_path):
     assert measured_share(tmp_path, "a100", "sd15") == (0.6, tmp_path / "a.json")
     write("e.json", gpu="a100", recipe="sd15", share_of_peak=0.5)
     assert measured_share(tmp_path, "a100", "sd15") == (0.5, tmp_path / "e.json")
+    assert measured_share(tmp_path, "A100", "sd15") == (0.5, tmp_path / "e.json")
     assert measured_share(tmp_path / "nowhere", "a100", "sd15") is None
 
 

@@ -12,18 +12,25 @@ from strop.engine.plan.memory import decoding_bytes, gradient_bytes, memory_use
 from strop.engine.plan.meter import Flops, Measurement
 from strop.engine.plan.out_of_memory import keys
 from strop.engine.plan.row_counts import RowCounts
-from strop.engine.plan.unit_costs import UnitCosts, Weights
 
 GB = 1e9
 HALF, ONE, TWO = (Measurement(Flops(), size * GB) for size in (0.5, 1, 2))
 NONE = Measurement(Flops(), 0.0)
-UNET = SimpleNamespace(
+WEIGHTS = {"UNet": 5, "VAE decoder": 1, "VAE encoder": 0.5, "tiny decoder": 0, "text encoders": 3}
+WEIGHTS |= {"judge": 4, "judge's text encoder": 1, "LoRA": 1}
+COSTS = SimpleNamespace(
     sampled=lambda: ONE,
     text_kv=lambda: NONE,
-    merge=NONE,
+    merge=lambda: NONE,
     update=lambda checkpointing: TWO if checkpointing else TWO * 4,
+    decode=lambda evaluation=False: TWO,
+    image_bytes=lambda: 0.5 * GB,
+    encode=lambda: HALF,
+    judge=HALF * 0.5,
+    judge_text=ONE,
+    text=ONE,
+    weights={part: size * GB for part, size in WEIGHTS.items()},
 )
-WEIGHTS = Weights(5 * GB, 1 * GB, 0.5 * GB, 0, 3 * GB, 4 * GB, 1 * GB, lora=GB // 4)
 
 
 @pytest.fixture
@@ -34,13 +41,11 @@ def config(make_config):
 @pytest.fixture
 def measure():
     """measure(config, ranks, counts) -> its memory, where not said of 8 images of 0.5 GB at once and of 32 pairs."""
-    decodes = {"decode": TWO, "evaluation_decode": TWO, "image_bytes": 0.5 * GB, "encode": HALF}
-    costs = UnitCosts(UNET, **decodes, judge=HALF * 0.5, judge_text=ONE, text=ONE, weights=WEIGHTS, published=None)
     largest = Counter(guided=16, decode=8, judge=8)
     held = {"latents": 32 * 3, "other_bytes": 32 * (2 * 8 + 1), "exchanged": True}
     spo = RowCounts(2, largest=largest, trained_rows=32, **held)
     builder = lambda config: SimpleNamespace(config=config, latent_shape=(4, 8, 8), size=(64, 64))
-    return lambda config, ranks=1, counts=spo: memory_use(builder(config), counts, costs, ranks)
+    return lambda config, ranks=1, counts=spo: memory_use(builder(config), counts, COSTS, ranks)
 
 
 def test_scorers_stay_on_the_gpu(config, measure):

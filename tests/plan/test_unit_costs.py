@@ -10,12 +10,10 @@ from safetensors.torch import load_file
 from strop.engine.config.settings import varied
 from strop.engine.methods.spo.pairs import PreferencePairs
 from strop.engine.methods.spo.update import Learner, MicroBatch
-from strop.engine.models.guided_unet import Savings
-from strop.engine.plan import unit_costs as module
+from strop.engine.plan import unit_costs
 from strop.engine.plan.meta_models import ModelBuilder
 from strop.engine.plan.meter import checkpointed, measure
-from strop.engine.plan.unit_costs import Networks, UNetCosts, unit_costs
-from strop.engine.speed.apply import remove_idle_work
+from strop.engine.plan.unit_costs import Costs
 
 ROW = 2
 
@@ -38,11 +36,8 @@ def test_a_forward_grows_with_its_rows(tiny, rows):
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_an_update_grows_with_its_rows(tiny, checkpointing):
-    policy, schedule, n = tiny.policy(), tiny.schedule("meta"), 6
-    costs = UNetCosts(tiny, policy)
-    each = costs.train + costs.reference + (costs.recompute if checkpointing else costs.reference * 0)
-    peak = costs.update(checkpointing).peak
-    policy.unet.disable_gradient_checkpointing()
+    costs, schedule, n = Costs(tiny), tiny.schedule("meta"), 6
+    flops, peak, policy = costs.update(checkpointing).flops, costs.update(checkpointing).peak, costs.policy
     if checkpointing:
         policy.unet.enable_gradient_checkpointing(checkpointed)
     x = torch.empty(2, n, *policy.latent_shape, device="meta")
@@ -51,7 +46,7 @@ def test_an_update_grows_with_its_rows(tiny, checkpointing):
     batch, learner = MicroBatch(pairs, 2, tiny.conditioning(1)), Learner(policy, schedule, tiny.config.optim)
     update = measure(lambda: learner.loss(batch)[0].backward())
     rows = ROW * (2 * n - 2)  # two of the pairs share their latent
-    assert update.flops.all == pytest.approx(rows * each.all, rel=1e-9)
+    assert update.flops.all == pytest.approx(rows * flops.all, rel=1e-9)
     assert update.peak == pytest.approx(rows * peak, rel=0.05)
 
 
@@ -59,34 +54,33 @@ def test_an_update_grows_with_its_rows(tiny, checkpointing):
 def test_one_measurement_of_the_unet_holds_for_all_resolutions(make_config, request, monkeypatch, folder):
     """Operations and bytes are those of a measurement at the resolution itself, to the last one."""
     builder = ModelBuilder.of(make_config(request.getfixturevalue(folder)))
-    policy = builder.policy()
-    remove_idle_work(policy.unet, builder.diffusion().vae, True)
-    policy.savings = Savings(merge_lora=True, share_halves=True)
-    costs = UNetCosts(builder, policy)
+    costs = Costs(builder)
 
     def all_of(costs):
-        rows = [costs.sampled(), costs.sampled(False), costs.text_kv(), costs.merge, *map(costs.update, (False, True))]
-        return [*rows, costs.reference, costs.forward, *costs.unsaved()]
+        rows = [costs.sampled(), costs.sampled(False), costs.text_kv(), costs.merge(), costs.decode()]
+        return [*rows, costs.update(False), costs.update(True), costs.predicted(False), costs.predicted(True)]
 
     for height, width in ((16, 16), (48, 32), (128, 128)):
         resized = replace(builder, config=varied(builder.config, {"model.height": height, "model.width": width}))
-        elsewhere = all_of(replace(costs, builder=resized))
+        elsewhere, there = costs.at(resized), costs.at(resized)
+        there.known = {}
         with monkeypatch.context() as patch:
-            patch.setattr(module, "SIDES", [side // builder.multiple for side in resized.latent_shape[1:]])
-            assert elsewhere == all_of(UNetCosts(resized, policy))
+            patch.setattr(unit_costs, "SIDES", [side // builder.multiple for side in resized.latent_shape[1:]])
+            full = all_of(there)
+        assert all_of(elsewhere) == full
 
 
 def test_weights_are_those_on_disk(tiny, tiny_sdxl_folder):
-    weights = Networks.of(tiny).weights()
+    weights = Costs(replace(tiny, config=varied(tiny.config, {"model.fold_upsample": False}))).weights
 
     def size(*parts):
         files = [file for part in parts for file in (tiny_sdxl_folder / part).glob("*.safetensors")]
         return sum(tensor.nbytes for file in files for tensor in load_file(file).values())
 
-    assert weights.unet == size("unet")
-    assert weights.vae_decoder + weights.vae_encoder == size("vae")
+    assert weights["UNet"] == size("unet")
+    assert weights["VAE decoder"] + weights["VAE encoder"] == size("vae")
     # position_ids is a buffer of both, and in no file
-    assert weights.text_encoders == pytest.approx(size("text_encoder", "text_encoder_2"), abs=2 * 8 * 16)
+    assert weights["text encoders"] == pytest.approx(size("text_encoder", "text_encoder_2"), abs=2 * 8 * 16)
 
 
 @pytest.mark.parametrize(
@@ -96,10 +90,10 @@ def test_weights_are_those_on_disk(tiny, tiny_sdxl_folder):
 )
 def test_the_full_size_networks(make_config, family, forward, decode, text):
     builder = ModelBuilder.of(make_config(f"somebody/{family}", model={"dtype": "float16"}))
-    costs = unit_costs(builder, Networks.of(builder), published=True)
+    costs = Costs(builder, published=True)
     tera = lambda flops: flops.all / 1e12
-    assert tera(costs.published.reference) == pytest.approx(forward, rel=0.01)
-    assert tera(costs.published.decode) == pytest.approx(decode, rel=0.01)
+    assert tera(costs.published["reference"]) == pytest.approx(forward, rel=0.01)
+    assert tera(costs.published["decode"]) == pytest.approx(decode, rel=0.01)
     assert tera(costs.text.flops) == pytest.approx(text, rel=0.01)
     assert tera(costs.judge_text.flops) == pytest.approx(0.047, rel=0.01)
     assert tera(costs.judge.flops) == pytest.approx(0.335, rel=0.01)
