@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,13 +19,15 @@ from ..errors import UserError
 if TYPE_CHECKING:
     from .meter import Flops
 
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
 ASSUMED_SHARE = 0.4  # of the peak: about what the published runs used of theirs
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
     """A GPU's datasheet. half, tf32, float32: TFLOP/s of matrix products; memory in GB; watts: rated power; link: GB/s
-    to other GPUs of the machine, one way (half of what is called bidirectional). share: of its peak that it reaches."""
+    to other GPUs of the machine, one way (half of what is called bidirectional). share: of its peak that it reaches;
+    share_source: where that number comes from."""
 
     name: str
     half: float
@@ -36,6 +38,7 @@ class Gpu:
     link: float
     link_name: str
     share: float = 1.0
+    share_source: str = "its peak"
 
     def seconds(self, flops: Flops) -> float:
         """Returns the seconds of these operations, each on the unit that does them."""
@@ -67,13 +70,23 @@ def find_gpu(key: str) -> Gpu:
     raise UserError(f"--gpu: found {key!r}, expected one of {', '.join(GPUS)}{hint}")
 
 
+def gpu_at_share(key: str, asked: float | None, recipe: str, results: Path = RESULTS) -> Gpu:
+    """Returns the GPU of a key at the share of its peak that is asked for; None takes the measured one, or assumes."""
+    gpu = find_gpu(key)
+    if asked is not None:
+        return replace(gpu, share=asked, share_source="given")
+    if measured := measured_share(results, gpu, recipe):
+        return replace(gpu, share=measured[0], share_source=f"measured, {measured[1].name}")
+    return replace(gpu, share=ASSUMED_SHARE, share_source="assumed: no measurement of this GPU in bench/results")
+
+
 def gpu_of_cuda_name(name: str) -> Gpu | None:
     """Returns the GPU with CUDA's name, such as "NVIDIA A100-SXM4-80GB"; None if GPUS lacks it."""
     key = re.sub(r"nvidia|tesla|geforce|sxm\d*|hbm3e?|\d+gb|[^a-z0-9]", "", name.lower())
     return GPUS.get("a100" if key == "a100pcie" else key)  # whose peak is that of the module
 
 
-def measured_share(results: Path, key: str, recipe: str) -> tuple[float, Path] | None:
+def measured_share(results: Path, gpu: Gpu, recipe: str) -> tuple[float, Path] | None:
     """Returns (share of the peak, file that says so), measured on this GPU with this recipe or else with another one.
 
     None where nothing was measured on this GPU. A file in the folder `results` counts where it is JSON that has "gpu",
@@ -86,7 +99,7 @@ def measured_share(results: Path, key: str, recipe: str) -> tuple[float, Path] |
             record = json.loads(file.read_text(encoding="utf-8"))
         except ValueError:
             continue
-        of_gpu = isinstance(record, dict) and GPUS.get(str(record.get("gpu"))) is find_gpu(key)
+        of_gpu = isinstance(record, dict) and GPUS.get(str(record.get("gpu"))) is gpu
         share = record.get("share_of_peak") if of_gpu else None
         if isinstance(share, float) and 0 < share <= 1:
             measured.append((record.get("recipe") == recipe, share, file))

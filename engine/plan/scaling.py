@@ -7,7 +7,7 @@ all-gather a process receives the rows of the others, in an all-reduce twice tha
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -81,28 +81,21 @@ def along_resolution(builder: ModelBuilder, costs: Costs, ranks: int) -> list[Re
     return rows
 
 
-def along_gpus(
-    builder: ModelBuilder,
-    counts: RowCounts,
-    costs: Costs,
-    gpu: Gpu,
-    items: int,
-    gpu_counts: Sequence[int] = GPU_COUNTS,
-) -> list[GpuRow]:
-    """Returns the rows of the same run on so many GPUs, each of which takes counts.items in an iteration.
+def along_gpus(builder: ModelBuilder, counts: RowCounts, costs: Costs, gpu: Gpu, items: int, gpus: int) -> list[GpuRow]:
+    """Returns the row of a run on `gpus` GPUs, then those of the same run on GPU_COUNTS.
 
-    items: of the whole run, over all epochs.
+    Each GPU takes counts.items in an iteration. items: of the whole run, over all epochs.
     """
     config, rows = builder.config, []
     computing = gpu.seconds(stage_flops(builder, counts, costs).done * counts.items)
-    for gpus in gpu_counts:
-        iterations = math.ceil(items / (counts.items * gpus))
-        zero = zero_bytes(config, counts, costs.weights["LoRA"], gpus)
-        balance = balance_bytes(counts, math.prod(builder.latent_shape), gpus)
+    for ranks in (gpus, *GPU_COUNTS):
+        iterations = math.ceil(items / (counts.items * ranks))
+        zero = zero_bytes(config, counts, costs.weights["LoRA"], ranks)
+        balance = balance_bytes(counts, math.prod(builder.latent_shape), ranks)
         receiving = (zero + balance) / (gpu.link * 1e9)
         steps = iterations * counts.micro_batches / config.accumulate
         hours = iterations * (computing + receiving) / 3600
-        rows.append(GpuRow(gpus, zero, balance, computing, receiving, steps, hours))
+        rows.append(GpuRow(ranks, zero, balance, computing, receiving, steps, hours))
     return rows
 
 

@@ -32,7 +32,7 @@ def answers(plan: Plan) -> list[str]:
     return [
         f"{plan.recipe} on {plan.gpus} x {plan.gpu.name}: {work}",
         f"{fits}.",
-        f"hours: {short(plan.hours)}, at {plan.gpu.share:.0%} of the GPU's peak ({plan.share_source}).",
+        f"hours: {short(plan.hours)}, at {plan.gpu.share:.0%} of the GPU's peak ({plan.gpu.share_source}).",
         f"GPU-hours: {short(plan.gpu_hours)}.",
         "",
         f"An iteration of one GPU: {iteration}, {counts.micro_batches} micro-batches.",
@@ -42,7 +42,7 @@ def answers(plan: Plan) -> list[str]:
 
 def operations(plan: Plan) -> list[str]:
     """Says TFLOP and seconds by stage, beside the TFLOP of SPO's published code, and how much more that needs."""
-    ours, published, same_rollout, seconds = plan.flops, plan.published, plan.published_same_rollout, plan.gpu.seconds
+    ours, published, same_rollout, seconds = plan.flops, plan.published, plan.same_rollout, plan.gpu.seconds
     stages, theirs = ours.stages | {"total": ours.done}, {}
     if published:
         theirs = dict.fromkeys(stages, "") | {name: tera(flops) for name, flops in published.stages.items()}
@@ -79,7 +79,7 @@ def memory(plan: Plan) -> list[str]:
 
 def unused(plan: Plan) -> list[str]:
     """Says whether the recipe fits without gradient checkpointing too."""
-    plain = plan.memory_without_checkpointing
+    plain = plan.without_checkpointing
     if plain is None or plain.peak > plan.available:
         return []
     saved = tera(plan.flops.stages[RECOMPUTED])

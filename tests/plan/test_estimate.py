@@ -12,9 +12,9 @@ from strop.engine.config.settings import differences
 from strop.engine.models.families.find import family_named
 from strop.engine.plan import __main__ as plan_main
 from strop.engine.plan import estimate
-from strop.engine.plan.estimate import as_json, make_plan
+from strop.engine.plan.estimate import Plan
 from strop.engine.plan.flops import published_flops, published_recipe, stage_flops
-from strop.engine.plan.gpus import ASSUMED_SHARE, Gpu, find_gpu
+from strop.engine.plan.gpus import ASSUMED_SHARE, Gpu, find_gpu, gpu_at_share
 from strop.engine.plan.memory import RESERVE, memory_use
 from strop.engine.plan.meta_models import ModelBuilder
 from strop.engine.plan.row_counts import count_rows
@@ -47,7 +47,7 @@ def tinyworld(tinyworld_costs):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setattr(estimate, "Costs", lambda *_, **__: tinyworld_costs)
-        yield make_plan(load(TINYWORLD), "tinyworld", "a100", 4)
+        yield Plan(load(TINYWORLD), "tinyworld", gpu_at_share("a100", None, "tinyworld"), 4)
 
 
 def test_hours_follow_from_operations(tinyworld):
@@ -111,11 +111,11 @@ def test_the_command_and_its_json(tmp_path, monkeypatch, capsys):
 def test_a_method_without_a_rollout_is_planned_per_pair(tinyworld_costs, monkeypatch):
     monkeypatch.setattr(estimate, "Costs", lambda *_, **__: tinyworld_costs)
     recipe = load("configs/tinyworld_diffusion_dpo.yaml", ["model.gradient_checkpointing=true"])
-    plan = make_plan(recipe, "offline", "a100", 2)
+    plan = Plan(recipe, "offline", find_gpu("a100"), 2)
     pairs = recipe.optim.micro_batch * recipe.optim.accumulate
     assert (plan.counts.items, plan.items, plan.iterations) == (pairs, 300 * pairs * 2, 300)
     assert plan.run.optimizer_steps == 300
-    record, text = as_json(plan), render(plan)
+    record, text = plan.as_json(), render(plan)
     assert (record["pairs"], "prompts" in record) == (plan.items, False)
     assert record["flop_per_pair"]["stages"].keys() == {"encode", "update: policy", "update: reference", "recomputed"}
     assert record["flop_per_pair_published"] is None
@@ -147,9 +147,8 @@ def test_lengths_that_the_method_refuses_are_no_rows(tinyworld_costs):
 )
 def test_what_does_not_fit_says_which_keys(tinyworld_costs, monkeypatch, gigabytes, overrides, lines):
     tiny = Gpu("tiny", 1, 1, 1, gigabytes + RESERVE / 1e9, 1, 1, "string")
-    monkeypatch.setattr(estimate, "find_gpu", lambda key: tiny)
     monkeypatch.setattr(estimate, "Costs", lambda *_, **__: tinyworld_costs)
-    text = render(make_plan(load(TINYWORLD, overrides), "tinyworld", "tiny", 1))
+    text = render(Plan(load(TINYWORLD, overrides), "tinyworld", tiny, 1))
     assert [line for line in lines if not re.search(f"^{line}", text, flags=re.M)] == []
 
 
