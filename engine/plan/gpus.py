@@ -71,29 +71,15 @@ def find_gpu(key: str) -> Gpu:
 
 
 def gpu_at_share(key: str, asked: float | None, recipe: str, results: Path = RESULTS) -> Gpu:
-    """Returns the GPU of a key at the share of its peak that is asked for; None takes the measured one, or assumes."""
-    gpu = find_gpu(key)
+    """Returns the GPU of a key at the share of its peak that is asked for; None takes a measured one, or assumes.
+
+    Measured is what was measured on this GPU with this recipe or else with another one. A file in the folder `results`
+    counts where it is JSON that has "gpu", a key of GPUS; "recipe", the stem of a recipe's file; and "share_of_peak":
+    seconds at the peak, of all operations done including recomputed ones, over the seconds measured.
+    """
+    gpu, measured = find_gpu(key), []
     if asked is not None:
         return replace(gpu, share=asked, share_source="given")
-    if measured := measured_share(results, gpu, recipe):
-        return replace(gpu, share=measured[0], share_source=f"measured, {measured[1].name}")
-    return replace(gpu, share=ASSUMED_SHARE, share_source="assumed: no measurement of this GPU in bench/results")
-
-
-def gpu_of_cuda_name(name: str) -> Gpu | None:
-    """Returns the GPU with CUDA's name, such as "NVIDIA A100-SXM4-80GB"; None if GPUS lacks it."""
-    key = re.sub(r"nvidia|tesla|geforce|sxm\d*|hbm3e?|\d+gb|[^a-z0-9]", "", name.lower())
-    return GPUS.get("a100" if key == "a100pcie" else key)  # whose peak is that of the module
-
-
-def measured_share(results: Path, gpu: Gpu, recipe: str) -> tuple[float, Path] | None:
-    """Returns (share of the peak, file that says so), measured on this GPU with this recipe or else with another one.
-
-    None where nothing was measured on this GPU. A file in the folder `results` counts where it is JSON that has "gpu",
-    a key of GPUS; "recipe", the stem of a recipe's file; and "share_of_peak": seconds at the peak as Gpu.seconds has
-    them, of all operations done including recomputed ones, over the seconds measured.
-    """
-    measured = []
     for file in sorted(results.rglob("*.json")):
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
@@ -102,5 +88,13 @@ def measured_share(results: Path, gpu: Gpu, recipe: str) -> tuple[float, Path] |
         of_gpu = isinstance(record, dict) and GPUS.get(str(record.get("gpu"))) is gpu
         share = record.get("share_of_peak") if of_gpu else None
         if isinstance(share, float) and 0 < share <= 1:
-            measured.append((record.get("recipe") == recipe, share, file))
-    return max(measured)[1:] if measured else None
+            measured.append((record.get("recipe") == recipe, share, f"measured, {file.name}"))
+    assumed = False, ASSUMED_SHARE, "assumed: no measurement of this GPU in bench/results"
+    _, share, source = max(measured, default=assumed)
+    return replace(gpu, share=share, share_source=source)
+
+
+def gpu_of_cuda_name(name: str) -> Gpu | None:
+    """Returns the GPU with CUDA's name, such as "NVIDIA A100-SXM4-80GB"; None if GPUS lacks it."""
+    key = re.sub(r"nvidia|tesla|geforce|sxm\d*|hbm3e?|\d+gb|[^a-z0-9]", "", name.lower())
+    return GPUS.get("a100" if key == "a100pcie" else key)  # whose peak is that of the module

@@ -18,7 +18,7 @@ HARDLY = 0.005  # of the time
 
 def render(plan: Plan) -> str:
     """Returns all sections, one after the other."""
-    sections = (answers(plan), operations(plan), memory(plan), energy(plan), scaling(plan), by_gpus(plan))
+    sections = (answers(plan), operations(plan), memory(plan), scaling(plan), by_gpus(plan))
     return "\n\n".join("\n".join(lines) for lines in sections)
 
 
@@ -67,28 +67,26 @@ def operations(plan: Plan) -> list[str]:
 
 
 def memory(plan: Plan) -> list[str]:
-    """Says the memory by part and by phase, and what to change."""
-    use = plan.memory
+    """Says the memory by part and by phase, what to change, and the energy."""
+    use, minutes = plan.memory, short(60 * plan.evaluation_hours)
     mark = lambda phase: "  <- peak" if phase == use.peak_phase else ""
     rows = [(f"  {part}", giga(size), "") for part, size in use.parts.items()]
     rows += [("  together", giga(sum(use.parts.values())), ""), ("at most, with what stays", "", "")]
     rows += [(f"  {phase}", giga(size), mark(phase)) for phase, size in use.phases.items()]
     lines = table(("GB of memory on each GPU: what stays", "", ""), rows)
-    return lines + (unused(plan) if plan.fits else advice(plan))
-
-
-def unused(plan: Plan) -> list[str]:
-    """Says whether the recipe fits without gradient checkpointing too."""
-    plain = plan.without_checkpointing
-    if plain is None or plain.peak > plan.available:
-        return []
-    saved = tera(plan.flops.stages[RECOMPUTED])
-    return [f"model.gradient_checkpointing=false: {giga(plain.peak)} GB fit too, and {saved} TFLOP are saved."]
+    energy = f"Energy: {short(plan.kilowatt_hours)} kWh at {plan.gpu.watts:g} W"
+    evaluations = f"{minutes} min of the time for the evaluations of base and tuned model"
+    return [*lines, *advice(plan), "", f"{energy}; {evaluations}."]
 
 
 def advice(plan: Plan) -> list[str]:
-    """Says which keys make the recipe smaller, and whether that is enough."""
-    lines, fixed = [], plan.fixed_memory
+    """Says whether the recipe fits without gradient checkpointing too, or else which keys make it smaller."""
+    lines, fixed, plain = [], plan.fixed_memory, plan.without_checkpointing
+    if plan.fits and plain and plain.peak <= plan.available:
+        saved = tera(plan.flops.stages[RECOMPUTED])
+        return [f"model.gradient_checkpointing=false: {giga(plain.peak)} GB fit too, and {saved} TFLOP are saved."]
+    if plan.fits:
+        return []
     for fix in plan.fixes:
         settings = " ".join(f"{key}={str(value).lower()}" for key, value in fix.settings.items())
         lines.append(f"  {settings}: {fix.phase} {giga(fix.before)} -> {giga(fix.after)} GB")
@@ -103,12 +101,6 @@ def advice(plan: Plan) -> list[str]:
         "keys that change the numbers:",
         f"  model.dtype=float16, model.vae (one that is fine in float16), {prompts}lora.rank, model.height",
     ]
-
-
-def energy(plan: Plan) -> list[str]:
-    """Says the energy of the whole run, and how much of its time goes to evaluation."""
-    evaluations = f"{short(60 * plan.evaluation_hours)} min of the time for the evaluations of base and tuned model"
-    return [f"Energy: {short(plan.kilowatt_hours)} kWh at {plan.gpu.watts:g} W; {evaluations}."]
 
 
 def scaling(plan: Plan) -> list[str]:
