@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..config.find import load
@@ -12,7 +14,18 @@ from ..errors import UserError, exit_on_user_error
 from .gpus import ASSUMED_SHARE, GPUS, gpu_at_share
 
 
+@contextmanager
+def garbage_kept() -> Iterator[None]:
+    """Opens a context in which Python looks for no garbage, which takes a tenth of a plan's time and finds little."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 @exit_on_user_error
+@garbage_kept()
 def main(argv: Sequence[str]) -> None:
     """Prints what a recipe costs, before anything runs."""
     parser = argparse.ArgumentParser(prog="python -m strop.engine.plan", description=main.__doc__)

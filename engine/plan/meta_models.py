@@ -198,28 +198,19 @@ def _base_model(model: ModelConfig, family: Family | None) -> tuple[Family, dict
         parts = {name: read_config(folder, name, key) for name in names} | {"model_index": read_index(folder, key)}
         source = f"the configuration files in {folder}"
     else:
-        family, why = _family(path, model, family)
+        if path.is_file():
+            family, why = family_of_file(path, "model.path", own_vae=model.vae is None), f"{path} is"
+        elif family:
+            why = "--family says"
+        else:
+            family, why = family_guessed(model.path), f"the name of {model.path}, not on this machine, says"
         parts, source = dict(family.architecture), f"that of engine/models/families/{family.name}.py, as {why}"
-    if model.vae:
-        parts["vae"] = _vae(model.vae, parts["vae"])
+    vae = Path(model.vae) if model.vae else None
+    if vae and vae.is_dir():
+        parts["vae"] = read_config(vae, "vae" if (vae / "vae").is_dir() else "", "model.vae")
+    elif vae:  # not here, and taken not to overflow
+        parts["vae"] = parts["vae"] | {"force_upcast": False}
     return family, parts, source
-
-
-def _family(path: Path, model: ModelConfig, asked: Family | None) -> tuple[Family, str]:
-    """Returns (family, why) of a checkpoint file or of a model that is not on this machine."""
-    if path.is_file():
-        return family_of_file(path, "model.path", own_vae=model.vae is None), f"{path} is"
-    if asked:
-        return asked, "--family says"
-    return family_guessed(model.path), f"the name of {model.path}, not on this machine, says"
-
-
-def _vae(path: str, model_vae: dict) -> dict:
-    """Returns the configuration of model.vae: a folder's own, else the model's, which is taken not to overflow."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return model_vae | {"force_upcast": False}
-    return read_config(folder, "vae" if (folder / "vae").is_dir() else "", "model.vae")
 
 
 def _judge(judge: JudgeConfig) -> tuple[CLIPConfig, str]:

@@ -1,8 +1,7 @@
 """Computes the seconds that a GPU at its peak would take for the work of a run, for the ledger's share of the peak.
 
 They follow from the operations that plan counts and from its list of GPUs, without the texts, which a run encodes once.
-Nothing is timed. For a run, this file counts in a process of its own: the recipe comes on standard input, the seconds
-go to standard output.
+A run has them counted by a process of its own: the recipe comes on standard input, the seconds go to standard output.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ UPDATE = ("update: policy", "update: reference", "update: other forwards", RECOM
 
 
 def seconds_at_peak(config: Config, family: Family, device: torch.device) -> dict[str, float]:
-    """Returns seconds_on of this device, counted in another process, which takes about half a minute.
+    """Returns seconds_on of this device, counted in another process, which takes 10 to 20 seconds.
 
     The result is empty where run.share_of_peak is false, on a CPU, and for a GPU that GPUS does not have. Raises
     CalledProcessError where the other process fails, which has then said why on the terminal.

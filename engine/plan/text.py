@@ -18,7 +18,7 @@ HARDLY = 0.005  # of the time
 
 def render(plan: Plan) -> str:
     """Returns all sections, one after the other."""
-    sections = (answers(plan), operations(plan), memory(plan), scaling(plan), by_gpus(plan))
+    sections = (answers(plan), operations(plan), memory(plan), energy(plan), scaling(plan), by_gpus(plan))
     return "\n\n".join("\n".join(lines) for lines in sections)
 
 
@@ -67,16 +67,14 @@ def operations(plan: Plan) -> list[str]:
 
 
 def memory(plan: Plan) -> list[str]:
-    """Says the memory by part and by phase, what to change, and the energy."""
-    use, minutes = plan.memory, short(60 * plan.evaluation_hours)
+    """Says the memory by part and by phase, and what to change."""
+    use = plan.memory
     mark = lambda phase: "  <- peak" if phase == use.peak_phase else ""
     rows = [(f"  {part}", giga(size), "") for part, size in use.parts.items()]
     rows += [("  together", giga(sum(use.parts.values())), ""), ("at most, with what stays", "", "")]
     rows += [(f"  {phase}", giga(size), mark(phase)) for phase, size in use.phases.items()]
     lines = table(("GB of memory on each GPU: what stays", "", ""), rows)
-    energy = f"Energy: {short(plan.kilowatt_hours)} kWh at {plan.gpu.watts:g} W"
-    evaluations = f"{minutes} min of the time for the evaluations of base and tuned model"
-    return [*lines, *advice(plan), "", f"{energy}; {evaluations}."]
+    return lines + advice(plan)
 
 
 def advice(plan: Plan) -> list[str]:
@@ -101,6 +99,12 @@ def advice(plan: Plan) -> list[str]:
         "keys that change the numbers:",
         f"  model.dtype=float16, model.vae (one that is fine in float16), {prompts}lora.rank, model.height",
     ]
+
+
+def energy(plan: Plan) -> list[str]:
+    """Says the energy of the whole run, and how much of its time goes to evaluation."""
+    evaluations = f"{short(60 * plan.evaluation_hours)} min of the time for the evaluations of base and tuned model"
+    return [f"Energy: {short(plan.kilowatt_hours)} kWh at {plan.gpu.watts:g} W; {evaluations}."]
 
 
 def scaling(plan: Plan) -> list[str]:

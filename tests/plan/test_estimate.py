@@ -1,5 +1,6 @@
 """plan/estimate and its text: tinyworld as a user plans it, mistakes, and every recipe at full size (slow)."""
 
+import gc
 import json
 import re
 
@@ -98,6 +99,7 @@ def test_the_command_and_its_json(tmp_path, monkeypatch, capsys):
     options = ["--gpu", "H200", "--prompts", "100", "--share", "0.5", "--json", str(target)]
     plan_main.main([TINYWORLD, "rollout.k=2", "model.gradient_checkpointing=true", *options])
     text, record = capsys.readouterr().out, json.loads(target.read_text())
+    assert gc.isenabled()
     assert re.match(r"tinyworld .*1 x H200.* 100 .* 10 ", text)
     assert re.search(r"50%.*given", text)
     assert "model.gradient_checkpointing=false: " in text  # which fits too
