@@ -29,7 +29,7 @@ UPDATE = ("update: policy", "update: reference", "update: other forwards", RECOM
 
 
 def seconds_at_peak(config: Config, family: Family, device: torch.device) -> dict[str, float]:
-    """Returns seconds_on of this device, counted in another process, which takes 10 to 20 seconds.
+    """Returns seconds_on of this device, counted in another process, in a quarter to half a minute.
 
     The result is empty where run.share_of_peak is false, on a CPU, and for a GPU that GPUS does not have. Raises
     CalledProcessError where the other process fails, which has then said why on the terminal.

@@ -54,12 +54,12 @@ class Costs:
     """
 
     def __init__(self, builder: ModelBuilder, published: bool = False):
-        """Builds the networks of a recipe."""
+        """Builds the networks of a recipe, and measures what stays the same at other resolutions."""
         self.builder, self.known, model = builder, {}, builder.config.model
         self.policy, self.diffusion, self.tiny = builder.policy(), builder.diffusion(), builder.decoder()
         judge = builder.judge()
         self.published = self._published(judge) if published else {}
-        self.known = {}
+        self.known.clear()  # of networks that now become others
         remove_idle_work(self.policy.unet, self.diffusion.vae, model.fold_upsample)
         self.policy.savings = Savings(None, model.merges_lora, model.share_halves)
         text = measure(lambda: self.diffusion.encode([""] * BATCH), model.uses_tf32)
