@@ -17,14 +17,15 @@ from pathlib import Path
 import torch
 
 from strop.bench import ours
-from strop.bench.bench_step import ROOT, STAGES, Side, build, gigabytes, medians, time_one
 from strop.bench.machine import machine, start_bench, write
+from strop.bench.sides import STAGES, Side, build, gigabytes, medians, time_one
 from strop.engine.config.find import load
 from strop.engine.config.methods.spo import SPOConfig
 from strop.engine.errors import UserError, exit_on_user_error
 from strop.engine.models.base_model import quiet_libraries
 from strop.engine.runtime.stopwatch import Stopwatch
 
+ROOT = Path(__file__).parents[1]
 BASE, AGAIN = "as it stands", "as it stands, again"
 SETTINGS = (
     "run.kernels=reference",

@@ -1,12 +1,13 @@
 """Times strop against the published recipe: `python -m strop.bench.bench_step tinyworld`, or sd15, or sdxl.
 
-The baseline (published.py), the exact recipe and the fast one take turns in one process, an iteration each, on the same
-networks and prompts. The record has, per side and stage, seconds, operations, and the share of the rate that matrix
-products reach in the same run; peak memory and pairs per second; how many times faster a prompt is done, and the whole
-run, for which the fast recipe has fewer prompts; and the operations in which the exact recipe spends most time.
-Networks that are not on this machine get random weights at full size, because the cost of an iteration does not depend
-on them. Every pair is trained on, as plan counts, unless --threshold is set. Prompts are encoded anew in each
-iteration, as if none came twice. Quality is measured by bench/tinyworld/frontier.py.
+The baseline (published.py), the exact recipe, the fast one, and the exact one with a judge that reads latents take
+turns in one process, an iteration each, on the same prompts and on copies of the same networks (sides.py). The record
+has, per side and stage, seconds, operations, and the share of the rate that matrix products reach in the same run; peak
+memory and pairs per second; how many times faster a prompt is done, and the whole run, for which the fast recipe has
+fewer prompts; and the operations in which the exact recipe spends most time. All of it is at the first of --thresholds,
+0 where every pair is trained on, as plan counts; at the others it has the ratios and the share of pairs that is kept,
+which means something of trained judges alone. Prompts are encoded anew in each iteration, as if none came twice.
+Quality is measured by bench/tinyworld/frontier.py.
 """
 
 from __future__ import annotations
@@ -15,63 +16,32 @@ import argparse
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from types import ModuleType
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from strop.bench import longest, ours, published
 from strop.bench.machine import machine, start_bench, write
+from strop.bench.sides import STAGES, Meter, Side, build, gigabytes, medians, ratios, time_one
 from strop.engine.config.find import load
 from strop.engine.config.methods.spo import SPOConfig
 from strop.engine.config.settings import varied
 from strop.engine.data.prompts import read_prompts
 from strop.engine.errors import UserError, exit_on_user_error
-from strop.engine.judge.model import StepAwarePreferenceModel
-from strop.engine.models.base_model import DTYPES, configure_unet, load_unet, quiet_libraries
-from strop.engine.models.latent_diffusion import LatentDiffusion
+from strop.engine.models.base_model import DTYPES, quiet_libraries
 from strop.engine.plan.gpus import GPUS, gpu_of_cuda_name
-from strop.engine.plan.meta_models import ModelBuilder
-from strop.engine.plan.meter import FORMULAS
 from strop.engine.plan.peak import seconds_on
 from strop.engine.runtime.stopwatch import Stopwatch
-from strop.kernels import use_reference
 
 ROOT = Path(__file__).parents[1]
-STAGES = ("text", "rollout/trunk", "rollout/branches", "rollout/decode", "rollout/judge", "update", "update/optimizer")
-
-
-@dataclass(slots=True)
-class Side:
-    """A recipe that is compared: its models, and what an iteration of it takes. `first` and `rounds` are in seconds,
-    `flops` and `rounds` by stage, `peak` in bytes."""
-
-    iteration: ModuleType
-    models: published.Published | ours.Ours
-    config: SPOConfig
-    pairs: int = 0
-    flops: dict[str, float] = field(default_factory=dict)
-    first: float = 0.0
-    rounds: list[dict[str, float]] = field(default_factory=list)
-    peak: int | None = None
-    profile: dict | None = None
-
-    def run(self, prompts: Sequence[str], clock) -> int:
-        """Runs one iteration, with the same draws each time, and returns the number of its pairs."""
-        plain = self.iteration is published  # whose judge has none of strop's kernels
-        use_reference(plain or self.config.run.kernels == "reference")
-        rngs = [torch.Generator(self.models.diffusion.device).manual_seed(seed) for seed in (0, 1)]
-        result = self.iteration.iteration(self.models, prompts[: self.config.rollout.prompts], *rngs, clock)
-        return len(result[0]["t"] if isinstance(result, tuple) else result)  # published.py returns its log too
+OTHERS = ("fast", "latent")  # sides beside the published and the exact one
 
 
 @exit_on_user_error
 def main(argv: Sequence[str]) -> None:
-    """Times the published recipe, strop's and the fast one in turn, and prints the seconds and operations of each."""
+    """Times the published recipe and strop's in turn, and prints the seconds and operations of each."""
     parser = argparse.ArgumentParser(prog="python -m strop.bench.bench_step", description=main.__doc__)
     parser.add_argument(
         "recipe", help="tinyworld, sd15, sdxl or sdxl_released: of configs/, with the family's fast one"
@@ -79,62 +49,77 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all sides, such as model.compile=all")
     parser.add_argument("--rounds", type=int, default=3, help="timed iterations of each side, at least 1")
     parser.add_argument(
-        "--threshold", type=float, default=0.0, help="rollout.threshold of all sides; 0 keeps every pair"
+        "--thresholds",
+        type=float,
+        nargs="+",
+        default=[0.0, 0.1, 0.3],
+        metavar="SHARE",
+        help="rollout.threshold of all sides; 0 keeps every pair",
     )
+    parser.add_argument("--sides", nargs="*", choices=OTHERS, default=OTHERS, help="beside the published and exact one")
     parser.add_argument("--no-profile", action="store_true", help="leave out which operations take longest")
     parser.add_argument("--out", type=Path, help="folder of the record (default: the machine's in bench/results/)")
     args = parser.parse_intermixed_args(argv)
     quiet_libraries()
     if args.rounds < 1:
         raise UserError(f"--rounds: found {args.rounds}, expected 1 or more")
-    overrides = [*args.overrides, f"rollout.threshold={args.threshold}"]
-    names = args.recipe, f"{args.recipe.removesuffix('_released')}_fast"
-    exact, fast = (load(ROOT / "configs" / f"{name}.yaml", overrides) for name in names)
+    if wrong := [threshold for threshold in args.thresholds if not 0 <= threshold < 1]:
+        raise UserError(f"--thresholds: found {wrong[0]:g}, expected 0 or more and less than 1")
+    exact, others = recipes(args.recipe, [*args.overrides, f"rollout.threshold={args.thresholds[0]}"], args.sides)
     device = start_bench("bench_step", exact)
-    record = measure(exact, fast, args.recipe, args.rounds, device, not args.no_profile)
+    measured = measure(exact, others, args.rounds, device, args.thresholds, not args.no_profile)
+    record = {"recipe": args.recipe, **measured}
     print(f"\n{table(record)}")
     if not args.no_profile:
         print(f"\nexact:\n\n{longest.table(record['sides']['exact']['profile'])}")
     print(f"\nwritten to {write(record, name_of(record), args.out)}")
 
 
+def recipes(name: str, overrides: Sequence[str], names: Sequence[str]) -> tuple[SPOConfig, dict[str, SPOConfig]]:
+    """Returns (exact recipe, the named of OTHERS). A latent judge may lie beside the base model, as judge_latent.
+
+    Raises UserError for a judge that the published code cannot have.
+    """
+    exact = load(ROOT / "configs" / f"{name}.yaml", overrides)
+    if exact.judge.kind == "latent":
+        raise UserError("judge.kind: found latent, expected a judge of images, which alone the published code has")
+    latent = {"judge.kind": "latent", "judge.path": str(Path(exact.model.path).parent / "judge_latent")}
+    make = {
+        "fast": lambda: load(ROOT / "configs" / f"{name.removesuffix('_released')}_fast.yaml", overrides),
+        "latent": lambda: varied(exact, latent),
+    }
+    return exact, {each: make[each]() for each in OTHERS if each in names}
+
+
 def measure(
-    exact: SPOConfig, fast: SPOConfig, recipe: str, rounds: int, device: torch.device, profiled: bool = True
+    exact: SPOConfig,
+    others: dict[str, SPOConfig],
+    rounds: int,
+    device: torch.device,
+    thresholds: Sequence[float] = (),
+    profiled: bool = True,
 ) -> dict:
     """Runs all sides `rounds` times in turn, after one iteration that counts operations, and returns the record.
 
-    profiled: whether each then runs once more, to find which of its operations take longest.
+    thresholds: at which the ratios are measured, beside that of `exact`. profiled: whether the exact recipe then runs
+    once more, to find which of its operations take longest.
     """
     file = Path(exact.prompts.train)
     prompts = read_prompts(str(file), "prompts.train") if file.exists() else [f"prompt {i}" for i in range(64)]
     plain = varied(exact, {"model.gradient_checkpointing": False})  # the authors' code keeps activations
-    sides = {
-        "published": Side(published, build(published.Published, plain, device), plain),
-        "exact": Side(ours, build(ours.Ours, exact, device), exact),
-        "fast": Side(ours, build(ours.Ours, fast, device), fast),
-    }
+    sides = {"published": Side(published, build(published.Published, plain, device), plain)}
+    sides |= {name: Side(ours, build(ours.Ours, c, device), c) for name, c in ({"exact": exact} | others).items()}
     for name, side in sides.items():
-        meter = Meter()
-        with meter, torch.compiler.set_stance("force_eager"):
-            side.pairs = side.run(prompts, meter.clock)
-        side.flops = meter.flops
-        if side.config.model.compile:
-            begun = time.perf_counter()
-            side.run(prompts, Stopwatch(device))
-            side.first = time.perf_counter() - begun
-        print(f"{name}: {side.pairs} pairs and {sum(meter.flops.values()) / 1e12:.3g} TFLOP an iteration", flush=True)
-    begun = time.perf_counter()
-    for done in range(1, rounds + 1):
-        for side in sides.values():
-            time_one(side, prompts, device)
-        spent = time.perf_counter() - begun
-        left = spent / done * (rounds - done)
-        print(f"round {done} of {rounds}, {spent:.0f} s, {left:.0f} s to go", flush=True)
-    for side in sides.values() if profiled else ():
-        side.profile = longest.longest(device, side.run, prompts, nullcontext)
+        warm(side, prompts, device)
+        print(f"{name}: {side.pairs} pairs and {sum(side.flops.values()) / 1e12:.3g} TFLOP an iteration", flush=True)
+    at = {threshold: at_threshold(sides, threshold) for threshold in thresholds if threshold != exact.rollout.threshold}
+    at = {exact.rollout.threshold: sides} | at
+    time_in_turn(list(at.values()), rounds, prompts, device)
+    if profiled:
+        sides["exact"].profile = longest.longest(device, sides["exact"].run, prompts, nullcontext)
     rate = matmul_rate(device, DTYPES[exact.model.dtype])
+    faster = compared(sides)["faster_per_prompt"]
     return {
-        "recipe": recipe,
         "machine": machine(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -145,11 +130,52 @@ def measure(
         "matmul_tflop_per_second": rate / 1e12,
         "sides": {name: summary(side, rate) for name, side in sides.items()},
         **at_peak(sides["exact"], device),
-        "faster_per_prompt": {name: ratio(sides["published"], sides[name]) for name in ("exact", "fast")},
+        "faster_per_prompt": faster,
         "faster_per_run": {
-            name: ratio(sides["published"], sides[name]) * run_prompts(exact) / run_prompts(sides[name].config)
-            for name in ("exact", "fast")
+            name: value * run_prompts(exact) / run_prompts(sides[name].config) for name, value in faster.items()
         },
+        "thresholds": {f"{threshold:g}": compared(each) for threshold, each in at.items()},
+    }
+
+
+def warm(side: Side, prompts: Sequence[str], device: torch.device) -> None:
+    """Runs one iteration that counts operations, and where there is something to compile another that compiles."""
+    meter = Meter()
+    with meter, torch.compiler.set_stance("force_eager"):
+        side.pairs = side.run(prompts, meter.clock)
+    side.flops = meter.flops
+    if side.config.model.compile:
+        begun = time.perf_counter()
+        side.run(prompts, Stopwatch(device))
+        side.first = time.perf_counter() - begun
+
+
+def at_threshold(sides: dict[str, Side], threshold: float) -> dict[str, Side]:
+    """Returns sides of the same models with another rollout.threshold."""
+    config = lambda side: varied(side.config, {"rollout.threshold": threshold})
+    return {name: Side(side.iteration, side.models, config(side)) for name, side in sides.items()}
+
+
+def time_in_turn(groups: list[dict[str, Side]], rounds: int, prompts: Sequence[str], device: torch.device) -> None:
+    """Times an iteration of every side of one group after the other, and all of that `rounds` times."""
+    begun = time.perf_counter()
+    for done in range(1, rounds + 1):
+        for group in groups:
+            for side in group.values():
+                time_one(side, prompts, device)
+        spent = time.perf_counter() - begun
+        left = spent / done * (rounds - done)
+        print(f"round {done} of {rounds}, {spent:.0f} s, {left:.0f} s to go", flush=True)
+
+
+def compared(sides: dict[str, Side]) -> dict:
+    """Returns how many times faster a prompt is than in the published recipe, in each round and their median, and the
+    share of an iteration's pairs that is above the threshold, by side."""
+    rounds = {name: ratios(sides["published"], side) for name, side in sides.items() if name != "published"}
+    return {
+        "faster_per_prompt": {name: statistics.median(each) for name, each in rounds.items()},
+        "rounds": rounds,
+        "kept": {name: side.pairs / side.possible_pairs for name, side in sides.items()},
     }
 
 
@@ -179,42 +205,6 @@ def name_of(record: dict) -> str:
 def run_prompts(config: SPOConfig) -> int:
     """Returns how many prompts a run of this recipe rolls out on one process."""
     return config.run.iterations * config.rollout.prompts
-
-
-def build(kind: type, config: SPOConfig, device: torch.device) -> published.Published | ours.Ours:
-    """Builds copies of the models for one side, since each side changes them in another way."""
-    if Path(config.model.path).exists():
-        judge = StepAwarePreferenceModel.load(config.judge, device)
-        return kind(load_unet(config.model, device), LatentDiffusion.load(config.model, device), judge, config)
-    torch.manual_seed(0)
-    builder = ModelBuilder.of(config, device=device)
-    unet, diffusion = configure_unet(builder.unet(), config.model), builder.diffusion()
-    if kind is published.Published:
-        return kind(unet, diffusion, builder.judge(), config)
-    return kind(unet, diffusion, builder.judge(), config, builder.decoder())
-
-
-def time_one(side: Side, prompts: Sequence[str], device: torch.device) -> None:
-    """Times one iteration of a side; on a GPU, its peak memory too, without what the other sides have allocated."""
-    clock, whole = Stopwatch(device), Stopwatch(device)  # of one clock, a stage would interrupt the whole
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-    with whole("total"):
-        side.run(prompts, clock)
-    side.rounds.append(clock.seconds() | whole.seconds())
-    if device.type == "cuda":
-        increase = torch.cuda.max_memory_allocated(device) - before
-        side.peak = max(side.peak or 0, increase + bytes_of(side.models))
-
-
-def bytes_of(models: published.Published | ours.Ours) -> int:
-    """Returns the bytes of a side's networks between iterations, with the LoRA's gradients and optimizer state."""
-    diffusion = models.diffusion
-    networks = [models.policy.unet, diffusion.vae, *diffusion.text_encoders, models.judge.clip]
-    networks += [models.reference] if isinstance(models, published.Published) else []
-    tensors = [t for network in networks for t in (*network.parameters(), *network.buffers())]
-    return sum(t.nbytes for t in tensors) + 3 * sum(p.nbytes for p in models.policy.parameters)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -253,22 +243,6 @@ def summary(side: Side, rate: float) -> dict:
     }
 
 
-def medians(side: Side) -> dict[str, float]:
-    """Returns the seconds of each stage and of an iteration: of its rounds, the median."""
-    return {name: statistics.median(one.get(name, 0.0) for one in side.rounds) for name in (*STAGES, "total")}
-
-
-def gigabytes(peak: int | None) -> str:
-    """Returns a peak of memory as text."""
-    return f"{peak / 1e9:.1f} GB" if peak else "not measured"
-
-
-def ratio(baseline: Side, side: Side) -> float:
-    """Returns how many times faster a prompt is than in the baseline: the median of the ratios of each round."""
-    per_prompt = lambda s, i: s.rounds[i]["total"] / s.config.rollout.prompts
-    return statistics.median(per_prompt(baseline, i) / per_prompt(side, i) for i in range(len(side.rounds)))
-
-
 def table(record: dict) -> str:
     """Returns the record as a table in Markdown."""
     sides = record["sides"]
@@ -298,34 +272,22 @@ def table(record: dict) -> str:
     for name in ("faster_per_prompt", "faster_per_run"):
         cells = [f"**{record[name][side]:.2f}x**" if side in record[name] else "1" for side in sides]
         lines.append(f"| {name.replace('_', ' ')} | " + " | ".join(cells) + " |")
+    for threshold, at in record.get("thresholds", {}).items():  # files of before have none
+        times = lambda side, at=at: with_spread(at["rounds"][side]) if side in at["rounds"] else "1"
+        lines.append(f"| faster per prompt at {threshold} | " + " | ".join(map(times, sides)) + " |")
+        lines.append(f"| pairs kept at {threshold} | " + " | ".join(f"{at['kept'][side]:.0%}" for side in sides) + " |")
     return "\n".join(lines)
+
+
+def with_spread(rounds: Sequence[float]) -> str:
+    """Returns the median of the rounds' ratios, and in percent how far the farthest round is from it."""
+    middle = statistics.median(rounds)
+    spread = max(abs(each / middle - 1) for each in rounds)
+    return f"{middle:.2f}x (±{spread:.0%})" if len(rounds) > 1 else f"{middle:.2f}x"
 
 
 def cell(seconds: float, share: float | None) -> str:
     return f"{seconds:.3g} ({share:.0%})" if share else f"{seconds:.3g}"
-
-
-class Meter(TorchDispatchMode):
-    """Counts floating-point operations by stage, by PyTorch's formulas."""
-
-    def __init__(self):
-        super().__init__()
-        self.flops: dict[str, float] = {}
-        self.stages = ["other"]
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if formula := FORMULAS.get(function._overloadpacket):
-            stage = self.stages[-1]
-            self.flops[stage] = self.flops.get(stage, 0) + formula(*args, **(kwargs or {}), out_val=result)
-        return result
-
-    @contextmanager
-    def clock(self, stage: str) -> Iterator[None]:
-        """Counts the operations inside as those of `stage`; it stands in for a Stopwatch."""
-        self.stages.append(stage)
-        yield
-        self.stages.pop()
 
 
 if __name__ == "__main__":

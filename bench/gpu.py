@@ -53,16 +53,16 @@ PARTS = (
     ),
     Part(
         "sd15",
-        170,
-        f"{STEP} sd15 --rounds 1 --no-profile --out {{results}}",
-        f"{STEP} tinyworld --rounds 1 --no-profile --out {{results}} {FEW}",
+        190,
+        f"{STEP} sd15 --rounds 1 --thresholds 0 --no-profile --out {{results}}",
+        f"{STEP} tinyworld --rounds 1 --thresholds 0 --no-profile --out {{results}} {FEW}",
     ),
     Part(
         "sdxl",
         150,
-        f"{STEP} sdxl_released --rounds 1 --no-profile --out {{results}} rollout.prompts=1 "
-        "model.gradient_checkpointing=false",
-        f"{STEP} tinyworld --rounds 1 --threshold 0.3 --out {{results}} {FEW}",
+        f"{STEP} sdxl_released --rounds 1 --thresholds 0 --sides fast --no-profile --out {{results}} "
+        "rollout.prompts=1 model.gradient_checkpointing=false",
+        f"{STEP} tinyworld --rounds 1 --thresholds 0.3 --sides fast --out {{results}} {FEW}",
     ),
     Part(
         "bandwidth",

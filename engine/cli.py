@@ -13,9 +13,11 @@ from .errors import UserError, exit_on_user_error
 
 COMMANDS = {  # name: (module, what it does)
     "train": (".train", "post-train a model by a recipe"),
-    "train-judge": (".train_judge", "train a step-aware judge from preference pairs"),
+    "train-judge": (".train_judge", "train a judge from preference pairs"),
+    "filter-pairs": (".filter_pairs", "keep the pairs on whose label scorers agree"),
     "plan": (".plan.__main__", "print what a recipe costs, before anything runs"),
     "evaluate": (".evaluate_lora", "compare LoRAs with their base: scores, intervals, gallery"),
+    "evaluate-judge": (".evaluate_judge", "how often what a judge picks ends up better"),
     "export": (".export", "write a LoRA for diffusers, ComfyUI or A1111, or merge it"),
     "report": (".report.__main__", "remake the report of a run"),
     "study": (".user_study", "people compare images: the page, the analysis"),

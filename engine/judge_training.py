@@ -1,24 +1,23 @@
 """Trains a judge: builds the parts, trains, reports.
 
-A PickScore becomes a step-aware preference model in the same loop as every method. train_judge.py is its command.
+A PickScore becomes a step-aware preference model, or a base model's encoder a latent judge, in the same loop as every
+method. train_judge.py is its command.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from .config.judge_training import JudgeTrainingConfig
 from .data.pair_files import is_factory
 from .data.pair_scan import name_broken
-from .data.pair_sets import PairSets, check_labeller, choose, make_sets
+from .data.pair_sets import PairSets, choose, make_sets
 from .evaluation.compare import rate_delta
-from .judge.denoiser import Denoiser
-from .judge.model import StepAwarePreferenceModel
+from .judge.find import begin_judge, load_labeller, save_judge
+from .judge.views import views_of
 from .methods.judge_training.method import JudgeTraining
 from .methods.loop import train
-from .models.base_model import load_unet, quiet_libraries
+from .models.base_model import quiet_libraries
 from .models.hub import model_inputs
 from .models.latent_diffusion import LatentDiffusion
 from .plan.out_of_memory import memory_errors_explained
@@ -56,14 +55,13 @@ def build(session: Session) -> tuple[JudgeTraining, Optimizer]:
     with session.clock("load"):
         chosen = choose(config, ranks)
         diffusion = LatentDiffusion.load(model, ranks.device)
-        rng = torch.Generator().manual_seed(config.run.seed)
-        judge = StepAwarePreferenceModel.load(config.judge, ranks.device, rng)
-        check_labeller(config, judge)
-        denoiser = Denoiser(diffusion, load_unet(model, ranks.device), optim.guidance)
-        prepare(model, denoiser.unet, diffusion.vae, judge.clip)
+        judge = begin_judge(config, diffusion)
+        labeller = load_labeller(config, judge)
+        views = views_of(config, judge, diffusion)
+        prepare(model, views.unet, diffusion.vae, judge.network)
     with session.clock("prepare"):
-        sets = make_sets(config, chosen, diffusion, judge, ranks)
-        method = JudgeTraining(config, judge, denoiser, sets, session)
+        sets = make_sets(config, chosen, diffusion, labeller, ranks)
+        method = JudgeTraining(config, judge, views, sets, session)
     settings = AdamWSettings(
         lr=optim.lr,
         weight_decay=optim.weight_decay,
@@ -72,7 +70,7 @@ def build(session: Session) -> tuple[JudgeTraining, Optimizer]:
         micro_batch=optim.batch,
         stage=config.zero.stage,
     )
-    return method, build_optimizer(judge.clip, settings, ranks)
+    return method, build_optimizer(judge.network, settings, ranks)
 
 
 def inputs(config: JudgeTrainingConfig) -> Inputs:
@@ -80,21 +78,23 @@ def inputs(config: JudgeTrainingConfig) -> Inputs:
 
     Raises UserError if a model is not there.
     """
-    pairs = {"data.source": config.data.source, "data.heldout_source": config.data.heldout_source}
+    pairs = {f"data.{name}": getattr(config.data, name) for name in ("source", "only", "heldout_source")}
     files = {k: v if is_factory(v) else Path(v) for k, v in pairs.items() if v}
     return model_inputs(config.model, config.judge) | files
 
 
 def announce(session: Session, sets: PairSets) -> None:
     """Prints how many pairs there are, and names those that are broken."""
-    print(f"{len(sets.train):,} training pairs, {len(sets.heldout):,} held-out pairs, {sets.left_out:,} rows left out")
+    filtered = f", {sets.filtered:,} by data.only" if session.config.data.only else ""
+    left_out = f"{sets.left_out:,} rows left out{filtered}"
+    print(f"{len(sets.train):,} training pairs, {len(sets.heldout):,} held-out pairs, {left_out}")
     name_broken(sets.broken, session.dir)
 
 
 def close(session: Session, method: JudgeTraining, summary: dict) -> None:
     """Writes the judge and the report, and prints the closing table."""
-    sets, clip = method.sets, method.judge.clip
-    method.judge.save(session.dir / "judge")
+    sets, network = method.sets, method.judge.network
+    save_judge(method.judge, session.dir / "judge")
     records = read_records(session.metrics.path)
     before, after = records[0]["heldout_accuracy"], records[-1]["heldout_accuracy"]
     compared = {f"accuracy at t={t}": rate_delta(before[t], after[t], method.decided) for t in before or {}}
@@ -104,8 +104,9 @@ def close(session: Session, method: JudgeTraining, summary: dict) -> None:
         "training_pairs": len(sets.train),
         "heldout_pairs": len(sets.heldout),
         "left_out_rows": sets.left_out,
+        "filtered_pairs": sets.filtered,
         "broken_pairs": {"count": len(sets.broken), "such_as": sets.broken[:NAMED]},
-        "parameters": sum(p.numel() for p in clip.parameters()),
+        "parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
         "paths": summary["paths"] | {"judge": str(session.dir / "judge")},
     }
     close_run(session.dir, compared | summary | more)

@@ -85,10 +85,11 @@ def build(session: Session) -> Parts:
     scorers = [load_scorer(spec, "evaluate.scorers", ranks.device) for spec in config.evaluate.scorers]
     used = config.iterations * config.prompts_per_iteration * ranks.size
     trained = first_used(prompts, used, config.run.seed, BATCH)
-    embeddings = Embeddings(models.diffusion, models.judge, [trained, heldout])
+    embeddings = Embeddings(models.diffusion, models.judge, [trained, heldout], models.auditor)
     training = TrainingPrompts(prompts, embeddings, config.prompts_per_iteration, config.run.seed, ranks)
     method = method_class(config)(config, models, training, session)
-    models.judge.release_text_tower()
+    for judge in filter(None, (models.judge, models.auditor)):
+        judge.release_text_tower()
     optimizer = build_optimizer(models.policy.unet, AdamWSettings.of(config), ranks)
     return Parts(models, method, optimizer, Evaluator(models, scorers, embeddings, heldout, config, ranks))
 
@@ -148,12 +149,13 @@ def announce(session: Session, policy: Policy) -> None:
         "method": config.method,
         "model": f"{config.model.path}, {policy.family.name}",
         "judge": config.judge.path,
+        "auditor": config.auditor.path if config.auditor else "",
         "LoRA": f"{trained:,} parameters, rank {config.lora.rank}, learning rate {config.optim.lr:g}",
         "run": config.in_words(session.ranks.size),
         "device": f"{session.device_name}, {config.model.dtype}",
         "folder": str(session.dir),
     }
-    for name, fact in facts.items():
+    for name, fact in filter(all, facts.items()):
         print(f"{name:<10}{fact if len(fact) <= 70 else f'...{fact[-67:]}'}")
     print(flush=True)
 

@@ -553,6 +553,21 @@ def run_once(main, arguments, folder):
     return SimpleNamespace(folder=folder, printed=printed.getvalue())
 
 
+@pytest.fixture
+def file_recipe(recipe, tmp_path, pair_files):
+    """file_recipe("parquet", ...) -> the command line of a judge's short training on 32 pairs in files, cached."""
+
+    def make(form, *overrides):
+        source = tmp_path / form
+        if not source.exists():
+            getattr(pair_files, form)(source, pair_files.rows(32))
+        source = source / "pairs.jsonl" if form == "jsonl" else source
+        data = ("data.train=null", "data.heldout=6", f"data.source={source}", f"data.cache={tmp_path / 'cache'}")
+        return recipe(*data, "optim.steps=3", "optim.batch=4", "optim.clean_share=0", *overrides, judge=True)
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def training_run(recipe_folder, tmp_path_factory):
     """The recipe training.yaml, run once for all tests: .folder, not to be written to, and .printed."""

@@ -84,7 +84,7 @@ def test_both_formats_of_a_lora_draw_the_same_and_strength_scales_it(evaluate, t
 def test_what_was_stopped_goes_on_to_the_same_bytes(phase, evaluate, training_run, prompts, monkeypatch):
     words = training_run.folder, "--prompts", prompts, "--seeds", "2"
     whole = evaluate(*words, out="whole")
-    name = {draw: "_draw", score: "_values"}[phase]
+    name = {draw: "_draw", score: "scores_by"}[phase]
     done = getattr(phase, name)
     left = iter([True] * {draw: 1, score: 4}[phase])
 

@@ -5,7 +5,6 @@ overrides; a comment marks what needs a GPU or a download. The block "Your own r
 """
 
 import argparse
-import json
 import re
 import shlex
 import sys
@@ -16,6 +15,7 @@ from typing import NamedTuple
 
 import pytest
 
+from strop.bench import readme
 from strop.engine import cli
 from strop.engine.config.find import load
 from strop.engine.config.judge_training import JudgeTrainingConfig
@@ -233,22 +233,12 @@ def test_the_pages_one_meets_first_are_short():
     assert len((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").splitlines()) <= 120
 
 
-def test_measured_results_are_those_of_the_records():
-    text, results = README.read_text(encoding="utf-8"), ROOT / "bench" / "results"
-    plain, compiled = (
-        json.loads((results / f"2-core-x86_64-CPU/step-tinyworld{kind}.json").read_text()) for kind in ("", "-compiled")
-    )
-    for what, side in (("faster_per_prompt", "exact"), ("faster_per_prompt", "fast"), ("faster_per_run", "fast")):
-        figures = plain[what][side], compiled[what][side]
-        assert "| {:.2f} times as fast; {:.2f} times with `model.compile` |".format(*figures) in text
-    card = json.loads((results / "NVIDIA-H200" / "step-sd15.json").read_text())
-    assert "| exact {exact:.2f} times as fast, fast {fast:.2f} |".format(**card["faster_per_prompt"]) in text
-    peaks = [f"{card['sides'][side]['peak_bytes'] / 1e9:.1f} GB" for side in ("published", "exact", "fast")]
-    assert f"| {', '.join(peaks)} |" in text
-    variants = json.loads((results / "frontier_tinyworld.json").read_text())["variants"]
-    fast, exact = variants["recipe"]["mean"], variants["exact"]["mean"]
-    figures = fast["quality"], exact["quality"], fast["relative"]["flop"]
-    assert "| {:+.3f} where the exact one has {:+.3f}, with {:.2f} of its FLOP |".format(*figures) in text
+def test_measured_figures_are_those_of_the_records_and_none_is_typed_by_hand():
+    page = README.read_text(encoding="utf-8")
+    assert readme.renewed(page, readme.block(readme.RESULTS)) == page, "run python -m strop.bench.readme --write"
+    section = page.partition("## What was measured")[2].partition("\n## ")[0]
+    by_hand = section.partition(readme.BEGIN)[0] + section.partition(readme.END)[2]
+    assert not re.search(r"\d+\.\d+|\d+ ?%", by_hand.replace("SD-1.5", ""))
 
 
 @pytest.mark.slow

@@ -142,8 +142,8 @@ def test_clean_share_shows_that_many_pairs_as_they_are(recipe, monkeypatch):
     def watch(self, pairs, clean):
         shown = show(self, pairs, clean)
         as_they_are = torch.stack([pairs["image_0"], pairs["image_1"]])[:, :clean]
-        clean_pixels = self.judge.pixels(as_they_are.flatten(0, 1)).view_as(shown.pixels[:, :clean])
-        assert (shown.pixels[:, :clean] - clean_pixels).abs().max() < 1e-5 if clean else True
+        clean_pixels = self.judge.pixels(as_they_are.flatten(0, 1)).view_as(shown.seen[:, :clean])
+        assert (shown.seen[:, :clean] - clean_pixels).abs().max() < 1e-5 if clean else True
         assert (shown.t[:clean] == 0).all()
         assert len(set(shown.t[clean:].tolist())) == len(shown) - clean, "each pair has a timestep of its own"
         seen.append((clean, (shown.t[clean:] > 0).float().mean().item()))
@@ -159,21 +159,6 @@ def test_bfloat16_models_keep_a_float32_judge(recipe, tmp_path):
     main(recipe("model.dtype=bfloat16", "optim.steps=3"))
     assert {t.dtype for t in load_file(tmp_path / "run" / "judge" / "model.safetensors").values()} == {torch.float32}
     assert all(line["loss"] > 0 for line in records(tmp_path / "run")[1:])
-
-
-@pytest.fixture
-def file_recipe(recipe, tmp_path, pair_files):
-    """file_recipe("parquet", ...) -> the arguments of a short run on 32 pairs in files, with a cache."""
-
-    def make(form, *overrides):
-        source = tmp_path / form
-        if not source.exists():
-            getattr(pair_files, form)(source, pair_files.rows(32))
-        source = source / "pairs.jsonl" if form == "jsonl" else source
-        data = ("data.train=null", "data.heldout=6", f"data.source={source}", f"data.cache={tmp_path / 'cache'}")
-        return recipe(*data, "optim.steps=3", "optim.batch=4", "optim.clean_share=0", *overrides)
-
-    return make
 
 
 def judge_of(run):
@@ -226,7 +211,7 @@ def test_the_cache_changes_nothing_but_rounding(file_recipe, tmp_path):
 @pytest.mark.parametrize("key", ["fold_upsample", "channels_last"])
 def test_a_key_of_speed_reaches_the_networks(recipe, key):
     method, _ = built(recipe("model.fold_upsample=false", f"model.{key}=true"))
-    for network in (method.denoiser.unet, method.denoiser.diffusion.vae):
+    for network in (method.views.unet, method.diffusion.vae):
         folded = any(isinstance(module, FoldedUpsample) for module in network.modules())
         ordered = all(w.is_contiguous(memory_format=torch.channels_last) for w in network.parameters() if w.ndim == 4)
         assert (folded, ordered) == (key == "fold_upsample", key == "channels_last")
@@ -247,11 +232,11 @@ def test_a_judge_is_trained_compiled(judge_run, recipe, tmp_path, monkeypatch):
 def test_the_encoders_leave_the_device_once_all_is_kept(file_recipe, tmp_path):
     method, _ = built(file_recipe("parquet"))
     assert method.sets.cached
-    assert method.denoiser.diffusion.text_encoders == []
-    assert {p.device.type for p in method.denoiser.diffusion.vae.encoder.parameters()} == {"cpu"}
+    assert method.diffusion.text_encoders == []
+    assert {p.device.type for p in method.diffusion.vae.encoder.parameters()} == {"cpu"}
     live, _ = built(file_recipe("parquet", "data.cache=null"))
     assert not live.sets.cached
-    assert len(live.denoiser.diffusion.text_encoders) == 1
+    assert len(live.diffusion.text_encoders) == 1
 
 
 def test_broken_pairs_are_counted_named_and_left_out(file_recipe, tmp_path, capsys):
@@ -311,6 +296,6 @@ def test_two_processes_train_one_judge_share_a_cache_and_go_on_bit_for_bit(file_
     assert same(judge_of(run), whole)
 
 
-@pytest.mark.parametrize("name", ["tinyworld", "sd15", "sdxl"])
+@pytest.mark.parametrize("name", ["tinyworld", "sd15", "sdxl", "latent_tinyworld", "latent_sd15", "latent_sdxl"])
 def test_the_recipes_are_valid(name):
     load(Path(__file__).parents[1] / "configs" / f"judge_{name}.yaml", cls=JudgeTrainingConfig)

@@ -40,17 +40,29 @@ def prompts(weights: Path) -> None:
 
 def judge(weights: Path) -> None:
     """Fine-tunes weights/judge, the step-aware preference model, from weights/pickscore by engine/train_judge.py."""
+    summary = _trained_judge(weights, "judge", [f"judge.path={weights / 'pickscore'}"])
+    record(weights, "judge", judge_figures.evaluate(weights) | summary)
+
+
+def _trained_judge(weights: Path, name: str, overrides: list[str]) -> dict[str, float]:
+    """Trains a judge by configs/<name>_tinyworld.yaml into weights/<name>, in float16; returns what it took."""
     with tempfile.TemporaryDirectory() as run:
-        overrides = [f"model.path={weights / 'sd'}", f"judge.path={weights / 'pickscore'}", f"run.dir={run}"]
-        recipe = HERE.parents[1] / "configs" / "judge_tinyworld.yaml"
+        overrides = [*overrides, f"model.path={weights / 'sd'}", f"run.dir={run}"]
+        recipe = HERE.parents[1] / "configs" / f"{name}_tinyworld.yaml"
         subprocess.run([sys.executable, "-m", "strop.engine.train_judge", str(recipe), *overrides], check=True)
-        shutil.copytree(Path(run) / "judge", weights / "judge", dirs_exist_ok=True)
+        shutil.copytree(Path(run) / "judge", weights / name, dirs_exist_ok=True)
         summary = json.loads((Path(run) / "summary.json").read_text())
-    file = weights / "judge" / "model.safetensors"
-    half = {name: tensor.half() for name, tensor in load_file(file).items()}
-    save_file(half, file, metadata={"format": "pt"})
+    for file in (weights / name).rglob("*model.safetensors"):
+        half = {name: tensor.half() for name, tensor in load_file(file).items()}
+        save_file(half, file, metadata={"format": "pt"})
     settings = {"parameters": summary["parameters"], "steps": summary["optimizer_steps"]}
-    record(weights, "judge", judge_figures.evaluate(weights) | settings | {"seconds": summary["seconds"]["total"]})
+    return settings | {"seconds": summary["seconds"]["total"]}
+
+
+def judge_latent(weights: Path) -> None:
+    """Trains weights/judge_latent, a latent judge of the base model's own encoder, by engine/train_judge.py."""
+    summary = _trained_judge(weights, "judge_latent", [])
+    record(weights, "judge_latent", judge_figures.evaluate_latent(weights) | summary)
 
 
 def base(weights: Path) -> None:
@@ -67,6 +79,7 @@ STAGES = {
     "pickscore": train_pickscore.train,
     "base": base,
     "judge": judge,
+    "judge_latent": judge_latent,
     "card": card.write,
 }
 

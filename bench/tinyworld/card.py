@@ -13,6 +13,7 @@ _TITLES = {
     "examiners": "Examiners (examiners/)",
     "pickscore": "PickScore (pickscore/)",
     "judge": "Step-aware preference model (judge/)",
+    "judge_latent": "Latent judge (judge_latent/)",
 }
 
 _HEAD = """---
@@ -34,6 +35,7 @@ data, no other weights. 64x64 RGB images, 16x16x4 latents, fp16 safetensors.
 | `tiny_decoder/` | diffusers `AutoencoderTiny`, its decoder | decodes the judge's images in cheap rollouts |
 | `pickscore/` | transformers `CLIPModel` | generic preferences: alignment and quality blended |
 | `judge/` | made from `pickscore/` by `strop.engine.train_judge` | the step-aware preference model |
+| `judge_latent/` | made from `sd/` by `strop.engine.train_judge` | a judge that reads noisy latents |
 | `examiners/` | two CNNs, see `examiners.py` | grade quality and alignment; never used in training a model |
 
 ![Samples of the base model: held-out prompts, guidance 4](samples.png)

@@ -36,13 +36,15 @@ from strop.engine.config.training import Config
 from strop.engine.data.embeddings import Embeddings
 from strop.engine.data.prompts import read_prompts
 from strop.engine.errors import UserError, exit_on_user_error
-from strop.engine.judge.model import StepAwarePreferenceModel
+from strop.engine.judge.find import load_judge
 from strop.engine.models.base_model import load_unet, quiet_libraries
 from strop.engine.models.latent_diffusion import LatentDiffusion
 from strop.engine.runtime.metrics import read_records
 from strop.engine.runtime.run_folder import MAY_CHANGE
 
-EXACT, FAST = "configs/tinyworld.yaml", "configs/tinyworld_fast.yaml"
+EXACT, FAST, LATENT = (f"configs/tinyworld{name}.yaml" for name in ("", "_fast", "_latent"))
+SUREST = ("optim.keep_pairs=0.5", "optim.keep_by=surest", "optim.micro_batch=20")
+FASTER = ("rollout.num_steps=10", "optim.micro_batch=20", "optim.passes=2", "run.iterations=8")  # as FAST's
 TINY = "rollout.decoder=bench/tinyworld/weights/tiny_decoder"
 
 
@@ -68,6 +70,11 @@ VARIANTS = {
     "keep_pairs": Variant("half of the pairs", ("optim.keep_pairs=0.5", "optim.micro_batch=20")),
     "decoder": Variant("tiny decoder", (TINY,)),
     "recipe_decoder": Variant("fast recipe, tiny decoder", (TINY,), FAST),
+    "latent": Variant("latent judge", (), LATENT),
+    "latent_text": Variant("latent judge, no gradient without the prompt", ("optim.guided=text",), LATENT),
+    "latent_unguided": Variant("latent judge, unguided update", ("optim.guided=false",), LATENT),
+    "latent_surest": Variant("latent judge, surest half of the pairs", SUREST, LATENT),
+    "latent_recipe": Variant("latent judge, fast recipe", FASTER, LATENT),
 }
 # seconds: on one thread, from iterations timed separately; wall_seconds: of the run, with other programs beside it.
 COLUMNS = ("quality", "alignment", "optimizer_steps", "flop", "seconds", "wall_seconds")
@@ -154,10 +161,10 @@ def run_one(name: str, seed: int, out: Path) -> Path:
 
 def costs(name: str) -> dict[str, Costs]:
     """Measures FLOP and seconds of a variant's prompts and pairs by running a few iterations of it."""
-    once = ("rollout.threshold=0", "run.iterations=1", "optim.passes=1", "optim.keep_pairs=1.0")
+    once = ("rollout.threshold=0", "run.iterations=1", "optim.passes=1", "optim.keep_pairs=1.0", "optim.keep_by=random")
     config, cpu = recipe(name, *once), torch.device("cpu")
-    judge = StepAwarePreferenceModel.load(config.judge, cpu)
-    models = ours.Ours(load_unet(config.model, cpu), LatentDiffusion.load(config.model, cpu), judge, config)
+    diffusion, unet = LatentDiffusion.load(config.model, cpu), load_unet(config.model, cpu)
+    models = ours.Ours(unet, diffusion, load_judge(config.judge, config.model, diffusion, unet), config)
     prompts = read_prompts(config.prompts.train, "prompts.train")[: config.rollout.prompts]
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernel of a CPU would not be counted
         flop = iteration(models, prompts[:2], flop_of)

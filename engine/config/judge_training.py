@@ -25,6 +25,57 @@ from .training import (
 )
 
 
+class TrainedJudgeConfig(JudgeConfig):
+    path: str | None = Field(
+        None,
+        description="What the judge begins as: for kinds spm and spm_no_step a PickScore or CLIP or a judge of that "
+        "kind; for kind latent a latent judge, or null for the UNet's encoder and the text encoders of model.path.",
+    )
+    components: str | None = Field(
+        None,
+        description="Folder or hub id of the CLIP whose config.json, preprocessor and tokenizer go with judge.path; "
+        "null if judge.path has its own. Of a fresh latent judge of SD-1.5: the CLIP whose text projection it begins "
+        "with, such as openai/clip-vit-large-patch14; null begins with the identity.",
+    )
+    guidance: float | None = Field(
+        None,
+        ge=1,
+        description="Of a latent judge: guidance scale of its middle feature, 7.5 for LPO's; 1 leaves out the half "
+        "without the prompt and half of the cost. null takes that of judge.path, or 1.",
+    )
+    dtype: Literal["float32"] | None = Field(None, description="Type of the weights that are trained.")
+    lora_rank: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="Of a latent judge: trains a LoRA of this rank on the frozen base model's encoder, so that the "
+        "judge is megabytes and shares the policy's weights in memory; null trains the encoder itself.",
+    )
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> TrainedJudgeConfig:
+        if self.kind != "latent":
+            for key in ("guidance", "lora_rank"):
+                if (value := getattr(self, key)) is not None:
+                    raise ValueError(f"{key} is {value}, but only a judge of kind latent has it; leave it out")
+            if self.path is None:
+                raise ValueError(f"path is null, but a judge of kind {self.kind} begins as a PickScore or CLIP")
+        return self
+
+
+class LabellerConfig(Section):
+    path: str | None = Field(
+        None,
+        description="The judge of decoded images that makes the labels where data.labels asks for it: PickScore, or a "
+        "folder written by engine/train_judge.py; null takes that of section judge.",
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
+    components: str | None = Field(None, description="As judge.components, for this judge.")
+    kind: Literal["pickscore", "spm", "spm_no_step"] = Field(
+        "pickscore", description="What it is, as judge.kind; a step-aware judge is asked at t = 0."
+    )
+
+
 class JudgeTrainingDataConfig(PairsConfig):
     heldout_source: str | None = Field(
         None,
@@ -32,10 +83,10 @@ class JudgeTrainingDataConfig(PairsConfig):
         "pairs off data.source by caption, or asks a factory with another seed.",
     )
     heldout: int = Field(512, ge=1, le=10**6, description="Most held-out pairs; accuracy is measured on them.")
-    labels: Literal["given", "pickscore"] = Field(
+    labels: Literal["given", "pickscore", "distilled"] = Field(
         "given",
-        description="Where labels come from: given takes those of the data; pickscore lets judge.path, which is then a "
-        "plain PickScore, make them.",
+        description="Where labels come from: given takes those of the data; pickscore lets the labeller, or a plain "
+        "PickScore as judge.path, say which image wins; distilled takes the labeller's probabilities themselves.",
     )
     tie: float = Field(
         0.1,
@@ -64,7 +115,24 @@ class JudgeTrainingOptimConfig(Section):
         lt=1,
         description="Share of pairs that the judge sees clean, at t = 0, instead of noised; 0 in the paper.",
     )
-    guidance: float = Field(5.0, ge=1, description="Classifier-free guidance scale of the frozen base model.")
+    guidance: float = Field(
+        5.0,
+        ge=1,
+        description="Classifier-free guidance scale of the frozen base model, which shows pairs to a judge of decoded "
+        "images.",
+    )
+    num_steps: int | None = Field(
+        None,
+        ge=1,
+        le=1000,
+        description="Pairs are noised to the timesteps of a sampler of so many steps (20: 1, 51, ..., 951), as LPO's; "
+        "null draws from 0..999, as SPO's.",
+    )
+    shared_noise: bool | None = Field(
+        None,
+        description="Whether both images of a pair get the same noise. null: they do for a judge of decoded images, as "
+        "published, and do not for a latent judge, which would read their difference through the noise.",
+    )
 
     @model_validator(mode="after")
     def _warms_up_in_time(self) -> JudgeTrainingOptimConfig:
@@ -95,11 +163,26 @@ class JudgeTrainingConfig(Section):
     """A recipe of engine/train_judge.py."""
 
     model: ModelConfig
-    judge: JudgeConfig
+    judge: TrainedJudgeConfig
+    labeller: LabellerConfig = LabellerConfig()
     data: JudgeTrainingDataConfig
     optim: JudgeTrainingOptimConfig
     zero: ZeroConfig = ZeroConfig(stage=2)
     run: JudgeTrainingRunConfig
+
+    @model_validator(mode="after")
+    def _has_the_labeller_it_needs(self) -> JudgeTrainingConfig:
+        labels, path = self.data.labels, self.labeller.path
+        if labels == "given" and path is not None:
+            raise ValueError(f"labeller.path is {path}, but data.labels is given; set it to pickscore or distilled")
+        if path is None and (labels == "distilled" or (labels == "pickscore" and self.judge.kind == "latent")):
+            raise ValueError(f"data.labels is {labels}, but labeller.path is null; name the judge that makes them")
+        return self
+
+    @property
+    def noise_is_shared(self) -> bool:
+        """Whether both images of a pair get the same noise."""
+        return self.judge.kind != "latent" if self.optim.shared_noise is None else self.optim.shared_noise
 
     @property
     def iterations(self) -> int:

@@ -63,7 +63,8 @@ class OfflineConfig(Config):
     @property
     def files_read(self) -> dict[str, str]:
         """Files or folders of data that the run reads, by key."""
-        return {"data.source": self.data.source} | super().files_read
+        only = {"data.only": self.data.only} if self.data.only else {}
+        return {"data.source": self.data.source} | only | super().files_read
 
     def in_words(self, ranks: int) -> str:
         """Returns what an iteration does, as a run announces it."""

@@ -16,6 +16,11 @@ class PairsConfig(Section):
         "map-style dataset of {image_0, image_1: (3, H, W) in [-1, 1], caption, label_0, label_1}. Images are JPEG, "
         "PNG, WebP or BMP of at most 50 million pixels, at most 16 times as long as wide; transparent is white."
     )
+    only: str | None = Field(
+        None,
+        description="The file of `strop filter-pairs` for data.source: pairs that it does not keep are not trained on. "
+        "Held-out pairs are as they are without it. Not for pairs of a factory.",
+    )
     train: int | None = Field(
         None,
         ge=1,

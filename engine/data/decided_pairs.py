@@ -12,22 +12,24 @@ from ..errors import UserError
 from ..models.latent_diffusion import LatentDiffusion
 from ..runtime.ranks import Ranks
 from .pair_files import is_factory
+from .pair_filter import kept_of
 from .pair_scan import FLIPPED, FRAMES, PLAIN, PairScan
-from .pair_sets import FilePairs, cache_entries, check_size, draw_rows, load_pairs, open_pairs
+from .pair_sets import FilePairs, cache_entries, check_made, draw_rows, load_pairs, open_pairs
 
 
 @dataclass(frozen=True, slots=True)
 class DecidedPairs:
     """The pairs that a run learns from.
 
-    ties: how many are left out because neither image is preferred. left_out: how many rows have no label or equal
-    images. broken: "file row: why" of pairs that could not be used. cached: the pairs come from the cache, not as
-    images.
+    ties: how many are left out because neither image is preferred; filtered: how many others data.only does not keep.
+    left_out: how many rows have no label or equal images. broken: "file row: why" of pairs that could not be used.
+    cached: the pairs come from the cache, not as images.
     """
 
     pairs: Dataset
     ties: int
     left_out: int = 0
+    filtered: int = 0
     broken: list[str] = field(default_factory=list)
     cached: bool = False
 
@@ -44,7 +46,8 @@ def decided_pairs(config: OfflineConfig, diffusion: LatentDiffusion, ranks: Rank
     decided = [row for row, label in enumerate(source.labels) if label[0] != label[1]]
     _refuse_ties(decided, len(source), data.source)
     used = config.iterations * config.pairs_per_iteration * ranks.size
-    rows = draw_rows(decided, min(used, data.train or used), config.run.seed)
+    kept = kept_of(decided, source, data)
+    rows = draw_rows(kept, min(used, data.train or used), config.run.seed)
     entries, size = cache_entries(data, config.run.dir, diffusion), diffusion.image_size
     framed = config.tells_crops and diffusion.family.time_ids(*size) is not None
     more = (*((FLIPPED,) if data.flip != "none" else ()), *((FRAMES,) if framed else ()))
@@ -56,13 +59,14 @@ def decided_pairs(config: OfflineConfig, diffusion: LatentDiffusion, ranks: Rank
         scan.encode_captions([source.captions[row] for row in labels])
     pairs = FilePairs(source, labels, size, images=entries is None, entries=entries, more=more)
     broken = [*result.broken, *source.broken]
-    return DecidedPairs(pairs, len(source) - len(decided), source.left_out, broken, entries is not None)
+    ties, filtered = len(source) - len(decided), len(decided) - len(kept)
+    return DecidedPairs(pairs, ties, source.left_out, filtered, broken, entries is not None)
 
 
 def _made(config: OfflineConfig, diffusion: LatentDiffusion) -> DecidedPairs:
     """Calls the factory, and reads each pair once to find the ties."""
     spec, size = config.data.source, diffusion.image_size
-    check_size(config.data)
+    check_made(config.data)
     pairs = load_pairs(resolve(spec, "data.source"), spec, config.run.seed, config.data.train)
     shape = tuple(pairs[0]["image_0"].shape)
     if shape[1:] != size:

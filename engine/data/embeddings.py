@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,17 +15,23 @@ from .prompts import batch_of
 
 
 class Embeddings:
-    """Embeddings of each prompt by base model and judge: `embeddings[prompts]` is a Conditioning on the device."""
+    """Embeddings of each prompt by base model and judges: `embeddings[prompts]` is a Conditioning on the device."""
 
-    def __init__(self, diffusion: LatentDiffusion, judge: AnyJudge, groups: Sequence[Sequence[str]]):
+    def __init__(
+        self,
+        diffusion: LatentDiffusion,
+        judge: AnyJudge,
+        groups: Sequence[Sequence[str]],
+        auditor: AnyJudge | None = None,
+    ):
         """Encodes the prompts of all groups, which are disjoint; the batches of one group do not depend on the others.
 
         The text encoders are not needed afterwards.
         """
         self.device = diffusion.device
         self.row = {prompt: row for row, prompt in enumerate(prompt for group in groups for prompt in group)}
-        parts = [self._encode(diffusion, judge, group) for group in groups if group]
-        self.all = Conditioning.cat(parts)
+        judges = {"judge": judge} | ({"auditor": auditor} if auditor else {})
+        self.all = Conditioning.cat([self._encode(diffusion, judges, group) for group in groups if group])
 
     def __len__(self) -> int:
         return len(self.row)
@@ -35,11 +41,11 @@ class Embeddings:
         return rows.to(self.device, non_blocking=True)  # safe: nothing writes to the copied tensors
 
     @staticmethod
-    def _encode(diffusion: LatentDiffusion, judge: AnyJudge, prompts: Sequence[str]) -> Conditioning:
+    def _encode(diffusion: LatentDiffusion, judges: Mapping[str, AnyJudge], prompts: Sequence[str]) -> Conditioning:
+        batches, host = [prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)], torch.device("cpu")
         with torch.no_grad():
-            features = [judge.encode(prompts[i : i + BATCH]) for i in range(0, len(prompts), BATCH)]
-        host = torch.device("cpu")
-        return replace(diffusion.encode(prompts, onto=host), judge=torch.cat(features)).to(host)
+            features = {name: torch.cat([judge.encode(batch) for batch in batches]) for name, judge in judges.items()}
+        return replace(diffusion.encode(prompts, onto=host), **features).to(host)
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,6 +75,10 @@ class PairSource(ABC):
         return self._or_raise_broken(self._identity, row)
 
     @abstractmethod
+    def contents(self) -> list:
+        """Returns JSON values that tell where in the files each row is, and that change with a parquet file."""
+
+    @abstractmethod
     def _images(self, row: int) -> list[Image.Image]: ...
 
     @abstractmethod
@@ -168,6 +172,9 @@ class ParquetPairs(PairSource):
         number, *place = self.places[row]
         return [*self.stamps[number], *place]
 
+    def contents(self) -> list:
+        return [self.places, [(size, footer) for _, size, _, footer in self.stamps]]
+
     def group(self, row: int) -> tuple[int, int]:
         return self.places[row][:2]
 
@@ -229,6 +236,9 @@ class JsonlPairs(PairSource):
     def _identity(self, row: int) -> list:
         contents = (read_bytes(self.folder / path, MOST_BYTES) for path in self.paths[row])
         return [hashlib.blake2b(content, digest_size=20).hexdigest() for content in contents]
+
+    def contents(self) -> list:
+        return self.paths
 
     def group(self, row: int) -> tuple[int, int]:
         return (0, row // JSONL_GROUP)

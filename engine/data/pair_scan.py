@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from ..config.judge_training import JudgeTrainingDataConfig
 from ..errors import UserError
 from ..judge.model import StepAwarePreferenceModel
 from ..judge.pixels import resized_pixels
@@ -39,7 +40,7 @@ MODULATION = ("adaLN_modulation", "t_embedder")  # tensors that a judge has and 
 class Entries:
     """Paths of the cache's entries, which depend on the weights of the models that compute them.
 
-    vae, encoders, judge: fingerprints of those models.
+    vae, encoders, judge: fingerprints of those models; encoders is "" where no text is cached, judge where no score is.
     """
 
     cache: PairCache
@@ -48,14 +49,20 @@ class Entries:
     judge: str
 
     @classmethod
-    def of(cls, cache: PairCache, diffusion: LatentDiffusion, judge: StepAwarePreferenceModel | None) -> Entries:
+    def of(
+        cls,
+        cache: PairCache,
+        diffusion: LatentDiffusion,
+        judge: StepAwarePreferenceModel | None = None,
+        texts: bool = True,
+    ) -> Entries:
         """Hashes the models' loaded weights, which takes seconds. judge: None unless it makes the labels."""
         vocabularies = [sorted(tokenizer.get_vocab().items()) for tokenizer in diffusion.tokenizers]
         return cls(
             cache,
             fingerprint([diffusion.vae]),
-            fingerprint(diffusion.text_encoders, vocabularies),
-            fingerprint([judge.clip], leave_out=MODULATION) if judge else "",
+            fingerprint(diffusion.text_encoders, vocabularies) if texts else "",
+            fingerprint([judge.clip], leave_out=MODULATION if judge.is_plain else ()) if judge else "",
         )
 
     def of_images(self, source: PairSource, row: int, size: tuple[int, int], kind: str = PLAIN) -> Path:
@@ -188,11 +195,7 @@ class _PairReader(IterableDataset):
         self.source, self.encode, self.groups = source, encode, groups
 
     def __iter__(self) -> Iterator[dict]:
-        worker = get_worker_info()
-        groups = self.groups[worker.id :: worker.num_workers] if worker else self.groups
-        for rows in groups:
-            for row in rows:
-                yield {"row": row} | self._read_or_broken(row)
+        return ({"row": row} | self._read_or_broken(row) for row in rows_of_worker(self.groups))
 
     def _read_or_broken(self, row: int) -> dict:
         try:
@@ -220,6 +223,12 @@ class _PairReader(IterableDataset):
         return pair
 
 
+def rows_of_worker(groups: list[list[int]]) -> Iterator[int]:
+    """Yields the rows that this worker of a DataLoader reads, of whole groups; all of them outside of a worker."""
+    worker = get_worker_info()
+    return chain.from_iterable(groups[worker.id :: worker.num_workers] if worker else groups)
+
+
 class ProgressLine:
     """Prints the progress of a scan on the terminal, at most every SECONDS_PER_LINE seconds."""
 
@@ -238,11 +247,13 @@ class ProgressLine:
             print(f"{self.title} {self.done:,}/{self.total:,}, {rate:.1f} a second, ETA {remaining}", flush=True)
 
 
-def refuse_too_many(broken: Sequence[str], total: int, key: str, max_broken: float) -> None:
-    """Raises UserError if more than the fraction max_broken of `total` pairs is broken."""
+def refuse_too_many(
+    broken: Sequence[str], total: int, key: str, max_broken: float, limit: str = "data.max_broken"
+) -> None:
+    """Raises UserError if more than the fraction max_broken, whose key is `limit`, of `total` pairs is broken."""
     if len(broken) > max_broken * total:
         raise UserError(
-            f"{key}: at least {len(broken)} of {total} pairs are broken, which is more than data.max_broken = "
+            f"{key}: at least {len(broken)} of {total} pairs are broken, which is more than {limit} = "
             f"{max_broken:g}; the first is {broken[0]}"
         )
 
@@ -255,11 +266,16 @@ def name_broken(broken: Sequence[str], run_dir: Path) -> None:
         print(f"{len(broken):,} broken pairs left out, named in {path}, such as {broken[0]}")
 
 
-def pickscore_labels(scores: Tensor, tie: float) -> Tensor:
-    """Makes labels (2, N) from PickScore's scores (2, N): an image wins if its softmax is more than `tie` higher.
+def labels_by(scores: Tensor, data: JudgeTrainingDataConfig) -> Tensor:
+    """Makes labels (2, N) from a judge's scores (2, N), by data.labels.
 
-    All other pairs are ties. Source: the published SPMTask.update_as_pickscore_label.
+    Where that is `distilled`, they are the judge's probabilities. Where it is `pickscore`, an image wins if its
+    probability is more than data.tie higher, and all other pairs are ties. Source of the latter: the published
+    SPMTask.update_as_pickscore_label.
     """
+    if data.labels == "distilled":
+        return scores.softmax(0)
+    tie = data.tie
     gap = scores.softmax(0).diff(dim=0).neg()  # (1, N), p_0 - p_1
     first = torch.where(gap > tie, 1.0, torch.where(gap < -tie, 0.0, 0.5))
     return torch.cat([first, 1 - first])

@@ -58,9 +58,9 @@ class Request:
             if names.count(name) > 1 or name == BASE:
                 why = "which is what the base is called" if name == BASE else "twice"
                 raise UserError(f"found the name {name}, {why}; NAME=PATH gives a system another name")
-        _one_of("--protocol", args.protocol, PROTOCOLS)
-        _one_of("--dtype", args.dtype, DTYPES)
-        _one_of("--device", args.device, DEVICES)
+        one_of("--protocol", args.protocol, PROTOCOLS)
+        one_of("--dtype", args.dtype, DTYPES)
+        one_of("--device", args.device, DEVICES)
         for name in ("seeds", "batch"):
             value = getattr(args, name)
             if value is not None and not 1 <= value <= MOST:
@@ -73,7 +73,7 @@ class Request:
             raise UserError(
                 f"--prompts: found no file {args.prompts}, expected a file of prompts (.txt, .json, .jsonl, .csv)"
             )
-        scorers = None if args.scorers is None else _scorers(args.scorers)
+        scorers = None if args.scorers is None else scorers_of(args.scorers)
         fields = {name: getattr(args, name) for name in cls.__dataclass_fields__ if hasattr(args, name)}
         return cls(**fields | {"scorers": scorers, "strengths": _strengths(args.strength), "sources": sources})
 
@@ -99,14 +99,15 @@ def _source(word: str) -> Source:
     return Source(name, path)
 
 
-def _scorers(words: str) -> tuple[str, ...]:
+def scorers_of(words: str) -> tuple[str, ...]:
+    """Reads the scorers of an option --scorers, with commas between them. Raises UserError for one that is unknown."""
     specs = tuple(dict.fromkeys(filter(None, (word.strip() for word in words.split(",")))))
     names = [spec.partition("=")[0] for spec in specs]
     for name, spec in zip(names, specs, strict=True):
         if names.count(name) > 1:
             raise UserError(f"--scorers: found {name} twice, expected each once")
         if name not in SCORERS and ":" not in spec:
-            _one_of("--scorers", name, (*SCORERS, "module:factory"))
+            one_of("--scorers", name, (*SCORERS, "module:factory"))
     if not specs:
         raise UserError(f"--scorers: found none, expected one or more of {', '.join(SCORERS)} or module:factory")
     return specs
@@ -124,7 +125,8 @@ def _strengths(words: str | None) -> tuple[float, ...]:
     return strengths
 
 
-def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
+def one_of(key: str, value: str, known: tuple[str, ...]) -> None:
+    """Raises UserError, with the key, for a value that is not among the known ones."""
     if value in known:
         return
     near = difflib.get_close_matches(value, known, n=1)

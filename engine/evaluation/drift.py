@@ -1,20 +1,24 @@
-"""How far the pictures of a tuned model have drifted from those of its base: colour, light, detail, layout, diversity.
+"""How far the pictures of a tuned model have drifted from those of its base.
 
+Colour, light, background, detail, layout and diversity are looked at.
 A judge that is pleased by something simple, such as saturated colours, moves these long before people would agree.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 THUMBNAIL = 16  # pixels a side: what is where, without detail
+BORDER = 2  # pixels of a thumbnail at each edge, which show background more than anything else
 MEANS = ("saturation", "brightness", "contrast", "detail")
 # What is still like the base: means move by at most one standard deviation over the base's own prompts; the layout of a
 # picture correlates with that from the same noise; the prompts' pictures differ from each other as much as before.
-MOST_DEVIATIONS, LEAST_LAYOUT, LEAST_DIVERSITY = 1.0, 0.5, 0.7
-DRIFT = (*MEANS, "layout", "diversity")
+MOST_DEVIATIONS, LEAST = 1.0, {"layout": 0.5, "diversity": 0.7}
+DRIFT = (*MEANS, "background", "tint", *LEAST)
 
 
 def statistics(images: Tensor) -> Tensor:
@@ -36,21 +40,37 @@ def statistics(images: Tensor) -> Tensor:
 
 
 def drift(base: Tensor, tuned: Tensor) -> Tensor:
-    """Returns the drift (6,) between statistics (N, ...) of pictures of the same N >= 2 prompts from the same noise.
+    """Returns the drift (8,) between statistics (N, ...) of pictures of the same N >= 2 prompts from the same noise.
 
-    In the order of DRIFT: how far the four means moved, in standard deviations of the base over prompts; the mean
-    correlation of the thumbnails, 1 if all is where it was; the mean distance of two thumbnails, over the base's.
+    In the order of DRIFT: how far the four means moved, in standard deviations of the base over prompts; so for the
+    brightness of the pictures' borders, and for the tint, a picture's mean colour without its brightness, in whatever
+    direction it moved; the mean correlation of the thumbnails, 1 if all is where it was; the mean distance of two
+    thumbnails, over the base's.
     """
     count = len(MEANS)
-    moved = (tuned - base)[:, :count].mean(0) / base[:, :count].std(0).clamp(min=1e-6)
     before, after = base[:, count:], tuned[:, count:]
+    means = [torch.column_stack([part[:, :count], _border(part[:, count:])]) for part in (base, tuned)]
+    moved = (means[1] - means[0]).mean(0) / means[0].std(0).clamp(min=1e-6)
+    tint = (_tint(after) - _tint(before)).mean(0).norm() / _tint(before).var(0).sum().sqrt().clamp(min=1e-6)
     layout = F.cosine_similarity(before - before.mean(1, keepdim=True), after - after.mean(1, keepdim=True)).mean()
     diversity = torch.pdist(after).mean() / torch.pdist(before).mean().clamp(min=1e-6)
-    return torch.cat([moved, torch.stack([layout, diversity])])
+    return torch.cat([moved, torch.stack([tint, layout, diversity])])
 
 
-def strayed(values: Tensor) -> list[str]:
-    """Returns which entries of a drift (6,) are out of bounds."""
-    *moved, layout, diversity = values.tolist()
-    out = [name for name, value in zip(MEANS, moved, strict=True) if abs(value) > MOST_DEVIATIONS]
-    return out + ["layout"] * (layout < LEAST_LAYOUT) + ["diversity"] * (diversity < LEAST_DIVERSITY)
+def strayed(values: Mapping[str, float]) -> list[str]:
+    """Returns which values of a drift, by the names in DRIFT, are out of bounds."""
+    out = lambda name, value: value < LEAST[name] if name in LEAST else abs(value) > MOST_DEVIATIONS
+    return [name for name, value in values.items() if out(name, value)]
+
+
+def _border(thumbnails: Tensor) -> Tensor:
+    """Returns the brightness (N,) of the borders of thumbnails (N, 3 * THUMBNAIL ** 2)."""
+    at_border = torch.ones(THUMBNAIL, THUMBNAIL, dtype=torch.bool, device=thumbnails.device)
+    at_border[BORDER:-BORDER, BORDER:-BORDER] = False
+    return thumbnails.unflatten(1, (3, THUMBNAIL, THUMBNAIL))[..., at_border].mean((1, 2))
+
+
+def _tint(thumbnails: Tensor) -> Tensor:
+    """Returns the mean colours (N, 3) of thumbnails (N, 3 * THUMBNAIL ** 2) without their brightness."""
+    colours = thumbnails.unflatten(1, (3, -1)).mean(2)
+    return colours - colours.mean(1, keepdim=True)

@@ -34,7 +34,7 @@ HELDOUT = Column("heldout")
 CHANGE = Column(
     "heldout_change",
     heading="{}",
-    drawn=Curve("Held-out change, in deviations of the base", "healthy: the independent scores rise with the judge's"),
+    drawn=Curve("Held-out change, in base deviations", "healthy: the independent scores rise with the judge's"),
 )
 STRAYED = Column(
     "drift",
@@ -42,7 +42,7 @@ STRAYED = Column(
     drawn=Curve("Drift of the pictures from the base's", "healthy: layout and diversity stay near 1"),
     signs=(
         Sign(
-            lambda lines: listed(strayed(torch.tensor([lines[name][-1] for name in DRIFT]))) or None,
+            lambda lines: listed(strayed({name: line[-1] for name, line in lines.items() if line})) or None,
             "The pictures have strayed from the base's in {}: look at samples/ whether that is what you want.",
             normal=True,
         ),
@@ -142,7 +142,8 @@ class Monitor:
         if fell := [name for name in independent if direction[name] < 0]:
             return f"{' and '.join(fell)} fell"
         pleased = any(direction[name] > 0 for name in (JUDGE, *self.evaluator.rewards))
-        out = strayed(moved) if pleased and not any(direction[name] > 0 for name in independent) else []
+        drifted = dict(zip(DRIFT, moved.tolist(), strict=True))
+        out = strayed(drifted) if pleased and not any(direction[name] > 0 for name in independent) else []
         return f"the judge's score rose and the pictures strayed from the base's in {' and '.join(out)}" if out else ""
 
     def _judge_the_run(self, reasons: str) -> None:

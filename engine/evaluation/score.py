@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import Tensor
-
-from ..errors import UserError, one_line
-from ..scorers.find import load_scorer
+from ..scorers.find import load_scorer, scores_by
 from .draw import Work
 from .images import Batch
 from .progress import Progress
@@ -80,7 +76,7 @@ def score(scorers: Sequence[str], systems: Sequence[str], work: Work, log: Score
             for system, batch in todo:
                 prompts = [work.prompts[number] for number in batch.numbers]
                 images = work.images.read(system, batch).to(work.device)
-                log.add(spec, system, batch, _values(spec, scorer, images, prompts))
+                log.add(spec, system, batch, scores_by(scorer, images, prompts, spec, KEY))
                 done(len(prompts))
 
 
@@ -98,16 +94,3 @@ def check_scorers(scorers: Sequence[str], systems: Sequence[str], work: Work, lo
     for spec in () if drawn else scorers:
         if missing(spec, systems, work, log):
             load_scorer(spec, KEY, work.device)
-
-
-def _values(spec: str, scorer: Callable[..., dict[str, Tensor]], images: Tensor, prompts: list[str]) -> dict:
-    try:
-        values = {name: column.float().tolist() for name, column in scorer(images, prompts).items()}
-    except ValueError as error:
-        raise UserError(f"{KEY}: {spec} cannot score {prompts[0]!r} and what is with it ({one_line(error)})") from None
-    for name, column in values.items():
-        bad = [i for i, value in enumerate(column) if not math.isfinite(value)]
-        if len(column) != len(prompts) or bad:
-            found = f"{column[bad[0]]} for {prompts[bad[0]]!r}" if bad else f"{len(column)} scores"
-            raise UserError(f"{KEY}: {spec} gave {found} as {name}, expected {len(prompts)} finite numbers")
-    return values

@@ -7,6 +7,7 @@ reads the noisy latents themselves costs neither a UNet forward nor a decode.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Protocol
 
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from ..models.conditioning import Conditioning
 
-LookAhead = Callable[[], tuple[Tensor | None, Tensor]]
+LookAhead = Callable[[slice], tuple[Tensor | None, Tensor]]
+ALL = slice(None)
 
 
 class Candidates:
@@ -24,10 +26,19 @@ class Candidates:
     which the last step drew them.
     """
 
-    def __init__(self, x: Tensor, t: float, drawn_at: float, look_ahead: LookAhead, decode: Callable[[Tensor], Tensor]):
-        """Takes look_ahead, which returns (eps (G, K, B, C, H, W) at x, x0_hat), and decode: latents -> images."""
+    def __init__(
+        self,
+        x: Tensor,
+        t: float,
+        drawn_at: float,
+        look_ahead: LookAhead,
+        decode: Callable[[Tensor], Tensor],
+        clock: Callable[[str], AbstractContextManager] = nullcontext,
+    ):
+        """Takes look_ahead, which returns (eps (G, K, B, C, H, W) at x, x0_hat) of the prompts that a slice names, and
+        decode: latents -> images. clock: times the two."""
         self.x, self.t, self.drawn_at = x, t, drawn_at
-        self._look_ahead, self._decode = look_ahead, decode
+        self._look_ahead, self._decode, self._clock = look_ahead, decode, clock
 
     @property
     def x0_hat(self) -> Tensor:
@@ -37,7 +48,9 @@ class Candidates:
     @cached_property
     def images(self) -> Tensor:
         """Predicted clean images (K, B, 3, H, W), about [-1, 1]."""
-        return self._decode(self.x0_hat)
+        x0_hat = self.x0_hat
+        with self._clock("rollout/decode"):
+            return self._decode(x0_hat)
 
     @property
     def eps(self) -> Tensor | None:
@@ -46,7 +59,22 @@ class Candidates:
 
     @cached_property
     def _predicted(self) -> tuple[Tensor | None, Tensor]:
-        return self._look_ahead()
+        with self._clock("rollout/branches"):
+            return self._look_ahead(ALL)
+
+    def first(self, prompts: int) -> Candidates:
+        """Returns those of the first prompts, with what is known of them; what is asked of them changes nothing here.
+
+        They have no clock: what they compute is timed as a part of the stage in which it is asked for.
+        """
+        some = slice(prompts)
+        part = Candidates(self.x[:, some], self.t, self.drawn_at, lambda _: self._look_ahead(some), self._decode)
+        if "_predicted" in self.__dict__:
+            eps, x0_hat = self._predicted
+            part._predicted = None if eps is None else eps[:, :, some], x0_hat[:, some]
+        if "images" in self.__dict__:
+            part.images = self.images[:, some]
+        return part
 
 
 class Judge(Protocol):

@@ -77,6 +77,12 @@ class TimeConditionedCLIP(nn.Module):
             nn.init.normal_(linear.weight, std=0.02, generator=rng)
             nn.init.zeros_(linear.bias)
 
+    def cast(self, dtype: torch.dtype) -> TimeConditionedCLIP:
+        """Casts all weights but the logit scale, which rounding would change by percents."""
+        scale = self.logit_scale.data
+        self.to(dtype).logit_scale.data = scale
+        return self
+
     def text_features(self, input_ids: Tensor) -> Tensor:
         """Projects token ids (N, L) to text features (N, E), not normalised."""
         return self.text_projection(self.text_model(input_ids=input_ids).pooler_output)

@@ -3,6 +3,7 @@
 It scores exp(logit_scale) cos(image, text). The image's features are the outputs of the UNet's down blocks, each before
 its downsampler, and of its middle block, averaged over the latent and projected; the text's are the pooled output of
 the text encoder. Neither a look ahead nor a decode is needed. Source: LPO (arXiv 2502.01051) and its released code.
+A judge may also be a LoRA on the base model's own encoder, which then stays in memory once.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from ..models.adapter import add_lora
 from ..models.conditioning import Conditioning
 from ..models.guided_unet import unet_inputs
 from ..models.latent_diffusion import BATCH, LatentDiffusion, text_outputs
 from .candidates import Candidates
 
+PARTS = ("unet", "encoders")  # of LatentNetwork; its other parameters are projections and scale
 DECODER = ("up_blocks", "conv_norm_out", "conv_act", "conv_out")  # of a UNet
 LEAST_T = 1  # the smallest timestep that LPO's judges have seen; clean latents are scored there
+LORA_LAYERS = r".*(to_[qkv]|to_out\.0|proj_in|proj_out|net\.0\.proj|net\.2|conv1|conv2|conv_shortcut|time_emb_proj)"
 
 
 class LatentNetwork(nn.Module):
@@ -42,6 +46,17 @@ class LatentNetwork(nn.Module):
         self.visual_projection = nn.Parameter(visual_projection.float())
         self.text_projection = None if text_projection is None else nn.Parameter(text_projection.float())
         self.logit_scale = nn.Parameter(logit_scale.float())
+        self.lora_rank: int | None = None
+        self._outputs = encoder_outputs
+
+    def compile(self, **options: object) -> None:
+        """Compiles the UNet's encoder with torch.compile, as nn.Module.compile does for a whole module."""
+        self._outputs = torch.compile(encoder_outputs, **options)
+
+    def add_lora(self, rank: int, seed: int) -> None:
+        """Adds a fresh LoRA to all layers of the UNet's blocks, as models/adapter.py does."""
+        add_lora(self.unet, rank, LORA_LAYERS, seed)
+        self.lora_rank = rank
 
     def image_features(self, x: Tensor, t: Tensor, cond: Conditioning, guidance: float) -> Tensor:
         """Computes features (N, E) of latents x (N, C, h, w) at timesteps t (N,), with the text of cond's N prompts.
@@ -49,7 +64,7 @@ class LatentNetwork(nn.Module):
         guidance: scale of the middle block's feature, as of a prediction; 1 leaves out the half without the prompt.
         """
         guided = guidance != 1
-        outputs = encoder_outputs(self.unet, *unet_inputs(x, t, cond, guided))
+        outputs = self._outputs(self.unet, *unet_inputs(x, t, cond, guided))
         *down, middle = (output.float().mean((2, 3)).unflatten(0, (-1, len(x))) for output in outputs)
         if guided:
             middle = middle[:1] + guidance * (middle[1:] - middle[:1])
@@ -60,6 +75,12 @@ class LatentNetwork(nn.Module):
     def text_features(self, pooled: Tensor) -> Tensor:
         """Projects pooled text (N, P) to features (N, E)."""
         return pooled.float() if self.text_projection is None else F.linear(pooled.float(), self.text_projection)
+
+
+def feature_width(unet: UNet2DConditionModel) -> int:
+    """Returns how many numbers the pooled features of all of a UNet's down blocks and its middle block are."""
+    blocks = unet.config.block_out_channels
+    return sum(blocks) + blocks[-1]
 
 
 def without_decoder(unet: UNet2DConditionModel) -> UNet2DConditionModel:
@@ -107,7 +128,26 @@ class LatentJudge:
         """The networks that only `encode` needs."""
         return list(self.network.encoders)
 
-    @torch.no_grad()
+    def unfreeze(self) -> None:
+        """Makes the judge ready for training: all that its scores depend on, or of one with a LoRA that alone.
+
+        The projections and the logit scale are trained in both cases; a LoRA leaves the text encoders as they are.
+        """
+        self.network.train()
+        unet = self.network.unet.named_parameters()
+        trained = [value for name, value in unet if not self.network.lora_rank or "lora_" in name]
+        trained += [value for name, value in self.network.named_parameters() if name.partition(".")[0] not in PARTS]
+        if not self.network.lora_rank:
+            encoders = self.network.encoders.requires_grad_(True)
+            text = self._read([""])
+            outputs = text.text.sum() + text.judge.sum() + (0 if text.pooled is None else text.pooled.sum())
+            weights = list(encoders.parameters())
+            grads = torch.autograd.grad(outputs, weights, allow_unused=True)  # the last layer may have no part in them
+            encoders.requires_grad_(False)
+            trained += [value for value, grad in zip(weights, grads, strict=True) if grad is not None]
+        for value in trained:
+            value.requires_grad_(True)
+
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Packs features, hidden states and pooled text of N prompts into a row each (N, ...), for Conditioning.judge.
 
@@ -115,7 +155,7 @@ class LatentJudge:
         """
         if not len(self.network.encoders):
             raise RuntimeError("a judge without its text encoders cannot be asked for text features")
-        if self._null is None:
+        if self._null is None or self.network.training:
             null = self._read([""])
             self._null = replace(null, time_ids=self.diffusion.time_ids(null.text.dtype))  # once, not at every score
         parts = [self._read(prompts[i : i + BATCH]) for i in range(0, len(prompts), BATCH)]
@@ -127,21 +167,26 @@ class LatentJudge:
 
     def score(self, candidates: Candidates, cond: Conditioning) -> Tensor:
         """Scores the latents of K branches of B prompts as they are: (K, B); cond: the Conditioning of the prompts."""
-        return self._score(candidates.x, cond.judge, candidates.drawn_at if self.t_of_step else candidates.t)
+        return self.score_latents(candidates.x, cond.judge, candidates.drawn_at if self.t_of_step else candidates.t)
 
     def score_images(self, images: Tensor, text: Tensor, t: float) -> Tensor:
         """Scores images (K, B, 3, H, W) in [-1, 1] by their latents for packed text (B, ...) at timestep t: (K, B)."""
         mean, _ = self.diffusion.posterior(images)
-        return self._score(mean * self.diffusion.vae.config.scaling_factor, text, t)
+        return self.score_latents(mean * self.diffusion.vae.config.scaling_factor, text, t)
 
     @torch.no_grad()
-    def _score(self, latents: Tensor, text: Tensor, t: float) -> Tensor:
+    def score_latents(self, latents: Tensor, text: Tensor, t: float) -> Tensor:
+        """Scores latents (K, B, C, h, w) for packed text (B, ...) at timestep t: (K, B)."""
         flat = latents.flatten(0, 1)
-        cond = self._unpacked(text.repeat(len(latents), 1))
-        steps = torch.full((len(flat),), max(t, LEAST_T), device=flat.device)
-        image = self.network.image_features(flat, steps, cond, self.guidance)
+        steps = torch.full((len(flat),), t, device=flat.device)
+        return self.compare(flat, text.repeat(len(latents), 1), steps).view(latents.shape[:2])
+
+    def compare(self, latents: Tensor, text: Tensor, t: Tensor) -> Tensor:
+        """Scores latents (N, C, h, w) for packed text (N, ...) at timesteps t (N,), with gradients: (N,)."""
+        cond = self._unpacked(text)
+        image = self.network.image_features(latents, t.clamp(min=LEAST_T), cond, self.guidance)
         cosine = (F.normalize(image, dim=-1) * F.normalize(cond.judge, dim=-1)).sum(-1)
-        return (self.network.logit_scale.exp() * cosine).view(latents.shape[:2])
+        return self.network.logit_scale.exp() * cosine
 
     def _read(self, prompts: Sequence[str]) -> Conditioning:
         """Returns hidden states as text, pooled text where the UNet takes it, and text features as judge."""

@@ -11,15 +11,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..runtime.ranks import Ranks
-from .model import StepAwarePreferenceModel
+from .find import AnyJudge
 
 
-def preference_scores(judge: StepAwarePreferenceModel, pixels: Tensor, text: Tensor, t: Tensor) -> Tensor:
+def preference_scores(judge: AnyJudge, shown: Tensor, text: Tensor, t: Tensor) -> Tensor:
     """Scores both images of each pair in one forward, with gradients: (2, N).
 
-    pixels (2, N, 3, S, S), normalised; text (N, E) from judge.encode; t (N,).
+    shown (2, N, ...): normalised pixels, or latents, as judge.compare takes them; text (N, E): judge.encode's; t (N,).
     """
-    return judge.compare(pixels.flatten(0, 1), text.repeat(2, 1), t.repeat(2)).view(2, -1)
+    return judge.compare(shown.flatten(0, 1), text.repeat(2, 1), t.repeat(2)).view(2, -1)
 
 
 def preference_loss(scores: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

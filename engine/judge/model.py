@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from ..config.training import JudgeConfig
+from ..models.base_model import dtype_on
 from ..models.conditioning import Conditioning
 from ..models.weight_files import check_finite, save_tensors
 from . import files as judge_files
@@ -51,6 +52,11 @@ class StepAwarePreferenceModel:
         return self.clip
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it scores as a plain CLIP does, whatever the timestep."""
+        return not any(v.any() for name, v in self.clip.named_parameters() if "adaLN_modulation.1.weight" in name)
+
+    @property
     def text_networks(self) -> list[nn.Module]:
         """The networks that only `encode` needs."""
         return [self.clip.text_model, self.clip.text_projection]
@@ -59,15 +65,20 @@ class StepAwarePreferenceModel:
     def load(
         cls, judge: JudgeConfig, device: torch.device, rng: torch.Generator | None = None
     ) -> StepAwarePreferenceModel:
-        """Loads a judge, frozen and in float32, from any of the forms that judge/files.py reads.
+        """Loads a judge, frozen, in judge.dtype or float32, from any of the forms that judge/files.py reads.
 
         rng (on the CPU): given if the judge is to be trained. A plain CLIP is then accepted: its modulation starts as
         the identity, its timestep embedder is drawn from rng. Without rng a plain CLIP is accepted only for kind
         pickscore. Raises UserError that names what is missing or does not fit.
         """
+        dtype = dtype_on(device, judge.dtype or "float32", "judge.dtype")
         files = judge_files.load(judge, rng)
-        clip = files.clip.to(device).freeze()
+        clip = files.clip.to(device).cast(dtype).freeze()
         return cls(clip, files.tokenizer, files.mean, files.std, judge.kind)
+
+    def unfreeze(self) -> None:
+        """Makes the judge ready for training: all of its CLIP is trained."""
+        self.clip.requires_grad_(True).train()
 
     def save(self, folder: Path) -> None:
         """Writes a folder that `load` reads; it records the kind of judge."""
@@ -76,7 +87,7 @@ class StepAwarePreferenceModel:
         judge_files.save(folder, judge_files.JudgeFiles(self.clip, self.tokenizer, mean, std), self.kind)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Computes normalised text features (N, E) of N prompts; over-long prompts are truncated."""
+        """Computes normalised text features (N, E) of N prompts in float32; over-long prompts are truncated."""
         self._needs_text_tower("asked for text features")
         ids = self.tokenizer(
             list(prompts),
@@ -86,7 +97,7 @@ class StepAwarePreferenceModel:
             return_tensors="pt",
         ).input_ids.to(self.device)
         features = torch.cat([self.clip.text_features(part) for part in ids.split(ENCODE_BATCH)])
-        return F.normalize(features, dim=-1)
+        return F.normalize(features.float(), dim=-1)
 
     def release_text_tower(self) -> None:
         """Frees the text tower's memory; `encode` and `save` then raise RuntimeError."""
@@ -104,8 +115,8 @@ class StepAwarePreferenceModel:
 
     def compare(self, pixels: Tensor, text: Tensor, t: Tensor | float) -> Tensor:
         """Scores normalised pixels (N, 3, S, S) and text features (N, E) at t, (N,) or one for all: (N,)."""
-        image = F.normalize(self.clip.image_features(pixels, STEPLESS_T if self.kind == "spm_no_step" else t), dim=-1)
-        return self.clip.logit_scale.exp() * (image * text).sum(-1)
+        image = self.clip.image_features(pixels, STEPLESS_T if self.kind == "spm_no_step" else t)
+        return self.clip.logit_scale.exp() * (F.normalize(image.float(), dim=-1) * text).sum(-1)
 
     def pixels(self, images: Tensor) -> Tensor:
         """Converts images (N, 3, H, W) in about [-1, 1] to normalised pixels (N, 3, S, S) for scoring."""
@@ -120,15 +131,19 @@ class StepAwarePreferenceModel:
 class TrainedJudge:
     """The Trainable of a run that trains a judge."""
 
-    judge: StepAwarePreferenceModel
+    network: nn.Module
 
     def save(self, folder: Path, iteration: int) -> None:
-        """Writes folder/JUDGE_FILE."""
-        state = {name: value.contiguous() for name, value in self.judge.clip.state_dict().items()}
-        save_tensors(state, folder / JUDGE_FILE)
+        """Writes folder/JUDGE_FILE, all that is trained."""
+        save_tensors({name: value.detach().contiguous() for name, value in self._trained()}, folder / JUDGE_FILE)
 
     def load(self, folder: Path) -> None:
         """Loads the weights that `save` wrote. Raises UserError if they are not finite."""
         state = load_file(folder / JUDGE_FILE)
         check_finite(state, str(folder / JUDGE_FILE))
-        self.judge.clip.load_state_dict(state)
+        with torch.no_grad():
+            for name, value in self._trained():
+                value.copy_(state[name])
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, value) for name, value in self.network.named_parameters() if value.requires_grad]

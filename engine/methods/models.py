@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -11,8 +11,8 @@ from ..config.offline import OfflineConfig
 from ..config.online import SamplingConfig
 from ..config.training import Config
 from ..data.decided_pairs import DecidedPairs, decided_pairs
-from ..judge.find import AnyJudge, load_judge
-from ..models.base_model import DTYPES, load_unet
+from ..judge.find import AnyJudge, load_auditor, load_judge
+from ..models.base_model import load_unet
 from ..models.guided_unet import Savings
 from ..models.latent_diffusion import LatentDiffusion
 from ..models.policy import Policy, TrainedLora
@@ -23,20 +23,25 @@ from ..speed.apply import prepare
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """The models of a run, loaded and made as fast as the recipe asks. trainable: the policy's LoRA."""
+    """The models of a run, loaded and made as fast as the recipe asks. trainable: the policy's LoRA.
+
+    auditor: a second judge, None where the recipe has none.
+    """
 
     policy: Policy
     diffusion: LatentDiffusion
     judge: AnyJudge
     trainable: TrainedLora
+    auditor: AnyJudge | None = None
 
     @classmethod
     def load(cls, config: Config, device: torch.device) -> Models:
         """Loads the models that a recipe names. Raises UserError for whatever the user has to put right."""
         diffusion = LatentDiffusion.load(config.model, device)
         unet = load_unet(config.model, device)
-        judge = load_judge(config.judge, diffusion, DTYPES[config.model.dtype])
-        return cls.of(config, unet, diffusion, judge)
+        judge = load_judge(config.judge, config.model, diffusion, unet)
+        auditor = load_auditor(config.auditor, config.model, diffusion, unet) if config.auditor else None
+        return replace(cls.of(config, unet, diffusion, judge), auditor=auditor)
 
     @classmethod
     def of(cls, config: Config, unet: nn.Module, diffusion: LatentDiffusion, judge: AnyJudge) -> Models:

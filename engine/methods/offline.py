@@ -104,7 +104,8 @@ class Offline(Method):
         """Prints on the first rank how many pairs there are, and names those that are broken."""
         if self.ranks.first:
             pairs, ties, others = len(self.data.pairs), self.data.ties, self.data.left_out
-            print(f"{pairs:,} pairs, {ties:,} ties and {others:,} other rows left out", flush=True)
+            filtered = f", {self.data.filtered:,} by data.only" if self.config.data.only else ""
+            print(f"{pairs:,} pairs, {ties:,} ties and {others:,} other rows left out{filtered}", flush=True)
             name_broken(self.data.broken, self.run_dir)
 
     def batches(self, rows: Iterator[dict]) -> Iterator[NoisedPairs]:

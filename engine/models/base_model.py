@@ -202,7 +202,8 @@ def load_unet(model: ModelConfig, device: torch.device) -> UNet2DConditionModel:
     """
     if model.attention == "xformers":
         _check_xformers(device)
-    return configure_unet(BaseModel.find(model).part("unet", DTYPES[model.dtype]).to(device), model)
+    dtype = dtype_on(device, model.dtype, "model.dtype")
+    return configure_unet(BaseModel.find(model).part("unet", dtype).to(device), model)
 
 
 def configure_unet(unet: UNet2DConditionModel, model: ModelConfig) -> UNet2DConditionModel:
@@ -249,6 +250,14 @@ def load_network(
         raise UserError(f"{key}: {folder} lacks {len(missing_keys)} tensors, such as {missing_keys[0]}")
     check_finite(model.state_dict(), f"{key}: {folder}")
     return model
+
+
+def dtype_on(device: torch.device, name: str, key: str) -> torch.dtype:
+    """Returns the type that a key of a recipe names. Raises UserError where the device does not compute in it."""
+    if name == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        card = torch.cuda.get_device_name(device)
+        raise UserError(f"{key}: found bfloat16, in which {card} does not compute; expected float16 or float32")
+    return DTYPES[name]
 
 
 def quiet_libraries() -> None:

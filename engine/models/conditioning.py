@@ -15,8 +15,8 @@ class Conditioning(Rows):
     """Embeddings of N prompts, and of the empty (negative) prompt.
 
     text (N, L, D): hidden states of the text encoder, or of two side by side; null (1, L, D): those of the empty
-    prompt. judge (N, E): what the judge's `encode` makes of the text. Where the UNet takes them: pooled (N, P),
-    null_pooled (1, P), and time_ids (1, 6), or (M, 6) for M latents: original size, crop, target size. row (N,)
+    prompt. judge, auditor (N, E): what the `encode` of either makes of the text. Where the UNet takes them: pooled
+    (N, P), null_pooled (1, P), and time_ids (1, 6), or (M, 6) for M latents: original size, crop, target size. row (N,)
     int64: each prompt's row in the texts that speed/text_kv.py caches; row 0 is the empty prompt's.
     """
 
@@ -27,6 +27,7 @@ class Conditioning(Rows):
     null_pooled: Tensor | None = rows(None, default=None)
     time_ids: Tensor | None = rows(None, default=None)
     row: Tensor | None = rows(default=None)
+    auditor: Tensor | None = rows(default=None)
 
     def unprompted(self) -> Conditioning:
         """Returns a copy in which each of the N prompts is replaced by the empty prompt."""

@@ -19,7 +19,7 @@ from ..config.training import ModelConfig
 from ..errors import warn
 from ..schedules.ddim import ddim_schedule
 from ..schedules.schedule import Schedule
-from .base_model import DTYPES, BaseModel
+from .base_model import BaseModel, dtype_on
 from .conditioning import Conditioning
 from .families.base import Family
 
@@ -70,7 +70,7 @@ class LatentDiffusion:
     @classmethod
     def load(cls, model: ModelConfig, device: torch.device) -> LatentDiffusion:
         """Loads the model of section `model`. Raises UserError if a part is missing or of another kind."""
-        base, dtype = BaseModel.find(model), DTYPES[model.dtype]
+        base, dtype = BaseModel.find(model), dtype_on(device, model.dtype, "model.dtype")
         tokenizers, scheduler, vae = base.tokenizers(), base.scheduler(), base.vae(dtype)
         latent_shape = base.latent_shape(pixels_per_latent(vae))
         encoders = [encoder.to(device) for encoder in base.text_encoders(dtype)]

@@ -11,13 +11,12 @@ from typing import Protocol
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
-from peft import LoraConfig as PeftLoraConfig
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
 from ..config.training import Config
 from ..errors import UserError
 from ..speed.merged_lora import merged_lora
+from .adapter import add_lora, lora_state, set_lora_state
 from .guided_unet import NO_SAVINGS, GuidedUNet, Savings
 from .lora_file import LORA_FILE, Lora, facts, read, write
 
@@ -41,13 +40,8 @@ class Policy(GuidedUNet):
         super().__init__(unet, latent_shape, savings)
         self.rank = rank
         self.is_reference = False
-        config = PeftLoraConfig(
-            r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(target_modules)
-        )
         try:
-            with torch.random.fork_rng():
-                torch.random.manual_seed(seed)
-                self.unet.add_adapter(config)
+            add_lora(self.unet, rank, target_modules, seed)
         except ValueError as error:
             raise UserError(f"lora.target_modules: found {list(target_modules)}; {error}") from None
         cast_training_params(self.unet, torch.float32)
@@ -75,7 +69,7 @@ class Policy(GuidedUNet):
 
     def lora_state(self) -> dict[str, Tensor]:
         """Returns the LoRA's tensors under PEFT names."""
-        return get_peft_model_state_dict(self.unet)
+        return lora_state(self.unet)
 
     def lora(self, facts: Mapping[str, str] | None = None) -> Lora:
         """Returns the LoRA as a file holds it; facts: entries of its header."""
@@ -87,7 +81,7 @@ class Policy(GuidedUNet):
 
     def load_lora(self, path: Path) -> None:
         """Replaces the LoRA by that of a file or of a folder that `save_lora` wrote. Raises UserError as check_lora."""
-        set_peft_model_state_dict(self.unet, self.check_lora(path).state())
+        set_lora_state(self.unet, self.check_lora(path).state())
 
     def check_lora(self, path: Path) -> Lora:
         """Reads a LoRA without loading it. Raises UserError if its layers, rank or scale differ from the policy's."""

@@ -2,7 +2,8 @@
 
 The same is counted for SPO's published code. Only matrix products and convolutions count. A prompt is taken to be
 encoded once for every time it is used, a pair that is cached before the loop not at all. The judge's modulation, which
-strop caches for a whole run, is left out; a scorer that gives rewards counts as the judge.
+strop caches for a whole run, is left out; a scorer that gives rewards counts as the judge. An audit is spread over the
+iterations from one to the next.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from ..config.training import Config
 from ..judge.latent import LatentJudge
 from .meta_models import ModelBuilder
 from .meter import Flops
-from .row_counts import RowCounts, count_rows
+from .row_counts import AUDIT, RowCounts, count_rows
 from .unit_costs import Costs
 
 RECOMPUTED = "recomputed"
 NONE = Flops()
 PUBLISHED = {"num_steps": 20, "t_range": (0, 751), "guidance": 5.0}  # in the authors' code, whatever the family
 EXACT = {"rollout.judge_every": 1, "rollout.look_ahead": "full", "rollout.decoder": None}
-EXACT |= {"optim.passes": 1, "optim.keep_pairs": 1.0, "judge.kind": "spm", "judge.guidance": None}
+EXACT |= {"optim.passes": 1, "optim.keep_pairs": 1.0, "optim.keep_by": "random"}
+EXACT |= {"judge.kind": "spm", "judge.guidance": None, "audit.path": None, "audit.every": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +56,22 @@ def stage_flops(builder: ModelBuilder, counts: RowCounts, costs: Costs) -> Stage
     train, reference, forward = total("train"), total("reference"), total("forward")
     cached_texts = counts.prompts + 1 if counts.prompts and config.text_kv else 0
     texts = total("text") + (0 if builder.zero_null else total("empty text"))
-    text = costs.text.flops * encoded_prompts(builder) + costs.judge_text.flops * counts.prompts
+    text = sum((each.flops for each in costs.judge_texts.values()), NONE) * counts.prompts
+    text += costs.text.flops * encoded_prompts(builder)
 
     def rollout(cost: Callable[[bool], Flops], stage: str | None = None) -> Flops:
         rows = {True: total("guided", stage), False: total("unguided", stage)}
         return sum((cost(guided) * count for guided, count in rows.items() if count), NONE)
 
+    def audit(cost: Callable[[bool], Flops]) -> Flops:
+        if not config.auditor:
+            return NONE
+        scores = costs.decode().flops * total("decode", AUDIT) + costs.scores["auditor"].flops * total("auditor", AUDIT)
+        return (rollout(cost, AUDIT) + scores) * (1 / config.auditor.every)
+
     sampled, update = lambda guided: costs.sampled(guided).flops, costs.update(False).flops
     encode = costs.encode().flops * total("encode") + costs.text.flops * texts
-    decode, judge = costs.decode().flops * total("decode"), costs.judge.flops * total("judge")
+    decode, judge = costs.decode().flops * total("decode"), costs.scores["judge"].flops * total("judge")
     stages = {
         "text": text + costs.text_kv().flops * cached_texts + costs.merge().flops * bool(counts.prompts),
         "encode": encode,
@@ -70,12 +79,13 @@ def stage_flops(builder: ModelBuilder, counts: RowCounts, costs: Costs) -> Stage
         "branches": rollout(sampled, "rollout/branches"),
         "decode": decode,
         "judge": judge,
+        "audit": audit(sampled),
         "update: policy": (update - costs.predicted(lora=False)) * train,
         "update: reference": costs.predicted(lora=False) * reference,
         "update: other forwards": costs.predicted(lora=True) * forward if forward else NONE,
         RECOMPUTED: (costs.update(True).flops - update) * train if config.model.gradient_checkpointing else NONE,
     }
-    base = costs.text_kv(lora=False).flops * cached_texts + rollout(costs.sampled_base)
+    base = costs.text_kv(lora=False).flops * cached_texts + rollout(costs.sampled_base) + audit(costs.sampled_base)
     base += costs.predicted(lora=False) * (2 * train + reference + forward)
     return _per_item(counts, stages, text + encode + decode + judge + base)
 
@@ -137,6 +147,6 @@ def evaluation_flops(config: Config, costs: Costs) -> Flops:
     evaluate = config.evaluate
     guided = evaluate.guidance != 1
     image = costs.sampled(guided).flops * (evaluate.num_steps * (2 if guided else 1)) + costs.text_kv().flops
-    image += costs.decode(True).flops + costs.judge.flops
+    image += costs.decode(True).flops + costs.scores["judge"].flops
     image += costs.encode().flops if config.judge.kind == LatentJudge.kind else NONE
     return image * (2 * evaluate.prompts)

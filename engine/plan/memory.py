@@ -44,7 +44,7 @@ def memory_use(builder: ModelBuilder, counts: RowCounts, costs: Costs, ranks: in
     models = {
         **{part: weights[part] for part in ("UNet", "VAE decoder")},
         **{named(part): encoders[part] for part in counts.kept},
-        **{part: weights[part] for part in ("tiny decoder", "judge", "LoRA") if weights[part]},
+        **{part: weights[part] for part in ("tiny decoder", *costs.scores, "LoRA") if weights[part]},
         **({"average of the LoRA": lora * counts.lora_copies} if counts.lora_copies else {}),
     }
     specs = [*config.evaluate.scorers, *filter(None, [config.rewarded_by])]
@@ -59,17 +59,18 @@ def memory_use(builder: ModelBuilder, counts: RowCounts, costs: Costs, ranks: in
     largest, images = counts.largest, costs.image_bytes() * counts.largest["decode"]
     sampling = costs.text_kv().peak * (counts.prompts + 1) + costs.merge().peak + rows
     decode = decoding_bytes(costs.decode().peak, costs.image_bytes(), largest["decode"], config.model.decode_rows)
+    scoring = lambda judge: resident + sampling + images + costs.scores[judge].peak * largest[judge]
     unet_rows = max(largest["guided"], largest["unguided"])
     unet_rows = min(unet_rows, config.model.unet_rows or unet_rows)
     update = costs.update(config.model.gradient_checkpointing).peak
     released = sum(encoders.values()) - sum(encoders[part] for part in counts.kept)
-    loaded = sum(models.values()) + released + weights["judge's text encoder"]
+    loaded = sum(models.values()) + released + sum(weights[f"{judge}'s text encoder"] for judge in costs.scores)
     phases = {
-        "embedding the prompts": loaded + max(costs.text.peak, costs.judge_text.peak),
+        "embedding the prompts": loaded + max(text.peak for text in (costs.text, *costs.judge_texts.values())),
         "encode": resident + gradients + max(costs.encode().peak * largest["encode"], costs.text.peak),
         "rollout: UNet": resident + sampling + costs.sampled().peak * unet_rows,
         "rollout: decode": resident + sampling + decode,
-        "rollout: judge": resident + sampling + images + costs.judge.peak * largest["judge"],
+        **{f"rollout: {judge}": scoring(judge) for judge in costs.scores},
         "update": resident + gradients + 2 * rows + update * update_rows(builder, counts),
         "evaluation": resident + evaluation_bytes(builder, costs),
         "balance of pairs": resident + (2 * ranks + 1) * rows,
@@ -116,5 +117,5 @@ def evaluation_bytes(builder: ModelBuilder, costs: Costs) -> float:
     unet = sampling + costs.sampled().peak * min(rows, model.unet_rows or rows)
     image = 3 * math.prod(builder.size) * 4  # bytes, in float32
     decode = decoding_bytes(costs.decode(True).peak, image, batch, model.decode_rows)
-    judge = 2 * image * batch + costs.judge.peak * batch
+    judge = 2 * image * batch + costs.scores["judge"].peak * batch
     return max(unet, sampling + decode, judge)

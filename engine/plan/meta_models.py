@@ -18,12 +18,13 @@ from transformers import CLIPConfig, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..config.online import OnlineConfig, SamplingConfig
+from ..config.settings import varied
 from ..config.training import Config, JudgeConfig, ModelConfig
 from ..errors import UserError
 from ..judge.clip import TimeConditionedCLIP
 from ..judge.find import AnyJudge
-from ..judge.latent import LatentJudge, LatentNetwork
-from ..judge.latent_files import PUBLISHED_GUIDANCE
+from ..judge.latent import LatentJudge, LatentNetwork, feature_width
+from ..judge.latent_files import record_of
 from ..judge.model import StepAwarePreferenceModel
 from ..judge.pickscore import PICKSCORE
 from ..models.base_model import DTYPES, KINDS, latent_shape, network_kind
@@ -61,7 +62,10 @@ class ModelBuilder:
         """
         base_family, parts, source = _base_model(config.model, family)
         judge, judge_source = _judge(config.judge)
-        return cls(config, base_family, parts, judge, f"{source}; judge: {judge_source}", device)
+        source += f"; judge: {judge_source}"
+        if config.auditor:
+            source += f"; auditor: {_judge(config.auditor, 'audit')[1]}"
+        return cls(config, base_family, parts, judge, source, device)
 
     def policy(self) -> Policy:
         """Builds the UNet with its LoRA; upsampling is not folded and gradient checkpointing is off."""
@@ -97,9 +101,20 @@ class ModelBuilder:
 
     def judge(self) -> AnyJudge:
         """Builds the judge of the recipe; a latent one has the architecture of the base model's own encoders."""
-        return self.latent_judge() if self.config.judge.kind == LatentJudge.kind else self.pixel_judge()
+        if self.config.judge.kind == LatentJudge.kind:
+            return self.latent_judge()
+        judge = self.pixel_judge()
+        judge.clip.cast(self.judge_dtype)
+        return judge
+
+    def auditor(self) -> AnyJudge:
+        """Builds the auditor of the recipe: the judge of the same recipe with the auditor's keys as its judge's."""
+        auditor = self.config.auditor
+        config = varied(self.config, {f"judge.{key}": getattr(auditor, key) for key in JudgeConfig.model_fields})
+        return replace(self, config=config, judge_config=_judge(auditor, "audit")[0]).judge()
 
     def pixel_judge(self) -> StepAwarePreferenceModel:
+        """Builds a judge of images, in float32 as published."""
         modulated = self.config.judge.kind != "pickscore"
         clip = self._built(lambda: TimeConditionedCLIP(CLIPModel(self.judge_config), modulated), torch.float32)
         tokenizer = BlankTokenizer(self.judge_config.text_config.max_position_embeddings, self.device)
@@ -108,14 +123,18 @@ class ModelBuilder:
 
     def latent_judge(self) -> LatentJudge:
         diffusion, unet = self.diffusion(), self.unet()
-        blocks, projected = unet.config.block_out_channels, self.family.pooled_width(self.parts["unet"]) is None
+        projected = self.family.pooled_width(self.parts["unet"]) is None
         encoders = diffusion.text_encoders
+        for network in (unet, *encoders):
+            nn.Module.to(network, self.judge_dtype)
         width = encoders[-1].config.hidden_size if projected else encoders[-1].config.projection_dim
-        empty = lambda *shape: torch.empty(shape, device=self.device)
-        visual, text = empty(width, sum(blocks) + blocks[-1]), empty(width, width) if projected else None
-        network = LatentNetwork(unet, encoders, visual, text, empty())
-        guidance = self.config.judge.guidance
-        return LatentJudge(network, diffusion, PUBLISHED_GUIDANCE if guidance is None else guidance, True)
+        drawn = lambda rows, out: self._built(lambda: nn.Linear(rows, out, bias=False), torch.float32).weight
+        visual, text = drawn(feature_width(unet), width), drawn(width, width) if projected else None
+        scale = torch.full((), self.judge_config.logit_scale_init_value, device=self.device)
+        network = LatentNetwork(unet, encoders, visual, text, scale)
+        judge = self.config.judge
+        guidance = record_of(Path(judge.path))["guidance"] if judge.guidance is None else judge.guidance
+        return LatentJudge(network, diffusion, guidance, True)
 
     def _built(self, make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
         """Returns the network of `make()` on this device and in `dtype`; PyTorch's default type stays what it is."""
@@ -142,6 +161,10 @@ class ModelBuilder:
     @property
     def dtype(self) -> torch.dtype:
         return DTYPES[self.config.model.dtype]
+
+    @property
+    def judge_dtype(self) -> torch.dtype:
+        return DTYPES[self.config.judge.computed_in(self.config.model)]
 
     @property
     def vae_dtype(self) -> torch.dtype:
@@ -213,15 +236,15 @@ def _base_model(model: ModelConfig, family: Family | None) -> tuple[Family, dict
     return family, parts, source
 
 
-def _judge(judge: JudgeConfig) -> tuple[CLIPConfig, str]:
-    """Returns (configuration of the judge's CLIP, where it comes from)."""
+def _judge(judge: JudgeConfig, section: str = "judge") -> tuple[CLIPConfig, str]:
+    """Returns (configuration of the judge's CLIP, where it comes from). section: of the recipe, for messages."""
     if judge.kind == LatentJudge.kind:  # CLIPs are then those of the published code alone
         return CLIPConfig(**PICKSCORE), "the base model's own encoders"
     folders = [Path(path) for path in (judge.path, judge.components) if path]
     folder = next((folder for folder in folders if (folder / "config.json").is_file()), None)
     if folder is None:
         return CLIPConfig(**PICKSCORE), "PickScore's CLIP, ViT-H/14"
-    kind = read_config(folder.parent, folder.name, "judge.path").get("model_type")
+    kind = read_config(folder.parent, folder.name, f"{section}.path").get("model_type")
     if kind != "clip":
-        raise UserError(f"judge.path: {folder / 'config.json'} is of a model of type {kind}, expected clip")
+        raise UserError(f"{section}.path: {folder / 'config.json'} is of a model of type {kind}, expected clip")
     return CLIPConfig.from_pretrained(folder), f"the config.json in {folder}"

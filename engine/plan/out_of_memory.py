@@ -21,6 +21,7 @@ PHASES = {  # of fit.py, by the clock's stages
     "rollout/trunk": "rollout: UNet",
     "rollout/branches": "rollout: UNet",
     "rollout/decode": "rollout: decode",
+    "rollout/audit": "rollout: decode",
     "encode": "encode",
     "evaluate": "evaluation",
     "update": "update",

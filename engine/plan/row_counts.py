@@ -35,6 +35,7 @@ from ..schedules.schedule import Schedule
 
 ONE_PROCESS = Ranks(0, 1, torch.device("cpu"))
 TEXT_ENCODERS, VAE_ENCODER = "text encoders", "VAE encoder"
+AUDIT = "rollout/audit"  # the clock's stage
 COUNTED_AS = {"rollout.decoder": None, "reward": JUDGE, "data.workers": 0}  # in place of what would be loaded
 
 
@@ -46,11 +47,11 @@ class RowCounts:
     by (stage, call), how many rows went through. largest: by call, the most rows in one of them. The calls of the UNet,
     in its rows, of which a guided latent has two: `guided` and `unguided`, forwards of the rollout; in the update
     `train`, forwards that a backward pass follows, `reference`, and `forward`, other forwards of the policy. `decode`
-    counts latents; `judge` images that judge or reward score; `encode` images for the VAE; `text` and `empty text`
-    prompts that are encoded within the loop. pairs: those that a run reports. trained_rows: different rows that are
-    trained on. x_t_per_row: 2 where one may have two latents x_t. latents, other_bytes: of what is collected, without
-    conditioning. exchanged: whether ranks deal it anew. lora_copies: beside the policy's own. kept: encoders that stay
-    on the device.
+    counts latents; `judge` images that judge or reward score, `auditor` those that an auditor does; `encode` images for
+    the VAE; `text` and `empty text` prompts that are encoded within the loop. pairs: those that a run reports.
+    trained_rows: different rows that are trained on. x_t_per_row: 2 where one may have two latents x_t. latents,
+    other_bytes: of what is collected, without conditioning. exchanged: whether ranks deal it anew. lora_copies: beside
+    the policy's own. kept: encoders that stay on the device.
     """
 
     items: int
@@ -73,8 +74,8 @@ class RowCounts:
         return self.items if self.item == "prompt" else 0
 
     def total(self, call: str, stage: str | None = None) -> int:
-        """Returns the rows of a call, in one stage or in all."""
-        return sum(rows for (s, c), rows in self.rows.items() if c == call and stage in (None, s))
+        """Returns the rows of a call, in one stage, or in all but AUDIT, which not every iteration has."""
+        return sum(rows for (s, c), rows in self.rows.items() if c == call and (s == stage if stage else s != AUDIT))
 
     def collected_bytes(self, latent: int) -> int:
         """Returns the bytes of what is collected, where a latent has `latent` numbers, in float32."""
@@ -165,11 +166,14 @@ class _CountingModels:
         self.rows, self.largest = Counter(), Counter()
         self.stage, self.is_reference, self.is_sampling, self.trained_latents = "", False, False, 0
         self.kept = (TEXT_ENCODERS, VAE_ENCODER)
+        audited = lambda candidates, cond: self._scored("auditor", config.auditor.kind, candidates)
+        self.auditor = SimpleNamespace(score=audited) if config.auditor else None
 
     def __getitem__(self, prompts: Sequence[str]) -> Conditioning:
         """Returns the embeddings of prompts that were encoded before the loop."""
         count = len(prompts)
-        return Conditioning(torch.zeros(count, 1, 1), torch.zeros(1, 1, 1), torch.zeros(count))
+        judges = dict.fromkeys(("judge", "auditor"), torch.zeros(count))
+        return Conditioning(torch.zeros(count, 1, 1), torch.zeros(1, 1, 1), **judges)
 
     def schedule(self, rollout: SamplingConfig) -> Schedule:
         return self.rollout_schedule
@@ -239,9 +243,12 @@ class _CountingModels:
 
     def score(self, candidates: Candidates, cond: Conditioning) -> Tensor:
         """Returns scores (K, B) so far apart that the judge is sure at any threshold."""
-        read = candidates.x if self.config.judge.kind == LatentJudge.kind else candidates.images
+        return self._scored("judge", self.config.judge.kind, candidates)
+
+    def _scored(self, call: str, kind: str, candidates: Candidates) -> Tensor:
+        read = candidates.x if kind == LatentJudge.kind else candidates.images
         k, prompts = read.shape[:2]
-        self._count("judge", k * prompts)
+        self._count(call, k * prompts)
         return 1e3 * torch.arange(k, dtype=torch.float32).unsqueeze(1).expand(k, prompts)
 
     def score_images(self, images: Tensor, text: Tensor, t: int) -> Tensor:

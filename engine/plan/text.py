@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ..runtime.output import table
 from .flops import RECOMPUTED
 from .memory import RESERVE
 from .meter import Flops
@@ -133,13 +133,6 @@ def by_gpus(plan: Plan) -> list[str]:
         "MB that each receives and seconds are those of an iteration; hours are without the evaluations.",
         *table(titles, rows),
     ]
-
-
-def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Returns lines of aligned columns, the first to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
-    padded = lambda row: [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-    return ["  ".join([row[0].ljust(widths[0]), *padded(row)]).rstrip() for row in (titles, *rows)]
 
 
 def tera(flops: Flops | float) -> str:

@@ -47,28 +47,29 @@ def once(measured: Callable) -> Callable:
 class Costs:
     """Costs of one row of every network under the keys of a recipe; methods measure when they are called first.
 
-    judge: by image or latent, whatever it reads. text, judge_text: by prompt, but for the bytes, which are of BATCH
-    prompts. weights: bytes by part, with the LoRA's own. published: operations of SPO's published code, which runs the
-    networks as they are loaded: by row of the UNet forward, reference and train, decode, judge with its modulation, and
-    judge_text; empty where they were not asked for.
+    scores, judge_texts: of "judge" and, where there is one, "auditor"; scores by image or latent, whatever it reads.
+    text, judge_texts: by prompt, but for the bytes, which are of BATCH prompts. weights: bytes by part, with the LoRA's
+    own. published: operations of SPO's published code, which runs the networks as they are loaded: by row of the UNet
+    forward, reference and train, decode, judge with its modulation, and judge_text; empty where not asked for.
     """
 
     def __init__(self, builder: ModelBuilder, published: bool = False):
         """Builds the networks of a recipe, and measures what stays the same at other resolutions."""
         self.builder, self.known, model = builder, {}, builder.config.model
         self.policy, self.diffusion, self.tiny = builder.policy(), builder.diffusion(), builder.decoder()
-        judge = builder.judge()
-        self.published = self._published(judge) if published else {}
+        judges = {"judge": builder.judge()} | ({"auditor": builder.auditor()} if builder.config.auditor else {})
+        self.published = self._published(judges["judge"]) if published else {}
         self.known.clear()  # of networks that now become others
         remove_idle_work(self.policy.unet, self.diffusion.vae, model.fold_upsample)
         self.policy.savings = Savings(None, model.merges_lora, model.share_halves)
         text = measure(lambda: self.diffusion.encode([""] * BATCH), model.uses_tf32)
         self.text = replace(text, flops=text.flops * (1 / (BATCH + (not self.diffusion.zero_null))))
-        self.judge, self.judge_text = self._score(judge), self._judge_text(judge)
-        self.weights = self._weights(judge)
+        self.scores = {name: self._score(judge) for name, judge in judges.items()}
+        self.judge_texts = {name: self._judge_text(judge) for name, judge in judges.items()}
+        self.weights = self._weights(judges)
 
     def at(self, builder: ModelBuilder) -> Costs:
-        """Returns the costs at the resolution of another builder; those of judge and published code stay."""
+        """Returns the costs at the resolution of another builder; those of judges and published code stay."""
         resized = copy(self)
         resized.builder = builder
         return resized
@@ -167,7 +168,8 @@ class Costs:
         """Measures the score of an image, with its modulation known, or of a latent."""
         builder = self.builder
         if isinstance(judge, LatentJudge):
-            x, cond = torch.empty(1, *builder.latent_shape, device="meta"), builder.conditioning(1)
+            x = torch.empty(1, *builder.latent_shape, device="meta")
+            cond = builder.conditioning(1).to(judge.network.unet.dtype)
             score = lambda: judge.network.image_features(x, _t(), cond, judge.guidance)
         else:
             image = torch.empty(1, 3, *builder.size, device="meta", dtype=builder.vae_dtype)
@@ -195,18 +197,19 @@ class Costs:
             "judge_text": self._judge_text(judge).flops,
         }
 
-    def _weights(self, judge: AnyJudge) -> dict[str, int]:
+    def _weights(self, judges: dict[str, AnyJudge]) -> dict[str, int]:
         """Returns the bytes of parameters and buffers."""
         vae, lora = self.diffusion.vae, sum(p.nbytes for p in self.policy.parameters)
-        decoder, judge_text = _bytes(vae.decoder, vae.post_quant_conv), _bytes(*judge.text_networks)
+        decoder = _bytes(vae.decoder, vae.post_quant_conv)
+        texts = {name: _bytes(*judge.text_networks) for name, judge in judges.items()}
         return {
             "UNet": _bytes(self.policy.unet) - lora,
             "VAE decoder": decoder,
             VAE_ENCODER: _bytes(vae) - decoder,
             "tiny decoder": _bytes(self.tiny.network) if self.tiny else 0,
             TEXT_ENCODERS: _bytes(*self.diffusion.text_encoders),
-            "judge": _bytes(judge.network) - judge_text,
-            "judge's text encoder": judge_text,
+            **{name: _bytes(judge.network) - texts[name] for name, judge in judges.items()},
+            **{f"{name}'s text encoder": size for name, size in texts.items()},
             "LoRA": lora,
         }
 

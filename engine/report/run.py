@@ -14,6 +14,7 @@ from ..config.training import Config
 from ..evaluation import monitor
 from ..methods.find import method_class
 from ..methods.judge_training.method import JudgeTraining
+from ..methods.spo.columns import AGREEMENT
 from ..methods.spo.rollout import segments
 from ..runtime.columns import LEFT_OUT, SHORT, Column, Heatmap
 
@@ -96,9 +97,10 @@ class Run:
 
     @property
     def columns(self) -> Sequence[Column]:
-        """The columns that the run's method reports, and its monitor if it had one."""
+        """The columns that the run's method reports, and its auditor and monitor if it had them."""
         last = next((record for record in reversed(self.records) if record.get(monitor.CHANGE.name)), None)
         labels = lambda column: tuple(last[column.name]) if isinstance(last[column.name], dict) else ()
         monitored = [replace(column, labels=labels(column)) for column in monitor.COLUMNS] if last else []
+        audited = [AGREEMENT] if any(record.get(AGREEMENT.name) is not None for record in self.records) else []
         method = JudgeTraining if self.trains_judge else method_class(self.config_class)
-        return (*method.columns, LEFT_OUT, *monitored)
+        return (*method.columns, *audited, LEFT_OUT, *monitored)

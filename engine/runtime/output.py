@@ -1,8 +1,8 @@
-"""Where results go: which places are free, and text files that are there whole or not at all."""
+"""Where results go: which places are free, text files that are there whole or not at all, and tables as text."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -33,3 +33,10 @@ def write_all(texts: Mapping[Path | None, str]) -> None:
             write_atomically(path, text)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); choose another place") from None
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns lines of aligned columns, the first to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    padded = lambda row: [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+    return ["  ".join([row[0].ljust(widths[0]), *padded(row)]).rstrip() for row in (titles, *rows)]

@@ -59,6 +59,17 @@ def falls_below(share: float) -> Callable[[Values], float | None]:
     return check
 
 
+def falls_by(much: float) -> Callable[[Values], float | None]:
+    """Returns the check for a last part whose mean is this much below the first one's; it names the fall."""
+
+    def check(values: Values) -> float | None:
+        first, last = parts(values)
+        fall = fmean(first) - fmean(last)
+        return fall if len(last) >= LEAST and fall > much else None
+
+    return check
+
+
 def grows(times: float) -> Callable[[Values], float | None]:
     """Returns the check for a last part whose median is this many times the first one's; it names the ratio."""
 
@@ -67,6 +78,11 @@ def grows(times: float) -> Callable[[Values], float | None]:
         return last / first if len(values) >= 2 * LEAST and first > 0 and last > times * first else None
 
     return check
+
+
+def of_several(check: Callable[[Values], float | None]) -> Callable[[Values], float | None]:
+    """Returns the check that says nothing of fewer than LEAST values."""
+    return lambda values: check(values) if len(values) >= LEAST else None
 
 
 def spikes(times: float, share: float) -> Callable[[Values], int | None]:

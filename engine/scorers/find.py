@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..config.factory import resolve
-from ..errors import UserError
+from ..errors import UserError, one_line
 from . import aesthetic, clip_score, hpsv2, image_reward, pickscore
 from .scorer import DEFAULTS, Options, Scorer
 
@@ -23,18 +25,49 @@ LOADERS = {
 }
 
 
-def load_scorer(spec: str, key: str, device: torch.device) -> Callable[..., dict[str, Tensor]]:
+def load_scorer(
+    spec: str, key: str, device: torch.device, batch: int = DEFAULTS.batch
+) -> Callable[..., dict[str, Tensor]]:
     """Loads the scorer that a recipe names, such as "pickscore", "hpsv2=HPS_v2_compressed.pt" or "module:factory".
 
-    key: the configuration key of `spec`, for the message. Raises UserError as `load` and config/factory.py do.
+    key: the configuration key of `spec`, for the message; batch: images of a forward, of scorers that come with strop.
+    Raises UserError as `load` and config/factory.py do.
     """
     name, _, weights = spec.partition("=")
-    if name not in LOADERS and ":" in spec:
+    if is_factory(spec):
         return resolve(spec, key)(device)
     try:
-        return load(name, weights or None, options=Options(device))
+        return load(name, weights or None, options=Options(device, batch=batch))
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
+
+
+def is_factory(spec: str) -> bool:
+    """Whether a scorer's spec names code, and not a scorer of LOADERS with its weights."""
+    return ":" in spec and spec.partition("=")[0] not in LOADERS
+
+
+def scores_by(
+    scorer: Callable[..., dict[str, Tensor]],
+    images: Tensor | Sequence[Image.Image],
+    prompts: Sequence[str],
+    spec: str,
+    key: str,
+) -> dict[str, list[float]]:
+    """Returns a scorer's scores by their names, one for each of N images and prompts.
+
+    Raises UserError, with the key of the scorer's spec, unless there are N finite numbers under each name.
+    """
+    try:
+        values = {name: column.float().tolist() for name, column in scorer(images, prompts).items()}
+    except ValueError as error:
+        raise UserError(f"{key}: {spec} cannot score {prompts[0]!r} and what is with it ({one_line(error)})") from None
+    for name, column in values.items():
+        bad = [i for i, value in enumerate(column) if not math.isfinite(value)]
+        if len(column) != len(prompts) or bad:
+            found = f"{column[bad[0]]} for {prompts[bad[0]]!r}" if bad else f"{len(column)} scores"
+            raise UserError(f"{key}: {spec} gave {found} as {name}, expected {len(prompts)} finite numbers")
+    return values
 
 
 def load(name: str, weights: str | None = None, components: str | None = None, options: Options = DEFAULTS) -> Scorer:

@@ -29,16 +29,16 @@ def merged_lora(model: nn.Module) -> Iterator[bool]:
     if len(set(map(id, weights))) < len(layers):  # some cannot, or two of them share a weight
         yield False
         return
-    original_weights = [weight.clone() for weight in weights]
+    original_weights = [weight.data for weight in weights]  # others, such as a judge's LoRA, may be based on them
     try:
         for layer, weight in zip(layers, weights, strict=True):
-            weight += layer.get_delta_weight(layer.active_adapters[0])
+            weight.data = (weight + layer.get_delta_weight(layer.active_adapters[0])).to(weight.dtype)
         for layer in layers:
             layer.enable_adapters(False)
         yield True
     finally:
         for weight, original in zip(weights, original_weights, strict=True):
-            weight.copy_(original)
+            weight.data = original
         for layer in layers:
             layer.enable_adapters(True)
 

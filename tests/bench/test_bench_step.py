@@ -1,6 +1,7 @@
 """strop.bench.bench_step on tiny networks: what it counts, what it divides, and where it takes random weights."""
 
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,8 +9,9 @@ import pytest
 import torch
 
 from strop.bench import bench_step, ours, published
-from strop.bench.bench_step import Side, measure, ratio, summary, table
+from strop.bench.bench_step import measure, recipes, summary, table
 from strop.bench.machine import RESULTS
+from strop.bench.sides import Side, build, ratios
 from strop.engine.config.methods.spo import SPOConfig
 from strop.engine.config.settings import varied
 from strop.engine.errors import UserError
@@ -42,9 +44,15 @@ def recipe(tiny_folder, clip_folder, tmp_path):
 
 def test_a_record_of_all_sides(recipe, capsys):
     fast = recipe(rollout={"look_ahead": "text"}, optim={"passes": 2}, iterations=2)
-    record = json.loads(json.dumps(measure(recipe(), fast, "tiny", 2, CPU)))
+    latent = varied(recipe(), {"judge.kind": "latent", "judge.path": "none"})
+    record = json.loads(json.dumps(measure(recipe(), {"fast": fast, "latent": latent}, 2, CPU)))
     sides = record["sides"]
-    assert [sides[name]["pairs"] for name in ("published", "exact", "fast")] == [12, 12, 12]  # 3 prompts at 4 steps
+    assert [(name, side["pairs"]) for name, side in sides.items()] == [
+        (name, 12)
+        for name in ("published", "exact", "fast", "latent")  # 3 prompts at 4 steps
+    ]
+    assert sides["latent"]["tflop"]["rollout/decode"] == sides["latent"]["seconds"]["rollout/decode"] == 0
+    assert sides["latent"]["tflop"]["rollout/judge"] > 0
     for side in sides.values():
         assert set(side["seconds"]) == {*STAGES, "total"}
         parts = sum(seconds for stage, seconds in side["seconds"].items() if stage not in ("update/optimizer", "total"))
@@ -52,11 +60,11 @@ def test_a_record_of_all_sides(recipe, capsys):
         assert side["seconds_per_prompt"] == pytest.approx(side["seconds"]["total"] / 3)
         whole = sum(v for k, v in side["tflop"].items() if k not in ("total", "update/optimizer"))
         assert side["tflop"]["total"] == pytest.approx(whole, rel=0.02)  # keys and values of the text are in no stage
-        assert side["share_of_matmul"]["rollout/decode"] > 0
+        assert side["share_of_matmul"]["update"] > 0
         assert side["peak_bytes"] is None
-        shown = side["profile"]["longest"]
-        assert "aten::mkldnn_convolution" in [row["name"] for row in shown]
-        assert 0 < sum(row["seconds"] for row in shown) <= side["profile"]["seconds"]
+    shown = sides["exact"]["profile"]["longest"]
+    assert "aten::mkldnn_convolution" in [row["name"] for row in shown]
+    assert 0 < sum(row["seconds"] for row in shown) <= sides["exact"]["profile"]["seconds"]
     spent = lambda stage: [sides[name]["tflop"][stage] for name in ("published", "exact", "fast")]
     assert spent("text")[0] > spent("text")[1] == spent("text")[2]
     assert spent("update")[0] > 1.9 * spent("update")[1]  # winner and loser in one forward
@@ -69,12 +77,38 @@ def test_a_record_of_all_sides(recipe, capsys):
     assert "round 2 of 2" in capsys.readouterr().out
 
 
+def test_thresholds_leave_out_pairs_and_the_ratios_beside_them(recipe):
+    """All pairs, those that the golden judge finds different enough, and none: 3 prompts at 4 steps."""
+    record = json.loads(json.dumps(measure(recipe(), {}, 2, CPU, (0, 0.02, 0.9), profiled=False)))
+    assert list(record["thresholds"]) == ["0", "0.02", "0.9"]
+    at = record["thresholds"].values()
+    for side in ("published", "exact"):
+        assert [each["kept"][side] for each in at][::2] == [1, 0]
+        assert 0 < record["thresholds"]["0.02"]["kept"][side] < 1
+    assert all(len(each["rounds"]["exact"]) == 2 for each in at)
+    assert record["thresholds"]["0"]["faster_per_prompt"] == record["faster_per_prompt"]
+    lines = table({"recipe": "tiny", **record}).splitlines()
+    assert lines[-1] == "| pairs kept at 0.9 | 0% | 0% |"
+    assert re.fullmatch(r"\| faster per prompt at 0\.9 \| 1 \| \d\.\d\dx \(±\d+%\) \|", lines[-2])
+
+
+def test_the_recipes_that_are_compared(monkeypatch):
+    monkeypatch.chdir(bench_step.ROOT)
+    exact, others = recipes("sdxl_released", ["rollout.prompts=3"], ["latent", "fast"])
+    assert list(others) == ["fast", "latent"]
+    assert {each.rollout.prompts for each in (exact, *others.values())} == {3}
+    assert others["latent"].judge.kind == "latent"
+    assert others["latent"].rollout == exact.rollout
+    assert others["fast"].rollout.look_ahead == "text"
+    assert not recipes("sd15", [], [])[1]
+
+
 def test_the_ratio_is_of_prompts_and_within_rounds():
     """A slow second round, in which both were twice as slow, leaves the ratio as it is."""
     config = lambda prompts: SimpleNamespace(rollout=SimpleNamespace(prompts=prompts))
     baseline = Side(published, None, config(10), rounds=[{"total": 30.0}, {"total": 60.0}, {"total": 30.0}])
     side = Side(published, None, config(5), rounds=[{"total": 5.0}, {"total": 10.0}, {"total": 6.0}])
-    assert ratio(baseline, side) == 3.0
+    assert ratios(baseline, side) == [3.0, 3.0, 2.5]
     side.flops, side.pairs = {"update": 8e12, "update/optimizer": 2e12}, 12
     found = summary(side, rate=5e12)
     assert found["tflop"]["update"] == 10.0
@@ -94,16 +128,17 @@ def tiny_families(monkeypatch):
 def test_networks_that_are_not_here_get_random_weights(recipe, tiny_families):
     """At the family's own size, here a tiny one; every stage does what it would do at full size."""
     config = recipe("nobody/sdxl", rollout={"k": 2, "t_range": (0, 201)})
-    sides = measure(config, config, "tiny", 1, CPU)["sides"]
-    assert sides["exact"]["pairs"] == sides["published"]["pairs"] == 3 * 2
+    latent = varied(config, {"judge.kind": "latent"})
+    sides = measure(config, {"latent": latent}, 1, CPU)["sides"]
+    assert [side["pairs"] for side in sides.values()] == [3 * 2] * 3
     assert 0 < sides["exact"]["tflop"]["update"] < sides["published"]["tflop"]["update"]
 
 
 def test_random_networks_are_as_the_recipe_asks(recipe, tiny_families):
-    models = bench_step.build(ours.Ours, varied(recipe("nobody/sd"), {"model.gradient_checkpointing": True}), CPU)
+    models = build(ours.Ours, varied(recipe("nobody/sd"), {"model.gradient_checkpointing": True}), CPU)
     assert models.policy.unet.is_gradient_checkpointing
     with pytest.raises(UserError, match=r"model\.attention.* xformers"):
-        bench_step.build(ours.Ours, varied(recipe("nobody/sd"), {"model.attention": "xformers"}), CPU)
+        build(ours.Ours, varied(recipe("nobody/sd"), {"model.attention": "xformers"}), CPU)
 
 
 def test_plan_reads_the_share_of_a_known_card(recipe, monkeypatch):
@@ -126,7 +161,8 @@ def test_the_page_has_the_table_of_the_last_measurement():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
 def test_full_size_on_a_gpu(name):
-    load = lambda kind: bench_step.load(bench_step.ROOT / "configs" / f"{name}{kind}.yaml", ["rollout.threshold=0"])
-    record = measure(load(""), load("_fast"), name, 2, torch.device("cuda"))
+    exact, others = recipes(name, ["rollout.threshold=0"], bench_step.OTHERS)
+    record = measure(exact, others, 2, torch.device("cuda"))
+    assert record["faster_per_prompt"]["latent"] > record["faster_per_prompt"]["exact"]
     assert record["faster_per_prompt"]["fast"] > record["faster_per_prompt"]["exact"] > 1
     assert record["sides"]["exact"]["peak_bytes"] < record["sides"]["published"]["peak_bytes"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from strop.bench import bench_attention, bench_settings, bench_step, full_size, precision
+from strop.bench import bench_attention, bench_settings, bench_step, full_size, judge_precision, precision
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -14,10 +14,12 @@ from strop.bench import bench_attention, bench_settings, bench_step, full_size, 
         (bench_step, "sd15", ["stable-diffusion-v1-5/stable-diffusion-v1-5"]),
         (bench_step, "tinyworld --rounds 0", ["--rounds", "0"]),
         (bench_step, "tinyworld run.device=cuda", ["run.device", "cuda"]),
-        (bench_step, "tinyworld --threshold 1", ["rollout.threshold"]),
+        (bench_step, "tinyworld --thresholds 0 1", ["--thresholds", "1"]),
+        (bench_step, "tinyworld judge.kind=latent", ["judge.kind", "latent"]),
         (bench_step, "nothing", ["nothing.yaml"]),
         (bench_settings, "tinyworld --rounds 0", ["--rounds", "0"]),
         (full_size, "sd15", ["GPU"]),
+        (judge_precision, "--prompts 0", ["--prompts", "0"]),
         (precision, "--iterations 0", ["--iterations", "0"]),
         (precision, "--iterations 100000", ["--iterations", "100000"]),
     ],

@@ -10,7 +10,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from strop.engine.config.training import JudgeConfig, ModelConfig
 from strop.engine.data.pair_cache import PairCache
 from strop.engine.data.pair_files import open_source, resized
-from strop.engine.data.pair_scan import FLIPPED, PLAIN, Entries, PairScan, ProgressLine, pickscore_labels
+from strop.engine.data.pair_scan import FLIPPED, PLAIN, Entries, PairScan, ProgressLine, labels_by
 from strop.engine.errors import UserError
 from strop.engine.judge.model import StepAwarePreferenceModel
 from strop.engine.models.latent_diffusion import LatentDiffusion
@@ -136,9 +136,11 @@ def test_labels_are_by_the_published_rule(tie):
     scores[:, 0] = 1.0
     p = scores.double().exp() / scores.double().exp().sum(0)
     expected = [(1.0, 0.0) if a - b > tie else (0.0, 1.0) if b - a > tie else (0.5, 0.5) for a, b in p.T.tolist()]
-    labels = pickscore_labels(scores, tie)
+    labels = labels_by(scores, SimpleNamespace(labels="pickscore", tie=tie))
     assert list(map(tuple, labels.T.tolist())) == expected
     assert set(labels[0].tolist()) == {0.0, 0.5, 1.0}
+    distilled = labels_by(scores, SimpleNamespace(labels="distilled", tie=tie))
+    torch.testing.assert_close(distilled.double(), p)
 
 
 @pytest.mark.parametrize("cache", [True, False], ids=["cached", "not cached"])

@@ -10,16 +10,18 @@ from strop.engine.config.training import JudgeConfig
 from strop.engine.data.pair_cache import PairCache
 from strop.engine.data.pair_files import open_source, resized
 from strop.engine.data.pair_scan import Entries
-from strop.engine.data.pair_sets import FilePairs, check_labeller, choose, load_pairs, rank_batches, split_by_caption
+from strop.engine.data.pair_sets import FilePairs, RelabelledPairs, choose, load_pairs, rank_batches, split_by_caption
 from strop.engine.errors import UserError
+from strop.engine.judge.find import load_labeller
 from strop.engine.judge.model import StepAwarePreferenceModel
 from strop.engine.runtime.ranks import Ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
-def recipe(source, judge="judge", steps=100, **data):
+def recipe(source, judge="judge", steps=100, labeller=None, **data):
     tree = {
+        "labeller": {"path": labeller},
         "model": {"path": "model"},
         "judge": {"path": str(judge)},
         "data": {"source": str(source), "heldout": 4} | data,
@@ -93,7 +95,6 @@ REFUSED = {  # the source, keys of section data, how many processes, what the se
     "no labels": ("unlabelled", {}, 1, "source: .* but 16 rows without a label"),
     "no pair": ("none.jsonl", {}, 1, r"none\.jsonl holds no pair$"),
     "no size": (FACTORY, {}, 1, f"train: .* {FACTORY}"),
-    "labels": (FACTORY, {"train": 5, "labels": "pickscore"}, 1, "labels: "),
     "heldout": (FACTORY, {"train": 5, "heldout_source": "pairs.jsonl"}, 1, "heldout_source: .* module:factory"),
     "processes": (FACTORY, {"train": 5}, 5, "heldout: found 4, expected at least 5"),
 }
@@ -120,12 +121,26 @@ def test_a_factory_has_no_rows_to_choose_from():
 
 def test_pickscores_labels_need_a_plain_pickscore(clip_folder):
     judge = StepAwarePreferenceModel.load(JudgeConfig(path=str(clip_folder)), ALONE.device, torch.Generator())
-    check_labeller(recipe("a", labels="pickscore"), judge)
+    assert load_labeller(recipe("a", labels="pickscore"), judge) is judge
     with torch.no_grad():
         judge.clip.vision_model.adaLN_modulation[1].weight[0, 0] = 1
-    check_labeller(recipe("a"), judge)
+    assert load_labeller(recipe("a"), judge) is None
     with pytest.raises(UserError, match=r"^data\.labels: pickscore .*judge\.path, and mine"):
-        check_labeller(recipe("a", judge="mine", labels="pickscore"), judge)
+        load_labeller(recipe("a", judge="mine", labels="pickscore"), judge)
+
+
+def test_pairs_that_code_made_are_labelled_by_a_judges_probabilities(clip_folder):
+    labeller = StepAwarePreferenceModel.load(JudgeConfig(path=str(clip_folder), kind="pickscore"), ALONE.device)
+    images = torch.rand(5, 2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    pairs = [{"image_0": a, "image_1": b, "caption": "ab", "label_0": 1.0, "label_1": 0.0} for a, b in images]
+    data = recipe(FACTORY, train=5, labels="distilled", labeller="pickscore").data
+    found = RelabelledPairs.of(pairs, labeller, data, batch=2)
+    text = labeller.encode(["ab"])
+    for pair, (a, b) in zip(found, images, strict=False):
+        scores = labeller.score_images(torch.stack([a, b])[:, None], text, 0).flatten()
+        expected = scores.double().softmax(0)
+        assert (pair["label_0"], pair["label_1"]) == pytest.approx(expected.tolist(), abs=1e-5)
+    assert len(found) == 5
 
 
 def test_pairs_of_files_hold_what_was_asked_for(tmp_path, pair_files):

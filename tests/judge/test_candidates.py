@@ -27,7 +27,7 @@ def test_a_judge_of_noisy_latents_costs_no_decode_and_no_look_ahead_after_severa
 def test_candidates_are_computed_once_and_only_when_asked_for():
     calls = SimpleNamespace(ahead=0, decode=0)
 
-    def look_ahead():
+    def look_ahead(prompts):
         calls.ahead += 1
         return torch.zeros(2, 4, 3, 1, 1, 1), torch.ones(4, 3, 1, 1, 1)
 

@@ -60,7 +60,7 @@ def test_scores_of_branches_are_the_published_ones(judge, text, case2):
     """Two branches of four prompts, the images and their mirror images, as candidates have them."""
     image = case2["in/image_64x64_f16"].float()
     branches, latents = torch.stack([image, image.flip(-1)]), torch.zeros(2, 4, 4, 8, 8)
-    candidates = Candidates(latents, 501, 551, lambda: (None, latents), lambda x0_hat: branches)
+    candidates = Candidates(latents, 501, 551, lambda prompts: (None, latents), lambda x0_hat: branches)
     cond = Conditioning(text=torch.zeros(4, 1, 1), null=torch.zeros(1, 1, 1), judge=text)
     expected = case2["spm/k2b4_64x64_and_hflip_t501/scores"].view(2, 4)
     torch.testing.assert_close(judge.score(candidates, cond), expected, rtol=0, atol=SCORES)
@@ -187,6 +187,23 @@ def test_a_loaded_clip_is_frozen_and_scores_as_transformers_does_at_every_timest
     assert not judge.clip.training
     assert not any(p.requires_grad for p in judge.clip.parameters())
     assert {p.dtype for p in judge.clip.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype, off", [("float16", 0.1), ("bfloat16", 1.0)])
+def test_in_half_precision_scores_stay_in_float32_and_near(judge, clip_folder, text, case2, dtype, off):
+    """Scores are cosines times a hundred; the scale itself is not rounded."""
+    half = StepAwarePreferenceModel.load(JudgeConfig(path=str(clip_folder), kind="pickscore", dtype=dtype), CPU)
+    scale, types = half.clip.logit_scale, {p.dtype for name, p in half.clip.named_parameters() if "scale" not in name}
+    assert types == {getattr(torch, dtype)}
+    assert torch.equal(scale, judge.clip.logit_scale)
+    assert half.encode(["a"]).dtype == torch.float32
+    modulated = copy.deepcopy(judge)
+    modulated.clip.cast(getattr(torch, dtype))
+    for t in (0, 951):
+        scores = modulated.compare(case2["in/pixel_values"], text, t)
+        error = (scores - judge.compare(case2["in/pixel_values"], text, t)).abs().max()
+        assert scores.dtype == torch.float32
+        assert 0 < error < off
 
 
 def test_saved_and_loaded_it_scores_the_same(judge, text, case2, tmp_path):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from strop.engine.config.training import ModelConfig
 from strop.engine.errors import UserError
 from strop.engine.models import base_model
-from strop.engine.models.base_model import BaseModel, load_unet
+from strop.engine.models.base_model import BaseModel, dtype_on, load_unet
 
 CPU = torch.device("cpu")
 WEIGHTS = dict.fromkeys(("unet", "vae"), "diffusion_pytorch_model")
@@ -277,6 +277,15 @@ def test_xformers_that_cannot_run_is_refused(folder, monkeypatch, installed, wor
         monkeypatch.setattr(UNet2DConditionModel, "enable_xformers_memory_efficient_attention", fail)
     with pytest.raises(UserError, match=rf"^model\.attention: .*{re.escape(word)}"):
         load_unet(settings(folder, attention="xformers"), CPU)
+
+
+def test_a_type_in_which_the_gpu_does_not_compute_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    assert dtype_on(torch.device("cuda"), "float16", "judge.dtype") == torch.float16
+    assert dtype_on(CPU, "bfloat16", "judge.dtype") == torch.bfloat16
+    with pytest.raises(UserError, match=r"^judge\.dtype: found bfloat16, .*Tesla T4.*float16"):
+        dtype_on(torch.device("cuda"), "bfloat16", "judge.dtype")
 
 
 def config_of(part, **changes):

@@ -201,7 +201,7 @@ def test_a_latent_judge_leaves_out_look_ahead_and_decode():
     counts, costs = count_rows(builder.config, builder.schedule("cpu")), Costs(builder, published=True)
     stages = stage_flops(builder, counts, costs)
     assert not {"branches", "decode"} & stages.stages.keys()
-    assert costs.judge.flops.all / TERA == pytest.approx(0.261, rel=0.01)  # the UNet's down and middle blocks
+    assert costs.scores["judge"].flops.all / TERA == pytest.approx(0.261, rel=0.01)  # the UNet's down and middle blocks
     assert stages.done.all / TERA <= 125
     pixel = published_flops(published_recipe(counted("sd15")[0]), counted("sd15")[2])
     assert published_flops(published_recipe(builder), costs).plain == pixel.plain

@@ -1,6 +1,7 @@
 """plan/flops: what plan says of a whole iteration, beside what PyTorch counts of a real one, stage by stage."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -120,6 +121,10 @@ ONLINE = {"prompts": len(PROMPTS), "num_steps": 2}
 METHODS = {  # sections of a recipe
     "d3po": {"rollout": ONLINE, "optim": {"micro_batch": 2}},
     "ddpo": {"rollout": ONLINE, "optim": {"updates": 3, "micro_batch": 2}},
+    "spo audited": {
+        "rollout": ONLINE | {"k": 2, "t_range": (0, 999), "threshold": 0.0},
+        "audit": {"path": "none", "every": 4, "prompts": 1},
+    },
     "gradspo": {"rollout": ONLINE | {"k": 2, "t_range": (0, 999), "threshold": 0.0}, "optim": {"micro_batch": 5}},
     "diffusion_dpo": {"optim": {"micro_batch": 2, "accumulate": 2}, "data": {"source": "module:factory"}},
     "mapo": {"optim": {"micro_batch": 2, "accumulate": 2}, "data": {"source": "module:factory"}},
@@ -139,12 +144,13 @@ def iteration_of(config, networks):
     """Operations by stage of one iteration of any method, as methods/loop.py runs it."""
     stages, ranks = Stages(), Ranks(0, 1, CPU)
     models = RandomPairs.of(config, networks[0], *networks[1:])
+    models = replace(models, auditor=models.judge if config.auditor else None)
     live = SimpleNamespace(counted=lambda items, total, stage: items)
     session = SimpleNamespace(ranks=ranks, clock=stages.clock, live=live, dir=None)
     prompts = PROMPTS if config.prompts_per_iteration else []
     with stages.counter:
         with stages.clock("text"):
-            embeddings = Embeddings(models.diffusion, models.judge, [prompts]) if prompts else None
+            embeddings = Embeddings(models.diffusion, models.judge, [prompts], models.auditor) if prompts else None
         texts = TrainingPrompts(prompts, embeddings, len(prompts), 0, ranks)
         method = method_class(config)(config, models, texts, session)
         method.collect(0)  # the judge's modulation is then known
@@ -163,7 +169,7 @@ def costs_of():
     known = {}
 
     def costs(builder):
-        key = builder.config.guided_update, builder.config.lora.rank
+        key = builder.config.guided_update, builder.config.lora.rank, builder.config.auditor
         if key not in known:
             known[key] = Costs(builder)
         return known[key]
@@ -173,7 +179,10 @@ def costs_of():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_iteration_of_each_method(make_config, tiny_folder, clip_folder, spm, tokenizer, costs_of, method):
-    config = make_config(tiny_folder, clip_folder, method=method, **METHODS[method])
+    sections = METHODS[method]
+    if "audit" in sections:  # by the judge itself
+        sections = sections | {"audit": sections["audit"] | {"path": str(clip_folder)}}
+    config = make_config(tiny_folder, clip_folder, method=method.partition(" ")[0], **sections)
     builder = ModelBuilder.of(config)
     counts = count_rows(config, builder.schedule("cpu"))
     planned = stage_flops(builder, counts, costs_of(builder)).stages
@@ -184,6 +193,8 @@ def test_an_iteration_of_each_method(make_config, tiny_folder, clip_folder, spm,
     text = stages.pop("text") + stages.pop("rollout", 0)  # entering `sampling`
     assert planned.pop("text", 0) == pytest.approx(text, rel=EXACT)
     counted = {stage.removeprefix("rollout/"): flops for stage, flops in stages.items() if flops}
+    if config.auditor:
+        counted["audit"] /= config.auditor.every
     assert planned == pytest.approx(counted, rel=EXACT)
 
 

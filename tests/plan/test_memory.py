@@ -26,11 +26,15 @@ COSTS = SimpleNamespace(
     decode=lambda evaluation=False: TWO,
     image_bytes=lambda: 0.5 * GB,
     encode=lambda: HALF,
-    judge=HALF * 0.5,
-    judge_text=ONE,
+    scores={"judge": HALF * 0.5},
+    judge_texts={"judge": ONE},
     text=ONE,
     weights={part: size * GB for part, size in WEIGHTS.items()},
 )
+AUDITED = SimpleNamespace(**vars(COSTS))
+AUDITED.scores = COSTS.scores | {"auditor": HALF}
+AUDITED.judge_texts = COSTS.judge_texts | {"auditor": ONE * 1.5}
+AUDITED.weights = COSTS.weights | {"auditor": 2 * GB, "auditor's text encoder": 1 * GB}
 
 
 @pytest.fixture
@@ -45,7 +49,8 @@ def measure():
     held = {"latents": 32 * 3, "other_bytes": 32 * (2 * 8 + 1), "exchanged": True}
     spo = RowCounts(2, largest=largest, trained_rows=32, **held)
     builder = lambda config: SimpleNamespace(config=config, latent_shape=(4, 8, 8), size=(64, 64))
-    return lambda config, ranks=1, counts=spo: memory_use(builder(config), counts, COSTS, ranks)
+    of = lambda config: AUDITED if config.auditor else COSTS
+    return lambda config, ranks=1, counts=spo: memory_use(builder(config), counts, of(config), ranks)
 
 
 def test_scorers_stay_on_the_gpu(config, measure):
@@ -94,6 +99,16 @@ def test_parts_and_phases(config, measure):
         "evaluation": stays + 4 * GB,
     }
     assert (memory.peak_phase, memory.peak) == ("update", memory.phases["update"])
+
+
+def test_an_auditor_stays_and_has_a_phase(make_config, measure):
+    config = make_config(rollout={"prompts": 2}, audit={"path": "none", "every": 9})
+    counts = RowCounts(2, largest=Counter(guided=16, decode=8, judge=8, auditor=4), trained_rows=32)
+    plain, audited = (measure(each, counts=counts) for each in (make_config(rollout={"prompts": 2}), config))
+    assert audited.parts.items() - plain.parts.items() == {("auditor", 2 * GB)}
+    assert audited.phases["rollout: auditor"] == sum(audited.parts.values()) + 4 * GB + 4 * 0.5 * GB
+    before, after = (memory.phases["embedding the prompts"] for memory in (plain, audited))
+    assert after - before == 2 * GB + 1 * GB + (1.5 - 1) * GB  # weights, and a larger peak than of the other encoders
 
 
 @pytest.mark.parametrize(

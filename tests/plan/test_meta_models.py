@@ -1,15 +1,19 @@
 """plan/meta_models: whose architecture is taken, and that its networks are those which a run loads."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from strop.engine.config.find import load
+from strop.engine.config.settings import varied
 from strop.engine.models.base_model import BaseModel, load_unet
 from strop.engine.models.families.find import family_named
 from strop.engine.models.latent_diffusion import LatentDiffusion
 from strop.engine.models.policy import Policy
 from strop.engine.plan.meta_models import ModelBuilder
+from strop.engine.plan.unit_costs import Costs
 
 CPU = torch.device("cpu")
 
@@ -107,6 +111,23 @@ def test_the_judge_is_pickscores_or_that_of_its_folder(builder, clip_folder, spm
     assert "ViT-H/14" in builder("somebody/sd").source
 
 
+@pytest.mark.parametrize("kind", ["spm", "pickscore", "latent"])
+def test_the_judge_is_of_its_type(builder, kind, tiny_folder, clip_folder):
+    """A judge of half precision has half the bytes, but for the scale and a latent judge's projections."""
+    built = builder(tiny_folder, judge=clip_folder)
+    of_type = lambda dtype: varied(built.config, {"judge.kind": kind, "judge.dtype": dtype})
+    single, half = (replace(built, config=of_type(dtype)) for dtype in (None, "float16"))
+    bytes_of = lambda network: sum(p.nbytes for p in network.parameters())
+    wide = {"visual_projection", "text_projection", "logit_scale"} if kind == "latent" else {"logit_scale"}
+    network = half.judge().network
+    stays = sum(p.nbytes for name, p in network.named_parameters() if name in wide)
+    assert bytes_of(network) - stays == (bytes_of(single.judge().network) - stays) / 2
+    in_single, in_half = (Costs(each).scores["judge"].flops for each in (single, half))
+    assert in_single.all == pytest.approx(in_half.all)
+    assert in_single.half == 0
+    assert in_half.half > 0.9 * in_half.all
+
+
 def test_a_tiny_decoder_is_taesd_or_that_of_its_folder(builder, tmp_path):
     assert builder("somebody/sd").decoder() is None
     taesd = builder("somebody/sd", decoder="somebody/taesd").decoder()
@@ -118,3 +139,8 @@ def test_a_tiny_decoder_is_taesd_or_that_of_its_folder(builder, tmp_path):
     small = builder("somebody/sd", decoder=str(tmp_path), decode_rows=3).decoder()
     assert (taesd.decode_rows, small.decode_rows) == (None, 3)
     assert sum(p.numel() for p in small.network.decoder.parameters()) < decoder / 10
+
+
+@pytest.mark.parametrize("overrides, guidance", [((), 1.0), (("judge.guidance=3",), 3.0), (("judge.path=none",), 7.5)])
+def test_a_latent_judge_has_the_guidance_that_its_folder_records(overrides, guidance):
+    assert ModelBuilder.of(load("tinyworld_latent", overrides)).latent_judge().guidance == guidance

@@ -1,10 +1,12 @@
 """plan/row_counts: the rows of the published schedules and of every method, counted by hand, and of the fast keys."""
 
+from collections import Counter
+
 import pytest
 import torch
 
 from strop.engine.config.online import SamplingConfig
-from strop.engine.plan.row_counts import count_rows
+from strop.engine.plan.row_counts import AUDIT, count_rows
 from strop.engine.schedules.schedule import Schedule
 from strop.kernels import DDIMCoefficients
 
@@ -72,6 +74,24 @@ def test_what_a_key_changes(rows_of, keys, totals):
     assert {call: counts.total(*([call] if isinstance(call, str) else call)) for call in totals} == totals
 
 
+AUDITED = {  # the kind of judge, that of the auditor, and the rows of an audit of 2 prompts with 4 branches at 16 forks
+    "pixels by pixels": ("spm", "spm", {"auditor": 16 * 8}),
+    "latents by pixels": ("latent", "spm", {"auditor": 16 * 8, "decode": 16 * 8, "guided": 15 * 8 * 2}),
+    "pixels by latents": ("spm", "latent", {"auditor": 16 * 8}),
+}
+
+
+@pytest.mark.parametrize("judge, auditor, rows", AUDITED.values(), ids=AUDITED)
+def test_an_audit_is_counted_apart(rows_of, judge, auditor, rows):
+    sections = {"judge": {"path": "none", "kind": judge}}
+    counts = rows_of(**sections, audit={"path": "none", "kind": auditor, "every": 5})
+    assert counts.largest["auditor"] == 8
+    plain = rows_of(**sections)
+    assert counts.rows == plain.rows + Counter({(AUDIT, call): count for call, count in rows.items()})
+    totals = lambda counts: [counts.pairs, *(counts.total(call) for call in rows)]
+    assert totals(counts) == totals(plain)
+
+
 def test_pairs_and_micro_batches_of_the_keys_of_the_update(rows_of):
     once, twice, half = rows_of(), rows_of(optim={"passes": 2}), rows_of(optim={"keep_pairs": 0.5})
     assert (twice.micro_batches, twice.trained_rows) == (2 * once.micro_batches, once.trained_rows)
@@ -105,7 +125,7 @@ METHODS = {  # sections of a recipe, the totals of calls, and what else is count
         # the trunk is the first forward, and the last step is judged as it is
         {"guided": 3 * 2 + 3 * 2 * 2 * 3, "judge": 3 * 2 * 4} | dict.fromkeys(UPDATE, 3 * 4 * 2),
         {"trained_rows": 3 * 4, "lora_copies": 1, "exchanged": True, "kept": ("VAE encoder",)},
-        (3 * 3 * 4, 3 * 4 * 17),  # x_t and two x_prev; as in SPO
+        (3 * 3 * 4, 3 * 4 * 21),  # x_t and two x_prev; as in SPO
     ),
     "diffusion_dpo": (
         {"optim": {"micro_batch": 3, "accumulate": 2}},

@@ -160,6 +160,23 @@ def test_each_curve_that_is_not_healthy_is_warned_of(rng, changes, words):
     assert "There are warning signs" in verdict(run).headline
 
 
+@pytest.mark.parametrize(
+    "agreement, words",
+    [
+        (np.linspace(0.6, 0.2, 14), "fallen by 0.3"),
+        ([0.6, 0.6, 0.6] + [None] * 8 + [0.35, 0.3, 0.25], "fallen by 0.30"),
+        ([0.08, -0.02, 0.1] + [None] * 11, "tau is 0.04"),
+        ([0.05] + [None] * 13, ""),  # one audit is too few
+        ([0.55, None, 0.5, 0.6] * 3 + [0.5, 0.45], ""),
+        ([None] * 14, ""),
+    ],
+    ids=["falls", "fell", "low", "one", "healthy", "none"],
+)
+def test_an_auditor_that_disagrees_is_warned_of(rng, agreement, words):
+    run = a_run(demo(agreement=list(agreement)), scores(rng, quality=0.3, judge=0.3))
+    assert [words in text and "auditor" in text for text in kinds(run, "bad")] == [True] * bool(words)
+
+
 def test_numbers_that_are_not_finite_are_warned_of_and_what_has_passed_is_not():
     records = demo()
     records[9] |= {"nonfinite": ["loss"]}

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from ..online import OnlineConfig, SamplingConfig
-from ..training import Count, OptimConfig, Timestep
+from ..training import Count, JudgeConfig, OptimConfig, Timestep
 
 
 class RolloutConfig(SamplingConfig):
@@ -98,9 +98,10 @@ class SPOOptimConfig(OptimConfig):
     clip: float | None = Field(
         0.1, gt=0, lt=1, description="Probability ratios are clamped to [1 - clip, 1 + clip]; null leaves them free."
     )
-    guided: bool = Field(
+    guided: bool | Literal["text"] = Field(
         True,
-        description="Whether the guided prediction (rollout.guidance) is trained, or the one with the prompt alone.",
+        description="Whether the guided prediction (rollout.guidance) is trained, or (false) the one with the prompt "
+        "alone. text is an approximation: the guided prediction, whose half without the prompt gets no gradient.",
     )
     accumulate: Count = Field(1, description="Micro-batches per optimizer step.")
     passes: Count = Field(
@@ -112,9 +113,50 @@ class SPOOptimConfig(OptimConfig):
         1.0,
         gt=0,
         le=1,
-        description="Share of a rollout's pairs that is trained on, drawn at random. Less than 1 is an approximation, "
-        "and a poor trade where the rollout costs more than the training.",
+        description="Share of a rollout's pairs that is trained on. Less than 1 is an approximation, and a poor trade "
+        "where the rollout costs more than the training.",
     )
+    keep_by: Literal["random", "surest"] = Field(
+        "random",
+        description="Which pairs optim.keep_pairs leaves: some drawn at random, or those whose scores differ most.",
+    )
+
+    @model_validator(mode="after")
+    def _has_pairs_to_leave_out(self) -> SPOOptimConfig:
+        if self.keep_by == "surest" and self.keep_pairs == 1:
+            raise ValueError("keep_by is surest, but keep_pairs is 1, which leaves none out; give the share to keep")
+        return self
+
+
+class AuditConfig(JudgeConfig):
+    path: str | None = Field(
+        None,
+        description="The auditor, a second judge that scores some of the judge's branches and trains nothing, in the "
+        "forms of judge.path; null for none.",
+    )
+    components: str | None = Field(
+        None, description=JudgeConfig.model_fields["components"].description.replace("judge.path", "audit.path")
+    )
+    every: int | None = Field(
+        None,
+        ge=1,
+        description="Iterations from one audit to the next; the first iteration has one. An audit reports `agreement`, "
+        "Kendall's tau between the scores of judge and auditor over the branches of a fork. Nothing that is trained "
+        "changes by it.",
+    )
+    prompts: Count = Field(
+        2,
+        description="How many of its prompts each process audits, at every fork. Of each, an auditor that looks at "
+        "images beside a latent judge costs the look-aheads and decodes that this judge spares; `strop plan` counts "
+        "them.",
+    )
+
+    @model_validator(mode="after")
+    def _path_and_every(self) -> AuditConfig:
+        if (self.path is None) != (self.every is None):
+            given, missing = ("every", "path") if self.path is None else ("path", "every")
+            raise ValueError(f"{given} is given without {missing}; give both for an auditor, or neither")
+        return self
 
 
 class SPOConfig(OnlineConfig):
@@ -127,11 +169,23 @@ class SPOConfig(OnlineConfig):
     method: Literal["spo"] = Field("spo", description="This method.")
     rollout: RolloutConfig = RolloutConfig()
     optim: SPOOptimConfig = SPOOptimConfig()
+    audit: AuditConfig = AuditConfig()
+
+    @model_validator(mode="after")
+    def _has_a_half_without_the_prompt(self) -> SPOConfig:
+        if self.optim.guided == "text" and self.rollout.guidance == 1:
+            raise ValueError("optim.guided is text, but with rollout.guidance 1 there is no other half; use true")
+        return self
+
+    @property
+    def auditor(self) -> AuditConfig | None:
+        """The auditor, None where the recipe has none."""
+        return self.audit if self.audit.every else None
 
     @property
     def guided_update(self) -> bool:
         """Whether the update computes both guidance halves."""
-        return self.optim.guided and super().guided_update
+        return bool(self.optim.guided) and super().guided_update
 
     def in_words(self, ranks: int) -> str:
         """Returns what an iteration does, as a run announces it."""

@@ -1,7 +1,8 @@
-"""Trains a step-aware judge from a PickScore (SPO, arXiv 2406.04314, section 3.2), as a method of the loop.
+"""Trains a judge on preference pairs, as a method of the loop: a step-aware one (SPO, arXiv 2406.04314, section 3.2) or
+a latent one (LPO, arXiv 2502.01051, section 4.1).
 
-Every pair of images is shown as the base model sees it at a random timestep, and all of the CLIP learns to tell the
-preferred one. An iteration is one optimizer step.
+Every pair is shown at a random timestep, as candidates of that timestep look, and the judge learns to tell the
+preferred image. An iteration is one optimizer step.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from torch.utils.data import DataLoader
 
 from ...config.judge_training import JudgeTrainingConfig
 from ...data.pair_sets import PairSets, rank_batches
-from ...judge.denoiser import Denoiser
+from ...judge.find import AnyJudge
 from ...judge.heldout import accuracy, heldout_views
 from ...judge.loss import example_weights, labels_of, preference_loss, preference_scores
-from ...judge.model import StepAwarePreferenceModel, TrainedJudge
-from ...judge.pixels import training_pixels
+from ...judge.model import TrainedJudge
+from ...judge.views import Views
 from ...models.conditioning import Conditioning
 from ...runtime.ranks import gather_rows
 from ...runtime.session import Session
@@ -34,10 +35,10 @@ EVALUATIONS = 5  # in the course of a run, the last one at its end; one more bef
 
 @dataclass(frozen=True, slots=True)
 class ShownPairs:
-    """Pairs as the judge sees them: pixels (2, N, 3, S, S), normalised; t (N,); pairs: the batch of the loader."""
+    """Pairs as the judge sees them: seen (2, N, ...), as its `compare` takes it; t (N,); pairs: the loader's batch."""
 
     pairs: dict
-    pixels: Tensor
+    seen: Tensor
     t: Tensor
 
     def __len__(self) -> int:
@@ -53,25 +54,29 @@ class JudgeTraining:
     def __init__(
         self,
         config: JudgeTrainingConfig,
-        judge: StepAwarePreferenceModel,
-        denoiser: Denoiser,
+        judge: AnyJudge,
+        views: Views,
         sets: PairSets,
         session: Session,
     ):
-        """Computes the held-out views and the embedding of the empty prompt once, and unfreezes the judge.
+        """Computes what is shown of held-out pairs and the empty prompt's embedding once, and unfreezes the judge.
 
         decided: how many held-out pairs of all ranks are no ties.
         """
-        self.config, self.judge, self.denoiser, self.sets = config, judge, denoiser, sets
+        self.config, self.judge, self.views, self.sets = config, judge, views, sets
         self.ranks, self.clock, self.counted = session.ranks, session.clock, session.live.counted
-        self.views = heldout_views(config, sets.heldout, denoiser, judge, self.ranks)
-        self.empty_prompt = denoiser.diffusion.encode([""])
+        self.diffusion = views.noiser.diffusion
+        self.heldout = heldout_views(config, sets.heldout, views, self.ranks)
+        self.empty_prompt = self.diffusion.encode([""]) if views.reads_text else None
         if sets.cached:
-            denoiser.diffusion.release_encoders()
-        judge.clip.requires_grad_(True).train()
-        self.trainable = TrainedJudge(judge)
-        decided = [sum((view.labels[0] != view.labels[1]).sum() for view in self.views)]
+            self.diffusion.release_encoders()
+        elif not views.reads_text:
+            self.diffusion.release_text_encoders()
+        judge.unfreeze()
+        self.trainable = TrainedJudge(judge.network)
+        decided = [sum((batch.labels[0] != batch.labels[1]).sum() for batch in self.heldout)]
         self.decided = int(gather_rows(torch.tensor(decided, device=self.ranks.device), self.ranks).sum())
+        self.timesteps = self._timesteps()
         self.rngs = {"show": torch.Generator(self.ranks.device).manual_seed(config.run.seed + self.ranks.rank)}
         steps = config.optim.steps
         self.due = {round(steps * part / EVALUATIONS) for part in range(EVALUATIONS + 1)}
@@ -109,7 +114,7 @@ class JudgeTraining:
         counts = batch.pairs.get("num_examples", torch.ones(len(batch))).to(self.ranks.device)
         with self.autocast():
             text = self.judge.encode(batch.pairs["caption"])
-            scores = preference_scores(self.judge, batch.pixels, text, batch.t)
+            scores = preference_scores(self.judge, batch.seen, text, batch.t)
         loss, stats = preference_loss(scores.float(), labels, example_weights(counts, self.ranks))
         return loss, {"loss": stats["loss"], "accuracy": (stats["accuracy"], stats["decided"])}
 
@@ -117,33 +122,43 @@ class JudgeTraining:
         """Returns held-out accuracy by timestep, before the first step and EVALUATIONS times during the run."""
         if done not in self.due:
             return {}
-        return {"heldout_accuracy": accuracy(self.judge, self.views, self.autocast, self.ranks.device)}
+        return {"heldout_accuracy": accuracy(self.judge, self.heldout, self.autocast, self.ranks.device)}
 
     def show(self, pairs: dict, clean: int) -> ShownPairs:
         """Returns what the judge sees of a batch.
 
-        The first `clean` pairs of the (shuffled) batch are shown as they are, at t = 0; each other one as the base
-        model sees it at t ~ U{0..999}, the same for both its images.
+        The first `clean` pairs of the (shuffled) batch are shown as they are, at t = 0; each other one at a timestep
+        drawn uniformly, the same for both its images.
         """
         device, rng = self.ranks.device, self.rngs["show"]
-        t = torch.randint(self.denoiser.timesteps, (len(pairs["caption"]),), generator=rng, device=device)
+        t = torch.randint(len(self.timesteps), (len(pairs["caption"]),), generator=rng, device=device)
+        t = self.timesteps[t]
         t[:clean] = 0
-        parts = [training_pixels(self.judge, images_of(pairs, slice(clean), device))] if clean else []
+        parts = [self.views.clean(images_of(pairs, slice(clean), device))] if clean else []
         if clean < len(t):
             mean, std, cond = self.encoded_pairs(pairs, slice(clean, None))
-            parts.append(training_pixels(self.judge, self.denoiser.show(mean, std, cond, t[clean:], rng)))
+            parts.append(self.views.noised(mean, std, cond, t[clean:], rng))
         return ShownPairs(pairs, torch.cat(parts, dim=1), t)
 
-    def encoded_pairs(self, pairs: dict, rows: slice) -> tuple[Tensor, Tensor, Conditioning]:
+    def encoded_pairs(self, pairs: dict, rows: slice) -> tuple[Tensor, Tensor, Conditioning | None]:
         """Returns the VAE's mean and std (2, N, C, h, w) and the conditioning of a batch's rows, cached or computed."""
-        diffusion, device = self.denoiser.diffusion, self.ranks.device
+        diffusion, device = self.diffusion, self.ranks.device
         if not self.sets.cached:
             posterior = diffusion.posterior(images_of(pairs, rows, device))
-            return *posterior, diffusion.encode(pairs["caption"][rows])
+            return *posterior, diffusion.encode(pairs["caption"][rows]) if self.views.reads_text else None
+        mean, std = (pairs[name][rows].transpose(0, 1).to(device, diffusion.vae.dtype) for name in ("mean", "std"))
+        if not self.views.reads_text:
+            return mean, std, None
         dtype = self.empty_prompt.text.dtype
         encoded = {name: pairs[name][rows].to(device, dtype) for name in ("text", "pooled") if name in pairs}
-        mean, std = (pairs[name][rows].transpose(0, 1).to(device, diffusion.vae.dtype) for name in ("mean", "std"))
         return mean, std, replace(self.empty_prompt, **encoded)
+
+    def _timesteps(self) -> Tensor:
+        """Returns the timesteps at which pairs are shown: those of a sampler's steps, or all."""
+        if self.config.optim.num_steps is None:
+            return torch.arange(self.views.noiser.timesteps, device=self.ranks.device)
+        *timesteps, _ = self.diffusion.schedule(self.config.optim.num_steps, 1.0, 1.0).t  # the last is the clean end
+        return torch.tensor(timesteps, device=self.ranks.device)
 
     def autocast(self) -> torch.autocast:
         """Returns a context in which arithmetic is bfloat16 where model.dtype is a 16-bit type, as published."""

@@ -1,9 +1,10 @@
 """The columns that SPO reports: each with its form on the terminal, its curve, and the signs of trouble in it."""
 
 from ...runtime.columns import GRAD_NORM, PROMPTS, SHORT, UNSCORED, Column, Curve, Heatmap, Sign, Trend
-from ...runtime.signs import early_rows_empty, ends_below, falls_below, late_rows_empty
+from ...runtime.signs import early_rows_empty, ends_below, falls_below, falls_by, late_rows_empty, of_several, stays_low
 from ..columns import ACCURACY, CLIPPED, LOSS, MARGIN, PAIRS
 
+LEAST_AGREEMENT, MOST_FALL = 0.1, 0.2  # of Kendall's tau
 COLUMNS = (
     PROMPTS,
     Column(
@@ -65,4 +66,24 @@ COLUMNS = (
     ACCURACY,
     CLIPPED,
     GRAD_NORM,
+)
+AGREEMENT = Column(  # of a run with an auditor
+    "agreement",
+    drawn=Curve(
+        "Judge and auditor, Kendall's tau",
+        "healthy: above 0.1, and no fall by 0.2",
+        limit=LEAST_AGREEMENT,
+    ),
+    signs=(
+        Sign(
+            of_several(stays_low(LEAST_AGREEMENT)),
+            "The judge and the auditor do not agree: Kendall's tau is {:.2f}. Look at the samples; if the auditor is "
+            "right, take another judge or train this one further.",
+        ),
+        Sign(
+            falls_by(MOST_FALL),
+            "The judge and the auditor no longer agree as they did: Kendall's tau has fallen by {:.2f}. Look at the "
+            "samples, stop earlier, or train the judge further.",
+        ),
+    ),
 )

@@ -21,7 +21,8 @@ from ...runtime.ranks import gather_rows
 from ...runtime.session import Session
 from ..models import Models
 from ..protocol import Measured, Method
-from .columns import COLUMNS
+from .audit import Audit
+from .columns import AGREEMENT, COLUMNS
 from .pairs import PreferencePairs, balance
 from .rollout import Rollout, check_steps, judged_segments
 from .thresholds import given_thresholds, keeping_thresholds, threshold_line
@@ -39,6 +40,14 @@ class Collected:
     cond: Conditioning
 
 
+def build_rollout(config: SPOConfig, models: Models) -> Rollout:
+    """Builds the rollout of a recipe. Raises UserError where its steps or its decoder do not fit the models."""
+    schedule = models.schedule(config.rollout)
+    check_steps(config.rollout, schedule)
+    decoder = load_decoder(config.rollout.decoder, config.model.dtype, models.diffusion)
+    return Rollout(models.policy, decoder, models.judge, schedule, config.rollout)
+
+
 class SPO(Method):
     """SPO rolls out, has the judge tell winners from losers, and trains the policy to prefer the winners."""
 
@@ -48,12 +57,8 @@ class SPO(Method):
     def __init__(self, config: SPOConfig, models: Models, prompts: TrainingPrompts, session: Session):
         self.config, self.policy, self.prompts, self.ranks = config, models.policy, prompts, session.ranks
         self.counted, self.run_dir = session.live.counted, session.dir
-        schedule = models.schedule(config.rollout)
-        check_steps(config.rollout, schedule)
-        decoder = load_decoder(config.rollout.decoder, config.model.dtype, models.diffusion)
-        self.rollout = Rollout(
-            models.policy, decoder, models.judge, schedule, config.rollout, session.clock, self.counted
-        )
+        self.rollout = replace(build_rollout(config, models), clock=session.clock, counted=self.counted)
+        schedule = self.rollout.schedule
         self.learner = Learner(models.policy, schedule, config.optim)
         self.trainable = models.trainable
         models.diffusion.release_text_encoders()
@@ -62,8 +67,10 @@ class SPO(Method):
             "rollout": torch.Generator(device).manual_seed(seed + session.ranks.rank),
             "shuffle": torch.Generator(device).manual_seed(seed),
         }
+        self.auditor, self.clock = models.auditor, session.clock
         timesteps = schedule.t[:-1]
         self.columns = [replace(c, labels=timesteps) if c.name == "pairs_per_t" else c for c in self.columns]
+        self.columns += [AGREEMENT] if self.auditor else []
         self.judged = judged_segments(schedule, config.rollout)
         self.judged_steps = sum(map(len, self.judged))
         thresholds, self.said = given_thresholds(config.rollout, schedule), ""
@@ -95,6 +102,13 @@ class SPO(Method):
         steps = self.rollout.schedule.num_steps
         return keeping_thresholds(gaps, self.judged, rollout.keep, rollout.keep_by_timestep, steps), gaps.numel()
 
+    def audit(self, iteration: int) -> Audit | None:
+        """Returns what takes the judge's place in an iteration that is audited, None for one that is not."""
+        config = self.config.audit
+        if not self.auditor or iteration % config.every:
+            return None
+        return Audit(self.rollout.judge, self.auditor, config.prompts, self.clock)
+
     def learning_rate(self, iteration: int) -> float:
         """Returns the learning rate, which is constant, as published."""
         return self.config.optim.lr
@@ -107,9 +121,10 @@ class SPO(Method):
         if self.said and self.ranks.first:
             print(self.said, flush=True)
             self.said = ""
-        cond = self.prompts.mine(iteration)
+        cond, audit = self.prompts.mine(iteration), self.audit(iteration)
+        rollout = replace(self.rollout, judge=audit) if audit else self.rollout
         with self.policy.sampling(cond, self.config.rollout.text_kv) as sampling_cond:
-            outcome = self.rollout(sampling_cond, self.rngs["rollout"])
+            outcome = rollout(sampling_cond, self.rngs["rollout"])
         unscored, possible = int(outcome.unscored), len(cond) * self.judged_steps  # one wait an iteration
         everywhere = gather_rows(torch.tensor([[unscored, possible]], device=self.ranks.device), self.ranks).sum(0)
         if unscored == possible and everywhere[0] == everywhere[1]:
@@ -125,6 +140,7 @@ class SPO(Method):
             "kept": outcome.pairs_per_step.sum() / possible,
             "threshold": self.threshold,
             UNSCORED.name: unscored,
+            **({AGREEMENT.name: audit.agreement()} if audit else {}),
         }
         return Collected(iteration, outcome.pairs, cond), facts
 

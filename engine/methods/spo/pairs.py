@@ -21,7 +21,8 @@ class PreferencePairs(Rows):
 
     x_t (R, N, C, H, W): R = 1 where winner and loser share it in all pairs; x_prev (2, N, C, H, W): winner first;
     step (N,) int64: index into the schedule; prompt (N,) int64: row of the iteration's Conditioning; shared (N,) bool:
-    whether winner and loser have the same x_t; eps_ref (G, R, N, C, H, W): the reference's prediction at x_t, or None.
+    whether winner and loser have the same x_t; eps_ref (G, R, N, C, H, W): the reference's prediction at x_t, or None;
+    gap (N,): score(winner) - score(loser), or None.
     """
 
     x_t: Tensor = rows(1)
@@ -30,18 +31,26 @@ class PreferencePairs(Rows):
     prompt: Tensor = rows()
     shared: Tensor = rows()
     eps_ref: Tensor | None = rows(2, default=None)
+    gap: Tensor | None = rows(default=None)
 
     @classmethod
-    def of_step(cls, x_t: Tensor, x_prev: Tensor, chosen: Tensor, step: int) -> PreferencePairs:
+    def of_step(
+        cls, x_t: Tensor, x_prev: Tensor, chosen: Tensor, step: int, gap: Tensor | None = None
+    ) -> PreferencePairs:
         """Makes one pair for each of B prompts of the branches `chosen` (2, B), the winner's first.
 
-        x_t (K, B, C, H, W), or (1, B, C, H, W) where the branches share it, at `step`; x_prev (K, B, C, H, W) after it.
+        x_t (K, B, C, H, W), or (1, B, C, H, W) where the branches share it, at `step`; x_prev (K, B, C, H, W) after it;
+        gap (B,).
         """
         prompts = torch.arange(chosen.shape[1], device=chosen.device)
         shared = len(x_t) == 1
         x_t = x_t if shared else x_t[chosen, prompts]  # (R, B, C, H, W)
         steps, shared = torch.full_like(prompts, step), torch.full_like(prompts, shared, dtype=bool)
-        return cls(x_t, x_prev[chosen, prompts], steps, prompts, shared)
+        return cls(x_t, x_prev[chosen, prompts], steps, prompts, shared, gap=gap)
+
+    def surest(self, count: int) -> PreferencePairs:
+        """Returns the `count` pairs with the largest gaps, in the order in which they are."""
+        return self[self.gap.topk(count).indices.sort().values]
 
     def apart(self) -> PreferencePairs:
         """Returns the pairs with R = 2, in which winner and loser each have an x_t."""

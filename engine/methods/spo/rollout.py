@@ -6,7 +6,7 @@ ahead and decoding happen where a judge asks for them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -53,6 +53,20 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
+class Fork:
+    """What came of the branches of one segment.
+
+    states: x (1, B, C, H, W) before the fork, then the branches (K, B, C, H, W) after each step; scores (K, B) of the
+    last; chosen (2, B): the branches of winner and loser.
+    """
+
+    segment: range
+    states: list[Tensor]
+    scores: Tensor
+    chosen: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Rollout:
     """Walks one trajectory per prompt: `rollout(cond, rng)` returns an Outcome.
 
@@ -82,6 +96,23 @@ class Rollout:
         apart = any(len(segment) > 1 for segment in judged)
         pairs, sure, scores, unscored, gaps = [], [], [], [], []
         pairs_per_step = torch.zeros(self.schedule.num_steps, device=self.schedule.device)
+        for fork in self.forks(judged, cond, rng):
+            segment, chosen = fork.segment, fork.chosen
+            scores.append(fork.scores)
+            both = fork.scores.gather(0, chosen)  # (2, B)
+            gaps.append(both[0] - both[1])
+            unscored.append(len(segment) * (~both.isfinite().all(0)).sum())
+            for step, earlier, later in zip(segment, fork.states, fork.states[1:], strict=False):
+                pair = PreferencePairs.of_step(earlier, later, chosen, step, gaps[-1])
+                pairs.append(pair.apart() if apart else pair)
+                sure.append(is_sure(fork.scores, chosen, thresholds[segment.start]))
+                pairs_per_step[step] = sure[-1].sum()
+        pairs = PreferencePairs.cat(pairs)[torch.cat(sure).nonzero().flatten()]
+        scores = torch.stack(scores)
+        return Outcome(pairs, pairs_per_step, finite_mean(scores), torch.stack(unscored).sum(), torch.stack(gaps))
+
+    def forks(self, judged: Sequence[range], cond: Conditioning, rng: Rng) -> Iterator[Fork]:
+        """Walks to each of the segments `judged`, forks and judges there, and goes on from there to the next."""
         x = self.schedule.prior((len(cond), *self.policy.latent_shape), rng)  # (B, C, H, W)
         current, eps = 0, None
         for segment in self.counted(judged, len(judged), "rollout"):
@@ -95,22 +126,11 @@ class Rollout:
             states += walked
             candidates = self.candidates(states[-1], segment.stop, cond, before)
             with self.clock("rollout/judge"):
-                scores.append(self.judge.score(candidates, cond))  # (K, B)
-            chosen = choose(scores[-1], self.config.pair, rng)  # (2, B)
-            both = scores[-1].gather(0, chosen)  # (2, B)
-            gaps.append(both[0] - both[1])
-            unscored.append(len(segment) * (~both.isfinite().all(0)).sum())
-            for step, earlier, later in zip(segment, states, states[1:], strict=False):
-                pair = PreferencePairs.of_step(earlier, later, chosen, step)
-                pairs.append(pair.apart() if apart else pair)
-                sure.append(is_sure(scores[-1], chosen, thresholds[segment.start]))
-                pairs_per_step[step] = sure[-1].sum()
+                scores = self.judge.score(candidates, cond)  # (K, B)
+            yield Fork(segment, states, scores, choose(scores, self.config.pair, rng))
             current = segment.stop
             if segment != judged[-1]:
-                x, eps = go_on(candidates, scores[-1], self.config.next_state, rng)
-        pairs = PreferencePairs.cat(pairs)[torch.cat(sure).nonzero().flatten()]
-        scores = torch.stack(scores)
-        return Outcome(pairs, pairs_per_step, finite_mean(scores), torch.stack(unscored).sum(), torch.stack(gaps))
+                x, eps = go_on(candidates, scores, self.config.next_state, rng)
 
     def candidates(self, branches: Tensor, step: int, cond: Conditioning, before: Tensor) -> Candidates:
         """Returns the branches (K, B, C, H, W), now at `step`, as the judge takes them.
@@ -118,16 +138,13 @@ class Rollout:
         before (2 or 1, K or 1, B, ...): eps one step ago.
         """
 
-        def look_ahead() -> tuple[Tensor | None, Tensor]:
-            with self.clock("rollout/branches"):
-                return self.look_ahead(branches, step, cond, before if self.config.look_ahead == "text" else None)
+        def look_ahead(prompts: slice) -> tuple[Tensor | None, Tensor]:
+            known = before[:, :, prompts] if self.config.look_ahead == "text" else None
+            return self.look_ahead(branches[:, prompts], step, cond[prompts], known)
 
-        def decode(x0_hat: Tensor) -> Tensor:
-            with self.clock("rollout/decode"):
-                return self.decoder.decode(x0_hat)  # (K, B, 3, H, W)
-
+        decode = lambda x0_hat: self.decoder.decode(x0_hat)  # (K, B, 3, H, W); there may be no decoder to ask
         t, drawn_at = self.schedule.t[step], self.schedule.t[step - 1]
-        return Candidates(branches, t, drawn_at, look_ahead, decode)
+        return Candidates(branches, t, drawn_at, look_ahead, decode, self.clock)
 
     def complete_eps(self, x: Tensor, eps: Tensor | None, step: int, cond: Conditioning) -> Tensor:
         """Returns all of eps (G, B, C, H, W) at x (B, C, H, W); eps: None, its half with the prompt, or all of it."""

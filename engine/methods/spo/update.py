@@ -65,7 +65,8 @@ class Learner:
 
     def batches(self, pairs: PreferencePairs, cond: Conditioning, rng: torch.Generator) -> Iterator[MicroBatch]:
         """Yields the micro-batches of all passes over a rollout's shuffled pairs; rng shuffles all but the first."""
-        pairs = pairs[: self.pair_count(len(pairs))]
+        count = self.pair_count(len(pairs))
+        pairs = pairs.surest(count) if self.config.keep_by == "surest" else pairs[:count]
         if self.config.passes > 1:
             pairs = self.with_reference(pairs, cond)
         for number in range(self.config.passes):
@@ -95,6 +96,15 @@ class Learner:
         with self.policy.reference():
             return self.predict(batch)
 
+    def eps(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """Computes the model output of N latents (2 or 1, N, C, H, W), with gradients where optim.guided has them."""
+        guided = bool(self.config.guided) and self.schedule.guided
+        if not guided or self.config.guided != "text" or not torch.is_grad_enabled():
+            return self.policy.eps(x, t, cond, guided)
+        with torch.no_grad():
+            without = self.policy.eps(x, t, cond.unprompted(), guided=False)
+        return torch.cat([without, self.policy.eps(x, t, cond, guided=False)])
+
     def predict(self, batch: MicroBatch) -> Tensor:
         """Returns the model output (G, R, N, C, H, W) at the x_t of a micro-batch.
 
@@ -105,8 +115,7 @@ class Learner:
         all_pairs = torch.arange(count, device=pairs.step.device)
         rows = torch.cat([all_pairs, all_pairs[count - len(losers_x_t) :]])
         t = self.schedule.timesteps(pairs.step[rows], len(rows))
-        guided = self.config.guided and self.schedule.guided
-        eps = self.policy.eps(torch.cat([pairs.x_t[0], losers_x_t]), t, batch.cond[pairs.prompt[rows]], guided)
+        eps = self.eps(torch.cat([pairs.x_t[0], losers_x_t]), t, batch.cond[pairs.prompt[rows]])
         winners = eps[:, :count]  # (G, N, C, H, W)
         if len(pairs.x_t) == 1:
             return winners.unsqueeze(1)

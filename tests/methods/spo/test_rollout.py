@@ -243,7 +243,7 @@ def test_stages_are_clocked(small, policy, diffusion):
 
 def looked_at(branches, eps):
     """Candidates whose images a judge has asked for, so that eps is known."""
-    candidates = Candidates(branches, 1, 51, lambda: (eps, branches), lambda x0_hat: x0_hat)
+    candidates = Candidates(branches, 1, 51, lambda prompts: (eps, branches), lambda x0_hat: x0_hat)
     assert candidates.eps is None
     assert candidates.images is branches
     return candidates

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from strop.engine.config.methods.spo import SPOOptimConfig
+from strop.engine.methods.spo.loss import spo_loss
 from strop.engine.methods.spo.pairs import PreferencePairs
 from strop.engine.methods.spo.update import Learner, MicroBatch, micro_batches
 
@@ -143,3 +144,31 @@ def test_passes_and_the_share_of_the_pairs_set_the_number_of_micro_batches(learn
     """Of eight pairs, two in a micro-batch."""
     learner = learner(micro_batch=2, **keys)
     assert len(list(learner.batches(spo_pairs(), cond, torch.Generator()))) == learner.batch_count(8) == count
+
+
+def test_the_surest_pairs_are_those_whose_scores_differ_most(learner, cond):
+    pairs = replace(spo_pairs(), gap=torch.tensor([0.5, 3.0, 1.0, 2.0, 0.1, 4.0, 0.2, 0.3]))
+    rng = torch.Generator().manual_seed(0)
+    kept = learner(keep_pairs=0.5, keep_by="surest").batches(pairs, cond, rng)
+    assert torch.cat([batch.pairs.gap for batch in kept]).tolist() == [3.0, 1.0, 2.0, 4.0]
+    kept = learner(keep_pairs=0.5).batches(pairs, cond, rng)
+    assert torch.cat([batch.pairs.gap for batch in kept]).tolist() == pairs.gap[:4].tolist()
+
+
+def test_the_half_without_the_prompt_may_be_left_without_gradient(learner, cond):
+    """The loss is the same; its gradient is what reaches the half with the prompt."""
+    pairs, whole, part = spo_pairs(), learner(guided=True), learner(guided="text")
+    batch, policy, rng = MicroBatch(pairs, len(pairs), cond), whole.policy, torch.Generator().manual_seed(2)
+    for parameter in policy.parameters:
+        parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=rng))
+    without, prompted = whole.predict(batch)
+    eps = torch.stack([without.detach(), prompted])
+    log_ratio = whole.schedule.log_ratio(pairs.x_prev, pairs.x_t, eps, whole.predict_reference(batch), pairs.step)
+    loss, _ = spo_loss(log_ratio, part.config.beta, part.config.clip)
+    found, _ = part.loss(batch)
+    torch.testing.assert_close(found, whole.loss(batch)[0])
+    for one, other in zip(
+        torch.autograd.grad(found, policy.parameters), torch.autograd.grad(loss, policy.parameters), strict=True
+    ):
+        assert one.any()
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-7)
