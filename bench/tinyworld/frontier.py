@@ -44,7 +44,7 @@ from strop.engine.runtime.run_folder import MAY_CHANGE
 
 EXACT, FAST, LATENT = (f"configs/tinyworld{name}.yaml" for name in ("", "_fast", "_latent"))
 SUREST = ("optim.keep_pairs=0.5", "optim.keep_by=surest", "optim.micro_batch=20")
-FASTER = ("rollout.num_steps=10", "optim.micro_batch=20", "optim.passes=2", "run.iterations=8")  # as FAST's
+FASTER = ("rollout.num_steps=10", "optim.micro_batch=20", "optim.passes=2", "optim.guided=text", "run.iterations=8")
 TINY = "rollout.decoder=bench/tinyworld/weights/tiny_decoder"
 
 
