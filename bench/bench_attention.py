@@ -30,7 +30,6 @@ from strop.engine.errors import exit_on_user_error
 from strop.engine.models.base_model import quiet_libraries
 from strop.engine.plan.meta_models import ModelBuilder
 from strop.engine.plan.row_counts import count_rows
-from strop.engine.plan.unit_costs import Networks
 
 ROOT = Path(__file__).parents[1]
 BACKENDS = {
@@ -83,17 +82,17 @@ def main(argv: Sequence[str]) -> None:
 def calls(config: Config) -> list[Call]:
     """Returns the attention calls of one forward of each stage, at the rows of the recipe's largest forward."""
     builder = ModelBuilder.of(config)
-    networks, largest = Networks.of(builder), count_rows(config, builder.schedule("cpu")).largest
+    policy, decoder, judge = builder.policy(), builder.decoder() or builder.diffusion(), builder.judge()
+    largest = count_rows(config, builder.schedule("cpu")).largest
     latent = torch.empty(1, *builder.latent_shape, device="meta")
     image = torch.empty(1, 3, *builder.size, device="meta", dtype=builder.vae_dtype)
     cond, t = builder.conditioning(1), torch.zeros(1, dtype=torch.int64, device="meta")
-    judge = networks.judge
-    forward = lambda: networks.policy.eps(latent, t, cond, guided=False)
+    forward = lambda: policy.eps(latent, t, cond, guided=False)
     score = lambda: judge.clip.image_features(judge.pixels(image), t)
     stages = {
         "branches": (forward, max(largest["guided"], largest["unguided"]), False),
         "update": (forward, largest["train"], True),
-        "decode": (lambda: (networks.tiny or networks.diffusion).decode(latent), largest["decode"], False),
+        "decode": (lambda: decoder.decode(latent), largest["decode"], False),
         "judge": (score, largest["judge"], False),
     }
     stage_calls = []

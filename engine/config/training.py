@@ -249,7 +249,7 @@ class RunConfig(Section):
     share_of_peak: bool = Field(
         False,
         description="Whether a run on a GPU that plan knows reports the share of its peak that it reaches. Another "
-        "process then counts the operations of the recipe, for about half a minute.",
+        "process then counts the operations of the recipe, for a quarter to half a minute.",
     )
 
 

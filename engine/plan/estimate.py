@@ -2,188 +2,111 @@
 
 A plan has operations by stage, per prompt, or per pair of a method that samples nothing, and beside a recipe with SPO's
 rollout those of SPO's published code; memory by part, and keys to make it fit; hours and energy at a stated share of
-the GPU's peak; and how all of it scales. Everything is counted on meta tensors, in half a minute, on any machine and
-without a download. Hours are an estimate: nothing is timed here.
+the GPU's peak; and how all of it scales. Everything is counted on meta tensors, on any machine and without a download.
+Hours are an estimate: nothing is timed here.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 
 from ..config.settings import keys, varied
 from ..config.training import Config
 from ..models.families.base import Family
-from .fit import Fix, find_fixes
+from .fit import find_fixes
 from .flops import StageFlops, evaluation_flops, published_flops, published_recipe, stage_flops
-from .gpus import ASSUMED_SHARE, Gpu, Throughput, find_gpu, measured_share
+from .gpus import Gpu
 from .memory import RESERVE, MemoryUse, memory_use
 from .meta_models import ModelBuilder
-from .row_counts import RowCounts, count_rows
-from .scaling import GpuRow, RecipeRow, along_gpus, along_inner_steps, along_k, along_resolution
-from .unit_costs import Networks, unit_costs
+from .row_counts import count_rows
+from .scaling import along_gpus, along_key, along_resolution
+from .unit_costs import Costs
 
 CHECKPOINTING = "model.gradient_checkpointing"
-RESULTS = Path(__file__).parents[2] / "bench" / "results"
 
 
-@dataclass(frozen=True, slots=True)
 class Plan:
-    """All numbers that are printed.
+    """All numbers that are printed of a recipe on so many GPUs of one kind.
 
-    share: of the GPU's peak; share_source: where that number comes from. items: prompts of the whole run, or pairs, as
-    counts.item says. published: SPO's authors' code with its own rollout, None for a recipe without SPO's rollout;
-    published_same_rollout: with this recipe's, None where they are the same. fixes: keys that make it fit;
-    fixed_memory: the memory with them. memory_without_checkpointing: None for a recipe without gradient
-    checkpointing. evaluation_hours: of drawing the held-out prompts twice. k, inner_steps, resolution, by_gpus: rows of
-    scaling.py, none for keys that the recipe's method lacks.
+    source: whose architecture is counted. items: prompts of the whole run, or pairs, as counts.item says. flops: of the
+    recipe. published: of SPO's authors' code with its own rollout, None for a recipe without SPO's rollout;
+    same_rollout: with this recipe's, None where they are the same. available: bytes of a GPU that tensors may take.
+    fixes: keys that make it fit; fixed_memory: the memory with them; without_checkpointing: that without gradient
+    checkpointing, None for a recipe that has none. hours: of the run, with the evaluation_hours of drawing the held-out
+    prompts twice. kilowatt_hours: of all GPUs at their rated power. scaling: rows by what varies, none for keys that
+    the recipe's method lacks; by_gpus: those of the same run on more GPUs.
     """
 
-    recipe: str
-    source: str
-    gpu: Gpu
-    gpus: int
-    share: float
-    share_source: str
-    iterations: int
-    items: int
-    counts: RowCounts
-    flops: StageFlops
-    published: StageFlops | None
-    published_same_rollout: StageFlops | None
-    memory: MemoryUse
-    fixes: list[Fix]
-    fixed_memory: MemoryUse
-    memory_without_checkpointing: MemoryUse | None
-    run: GpuRow
-    evaluation_hours: float
-    k: list[RecipeRow]
-    inner_steps: list[RecipeRow]
-    resolution: list[RecipeRow]
-    by_gpus: list[GpuRow]
+    def __init__(
+        self, config: Config, recipe: str, gpu: Gpu, gpus: int, items: int | None = None, family: Family | None = None
+    ):
+        """Counts all of it. recipe: its name; items: of the whole run, None leaves them to run.iterations; family: of a
+        model that is not on this machine.
 
-    @property
-    def available(self) -> float:
-        """Bytes of a GPU that tensors may take."""
-        return self.gpu.memory * 1e9 - RESERVE
+        Raises UserError where model or method refuse the recipe.
+        """
+        self.recipe, self.gpu, self.gpus = recipe, gpu, gpus
+        builder = ModelBuilder.of(config, family)
+        schedule, forks = builder.schedule("cpu"), "rollout.k" in keys(type(config))  # as SPO's rollout
+        counts, costs = count_rows(config, schedule), Costs(builder, published=forks)
+        self.source, self.counts, self.flops = builder.source, counts, stage_flops(builder, counts, costs)
+        self.published = published_flops(published_recipe(builder), costs) if forks else None
+        same_rollout = published_flops(builder, costs) if forks else None
+        self.same_rollout = same_rollout if same_rollout != self.published else None
 
-    @property
-    def fits(self) -> bool:
-        return self.memory.peak <= self.available
+        def memory(config: Config) -> MemoryUse:
+            return memory_use(replace(builder, config=config), count_rows(config, schedule), costs, gpus)
 
-    @property
-    def hours(self) -> float:
-        return self.run.hours + self.evaluation_hours
+        self.memory, self.available = memory(config), gpu.memory * 1e9 - RESERVE
+        self.fits = self.memory.peak <= self.available
+        self.fixes, self.fixed_memory = find_fixes(config, memory, self.available)
+        checkpointing = config.model.gradient_checkpointing
+        self.without_checkpointing = memory(varied(config, {CHECKPOINTING: False})) if checkpointing else None
 
-    @property
-    def gpu_hours(self) -> float:
-        return self.hours * self.gpus
+        self.items = items or config.run.iterations * counts.items * gpus
+        self.iterations = math.ceil(self.items / (counts.items * gpus))
+        self.run, *self.by_gpus = along_gpus(builder, counts, costs, gpu, self.items, gpus)
+        self.evaluation_hours = gpu.seconds(evaluation_flops(config, costs)) / gpus / 3600
+        self.hours = self.run.hours + self.evaluation_hours
+        self.gpu_hours = self.hours * gpus
+        self.kilowatt_hours = self.gpu_hours * gpu.watts / 1000
+        self.scaling = {
+            "k": along_key(builder, "rollout.k", costs, gpus),
+            "inner_steps": along_key(builder, "rollout.inner_steps", costs, gpus),
+            "resolution": along_resolution(builder, costs, gpus),
+        }
 
-    @property
-    def kilowatt_hours(self) -> float:
-        """Energy of all GPUs at their rated power for all of the time."""
-        return self.gpu_hours * self.gpu.watts / 1000
-
-
-@dataclass(frozen=True, slots=True)
-class PlanOptions:
-    """Options of the command line beside the recipe and its GPUs; None leaves them to the plan.
-
-    items: prompts, or pairs, of the whole run; share: of the GPU's peak; family: of a model that is not here.
-    """
-
-    items: int | None = None
-    share: float | None = None
-    family: Family | None = None
-
-
-def make_plan(config: Config, recipe: str, gpu_key: str, gpus: int, options: PlanOptions = PlanOptions()) -> Plan:
-    """Returns the plan of a recipe on so many GPUs of one kind. recipe: its name; gpu_key: a key of gpus.GPUS.
-
-    Raises UserError for an unknown GPU, and where model or method refuse the recipe.
-    """
-    gpu, builder = find_gpu(gpu_key), ModelBuilder.of(config, options.family)
-    schedule = builder.schedule("cpu")
-    counts, networks = count_rows(config, schedule), Networks.of(builder)
-    costs = unit_costs(builder, networks)
-    share, share_source = _share(options.share, gpu_key, recipe)
-    throughput = Throughput(gpu, share)
-    items = options.items or config.run.iterations * counts.items * gpus
-    published = same_rollout = None
-    if "rollout.k" in keys(type(config)):
-        published, same_rollout = (published_flops(recipe, costs) for recipe in (published_recipe(builder), builder))
-
-    def measure(changed: Config) -> MemoryUse:
-        return memory_use(replace(builder, config=changed), count_rows(changed, schedule), costs, gpus)
-
-    fixes, fixed_memory = find_fixes(config, measure, gpu.memory * 1e9 - RESERVE)
-    checkpointing = config.model.gradient_checkpointing
-    return Plan(
-        recipe=recipe,
-        source=builder.source,
-        gpu=gpu,
-        gpus=gpus,
-        share=share,
-        share_source=share_source,
-        iterations=math.ceil(items / (counts.items * gpus)),
-        items=items,
-        counts=counts,
-        flops=stage_flops(builder, counts, costs),
-        published=published,
-        published_same_rollout=same_rollout if same_rollout != published else None,
-        memory=measure(config),
-        fixes=fixes,
-        fixed_memory=fixed_memory,
-        memory_without_checkpointing=measure(varied(config, {CHECKPOINTING: False})) if checkpointing else None,
-        run=along_gpus(builder, counts, costs, throughput, items, [gpus])[0],
-        evaluation_hours=throughput.seconds(evaluation_flops(config, costs)) / gpus / 3600,
-        k=along_k(builder, costs, gpus),
-        inner_steps=along_inner_steps(builder, costs, gpus),
-        resolution=along_resolution(builder, networks, costs, gpus),
-        by_gpus=along_gpus(builder, counts, costs, throughput, items),
-    )
+    def as_json(self) -> dict:
+        """Returns all of it for JSON: operations, bytes, hours."""
+        item, gpu = self.counts.item, asdict(self.gpu)
+        share, source = gpu.pop("share"), gpu.pop("share_source")
+        return {
+            "recipe": self.recipe,
+            "architecture": self.source,
+            "gpu": gpu,
+            "gpus": self.gpus,
+            "share_of_peak": share,
+            "share_from": source,
+            "iterations": self.iterations,
+            f"{item}s": self.items,
+            f"flop_per_{item}": _operations(self.flops),
+            f"flop_per_{item}_published": _operations(self.published),
+            f"flop_per_{item}_published_same_rollout": _operations(self.same_rollout),
+            "memory": asdict(self.memory) | {"peak": self.memory.peak},
+            "fits": self.fits,
+            "fixes": [asdict(fix) for fix in self.fixes],
+            "memory_fixed": asdict(self.fixed_memory) | {"peak": self.fixed_memory.peak},
+            "hours": self.hours,
+            "gpu_hours": self.gpu_hours,
+            "kwh": self.kilowatt_hours,
+            "scaling": {name: [asdict(row) for row in rows] for name, rows in self.scaling.items()},
+            "by_gpus": [asdict(row) for row in self.by_gpus],
+        }
 
 
-def _share(asked: float | None, gpu_key: str, recipe: str) -> tuple[float, str]:
-    """Returns (share of the GPU's peak, where it comes from)."""
-    if asked is not None:
-        return asked, "given"
-    if measured := measured_share(RESULTS, gpu_key, recipe):
-        return measured[0], f"measured, {measured[1].name}"
-    return ASSUMED_SHARE, "assumed: no measurement of this GPU in bench/results"
-
-
-def as_json(plan: Plan) -> dict:
-    """Returns everything in a plan for JSON: operations, bytes, hours."""
-    by_stage = lambda flops: {name: stage.all for name, stage in flops.stages.items()}
-    operations = lambda flops: {
-        "stages": by_stage(flops),
-        "total": flops.needed.all,
-        "done": flops.done.all,
-        "plain": flops.plain,
-    }
-    bytes_of = lambda memory: {"parts": memory.parts, "phases": memory.phases, "peak": memory.peak}
-    published, same_rollout, item = plan.published, plan.published_same_rollout, plan.counts.item
-    return {
-        "recipe": plan.recipe,
-        "architecture": plan.source,
-        "gpu": asdict(plan.gpu),
-        "gpus": plan.gpus,
-        "share_of_peak": plan.share,
-        "share_from": plan.share_source,
-        "iterations": plan.iterations,
-        f"{item}s": plan.items,
-        f"flop_per_{item}": operations(plan.flops),
-        f"flop_per_{item}_published": operations(published) if published else None,
-        f"flop_per_{item}_published_same_rollout": operations(same_rollout) if same_rollout else None,
-        "memory": bytes_of(plan.memory),
-        "fits": plan.fits,
-        "fixes": [asdict(fix) for fix in plan.fixes],
-        "memory_fixed": bytes_of(plan.fixed_memory),
-        "hours": plan.hours,
-        "gpu_hours": plan.gpu_hours,
-        "kwh": plan.kilowatt_hours,
-        "scaling": {name: [asdict(row) for row in getattr(plan, name)] for name in ("k", "inner_steps", "resolution")},
-        "by_gpus": [asdict(row) for row in plan.by_gpus],
-    }
+def _operations(flops: StageFlops | None) -> dict | None:
+    if flops is None:
+        return None
+    stages = {name: stage.all for name, stage in flops.stages.items()}
+    return {"stages": stages, "total": flops.needed.all, "done": flops.done.all, "plain": flops.plain}

@@ -37,7 +37,9 @@ def find_fixes(config: Config, measure: Measure, available: float) -> tuple[list
         fixes.append(fix)
         config = varied(config, fix.settings)
         memory = measure(config)
-    return _without_overridden(fixes), memory
+    # a fix whose keys a later one sets again is none
+    overridden = lambda i: any(later.settings.keys() >= fixes[i].settings.keys() for later in fixes[i + 1 :])
+    return [fix for i, fix in enumerate(fixes) if not overridden(i)], memory
 
 
 def _best_fix(config: Config, memory: MemoryUse, measure: Measure, available: float) -> Fix | None:
@@ -59,28 +61,19 @@ def _best_fix(config: Config, memory: MemoryUse, measure: Measure, available: fl
 
 def options(phase: str, config: Config) -> Iterator[Settings]:
     """Yields settings that may make a phase smaller and that the recipe's method has, the mildest first."""
-    yield from (settings for settings in _candidates(phase, config) if accepts(config, settings))
-
-
-def _candidates(phase: str, config: Config) -> Iterator[Settings]:
-    model, optim = config.model, config.optim
+    model, optim, found = config.model, config.optim, []
     if phase == "rollout: UNet":
-        yield from ({"model.unet_rows": rows} for rows in (64, 32, 16, 8, 4, 2) if rows < (model.unet_rows or 65))
+        found = [{"model.unet_rows": rows} for rows in (64, 32, 16, 8, 4, 2) if rows < (model.unet_rows or 65)]
     if phase == "rollout: decode":
-        yield from ({"model.decode_rows": rows} for rows in (16, 8, 4, 2, 1) if rows < (model.decode_rows or 17))
+        found = [{"model.decode_rows": rows} for rows in (16, 8, 4, 2, 1) if rows < (model.decode_rows or 17)]
     if phase == "evaluation":
-        yield from ({"evaluate.batch": batch} for batch in (32, 16, 8, 4, 2, 1) if batch < config.evaluate.batch)
+        found = [{"evaluate.batch": batch} for batch in (32, 16, 8, 4, 2, 1) if batch < config.evaluate.batch]
     if phase == "update" and not model.gradient_checkpointing:
-        yield {"model.gradient_checkpointing": True}
+        found = [{"model.gradient_checkpointing": True}]
     elif phase in ("update", "encode"):
         for size in [size for size in range(optim.micro_batch - 1, 0, -1) if optim.micro_batch % size == 0]:
             accumulate = {"optim.accumulate": config.accumulate * optim.micro_batch // size}
-            yield {"optim.micro_batch": size} | (accumulate if hasattr(optim, "accumulate") else {})
+            found.append({"optim.micro_batch": size} | (accumulate if hasattr(optim, "accumulate") else {}))
     if phase == "update" and config.zero.stage == 1:
-        yield {"zero.stage": 2}
-
-
-def _without_overridden(fixes: list[Fix]) -> list[Fix]:
-    """Drops the fixes whose keys a later one sets again."""
-    overridden = lambda i: any(later.settings.keys() >= fixes[i].settings.keys() for later in fixes[i + 1 :])
-    return [fix for i, fix in enumerate(fixes) if not overridden(i)]
+        found.append({"zero.stage": 2})
+    yield from (settings for settings in found if accepts(config, settings))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,13 +19,15 @@ from ..errors import UserError
 if TYPE_CHECKING:
     from .meter import Flops
 
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
 ASSUMED_SHARE = 0.4  # of the peak: about what the published runs used of theirs
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
     """A GPU's datasheet. half, tf32, float32: TFLOP/s of matrix products; memory in GB; watts: rated power; link: GB/s
-    to other GPUs of the machine, one way (half of what is called bidirectional)."""
+    to other GPUs of the machine, one way (half of what is called bidirectional). share: of its peak that it reaches;
+    share_source: where that number comes from."""
 
     name: str
     half: float
@@ -35,22 +37,12 @@ class Gpu:
     watts: float
     link: float
     link_name: str
-
-    def seconds(self, flops: Flops, share: float) -> float:
-        """Returns the seconds of these operations at a share (0 to 1) of the peak of the units that do them."""
-        return (flops.half / self.half + flops.tf32 / self.tf32 + flops.float32 / self.float32) / 1e12 / share
-
-
-@dataclass(frozen=True, slots=True)
-class Throughput:
-    """A GPU that reaches a share (0 to 1) of its peak."""
-
-    gpu: Gpu
-    share: float
+    share: float = 1.0
+    share_source: str = "its peak"
 
     def seconds(self, flops: Flops) -> float:
-        """Returns the seconds that these operations take."""
-        return self.gpu.seconds(flops, self.share)
+        """Returns the seconds of these operations, each on the unit that does them."""
+        return (flops.half / self.half + flops.tf32 / self.tf32 + flops.float32 / self.float32) / 1e12 / self.share
 
 
 GPUS = {
@@ -78,26 +70,31 @@ def find_gpu(key: str) -> Gpu:
     raise UserError(f"--gpu: found {key!r}, expected one of {', '.join(GPUS)}{hint}")
 
 
-def gpu_of_cuda_name(name: str) -> Gpu | None:
-    """Returns the GPU with CUDA's name, such as "NVIDIA A100-SXM4-80GB"; None if GPUS lacks it."""
-    key = re.sub(r"nvidia|tesla|geforce|sxm\d*|hbm3e?|\d+gb|[^a-z0-9]", "", name.lower())
-    return GPUS.get("a100" if key == "a100pcie" else key)  # whose peak is that of the module
+def gpu_at_share(key: str, asked: float | None, recipe: str, results: Path = RESULTS) -> Gpu:
+    """Returns the GPU of a key at the share of its peak that is asked for; None takes a measured one, or assumes.
 
-
-def measured_share(results: Path, key: str, recipe: str) -> tuple[float, Path] | None:
-    """Returns (share of the peak, file that says so), measured on this GPU with this recipe or else with another one.
-
-    None where nothing was measured on this GPU. A file in the folder `results` counts where it is JSON that has "gpu",
-    a key of GPUS; "recipe", the stem of a recipe's file; and "share_of_peak": seconds at the peak as Gpu.seconds has
-    them, of all operations done including recomputed ones, over the seconds measured.
+    Measured is what was measured on this GPU with this recipe or else with another one. A file in the folder `results`
+    counts where it is JSON that has "gpu", a key of GPUS; "recipe", the stem of a recipe's file; and "share_of_peak":
+    seconds at the peak, of all operations done including recomputed ones, over the seconds measured.
     """
-    measured = []
+    gpu, measured = find_gpu(key), []
+    if asked is not None:
+        return replace(gpu, share=asked, share_source="given")
     for file in sorted(results.rglob("*.json")):
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
         except ValueError:
             continue
-        share = record.get("share_of_peak") if isinstance(record, dict) and record.get("gpu") == key else None
+        of_gpu = isinstance(record, dict) and GPUS.get(str(record.get("gpu"))) is gpu
+        share = record.get("share_of_peak") if of_gpu else None
         if isinstance(share, float) and 0 < share <= 1:
-            measured.append((record.get("recipe") == recipe, share, file))
-    return max(measured)[1:] if measured else None
+            measured.append((record.get("recipe") == recipe, share, f"measured, {file.name}"))
+    assumed = False, ASSUMED_SHARE, "assumed: no measurement of this GPU in bench/results"
+    _, share, source = max(measured, default=assumed)
+    return replace(gpu, share=share, share_source=source)
+
+
+def gpu_of_cuda_name(name: str) -> Gpu | None:
+    """Returns the GPU with CUDA's name, such as "NVIDIA A100-SXM4-80GB"; None if GPUS lacks it."""
+    key = re.sub(r"nvidia|tesla|geforce|sxm\d*|hbm3e?|\d+gb|[^a-z0-9]", "", name.lower())
+    return GPUS.get("a100" if key == "a100pcie" else key)  # whose peak is that of the module

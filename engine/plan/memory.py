@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .communication import FLOAT
 from .meta_models import ModelBuilder
 from .row_counts import TEXT_ENCODERS, VAE_ENCODER, RowCounts
-from .unit_costs import UnitCosts
+from .unit_costs import Costs
 
 RESERVE = 1.5e9  # bytes
 VIT_H, VIT_L = 3.94e9, 1.71e9  # bytes of a whole CLIP in float32
@@ -36,20 +35,16 @@ class MemoryUse:
         return self.phases[self.peak_phase]
 
 
-def memory_use(builder: ModelBuilder, counts: RowCounts, costs: UnitCosts, ranks: int) -> MemoryUse:
+def memory_use(builder: ModelBuilder, counts: RowCounts, costs: Costs, ranks: int) -> MemoryUse:
     """Returns the memory that one of `ranks` processes takes, each on its own GPU."""
-    config, weights, auditor = builder.config, costs.weights, costs.auditor
-    lora, latent = FLOAT * weights.lora, math.prod(builder.latent_shape)
-    encoders = {TEXT_ENCODERS: weights.text_encoders, VAE_ENCODER: weights.vae_encoder}
+    config, weights = builder.config, costs.weights
+    lora, latent = weights["LoRA"], math.prod(builder.latent_shape)
+    encoders = {part: weights[part] for part in (TEXT_ENCODERS, VAE_ENCODER)}
     named = lambda part: part if counts.total("encode") else f"{part}, which training does not use"
     models = {
-        "UNet": weights.unet,
-        "VAE decoder": weights.vae_decoder,
+        **{part: weights[part] for part in ("UNet", "VAE decoder")},
         **{named(part): encoders[part] for part in counts.kept},
-        **({"tiny decoder": weights.tiny_decoder} if weights.tiny_decoder else {}),
-        "judge": weights.judge,
-        **({"auditor": auditor.weights} if auditor else {}),
-        "LoRA": lora,
+        **{part: weights[part] for part in ("tiny decoder", *costs.scores, "LoRA") if weights[part]},
         **({"average of the LoRA": lora * counts.lora_copies} if counts.lora_copies else {}),
     }
     specs = [*config.evaluate.scorers, *filter(None, [config.rewarded_by])]
@@ -61,29 +56,27 @@ def memory_use(builder: ModelBuilder, counts: RowCounts, costs: UnitCosts, ranks
     resident = sum(parts.values())
     rows = counts.collected_bytes(latent)
     gradients = gradient_bytes(config.zero.stage, lora, ranks, config.accumulate)
-    largest, images = counts.largest, costs.image_bytes * counts.largest["decode"]
-    sampling = costs.unet.text_kv_bytes * (counts.prompts + 1) + costs.unet.merged_bytes + rows
-    decode = decoding_bytes(costs.decode_peak, costs.image_bytes, largest["decode"], config.model.decode_rows)
+    largest, images = counts.largest, costs.image_bytes() * counts.largest["decode"]
+    sampling = costs.text_kv().peak * (counts.prompts + 1) + costs.merge().peak + rows
+    decode = decoding_bytes(costs.decode().peak, costs.image_bytes(), largest["decode"], config.model.decode_rows)
+    scoring = lambda judge: resident + sampling + images + costs.scores[judge].peak * largest[judge]
     unet_rows = max(largest["guided"], largest["unguided"])
     unet_rows = min(unet_rows, config.model.unet_rows or unet_rows)
-    update = costs.unet.checkpointed_peak if config.model.gradient_checkpointing else costs.unet.update_peak
+    update = costs.update(config.model.gradient_checkpointing).peak
     released = sum(encoders.values()) - sum(encoders[part] for part in counts.kept)
-    loaded = sum(models.values()) + released + weights.judge_text + (auditor.text_weights if auditor else 0)
-    text_peak = max(costs.text_peak, costs.judge_text_peak, auditor.text_peak if auditor else 0)
+    loaded = sum(models.values()) + released + sum(weights[f"{judge}'s text encoder"] for judge in costs.scores)
     phases = {
-        "embedding the prompts": loaded + text_peak,
-        "encode": resident + gradients + max(costs.encode_peak * largest["encode"], costs.text_peak),
-        "rollout: UNet": resident + sampling + costs.unet.forward_peak * unet_rows,
+        "embedding the prompts": loaded + max(text.peak for text in (costs.text, *costs.judge_texts.values())),
+        "encode": resident + gradients + max(costs.encode().peak * largest["encode"], costs.text.peak),
+        "rollout: UNet": resident + sampling + costs.sampled().peak * unet_rows,
         "rollout: decode": resident + sampling + decode,
-        "rollout: judge": resident + sampling + images + costs.judge_peak * largest["judge"],
-        "rollout: auditor": resident + sampling + images + (auditor.peak * largest["auditor"] if auditor else 0),
+        **{f"rollout: {judge}": scoring(judge) for judge in costs.scores},
         "update": resident + gradients + 2 * rows + update * update_rows(builder, counts),
         "evaluation": resident + evaluation_bytes(builder, costs),
         "balance of pairs": resident + (2 * ranks + 1) * rows,
     }
-    absent = {phase: not counts.prompts for phase in phases if phase.startswith("rollout")}
-    absent |= {"encode": not largest["encode"], "balance of pairs": ranks == 1 or not counts.exchanged}
-    absent["rollout: auditor"] = not auditor
+    absent = {"encode": not largest["encode"], "balance of pairs": ranks == 1 or not counts.exchanged}
+    absent |= {phase: not counts.prompts for phase in phases if phase.startswith("rollout")}
     return MemoryUse(parts, {phase: size for phase, size in phases.items() if not absent.get(phase)})
 
 
@@ -115,14 +108,14 @@ def decoding_bytes(peak: float, image: float, latents: int, at_once: int | None)
     return max(peak * rows + image * (latents - rows), 2 * image * latents)
 
 
-def evaluation_bytes(builder: ModelBuilder, costs: UnitCosts) -> float:
+def evaluation_bytes(builder: ModelBuilder, costs: Costs) -> float:
     """Returns the peak of sampling, decoding and scoring a batch of the evaluation, without the resident parts."""
     evaluate, model = builder.config.evaluate, builder.config.model
     batch = min(evaluate.batch, evaluate.prompts)
     rows = batch * (2 if evaluate.guidance != 1 else 1)
-    sampling = costs.unet.text_kv_bytes * (batch + 1) + costs.unet.merged_bytes
-    unet = sampling + costs.unet.forward_peak * min(rows, model.unet_rows or rows)
-    image = 3 * math.prod(builder.size) * FLOAT
-    decode = decoding_bytes(costs.evaluation_decode_peak, image, batch, model.decode_rows)
-    judge = 2 * image * batch + costs.judge_peak * batch
+    sampling = costs.text_kv().peak * (batch + 1) + costs.merge().peak
+    unet = sampling + costs.sampled().peak * min(rows, model.unet_rows or rows)
+    image = 3 * math.prod(builder.size) * 4  # bytes, in float32
+    decode = decoding_bytes(costs.decode(True).peak, image, batch, model.decode_rows)
+    judge = 2 * image * batch + costs.scores["judge"].peak * batch
     return max(unet, sampling + decode, judge)

@@ -67,12 +67,6 @@ class ModelBuilder:
             source += f"; auditor: {_judge(config.auditor, 'audit')[1]}"
         return cls(config, base_family, parts, judge, source, device)
 
-    def for_auditor(self) -> ModelBuilder:
-        """Returns the builder of the same recipe with its auditor as the judge."""
-        auditor = {f"judge.{key}": getattr(self.config.auditor, key) for key in JudgeConfig.model_fields}
-        judge, _ = _judge(self.config.auditor, "audit")
-        return replace(self, config=varied(self.config, auditor), judge_config=judge)
-
     def policy(self) -> Policy:
         """Builds the UNet with its LoRA; upsampling is not folded and gradient checkpointing is off."""
         lora = self.config.lora
@@ -112,6 +106,12 @@ class ModelBuilder:
         judge = self.pixel_judge()
         judge.clip.cast(self.judge_dtype)
         return judge
+
+    def auditor(self) -> AnyJudge:
+        """Builds the auditor of the recipe: the judge of the same recipe with the auditor's keys as its judge's."""
+        auditor = self.config.auditor
+        config = varied(self.config, {f"judge.{key}": getattr(auditor, key) for key in JudgeConfig.model_fields})
+        return replace(self, config=config, judge_config=_judge(auditor, "audit")[0]).judge()
 
     def pixel_judge(self) -> StepAwarePreferenceModel:
         """Builds a judge of images, in float32 as published."""
@@ -181,6 +181,11 @@ class ModelBuilder:
         return latent_shape(self.config.model, self.parts["unet"], self.factor, self.config.model.path)
 
     @property
+    def multiple(self) -> int:
+        """How many times as high and wide as its smallest tensors a UNet's latents are."""
+        return 2 ** (len(self.parts["unet"].get("block_out_channels", range(4))) - 1)
+
+    @property
     def size(self) -> tuple[int, int]:
         """(height, width) of an image in pixels."""
         _, height, width = self.latent_shape
@@ -216,28 +221,19 @@ def _base_model(model: ModelConfig, family: Family | None) -> tuple[Family, dict
         parts = {name: read_config(folder, name, key) for name in names} | {"model_index": read_index(folder, key)}
         source = f"the configuration files in {folder}"
     else:
-        family, why = _family(path, model, family)
+        if path.is_file():
+            family, why = family_of_file(path, "model.path", own_vae=model.vae is None), f"{path} is"
+        elif family:
+            why = "--family says"
+        else:
+            family, why = family_guessed(model.path), f"the name of {model.path}, not on this machine, says"
         parts, source = dict(family.architecture), f"that of engine/models/families/{family.name}.py, as {why}"
-    if model.vae:
-        parts["vae"] = _vae(model.vae, parts["vae"])
+    vae = Path(model.vae) if model.vae else None
+    if vae and vae.is_dir():
+        parts["vae"] = read_config(vae, "vae" if (vae / "vae").is_dir() else "", "model.vae")
+    elif vae:  # not here, and taken not to overflow
+        parts["vae"] = parts["vae"] | {"force_upcast": False}
     return family, parts, source
-
-
-def _family(path: Path, model: ModelConfig, asked: Family | None) -> tuple[Family, str]:
-    """Returns (family, why) of a checkpoint file or of a model that is not on this machine."""
-    if path.is_file():
-        return family_of_file(path, "model.path", own_vae=model.vae is None), f"{path} is"
-    if asked:
-        return asked, "--family says"
-    return family_guessed(model.path), f"the name of {model.path}, not on this machine, says"
-
-
-def _vae(path: str, model_vae: dict) -> dict:
-    """Returns the configuration of model.vae: a folder's own, else the model's, which is taken not to overflow."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return model_vae | {"force_upcast": False}
-    return read_config(folder, "vae" if (folder / "vae").is_dir() else "", "model.vae")
 
 
 def _judge(judge: JudgeConfig, section: str = "judge") -> tuple[CLIPConfig, str]:

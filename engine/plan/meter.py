@@ -9,10 +9,12 @@ the calls of this thread while the work runs.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +32,7 @@ EXTRA_FORMULAS = {
         lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
     ),
 }
-IN_PLACE, VIEW = "the first argument", "a view of an argument, made by the function itself"  # in place of a layout
+IN_PLACE, VIEW = "the result is the first argument", "it is a view of an argument, which the function makes itself"
 FORMULAS = flop_registry | {function: shape_wrapper(formula) for function, formula in EXTRA_FORMULAS.items()}
 
 
@@ -67,15 +69,31 @@ class Measurement:
     flops: Flops
     peak: float
 
+    def __sub__(self, other: Measurement) -> Measurement:
+        return Measurement(self.flops - other.flops, self.peak - other.peak)
+
+    def __mul__(self, times: float) -> Measurement:
+        return Measurement(self.flops * times, self.peak * times)
+
 
 def measure(work: Callable[[], object], tf32: bool = False) -> Measurement:
     """Measures `work()`, which must use the meta device alone; its result counts while it lives.
 
     tf32: whether TF32 is allowed, in matrix products and convolutions alike.
     """
-    with _FusedAttention(), _Meter(tf32) as meter:
+    return measure_by_size(work, 0, tf32)(0)
+
+
+def measure_by_size(work: Callable[[], object], size: int, tf32: bool = False) -> Callable[[int], Measurement]:
+    """Measures `work()` at one size and returns what it takes at any: a function of the size, exact in both numbers.
+
+    size: of the work as it runs, such as the pixels of a latent, with prime factors that no other dimension of a tensor
+    has: operations and bytes that it divides are those that grow with it, operations that its square divides with the
+    square. 0 means that nothing is known to grow.
+    """
+    with _FusedAttention(), _Meter(size, tf32) as meter:
         work()
-    return Measurement(meter.flops, meter.peak)
+    return meter.at
 
 
 def checkpointed(function: Callable[..., object], *args: object) -> object:
@@ -87,70 +105,81 @@ def checkpointed(function: Callable[..., object], *args: object) -> object:
     return checkpoint(function, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _FusedAttention()))
 
 
-class Layout(NamedTuple):
-    """What tells one tensor of the meta device from another."""
-
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-
-class Call(NamedTuple):
-    """What a call of a function with such arguments does. layout: of its result, or how else the result comes about."""
-
-    layout: object
-    operations: float
-
-
 class _Meter(TorchDispatchMode):
-    """Counts operations, and the bytes of storages made inside that are alive: `now` and at the `peak`.
+    """Counts operations, and the bytes of storages made inside that are alive: `fixed`, and `grown` for each of `size`.
 
     The formulas are FlopCounterMode's. That mode is not used because it follows modules by hooks, which keep tensors
-    alive too long. calls: what all meters know of calls. On the meta device most functions are decompositions in
-    Python, so that making a known result anew takes a hundredth of the time of computing it.
+    alive too long. operations: by unit of a GPU and power of the size. peaks: the most `fixed` there was beside so much
+    `grown`. calls: what all meters know of a function with such arguments, its operations and what makes its result
+    anew, IN_PLACE or VIEW; on the meta device most functions are decompositions in Python, which take a hundred times
+    as long.
     """
 
-    calls: ClassVar[dict[tuple, Call]] = {}
+    calls: ClassVar[dict[tuple, tuple[int, object]]] = {}
 
-    def __init__(self, tf32: bool):
+    def __init__(self, size: int, tf32: bool):
         super().__init__()
-        self.float32_unit = "tf32" if tf32 else "float32"
-        self.flops = Flops()
-        self.now = self.peak = 0
+        self.size, self.float32_unit = size, "tf32" if tf32 else "float32"
+        self.fixed = self.grown = 0
+        self.operations, self.peaks = Counter(), {0: 0}
         self.alive: dict[int, weakref.ref] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and telling Dynamo so takes longer than most calls
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        key = (function, _signature(args), _signature(kwargs))
-        call = self.calls.get(key)
-        if call is None or call.layout is VIEW:
+        key = (function, _signature(args), _signature(kwargs.items()) if kwargs else None)
+        operations, make = self.calls.get(key, (0, None))
+        if make is None or make is VIEW:
             result = function(*args, **kwargs)
         else:
-            result = args[0] if call.layout is IN_PLACE else _made(call.layout)
-        if call is None:
-            call = self.calls[key] = _described(function, args, kwargs, result)
-        if call.operations:
-            self.flops += Flops(**{self._unit(args): call.operations})
-        if call.layout is not VIEW and call.layout is not IN_PLACE:
+            result = args[0] if make is IN_PLACE else make()
+        if make is None:
+            operations, make = self.calls[key] = _described(function, args, kwargs, result)
+        if operations:
+            power, each = self._powers(operations, 2)
+            self.operations[self._unit(args), power] += each
+        if make is not VIEW and make is not IN_PLACE:
             for tensor in _tensors(result):
                 self._add(tensor.untyped_storage())
         return result
+
+    def at(self, size: int) -> Measurement:
+        """Returns what was measured, had it been of this size."""
+        units = Counter()
+        for (unit, power), each in self.operations.items():
+            units[unit] += each * size**power
+        return Measurement(Flops(**units), max(fixed + grown * size for grown, fixed in self.peaks.items()))
+
+    def _powers(self, count: int, most: int) -> tuple[int, int]:
+        """Returns (power of the size in a count, at most `most`; what is left of the count without it)."""
+        power = 0
+        while self.size and power < most and count % self.size == 0:
+            power, count = power + 1, count // self.size
+        return power, count
 
     def _unit(self, args: tuple) -> str:
         return self.float32_unit if next(a for a in args if isinstance(a, Tensor)).dtype == torch.float32 else "half"
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key = storage._cdata
         if key in self.alive:
             return
+        grows, each = self._powers(storage.nbytes(), 1)
+        fixed, grown = (0, each) if grows else (each, 0)
 
         def freed(_):
-            self.now -= size
+            self.fixed -= fixed
+            self.grown -= grown
             del self.alive[key]
 
         self.alive[key] = weakref.ref(storage, freed)
-        self.now += size
-        self.peak = max(self.peak, self.now)
+        self.fixed += fixed
+        self.grown += grown
+        if self.fixed > self.peaks.get(self.grown, -1):
+            self.peaks[self.grown] = self.fixed
 
 
 class _FusedAttention(TorchFunctionMode):
@@ -158,41 +187,39 @@ class _FusedAttention(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention:
-            options = dict(kwargs or {})
-            mask = {"mask": options.pop("attn_mask")} if "attn_mask" in options else {}
-            return _attention(*args, **mask, **options)
+            function = _attention
         return function(*args, **(kwargs or {}))
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *more, **options) -> Tensor:
-    """Takes the arguments of SDPA: after mask come dropout_p, is_causal and, by name, scale and enable_gqa."""
-    if mask is not None:
-        return F.scaled_dot_product_attention(query, key, value, mask, *more, **options)
-    causal = options.get("is_causal", more[1] if len(more) > 1 else False)
-    scale = options.get("scale")
+def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *more, **options) -> Tensor:
+    """Takes the arguments of SDPA: after the mask come dropout_p, is_causal and, by name, scale and enable_gqa."""
+    if attn_mask is not None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, *more, **options)
+    causal, scale = options.get("is_causal", more[1] if len(more) > 1 else False), options.get("scale")
     return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scale)[0]
 
 
-def _described(function, args: tuple, kwargs: dict, result: object) -> Call:
-    """Returns what is to be known of a call that gave this result."""
+def _described(function, args: tuple, kwargs: dict, result: object) -> tuple[int, object]:
+    """Returns the operations of a call that gave this result, and what makes it anew."""
     formula = FORMULAS.get(function._overloadpacket)
     operations = formula(*args, **kwargs, out_val=result) if formula else 0
     before = {tensor.untyped_storage()._cdata for tensor in _tensors((args, tuple(kwargs.values())))}
     shared = {tensor.untyped_storage()._cdata in before for tensor in _tensors(result)}
     if True not in shared:
-        return Call(_layout(result), operations)
-    return Call(IN_PLACE if args and result is args[0] else VIEW, operations)
+        return operations, _maker(result)
+    return operations, IN_PLACE if args and result is args[0] else VIEW
 
 
-def _signature(value: object) -> object:
+def _signature(values: Iterable) -> tuple:
     """Returns all that a result on the meta device depends on, hashable: of a tensor its layout."""
-    if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype, value.device
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_signature, value))
-    if isinstance(value, dict):
-        return tuple((name, _signature(item)) for name, item in value.items())
-    return type(value), value
+    return tuple(
+        (value.shape, value.stride(), value.dtype)
+        if isinstance(value, Tensor)
+        else _signature(value)
+        if isinstance(value, (list, tuple))
+        else (type(value), value)
+        for value in values
+    )
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
@@ -204,15 +231,11 @@ def _tensors(value: object) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _layout(result: object) -> object:
-    """Returns the layout of a tensor, those of a tuple of tensors, or what the result is where it holds no tensors."""
+def _maker(result: object) -> Callable[[], object]:
+    """Returns what makes such a result anew: tensors of the meta device, in the tuples that they are in."""
     if isinstance(result, Tensor):
-        return Layout(result.shape, result.stride(), result.dtype)
-    return tuple(map(_layout, result)) if isinstance(result, (list, tuple)) else result
-
-
-def _made(layout: object) -> object:
-    """Returns new tensors of the meta device that have this layout."""
-    if isinstance(layout, Layout):
-        return torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype, device="meta")
-    return tuple(map(_made, layout)) if isinstance(layout, tuple) else layout
+        return partial(torch.empty_strided, result.shape, result.stride(), dtype=result.dtype, device="meta")
+    if isinstance(result, (list, tuple)):
+        makers = [_maker(each) for each in result]
+        return lambda: tuple(make() for make in makers)
+    return lambda: result

@@ -1,8 +1,7 @@
 """Computes the seconds that a GPU at its peak would take for the work of a run, for the ledger's share of the peak.
 
 They follow from the operations that plan counts and from its list of GPUs, without the texts, which a run encodes once.
-Nothing is timed. For a run, this file counts in a process of its own: the recipe comes on standard input, the seconds
-go to standard output.
+A run has them counted by a process of its own: the recipe comes on standard input, the seconds go to standard output.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from .gpus import Gpu, gpu_of_cuda_name
 from .meta_models import ModelBuilder
 from .meter import Flops
 from .row_counts import count_rows
-from .unit_costs import Networks, unit_costs
+from .unit_costs import Costs
 
 UPDATE = ("update: policy", "update: reference", "update: other forwards", RECOMPUTED)
 
 
 def seconds_at_peak(config: Config, family: Family, device: torch.device) -> dict[str, float]:
-    """Returns seconds_on of this device, counted in another process, which takes about half a minute.
+    """Returns seconds_on of this device, counted in another process, in a quarter to half a minute.
 
     The result is empty where run.share_of_peak is false, on a CPU, and for a GPU that GPUS does not have. Raises
     CalledProcessError where the other process fails, which has then said why on the terminal.
@@ -56,9 +55,9 @@ def seconds_on(gpu: Gpu, config: Config, family: Family) -> dict[str, float]:
     """
     builder = ModelBuilder.of(config, family)
     counts = count_rows(config, builder.schedule("cpu"))
-    stages = stage_flops(builder, counts, unit_costs(builder, Networks.of(builder))).stages
+    stages = stage_flops(builder, counts, Costs(builder)).stages
     stages.pop("text", None)
-    seconds = lambda parts: gpu.seconds(sum(parts, Flops()), share=1.0)
+    seconds = lambda parts: gpu.seconds(sum(parts, Flops()))
     update = seconds(stages.pop(name) for name in UPDATE if name in stages)
     collect = seconds(stages.values())
     if not counts.pairs:

@@ -44,22 +44,20 @@ class RowCounts:
     """Counts of one iteration of one process, where the judge is sure of every pair.
 
     items: how many prompts it samples for, or pairs it learns from where it samples nothing; `item` says which. rows:
-    by (stage, call), how many rows went through; audit: by call, those of an iteration's audit, which are not among
-    them. largest: by call, the most rows in one of them, whichever. The calls of the UNet, in its rows, of which a
-    guided latent has two: `guided` and `unguided`, forwards of the rollout; in the update `train`, forwards that a
-    backward pass follows, `reference`, and `forward`, other forwards of the policy. `decode` counts latents; `judge`
-    images that judge or reward score, `auditor` those that an auditor does; `encode` images for the VAE; `text` and
-    `empty text` prompts that are encoded within the loop. pairs: those that a run reports. trained_rows: different rows
-    that are trained on. x_t_per_row: 2 where one may have two latents x_t. latents, other_bytes: of what is collected,
-    without conditioning. exchanged: whether ranks deal it anew. lora_copies: beside the policy's own. kept: encoders
-    that stay on the device.
+    by (stage, call), how many rows went through. largest: by call, the most rows in one of them. The calls of the UNet,
+    in its rows, of which a guided latent has two: `guided` and `unguided`, forwards of the rollout; in the update
+    `train`, forwards that a backward pass follows, `reference`, and `forward`, other forwards of the policy. `decode`
+    counts latents; `judge` images that judge or reward score, `auditor` those that an auditor does; `encode` images for
+    the VAE; `text` and `empty text` prompts that are encoded within the loop. pairs: those that a run reports.
+    trained_rows: different rows that are trained on. x_t_per_row: 2 where one may have two latents x_t. latents,
+    other_bytes: of what is collected, without conditioning. exchanged: whether ranks deal it anew. lora_copies: beside
+    the policy's own. kept: encoders that stay on the device.
     """
 
     items: int
     item: str = "prompt"
     rows: Counter = field(default_factory=Counter)
     largest: Counter = field(default_factory=Counter)
-    audit: Counter = field(default_factory=Counter)
     pairs: int = 0
     trained_rows: int = 0
     x_t_per_row: int = 1
@@ -76,8 +74,8 @@ class RowCounts:
         return self.items if self.item == "prompt" else 0
 
     def total(self, call: str, stage: str | None = None) -> int:
-        """Returns the rows of a call, in one stage or in all."""
-        return sum(rows for (s, c), rows in self.rows.items() if c == call and stage in (None, s))
+        """Returns the rows of a call, in one stage, or in all but AUDIT, which not every iteration has."""
+        return sum(rows for (s, c), rows in self.rows.items() if c == call and (s == stage if stage else s != AUDIT))
 
     def collected_bytes(self, latent: int) -> int:
         """Returns the bytes of what is collected, where a latent has `latent` numbers, in float32."""
@@ -111,7 +109,6 @@ def count_rows(config: Config, schedule: Schedule) -> RowCounts:
                 x_t_per_row = max(x_t_per_row, math.ceil(counter.trained_latents / len(batch)))
             else:
                 counter.rows.update(known[kind])
-    audit = Counter({call: counter.rows.pop((stage, call)) for stage, call in [*counter.rows] if stage == AUDIT})
     tensors = list(_tensors(collected))
     is_latent = lambda tensor: tensor.ndim > 3 and tensor.shape[-3:] == counter.latent_shape
     return RowCounts(
@@ -119,7 +116,6 @@ def count_rows(config: Config, schedule: Schedule) -> RowCounts:
         item="prompt" if prompts else "pair",
         rows=counter.rows,
         largest=counter.largest,
-        audit=audit,
         pairs=facts.get("pairs", 0),
         trained_rows=sum(sizes) // getattr(config.optim, "passes", 1),
         x_t_per_row=x_t_per_row,

@@ -1,22 +1,28 @@
-"""Computes how the cost of a run scales with k, the inner steps, the resolution, and the number of GPUs."""
+"""Computes how the cost of a run scales with k, the inner steps, the resolution, and the number of GPUs.
+
+The bytes that processes receive from each other hold for exchanges that go round in a ring, as NCCL's do: in an
+all-gather a process receives the rows of the others, in an all-reduce twice that. Scalars are left out.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from ..config.settings import accepts, keys, varied
+from ..config.training import Config
 from ..errors import UserError
-from .communication import balance_bytes, zero_bytes
 from .flops import stage_flops
-from .gpus import Throughput
+from .gpus import Gpu
 from .memory import memory_use
 from .meta_models import ModelBuilder
 from .row_counts import RowCounts, count_rows
-from .unit_costs import Networks, UnitCosts, resized_costs
+from .unit_costs import Costs
 
+VALUES = {"rollout.k": (2, 4, 8), "rollout.inner_steps": (1, 2, 4, 8)}
+SIZES = 0.5, 1, 1.5  # times the recipe's height and width
 GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -49,56 +55,8 @@ class GpuRow:
     hours: float
 
 
-def along_k(builder: ModelBuilder, costs: UnitCosts, ranks: int) -> list[RecipeRow]:
-    """Returns the rows of k = 2, 4, 8 and of the recipe's own k."""
-    return _along(builder, "rollout.k", (2, 4, 8), costs, ranks)
-
-
-def along_inner_steps(builder: ModelBuilder, costs: UnitCosts, ranks: int) -> list[RecipeRow]:
-    """Returns the rows of segments of 1, 2, 4, 8 steps and of the recipe's own length."""
-    return _along(builder, "rollout.inner_steps", (1, 2, 4, 8), costs, ranks)
-
-
-def along_resolution(builder: ModelBuilder, networks: Networks, costs: UnitCosts, ranks: int) -> list[RecipeRow]:
-    """Returns the rows of half, one and one and a half times the recipe's height and width, rounded to what the UNet
-    can halve."""
-    blocks, rows = len(builder.parts["unet"].get("block_out_channels", range(4))), []
-    multiple = builder.factor * 2 ** (blocks - 1)
-    for times in (0.5, 1, 1.5):
-        height, width = (max(1, round(times * side / multiple)) * multiple for side in builder.size)
-        sized = _varied(builder, {"model.height": height, "model.width": width})
-        sized_costs = costs if times == 1 else resized_costs(sized, networks, costs)
-        rows.append(_recipe_row(sized, f"{height}x{width}", times == 1, sized_costs, ranks))
-    return rows
-
-
-def along_gpus(
-    builder: ModelBuilder,
-    counts: RowCounts,
-    costs: UnitCosts,
-    throughput: Throughput,
-    items: int,
-    gpu_counts: Sequence[int] = GPU_COUNTS,
-) -> list[GpuRow]:
-    """Returns the rows of the same run on so many GPUs, each of which takes counts.items in an iteration.
-
-    items: of the whole run, over all epochs.
-    """
-    config, rows = builder.config, []
-    computing = throughput.seconds(stage_flops(builder, counts, costs).done * counts.items)
-    for gpus in gpu_counts:
-        iterations = math.ceil(items / (counts.items * gpus))
-        zero = zero_bytes(config, counts, costs.weights.lora, gpus)
-        balance = balance_bytes(counts, math.prod(builder.latent_shape), gpus)
-        receiving = (zero + balance) / (throughput.gpu.link * 1e9)
-        steps = iterations * counts.micro_batches / config.accumulate
-        hours = iterations * (computing + receiving) / 3600
-        rows.append(GpuRow(gpus, zero, balance, computing, receiving, steps, hours))
-    return rows
-
-
-def _along(builder: ModelBuilder, key: str, values: Sequence[int], costs: UnitCosts, ranks: int) -> list[RecipeRow]:
-    """Returns the rows of some values of a key and of the recipe's own, but for those that its method refuses.
+def along_key(builder: ModelBuilder, key: str, costs: Costs, ranks: int) -> list[RecipeRow]:
+    """Returns the rows of VALUES of a key and of the recipe's own value, but for those that its method refuses.
 
     Of a method without this key there are none.
     """
@@ -106,19 +64,63 @@ def _along(builder: ModelBuilder, key: str, values: Sequence[int], costs: UnitCo
         return []
     section, _, name = key.partition(".")
     own, rows = getattr(getattr(builder.config, section), name), []
-    for value in sorted({*values, own}):
+    for value in sorted({*VALUES[key], own}):
         if accepts(builder.config, {key: value}):
             with suppress(UserError):
                 rows.append(_recipe_row(_varied(builder, {key: value}), str(value), value == own, costs, ranks))
     return rows
 
 
-def _recipe_row(builder: ModelBuilder, value: str, is_recipe: bool, costs: UnitCosts, ranks: int) -> RecipeRow:
+def along_resolution(builder: ModelBuilder, costs: Costs, ranks: int) -> list[RecipeRow]:
+    """Returns the rows of SIZES, rounded to what the UNet can halve."""
+    rows, multiple = [], builder.factor * builder.multiple
+    for times in SIZES:
+        height, width = (max(1, round(times * side / multiple)) * multiple for side in builder.size)
+        sized = _varied(builder, {"model.height": height, "model.width": width})
+        rows.append(_recipe_row(sized, f"{height}x{width}", times == 1, costs.at(sized), ranks))
+    return rows
+
+
+def along_gpus(builder: ModelBuilder, counts: RowCounts, costs: Costs, gpu: Gpu, items: int, gpus: int) -> list[GpuRow]:
+    """Returns the row of a run on `gpus` GPUs, then those of the same run on GPU_COUNTS.
+
+    Each GPU takes counts.items in an iteration. items: of the whole run, over all epochs.
+    """
+    config, rows = builder.config, []
+    computing = gpu.seconds(stage_flops(builder, counts, costs).done * counts.items)
+    for ranks in (gpus, *GPU_COUNTS):
+        iterations = math.ceil(items / (counts.items * ranks))
+        zero = zero_bytes(config, counts, costs.weights["LoRA"], ranks)
+        balance = balance_bytes(counts, math.prod(builder.latent_shape), ranks)
+        receiving = (zero + balance) / (gpu.link * 1e9)
+        steps = iterations * counts.micro_batches / config.accumulate
+        hours = iterations * (computing + receiving) / 3600
+        rows.append(GpuRow(ranks, zero, balance, computing, receiving, steps, hours))
+    return rows
+
+
+def zero_bytes(config: Config, counts: RowCounts, lora: float, ranks: int) -> float:
+    """Returns the bytes that ZeRO sends to one process in an iteration, where `lora` bytes are trained.
+
+    Gradients are all-reduced at every optimizer step, and the parameters gathered after it.
+    """
+    return (ranks - 1) / ranks * lora * 3 * counts.micro_batches / config.accumulate
+
+
+def balance_bytes(counts: RowCounts, latent: int, ranks: int) -> float:
+    """Returns the bytes that a process receives when `balance` gathers all pairs; every process makes as many.
+
+    latent: numbers of a latent. They are 0 where each rank learns from what it collected itself.
+    """
+    return (ranks - 1) * counts.collected_bytes(latent) if counts.exchanged else 0
+
+
+def _recipe_row(builder: ModelBuilder, value: str, is_recipe: bool, costs: Costs, ranks: int) -> RecipeRow:
     counts = count_rows(builder.config, builder.schedule("cpu"))
     peak = memory_use(builder, counts, costs, ranks).peak
     flops = stage_flops(builder, counts, costs).done.all
     return RecipeRow(value, is_recipe, flops, counts.trained_rows / counts.items, peak)
 
 
-def _varied(builder: ModelBuilder, values: dict) -> ModelBuilder:
+def _varied(builder: ModelBuilder, values: Mapping) -> ModelBuilder:
     return replace(builder, config=varied(builder.config, values))

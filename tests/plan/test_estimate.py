@@ -1,5 +1,6 @@
 """plan/estimate and its text: tinyworld as a user plans it, mistakes, and every recipe at full size (slow)."""
 
+import gc
 import json
 import re
 
@@ -12,14 +13,14 @@ from strop.engine.config.settings import differences
 from strop.engine.models.families.find import family_named
 from strop.engine.plan import __main__ as plan_main
 from strop.engine.plan import estimate
-from strop.engine.plan.estimate import as_json, make_plan
+from strop.engine.plan.estimate import Plan
 from strop.engine.plan.flops import published_flops, published_recipe, stage_flops
-from strop.engine.plan.gpus import ASSUMED_SHARE, Gpu, find_gpu
+from strop.engine.plan.gpus import ASSUMED_SHARE, Gpu, find_gpu, gpu_at_share
 from strop.engine.plan.memory import RESERVE, memory_use
 from strop.engine.plan.meta_models import ModelBuilder
 from strop.engine.plan.row_counts import count_rows
 from strop.engine.plan.text import render
-from strop.engine.plan.unit_costs import Networks, unit_costs
+from strop.engine.plan.unit_costs import Costs
 
 ROOT = full_size.ROOT
 TERA = 1e12
@@ -38,7 +39,7 @@ def tinyworld_costs():
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         builder = ModelBuilder.of(load(TINYWORLD))
-        return unit_costs(builder, Networks.of(builder))
+        return Costs(builder, published=True)
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +47,12 @@ def tinyworld(tinyworld_costs):
     """tinyworld's plan on 4 GPUs; models are found from the root."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        patch.setattr(estimate, "unit_costs", lambda *_: tinyworld_costs)
-        yield make_plan(load(TINYWORLD), "tinyworld", "a100", 4)
+        patch.setattr(estimate, "Costs", lambda *_, **__: tinyworld_costs)
+        yield Plan(load(TINYWORLD), "tinyworld", gpu_at_share("a100", None, "tinyworld"), 4)
 
 
 def test_hours_follow_from_operations(tinyworld):
-    assert (tinyworld.items, tinyworld.iterations, tinyworld.share) == (14 * 10 * 4, 14, ASSUMED_SHARE)
+    assert (tinyworld.items, tinyworld.iterations, tinyworld.gpu.share) == (14 * 10 * 4, 14, ASSUMED_SHARE)
     done = tinyworld.flops.done
     assert done.half == 0
     seconds = (done.tf32 / 156e12 + done.float32 / 19.5e12) / 0.4
@@ -62,12 +63,12 @@ def test_hours_follow_from_operations(tinyworld):
 
 
 def test_scaling_has_the_recipe_once_and_costs_grow(tinyworld):
-    for rows in (tinyworld.k, tinyworld.resolution):
+    for rows in (tinyworld.scaling["k"], tinyworld.scaling["resolution"]):
         (recipe,) = (row for row in rows if row.is_recipe)
         assert (recipe.flops, recipe.peak) == (tinyworld.flops.done.all, tinyworld.memory.peak)
         assert [row.flops for row in rows] == sorted(row.flops for row in rows)
-    assert [row.value for row in tinyworld.resolution] == ["32x32", "64x64", "96x96"]
-    assert [row.value for row in tinyworld.inner_steps] == ["1", "2", "4", "8"]
+    assert [row.value for row in tinyworld.scaling["resolution"]] == ["32x32", "64x64", "96x96"]
+    assert [row.value for row in tinyworld.scaling["inner_steps"]] == ["1", "2", "4", "8"]
 
 
 def test_more_gpus_leave_the_prompts_and_divide_the_steps(tinyworld):
@@ -94,11 +95,11 @@ def test_what_a_user_reads(tinyworld):
 
 
 def test_the_command_and_its_json(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(estimate, "along_resolution", lambda *_: [])  # which takes long, and is in tinyworld's plan
     target = tmp_path / "plan.json"
     options = ["--gpu", "H200", "--prompts", "100", "--share", "0.5", "--json", str(target)]
     plan_main.main([TINYWORLD, "rollout.k=2", "model.gradient_checkpointing=true", *options])
     text, record = capsys.readouterr().out, json.loads(target.read_text())
+    assert gc.isenabled()
     assert re.match(r"tinyworld .*1 x H200.* 100 .* 10 ", text)
     assert re.search(r"50%.*given", text)
     assert "model.gradient_checkpointing=false: " in text  # which fits too
@@ -110,18 +111,17 @@ def test_the_command_and_its_json(tmp_path, monkeypatch, capsys):
 
 
 def test_a_method_without_a_rollout_is_planned_per_pair(tinyworld_costs, monkeypatch):
-    monkeypatch.setattr(estimate, "unit_costs", lambda *_: tinyworld_costs)
+    monkeypatch.setattr(estimate, "Costs", lambda *_, **__: tinyworld_costs)
     recipe = load("configs/tinyworld_diffusion_dpo.yaml", ["model.gradient_checkpointing=true"])
-    monkeypatch.setattr(estimate, "along_resolution", lambda *_: [])
-    plan = make_plan(recipe, "offline", "a100", 2)
+    plan = Plan(recipe, "offline", find_gpu("a100"), 2)
     pairs = recipe.optim.micro_batch * recipe.optim.accumulate
     assert (plan.counts.items, plan.items, plan.iterations) == (pairs, 300 * pairs * 2, 300)
     assert plan.run.optimizer_steps == 300
-    record, text = as_json(plan), render(plan)
+    record, text = plan.as_json(), render(plan)
     assert (record["pairs"], "prompts" in record) == (plan.items, False)
     assert record["flop_per_pair"]["stages"].keys() == {"encode", "update: policy", "update: reference", "recomputed"}
     assert record["flop_per_pair_published"] is None
-    assert record["scaling"] == {"k": [], "inner_steps": [], "resolution": []}
+    assert (record["scaling"]["k"], record["scaling"]["inner_steps"], len(plan.scaling["resolution"])) == ([], [], 3)
     assert [word for word in ("rollout", "prompt,", "per prompt", "published") if word in text] == []
     assert f"{plan.items:,} pairs" in text.splitlines()[0]
 
@@ -129,7 +129,7 @@ def test_a_method_without_a_rollout_is_planned_per_pair(tinyworld_costs, monkeyp
 def test_lengths_that_the_method_refuses_are_no_rows(tinyworld_costs):
     """With two steps and more a segment, tinyworld's steps make fewer segments than the 13 that are passed over."""
     builder = ModelBuilder.of(load(TINYWORLD, ["rollout.judge_every=13"]))
-    assert [row.value for row in estimate.along_inner_steps(builder, tinyworld_costs, 1)] == ["1"]
+    assert [row.value for row in estimate.along_key(builder, "rollout.inner_steps", tinyworld_costs, 1)] == ["1"]
 
 
 @pytest.mark.parametrize(
@@ -149,10 +149,8 @@ def test_lengths_that_the_method_refuses_are_no_rows(tinyworld_costs):
 )
 def test_what_does_not_fit_says_which_keys(tinyworld_costs, monkeypatch, gigabytes, overrides, lines):
     tiny = Gpu("tiny", 1, 1, 1, gigabytes + RESERVE / 1e9, 1, 1, "string")
-    monkeypatch.setattr(estimate, "find_gpu", lambda key: tiny)
-    monkeypatch.setattr(estimate, "unit_costs", lambda *_: tinyworld_costs)
-    monkeypatch.setattr(estimate, "along_resolution", lambda *_: [])
-    text = render(make_plan(load(TINYWORLD, overrides), "tinyworld", "tiny", 1))
+    monkeypatch.setattr(estimate, "Costs", lambda *_, **__: tinyworld_costs)
+    text = render(Plan(load(TINYWORLD, overrides), "tinyworld", tiny, 1))
     assert [line for line in lines if not re.search(f"^{line}", text, flags=re.M)] == []
 
 
@@ -168,7 +166,7 @@ def test_a_small_gpu_recipe_is_the_recipe_in_smaller_parts(small):
 def counted(recipe):
     """(builder, row counts, unit costs) of a recipe of configs/."""
     builder = ModelBuilder.of(load(f"configs/{recipe}.yaml"))
-    return builder, count_rows(builder.config, builder.schedule("cpu")), unit_costs(builder, Networks.of(builder))
+    return builder, count_rows(builder.config, builder.schedule("cpu")), Costs(builder, published=True)
 
 
 @pytest.mark.slow
@@ -200,10 +198,10 @@ def test_a_latent_judge_leaves_out_look_ahead_and_decode():
     """What the recipe as published takes does not depend on it; no stage but trunk, judge and update is left."""
     keys = ("judge.kind=latent", "judge.guidance=1", "judge.path=nobody/judge")
     builder = ModelBuilder.of(load("configs/sd15.yaml", keys))
-    counts, costs = count_rows(builder.config, builder.schedule("cpu")), unit_costs(builder, Networks.of(builder))
+    counts, costs = count_rows(builder.config, builder.schedule("cpu")), Costs(builder, published=True)
     stages = stage_flops(builder, counts, costs)
     assert not {"branches", "decode"} & stages.stages.keys()
-    assert costs.judge.all / TERA == pytest.approx(0.261, rel=0.01)  # the UNet's down and middle blocks
+    assert costs.scores["judge"].flops.all / TERA == pytest.approx(0.261, rel=0.01)  # the UNet's down and middle blocks
     assert stages.done.all / TERA <= 125
     pixel = published_flops(published_recipe(counted("sd15")[0]), counted("sd15")[2])
     assert published_flops(published_recipe(builder), costs).plain == pixel.plain

@@ -23,7 +23,7 @@ from strop.engine.plan.flops import published_flops, published_recipe, stage_flo
 from strop.engine.plan.meta_models import ModelBuilder
 from strop.engine.plan.meter import EXTRA_FORMULAS
 from strop.engine.plan.row_counts import count_rows
-from strop.engine.plan.unit_costs import Networks, unit_costs
+from strop.engine.plan.unit_costs import Costs
 from strop.engine.runtime.ranks import Ranks
 
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ def planned(request, make_config, tiny_folder, tiny_sdxl_folder, clip_folder):
     rollout = {"num_steps": 10, "threshold": 0.0, "prompts": len(PROMPTS)} | CASES[request.param]
     config = make_config(folder, clip_folder, rollout=rollout, optim={"micro_batch": 5})
     builder = ModelBuilder.of(config)
-    return request.param, builder, unit_costs(builder, Networks.of(builder))
+    return request.param, builder, Costs(builder, published=True)
 
 
 class Stages:
@@ -171,7 +171,7 @@ def costs_of():
     def costs(builder):
         key = builder.config.guided_update, builder.config.lora.rank, builder.config.auditor
         if key not in known:
-            known[key] = unit_costs(builder, Networks.of(builder))
+            known[key] = Costs(builder)
         return known[key]
 
     return costs

@@ -1,18 +1,19 @@
 """plan/gpus: which GPUs are known, seconds at a share of their peak, and shares that were measured."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from strop.engine.errors import UserError
-from strop.engine.plan.gpus import GPUS, find_gpu, gpu_of_cuda_name, measured_share
+from strop.engine.plan.gpus import ASSUMED_SHARE, GPUS, find_gpu, gpu_at_share, gpu_of_cuda_name
 from strop.engine.plan.meter import Flops
 
 
 def test_each_unit_takes_its_own_time():
     a100 = find_gpu("A100")
-    assert a100.seconds(Flops(half=312e12), 1) == pytest.approx(1)
-    assert a100.seconds(Flops(312e12, 156e12, 19.5e12), 0.5) == pytest.approx(6)
+    assert a100.seconds(Flops(half=312e12)) == pytest.approx(1)
+    assert replace(a100, share=0.5).seconds(Flops(312e12, 156e12, 19.5e12)) == pytest.approx(6)
 
 
 def test_no_gpu_does_float32_faster_than_half_precision():
@@ -31,15 +32,20 @@ def test_an_unknown_gpu_lists_the_known(key, hint):
 
 def test_a_measured_share_is_taken_of_the_same_recipe_first(tmp_path):
     write = lambda name, **record: (tmp_path / name).write_text(json.dumps(record))
-    assert measured_share(tmp_path, "a100", "sd15") is None
+    share = lambda key, results=tmp_path: gpu_at_share(key, None, "sd15", results).share
+    assert share("a100") == ASSUMED_SHARE
     write("a.json", gpu="a100", recipe="sdxl", share_of_peak=0.6)
     write("b.json", gpu="h100", recipe="sd15", share_of_peak=0.7)
     write("c.json", gpu="a100", recipe="sd15")
-    (tmp_path / "d.json").write_text("no JSON")
-    assert measured_share(tmp_path, "a100", "sd15") == (0.6, tmp_path / "a.json")
-    write("e.json", gpu="a100", recipe="sd15", share_of_peak=0.5)
-    assert measured_share(tmp_path, "a100", "sd15") == (0.5, tmp_path / "e.json")
-    assert measured_share(tmp_path / "nowhere", "a100", "sd15") is None
+    write("d.json", gpu={"name": "a100"}, recipe="sd15", share_of_peak=0.8)
+    (tmp_path / "e.json").write_text("no JSON")
+    assert share("a100") == 0.6
+    write("f.json", gpu="a100", recipe="sd15", share_of_peak=0.5)
+    assert share("a100") == share("A100") == 0.5
+    assert gpu_at_share("a100", None, "sd15", tmp_path).share_source == "measured, f.json"
+    assert share("a100", tmp_path / "nowhere") == ASSUMED_SHARE
+    given = gpu_at_share("a100", 0.3, "sd15", tmp_path)
+    assert (given.share, given.share_source) == (0.3, "given")
 
 
 @pytest.mark.parametrize(

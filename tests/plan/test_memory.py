@@ -1,7 +1,6 @@
 """plan/memory and plan/fit: parts and phases by hand, what the keys do to them, which keys make a recipe fit."""
 
 from collections import Counter
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,22 +9,32 @@ from strop.engine.config.settings import varied
 from strop.engine.errors import UserError
 from strop.engine.plan.fit import find_fixes, options
 from strop.engine.plan.memory import decoding_bytes, gradient_bytes, memory_use
-from strop.engine.plan.meter import Flops
+from strop.engine.plan.meter import Flops, Measurement
 from strop.engine.plan.out_of_memory import keys
 from strop.engine.plan.row_counts import RowCounts
-from strop.engine.plan.unit_costs import AuditorCosts, UNetCosts, UnitCosts, Weights
 
 GB = 1e9
-NO = Flops()
-UNET = UNetCosts(
-    *[NO] * 11,
-    forward_peak=1 * GB,
-    text_kv_bytes=0.0,
-    merged_bytes=0.0,
-    update_peak=8 * GB,
-    checkpointed_peak=2 * GB,
+HALF, ONE, TWO = (Measurement(Flops(), size * GB) for size in (0.5, 1, 2))
+NONE = Measurement(Flops(), 0.0)
+WEIGHTS = {"UNet": 5, "VAE decoder": 1, "VAE encoder": 0.5, "tiny decoder": 0, "text encoders": 3}
+WEIGHTS |= {"judge": 4, "judge's text encoder": 1, "LoRA": 1}
+COSTS = SimpleNamespace(
+    sampled=lambda: ONE,
+    text_kv=lambda: NONE,
+    merge=lambda: NONE,
+    update=lambda checkpointing: TWO if checkpointing else TWO * 4,
+    decode=lambda evaluation=False: TWO,
+    image_bytes=lambda: 0.5 * GB,
+    encode=lambda: HALF,
+    scores={"judge": HALF * 0.5},
+    judge_texts={"judge": ONE},
+    text=ONE,
+    weights={part: size * GB for part, size in WEIGHTS.items()},
 )
-WEIGHTS = Weights(5 * GB, 1 * GB, 0.5 * GB, 0, 3 * GB, 4 * GB, 1 * GB, lora=GB // 4)
+AUDITED = SimpleNamespace(**vars(COSTS))
+AUDITED.scores = COSTS.scores | {"auditor": HALF}
+AUDITED.judge_texts = COSTS.judge_texts | {"auditor": ONE * 1.5}
+AUDITED.weights = COSTS.weights | {"auditor": 2 * GB, "auditor's text encoder": 1 * GB}
 
 
 @pytest.fixture
@@ -36,16 +45,11 @@ def config(make_config):
 @pytest.fixture
 def measure():
     """measure(config, ranks, counts) -> its memory, where not said of 8 images of 0.5 GB at once and of 32 pairs."""
-    costs = UnitCosts(
-        *(UNET, UNET, NO, 2 * GB, NO, 2 * GB, NO, 0.5 * GB, NO, 0.5 * GB),
-        *(NO, 0.25 * GB, NO, NO, 1 * GB, NO, 1 * GB, NO, WEIGHTS),
-    )
-    auditor = AuditorCosts(NO, 0.5 * GB, NO, 1.5 * GB, weights=2 * GB, text_weights=1 * GB)
     largest = Counter(guided=16, decode=8, judge=8)
     held = {"latents": 32 * 3, "other_bytes": 32 * (2 * 8 + 1), "exchanged": True}
     spo = RowCounts(2, largest=largest, trained_rows=32, **held)
     builder = lambda config: SimpleNamespace(config=config, latent_shape=(4, 8, 8), size=(64, 64))
-    of = lambda config: replace(costs, auditor=auditor if config.auditor else None)
+    of = lambda config: AUDITED if config.auditor else COSTS
     return lambda config, ranks=1, counts=spo: memory_use(builder(config), counts, of(config), ranks)
 
 

@@ -13,7 +13,7 @@ from strop.engine.models.families.find import family_named
 from strop.engine.models.latent_diffusion import LatentDiffusion
 from strop.engine.models.policy import Policy
 from strop.engine.plan.meta_models import ModelBuilder
-from strop.engine.plan.unit_costs import judge_costs
+from strop.engine.plan.unit_costs import Costs
 
 CPU = torch.device("cpu")
 
@@ -122,10 +122,10 @@ def test_the_judge_is_of_its_type(builder, kind, tiny_folder, clip_folder):
     network = half.judge().network
     stays = sum(p.nbytes for name, p in network.named_parameters() if name in wide)
     assert bytes_of(network) - stays == (bytes_of(single.judge().network) - stays) / 2
-    costs = [judge_costs(each, each.judge(), torch.empty(1, 3, 16, 16, device="meta")) for each in (single, half)]
-    assert costs[0]["judge"].all == pytest.approx(costs[1]["judge"].all)
-    assert costs[0]["judge"].half == 0
-    assert costs[1]["judge"].half > 0.9 * costs[1]["judge"].all
+    in_single, in_half = (Costs(each).scores["judge"].flops for each in (single, half))
+    assert in_single.all == pytest.approx(in_half.all)
+    assert in_single.half == 0
+    assert in_half.half > 0.9 * in_half.all
 
 
 def test_a_tiny_decoder_is_taesd_or_that_of_its_folder(builder, tmp_path):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import CheckpointError, checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from strop.engine.plan.meter import Flops, checkpointed, measure
+from strop.engine.plan.meter import Flops, checkpointed, measure, measure_by_size
 
 
 def empty(*shape, dtype=torch.float32):
@@ -144,6 +144,19 @@ def test_operations_are_those_of_pytorchs_counter():
     with FlopCounterMode(display=False) as counter:
         work()
     assert measure(work).flops.all == counter.get_total_flops()
+
+
+def test_what_grows_with_a_size_is_known_at_every_other_size():
+    """A product of n rows, attention of n by n, and a product without n; beside them 400 bytes whatever n is."""
+
+    def work(n):
+        fixed, x, q = empty(10, 10), empty(n, 5), empty(1, 2, n, 8, dtype=torch.float16)
+        return fixed @ fixed, x @ empty(5, 7), F.scaled_dot_product_attention(q, q, q)
+
+    of = measure_by_size(lambda: work(127 * 131), 127 * 131)
+    assert of(3).flops == Flops(half=2 * 2 * 2 * 3 * 3 * 8, float32=2 * 10**3 + 2 * 3 * 5 * 7)
+    for n in (1, 3, 127 * 131, 10**6):
+        assert of(n) == measure(lambda n=n: work(n))
 
 
 def test_flops_add_and_scale():

@@ -6,8 +6,8 @@ import pytest
 
 from strop.engine.config.find import load
 from strop.engine.config.settings import RECIPES
-from strop.engine.plan.estimate import Plan, PlanOptions, make_plan
-from strop.engine.plan.gpus import ASSUMED_SHARE
+from strop.engine.plan.estimate import Plan
+from strop.engine.plan.gpus import ASSUMED_SHARE, gpu_at_share
 from strop.engine.plan.meta_models import ModelBuilder
 from strop.engine.plan.row_counts import count_rows
 from strop.engine.plan.text import giga, short
@@ -20,9 +20,10 @@ def head(alone: Plan, four: Plan) -> str:
     """Returns the lines that a recipe should have of its plans on one card and on four."""
     memory = lambda plan: f"{giga(plan.memory.peak)} GB"
     hours = lambda plan: f"{short(plan.hours)} h (run.iterations={plan.iterations})"
+    gpu = f"{alone.gpu.name} at {alone.gpu.share:.0%} of its peak"
     return (
-        f"# `strop plan`, {alone.items:,} {alone.counts.item}s, {alone.gpu.name} at {alone.share:.0%} of its peak: one "
-        f"card takes {memory(alone)}\n# and {hours(alone)}, four take {memory(four)} each and {hours(four)}.\n"
+        f"# `strop plan`, {alone.items:,} {alone.counts.item}s, {gpu}: one card takes {memory(alone)}\n"
+        f"# and {hours(alone)}, four take {memory(four)} each and {hours(four)}.\n"
     )
 
 
@@ -31,8 +32,8 @@ def planned(name: str) -> tuple[Plan, Plan]:
     file = RECIPES / f"{name}.yaml"
     config, ranks = load(str(file)), int(re.search(r"--num_gpus (\d+)", file.read_text())[1])
     items = config.run.iterations * count_rows(config, ModelBuilder.of(config).schedule("cpu")).items * ranks
-    options = PlanOptions(items, ASSUMED_SHARE)
-    return tuple(make_plan(config, name, CARDS.get(name, "a100"), gpus, options) for gpus in (1, 4))
+    gpu = gpu_at_share(CARDS.get(name, "a100"), ASSUMED_SHARE, name)
+    return tuple(Plan(config, name, gpu, gpus, items) for gpus in (1, 4))
 
 
 @pytest.mark.slow

@@ -1,22 +1,19 @@
-"""plan/unit_costs: costs are proportional to rows; the FLOPs of the full-size networks; bytes of weights on disk."""
+"""plan/unit_costs: costs are proportional to rows, and one measurement holds for all resolutions; the FLOPs of the
+full-size networks; bytes of weights on disk."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from strop.engine.config.settings import varied
 from strop.engine.methods.spo.pairs import PreferencePairs
 from strop.engine.methods.spo.update import Learner, MicroBatch
+from strop.engine.plan import unit_costs
 from strop.engine.plan.meta_models import ModelBuilder
 from strop.engine.plan.meter import checkpointed, measure
-from strop.engine.plan.unit_costs import (
-    Networks,
-    judge_costs,
-    measure_decode,
-    measure_sampling,
-    text_costs,
-    unet_costs,
-    weight_bytes,
-)
+from strop.engine.plan.unit_costs import Costs
 
 ROW = 2
 
@@ -39,9 +36,8 @@ def test_a_forward_grows_with_its_rows(tiny, rows):
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_an_update_grows_with_its_rows(tiny, checkpointing):
-    policy, schedule, n = tiny.policy(), tiny.schedule("meta"), 6
-    costs = unet_costs(tiny, policy)
-    policy.unet.disable_gradient_checkpointing()
+    costs, schedule, n = Costs(tiny), tiny.schedule("meta"), 6
+    flops, peak, policy = costs.update(checkpointing).flops, costs.update(checkpointing).peak, costs.policy
     if checkpointing:
         policy.unet.enable_gradient_checkpointing(checkpointed)
     x = torch.empty(2, n, *policy.latent_shape, device="meta")
@@ -50,23 +46,41 @@ def test_an_update_grows_with_its_rows(tiny, checkpointing):
     batch, learner = MicroBatch(pairs, 2, tiny.conditioning(1)), Learner(policy, schedule, tiny.config.optim)
     update = measure(lambda: learner.loss(batch)[0].backward())
     rows = ROW * (2 * n - 2)  # two of the pairs share their latent
-    each = costs.train + costs.reference + costs.recompute * checkpointing
-    assert update.flops.all == pytest.approx(rows * each.all, rel=1e-9)
-    peak = costs.checkpointed_peak if checkpointing else costs.update_peak
+    assert update.flops.all == pytest.approx(rows * flops.all, rel=1e-9)
     assert update.peak == pytest.approx(rows * peak, rel=0.05)
 
 
+@pytest.mark.parametrize("folder", ["tiny_folder", "tiny_sdxl_folder"], ids=["sd15", "sdxl"])
+def test_one_measurement_of_the_unet_holds_for_all_resolutions(make_config, request, monkeypatch, folder):
+    """Operations and bytes are those of a measurement at the resolution itself, to the last one."""
+    builder = ModelBuilder.of(make_config(request.getfixturevalue(folder)))
+    costs = Costs(builder)
+
+    def all_of(costs):
+        rows = [costs.sampled(), costs.sampled(False), costs.text_kv(), costs.merge(), costs.decode()]
+        return [*rows, costs.update(False), costs.update(True), costs.predicted(False), costs.predicted(True)]
+
+    for height, width in ((16, 16), (48, 32), (128, 128)):
+        resized = replace(builder, config=varied(builder.config, {"model.height": height, "model.width": width}))
+        elsewhere, there = costs.at(resized), costs.at(resized)
+        there.known = {}
+        with monkeypatch.context() as patch:
+            patch.setattr(unit_costs, "SIDES", [side // builder.multiple for side in resized.latent_shape[1:]])
+            full = all_of(there)
+        assert all_of(elsewhere) == full
+
+
 def test_weights_are_those_on_disk(tiny, tiny_sdxl_folder):
-    weights = weight_bytes(Networks.of(tiny))
+    weights = Costs(replace(tiny, config=varied(tiny.config, {"model.fold_upsample": False}))).weights
 
     def size(*parts):
         files = [file for part in parts for file in (tiny_sdxl_folder / part).glob("*.safetensors")]
         return sum(tensor.nbytes for file in files for tensor in load_file(file).values())
 
-    assert weights.unet == size("unet")
-    assert weights.vae_decoder + weights.vae_encoder == size("vae")
+    assert weights["UNet"] == size("unet")
+    assert weights["VAE decoder"] + weights["VAE encoder"] == size("vae")
     # position_ids is a buffer of both, and in no file
-    assert weights.text_encoders == pytest.approx(size("text_encoder", "text_encoder_2"), abs=2 * 8 * 16)
+    assert weights["text encoders"] == pytest.approx(size("text_encoder", "text_encoder_2"), abs=2 * 8 * 16)
 
 
 @pytest.mark.parametrize(
@@ -76,20 +90,15 @@ def test_weights_are_those_on_disk(tiny, tiny_sdxl_folder):
 )
 def test_the_full_size_networks(make_config, family, forward, decode, text):
     builder = ModelBuilder.of(make_config(f"somebody/{family}", model={"dtype": "float16"}))
-    policy, diffusion, judge = builder.policy(), builder.diffusion(), builder.judge()
-    x = torch.empty(1, *policy.latent_shape, device="meta")
-    with policy.reference():
-        merge, text_kv, guided, _ = measure_sampling(policy, x, builder.conditioning(1), cache_text=False)
-    assert (merge.flops.all, text_kv.flops.all) == (0, 0)
+    costs = Costs(builder, published=True)
     tera = lambda flops: flops.all / 1e12
-    assert tera(guided.flops) / ROW == pytest.approx(forward, rel=0.01)
-    assert tera(measure_decode(diffusion, policy.latent_shape).flops) == pytest.approx(decode, rel=0.01)
-    images = judge_costs(builder, judge, torch.empty(1, 3, 512, 512, device="meta", dtype=torch.float16))
-    texts = text_costs(diffusion) | images
-    assert tera(texts["text"]) == pytest.approx(text, rel=0.01)
-    assert tera(texts["judge_text"]) == pytest.approx(0.047, rel=0.01)
-    assert tera(images["judge"]) == pytest.approx(0.335, rel=0.01)
-    assert images["judge"].tf32 > 0.99 * images["judge"].all
+    assert tera(costs.published["reference"]) == pytest.approx(forward, rel=0.01)
+    assert tera(costs.published["decode"]) == pytest.approx(decode, rel=0.01)
+    assert tera(costs.text.flops) == pytest.approx(text, rel=0.01)
+    assert tera(costs.judge_texts["judge"].flops) == pytest.approx(0.047, rel=0.01)
+    judge = costs.scores["judge"].flops
+    assert tera(judge) == pytest.approx(0.335, rel=0.01)
+    assert judge.tf32 > 0.99 * judge.all
 
 
 def test_the_published_lora_has_as_many_numbers(make_config):

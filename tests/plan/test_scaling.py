@@ -1,4 +1,4 @@
-"""plan/communication: bytes between processes, beside what ranks.py really gathers."""
+"""plan/scaling: bytes between processes, beside what ranks.py really gathers."""
 
 from dataclasses import replace
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from strop.engine.methods.spo.pairs import PreferencePairs, balance
-from strop.engine.plan.communication import balance_bytes, zero_bytes
 from strop.engine.plan.row_counts import RowCounts
+from strop.engine.plan.scaling import balance_bytes, zero_bytes
 from strop.engine.runtime import ranks
 from strop.engine.runtime.ranks import Ranks
 
@@ -36,5 +36,5 @@ def test_the_balance_is_what_is_gathered(monkeypatch, x_t_per_pair):
 def test_zero_reduces_at_each_optimizer_step(make_config, stage):
     """6 micro-batches in 3 optimizer steps: 3 all-reduces, each twice a gather, and 3 gathers of the parameters."""
     config, counts = make_config(optim={"accumulate": 2}, zero={"stage": stage}), RowCounts(2, micro_batches=6)
-    assert zero_bytes(config, counts, lora=1000, ranks=4) == pytest.approx((3 * 2 + 3) * 0.75 * 4 * 1000)
-    assert zero_bytes(config, counts, lora=1000, ranks=1) == 0
+    assert zero_bytes(config, counts, lora=4000, ranks=4) == pytest.approx((3 * 2 + 3) * 0.75 * 4000)
+    assert zero_bytes(config, counts, lora=4000, ranks=1) == 0
