@@ -30,6 +30,7 @@ from strop.engine.errors import exit_on_user_error
 from strop.engine.models.base_model import quiet_libraries
 from strop.engine.plan.meta_models import ModelBuilder
 from strop.engine.plan.row_counts import count_rows
+from strop.engine.plan.unit_costs import scoring
 
 ROOT = Path(__file__).parents[1]
 BACKENDS = {
@@ -85,18 +86,18 @@ def calls(config: Config) -> list[Call]:
     policy, decoder, judge = builder.policy(), builder.decoder() or builder.diffusion(), builder.judge()
     largest = count_rows(config, builder.schedule("cpu")).largest
     latent = torch.empty(1, *builder.latent_shape, device="meta")
-    image = torch.empty(1, 3, *builder.size, device="meta", dtype=builder.vae_dtype)
     cond, t = builder.conditioning(1), torch.zeros(1, dtype=torch.int64, device="meta")
     forward = lambda: policy.eps(latent, t, cond, guided=False)
-    score = lambda: judge.clip.image_features(judge.pixels(image), t)
     stages = {
         "branches": (forward, max(largest["guided"], largest["unguided"]), False),
         "update": (forward, largest["train"], True),
         "decode": (lambda: decoder.decode(latent), largest["decode"], False),
-        "judge": (score, largest["judge"], False),
+        "judge": (scoring(builder, judge), largest["judge"], False),
     }
     stage_calls = []
     for stage, (work, rows, learns) in stages.items():
+        if not rows:  # a rollout whose judge reads latents decodes nothing
+            continue
         with torch.no_grad(), AttentionCalls() as attention:
             work()
         for (heads, queries, keys, width, dtype), times in attention.calls.items():

@@ -165,17 +165,7 @@ class Costs:
 
     @torch.no_grad()
     def _score(self, judge: AnyJudge) -> Measurement:
-        """Measures the score of an image, with its modulation known, or of a latent."""
-        builder = self.builder
-        if isinstance(judge, LatentJudge):
-            x = torch.empty(1, *builder.latent_shape, device="meta")
-            cond = builder.conditioning(1).to(judge.network.unet.dtype)
-            score = lambda: judge.network.image_features(x, _t(), cond, judge.guidance)
-        else:
-            image = torch.empty(1, 3, *builder.size, device="meta", dtype=builder.vae_dtype)
-            modulation = judge.clip.modulation(_t()) if judge.clip.modulated else None
-            score = lambda: judge.clip.tower(judge.pixels(image), modulation)
-        return measure(score, builder.config.model.uses_tf32)
+        return measure(scoring(self.builder, judge), self.builder.config.model.uses_tf32)
 
     def _judge_text(self, judge: AnyJudge) -> Measurement:
         text = measure(lambda: judge.encode([""] * BATCH), self.builder.config.model.uses_tf32)
@@ -220,6 +210,17 @@ class Costs:
 
     def _measured(self, work: Callable[[], object]) -> Callable[[int], Measurement]:
         return measure_by_size(work, prod(SIDES), self.builder.config.model.uses_tf32)
+
+
+def scoring(builder: ModelBuilder, judge: AnyJudge) -> Callable[[], Tensor]:
+    """Returns what scores one latent, or one image with its modulation known, on the meta device."""
+    if isinstance(judge, LatentJudge):
+        x = torch.empty(1, *builder.latent_shape, device="meta")
+        cond = builder.conditioning(1).to(judge.network.unet.dtype)
+        return lambda: judge.network.image_features(x, _t(), cond, judge.guidance)
+    image = torch.empty(1, 3, *builder.size, device="meta", dtype=builder.vae_dtype)
+    modulation = judge.clip.modulation(_t()) if judge.clip.modulated else None
+    return lambda: judge.clip.tower(judge.pixels(image), modulation)
 
 
 def _bytes(*networks: nn.Module) -> int:

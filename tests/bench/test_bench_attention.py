@@ -28,6 +28,12 @@ def test_the_calls_of_tinyworld():
     assert rows["decode"] == rows["judge"] == (40, False, "float32")
 
 
+def test_a_judge_of_latents_calls_its_encoders_and_nothing_is_decoded():
+    found = calls(load(ROOT / "configs" / "tinyworld_latent.yaml"))
+    assert of(found, "judge") == {(4, 64, 64, 16): 1, (4, 64, 16, 16): 1, (4, 16, 16, 24): 2 * 2}
+    assert {c.stage for c in found} == {"branches", "update", "judge"}
+
+
 @pytest.mark.parametrize("name, heads", [("sd15", {8}), ("sdxl", {10, 20})])
 def test_full_size_on_the_meta_device(name, heads):
     found = calls(load(ROOT / "configs" / f"{name}.yaml"))
