@@ -37,12 +37,12 @@ def load(path: str | Path, overrides: Sequence[str] = (), cls: type[C] = Config)
     path: a file, or the name of a recipe in configs/ without .yaml. Raises UserError, one sentence that names the file
     and the key.
     """
-    if not issubclass(cls, Config):
-        return settings.load(path, overrides, cls)
     tree = settings.read(path, overrides)
     try:
-        cls = config_class(tree.get("method", DEFAULT))
-        _refuse_keys_of_others(tree, cls)
+        _refuse_recipes_of_others(tree, cls)
+        if issubclass(cls, Config):
+            cls = config_class(tree.get("method", DEFAULT))
+            _refuse_keys_of_others(tree, cls)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return settings.checked(tree, cls, path)
@@ -62,6 +62,15 @@ def config_of_json(text: str) -> Config:
     if not isinstance(tree, dict):
         raise ValueError("no configuration")
     return config_of(tree)
+
+
+def _refuse_recipes_of_others(tree: Mapping[str, Any], cls: type) -> None:
+    """Raises UserError for the recipe of a judge where a method's is expected, and the other way round."""
+    method, optim = issubclass(cls, Config), tree.get("optim")
+    if method and "prompts" not in tree and isinstance(optim, Mapping) and "steps" in optim:
+        raise UserError("found optim.steps and no prompts, expected a recipe of a method; `strop train-judge` runs it")
+    if not method and "prompts" in tree:
+        raise UserError("found prompts, expected a recipe of a judge, such as judge_sd15; `strop train` runs it")
 
 
 def _refuse_keys_of_others(tree: Mapping[str, Any], cls: type[Config]) -> None:

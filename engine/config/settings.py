@@ -50,11 +50,6 @@ MOST_BYTES = 2**18  # of a recipe
 RECIPES = Path(__file__).parents[2] / "configs"  # beside engine/, in a checkout and in a wheel
 
 
-def load(path: str | Path, overrides: Sequence[str], cls: type[C]) -> C:
-    """Reads a YAML recipe of `cls` with `section.key=value` overrides, and checks it, as `read` and `checked` do."""
-    return checked(read(path, overrides), cls, path)
-
-
 def read(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     """Reads a YAML recipe and applies `section.key=value` overrides, whose values are YAML; nothing is checked yet.
 
