@@ -58,6 +58,11 @@ class LatentNetwork(nn.Module):
         add_lora(self.unet, rank, LORA_LAYERS, seed)
         self.lora_rank = rank
 
+    def own(self) -> dict[str, Tensor]:
+        """Returns by name the parameters that are not the base model's: all, or of a LoRA itself and projections."""
+        of_judge = lambda name: not self.lora_rank or "lora_" in name or name.partition(".")[0] not in PARTS
+        return {name: value for name, value in self.named_parameters() if of_judge(name)}
+
     def image_features(self, x: Tensor, t: Tensor, cond: Conditioning, guidance: float) -> Tensor:
         """Computes features (N, E) of latents x (N, C, h, w) at timesteps t (N,), with the text of cond's N prompts.
 
@@ -134,9 +139,7 @@ class LatentJudge:
         The projections and the logit scale are trained in both cases; a LoRA leaves the text encoders as they are.
         """
         self.network.train()
-        unet = self.network.unet.named_parameters()
-        trained = [value for name, value in unet if not self.network.lora_rank or "lora_" in name]
-        trained += [value for name, value in self.network.named_parameters() if name.partition(".")[0] not in PARTS]
+        trained = [value for name, value in self.network.own().items() if not name.startswith("encoders.")]
         if not self.network.lora_rank:
             encoders = self.network.encoders.requires_grad_(True)
             text = self._read([""])

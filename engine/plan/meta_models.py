@@ -132,9 +132,10 @@ class ModelBuilder:
         visual, text = drawn(feature_width(unet), width), drawn(width, width) if projected else None
         scale = torch.full((), self.judge_config.logit_scale_init_value, device=self.device)
         network = LatentNetwork(unet, encoders, visual, text, scale)
-        judge = self.config.judge
-        guidance = record_of(Path(judge.path))["guidance"] if judge.guidance is None else judge.guidance
-        return LatentJudge(network, diffusion, guidance, True)
+        judge, record = self.config.judge, record_of(Path(self.config.judge.path))
+        if record.get("lora_rank"):
+            network.add_lora(record["lora_rank"], 0)
+        return LatentJudge(network, diffusion, record["guidance"] if judge.guidance is None else judge.guidance, True)
 
     def _built(self, make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
         """Returns the network of `make()` on this device and in `dtype`; PyTorch's default type stays what it is."""

@@ -191,15 +191,15 @@ class Costs:
         """Returns the bytes of parameters and buffers."""
         vae, lora = self.diffusion.vae, sum(p.nbytes for p in self.policy.parameters)
         decoder = _bytes(vae.decoder, vae.post_quant_conv)
-        texts = {name: _bytes(*judge.text_networks) for name, judge in judges.items()}
+        bytes_of_judges = {name: _judge_bytes(judge) for name, judge in judges.items()}
         return {
             "UNet": _bytes(self.policy.unet) - lora,
             "VAE decoder": decoder,
             VAE_ENCODER: _bytes(vae) - decoder,
             "tiny decoder": _bytes(self.tiny.network) if self.tiny else 0,
             TEXT_ENCODERS: _bytes(*self.diffusion.text_encoders),
-            **{name: _bytes(judge.network) - texts[name] for name, judge in judges.items()},
-            **{f"{name}'s text encoder": size for name, size in texts.items()},
+            **{name: scores for name, (scores, _) in bytes_of_judges.items()},
+            **{f"{name}'s text encoder": encodes for name, (_, encodes) in bytes_of_judges.items()},
             "LoRA": lora,
         }
 
@@ -221,6 +221,14 @@ def scoring(builder: ModelBuilder, judge: AnyJudge) -> Callable[[], Tensor]:
     image = torch.empty(1, 3, *builder.size, device="meta", dtype=builder.vae_dtype)
     modulation = judge.clip.modulation(_t()) if judge.clip.modulated else None
     return lambda: judge.clip.tower(judge.pixels(image), modulation)
+
+
+def _judge_bytes(judge: AnyJudge) -> tuple[int, int]:
+    """Returns the bytes of what a judge scores with and of its text encoder, but for what is the base model's."""
+    if isinstance(judge, LatentJudge) and judge.network.lora_rank:
+        return sum(value.nbytes for value in judge.network.own().values()), 0
+    text = _bytes(*judge.text_networks)
+    return _bytes(judge.network) - text, text
 
 
 def _bytes(*networks: nn.Module) -> int:

@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from strop.engine.config.find import load
+from strop.engine.config.judge_training import TrainedJudgeConfig
 from strop.engine.config.settings import varied
+from strop.engine.config.training import ModelConfig
+from strop.engine.judge.latent_files import begin, save
 from strop.engine.models.base_model import BaseModel, load_unet
 from strop.engine.models.families.find import family_named
 from strop.engine.models.latent_diffusion import LatentDiffusion
@@ -144,3 +147,17 @@ def test_a_tiny_decoder_is_taesd_or_that_of_its_folder(builder, tmp_path):
 @pytest.mark.parametrize("overrides, guidance", [((), 1.0), (("judge.guidance=3",), 3.0), (("judge.path=none",), 7.5)])
 def test_a_latent_judge_has_the_guidance_that_its_folder_records(overrides, guidance):
     assert ModelBuilder.of(load("tinyworld_latent", overrides)).latent_judge().guidance == guidance
+
+
+def test_a_judge_that_is_a_lora_has_no_networks_of_its_own(builder, tiny_folder, tmp_path):
+    model, rng = ModelConfig(path=str(tiny_folder)), torch.Generator().manual_seed(0)
+    diffusion = LatentDiffusion.load(model, CPU)
+    real = begin(TrainedJudgeConfig(kind="latent", lora_rank=2), model, diffusion, rng)
+    save(tmp_path, real)
+    built = builder(tiny_folder, judge=tmp_path)
+    built = replace(built, config=varied(built.config, {"judge.kind": "latent"}))
+    of_shape = lambda judge: {name: value.shape for name, value in judge.network.own().items()}
+    assert of_shape(built.latent_judge()) == of_shape(real)
+    weights = Costs(built).weights
+    assert weights["judge"] == sum(value.nbytes for value in real.network.own().values())
+    assert weights["judge's text encoder"] == 0
