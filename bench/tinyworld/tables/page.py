@@ -65,7 +65,7 @@ def write(results: Results, study: Study, target: Path) -> str:
         f"## Methods\n\n{methods_table(results, study, tuned)}",
         f"## Quality against compute\n\n![Gain in quality against the share of the budget]({target.stem}_curves.png)",
         f"## An analytic GenEval\n\n{geneval_table(results, methods)}",
-        f"## Ablations\n\n{ablations_table(results)}\n\n![Gain in quality by ablation]({target.stem}_ablations.png)",
+        f"## Ablations\n\n{ablations_table(results)}\n\n![Quality, less the default's]({target.stem}_ablations.png)",
         f"## Where this disagrees with the paper\n\n{disagreements(results, methods)}",
     ]
     notes = [NOTES.read_text().strip()] if NOTES.exists() else []

@@ -12,7 +12,7 @@ from matplotlib.ticker import PercentFormatter
 from strop.bench.tinyworld.frontier_plot import new_axes
 from strop.bench.tinyworld.tables.results import Results
 from strop.bench.tinyworld.tables.rows import ABLATIONS, DEFAULT, Row
-from strop.engine.report.pictures import FAINT, INK, LIMIT, LINE
+from strop.engine.report.pictures import FAINT, INK, LINE
 
 QUALITY = "gain in quality on held-out prompts"
 
@@ -38,21 +38,21 @@ def curves(results: Results, methods: Sequence[Row], prompts: int, path: Path) -
 
 
 def ablations(results: Results, path: Path) -> None:
-    """Draws the gain in quality of every ablation: the mean with its interval over prompts, the seeds as small dots."""
-    rows = [("default", DEFAULT)]
-    rows += [(f"{changed}: {row.title}", row) for changed, group in ABLATIONS.items() for row in group]
+    """Draws how far the quality of every ablation is from the default's, at the seeds that both have.
+
+    The line is the interval over prompts; small dots are seeds.
+    """
+    rows = [(f"{changed}: {row.title}", row) for changed, group in ABLATIONS.items() for row in group]
     axes, figure = new_axes((8, 6))
+    axes.axvline(0, color=FAINT, linewidth=0.8, linestyle="--", zorder=1)
     for place, (_, row) in enumerate(rows):
-        gain = results.gain(row, "quality")
-        if gain is None:
+        less = results.against(row, DEFAULT, "quality")
+        if less is None:
             continue
-        colour = LIMIT if row is DEFAULT else LINE
-        axes.scatter(gain.seeds, [place] * len(gain.seeds), s=14, color=colour, alpha=0.5, linewidths=0)
-        axes.plot(gain.interval or (gain.mean, gain.mean), (place, place), color=colour, linewidth=1.6)
-        axes.scatter(gain.mean, place, s=50, color=colour, edgecolors="white", zorder=3)
-        if row is DEFAULT:
-            axes.axvline(gain.mean, color=FAINT, linewidth=0.8, linestyle="--", zorder=1)
+        axes.scatter(less.seeds, [place] * len(less.seeds), s=14, color=LINE, alpha=0.5, linewidths=0)
+        axes.plot(less.interval or (less.mean, less.mean), (place, place), color=LINE, linewidth=1.6)
+        axes.scatter(less.mean, place, s=50, color=LINE, edgecolors="white", zorder=3)
     axes.set_yticks(range(len(rows)), [title for title, _ in rows], color=INK)
-    axes.invert_yaxis()
-    axes.set_xlabel(QUALITY, color=INK)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlabel("quality on held-out prompts, less the default's", color=INK)
     figure.savefig(path)
