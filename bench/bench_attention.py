@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -76,8 +76,11 @@ def main(argv: Sequence[str]) -> None:
     config = load(ROOT / "configs" / f"{args.recipe}.yaml", args.overrides)
     device = start_bench("bench_attention", config)
     record = {"recipe": args.recipe, "machine": machine(device), "torch": torch.__version__}
-    record["calls"] = measure(calls(config), device)
-    print(f"\n{table(record)}\n\nwritten to {write(record, f'attention-{args.recipe}', args.out)}")
+    record["calls"], target = [], None
+    for measured in measure(calls(config), device):
+        record["calls"].append(measured)
+        target = write(record, f"attention-{args.recipe}", args.out)
+    print(f"\n{table(record)}\n\nwritten to {target}")
 
 
 def calls(config: Config) -> list[Call]:
@@ -120,15 +123,13 @@ class AttentionCalls(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def measure(attention_calls: Sequence[Call], device: torch.device) -> list[dict]:
-    """Returns every call with its seconds by backend: None where it has no kernel for it or too little memory."""
+def measure(attention_calls: Sequence[Call], device: torch.device) -> Iterator[dict]:
+    """Yields every call with its seconds by backend: None where it has no kernel for it or too little memory."""
     names = [*BACKENDS] + ["xformers"] * (device.type == "cuda" and importlib.util.find_spec("xformers") is not None)
-    measured = []
     for done, call in enumerate(attention_calls, 1):
         seconds = {name: seconds_of(call, name, device) for name in names}
-        measured.append(asdict(call) | {"seconds": seconds})
         print(f"{done} of {len(attention_calls)}: {call.stage}, {call.queries} x {call.keys}", flush=True)
-    return measured
+        yield asdict(call) | {"seconds": seconds}
 
 
 def seconds_of(call: Call, backend: str, device: torch.device) -> float | None:
@@ -152,7 +153,7 @@ def timed(work: Callable[[], None]) -> float | None:
     except (RuntimeError, ValueError):  # no kernel for these tensors, or out of memory, which is a RuntimeError too
         return None
     timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=0.2).median
+    return timer.blocked_autorange(min_run_time=0.1).median
 
 
 def of_xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
 """Times strop against the published recipe: `python -m strop.bench.bench_step tinyworld`, or sd15, or sdxl.
 
-The baseline (published.py), the exact recipe, the fast one, and the exact one with a judge that reads latents take
-turns in one process, an iteration each, on the same prompts and on copies of the same networks (sides.py). The record
-has, per side and stage, seconds, operations, and the share of the rate that matrix products reach in the same run; peak
-memory and pairs per second; how many times faster a prompt is done, and the whole run, for which the fast recipe has
-fewer prompts; and the operations in which the exact recipe spends most time. All of it is at the first of --thresholds,
-0 where every pair is trained on, as plan counts; at the others it has the ratios and the share of pairs that is kept,
-which means something of trained judges alone. Prompts are encoded anew in each iteration, as if none came twice.
+The baseline (published.py), the exact recipe, the fast one, the exact one with a judge that reads latents, and the fast
+one with such a judge take turns in one process, an iteration each, on the same prompts and on copies of the same
+networks (sides.py). The record has, per side and stage, seconds, operations, and the share of the rate that matrix
+products reach in the same run; peak memory and pairs per second; how many times faster a prompt is done, and the whole
+run, for which the fast recipes have fewer prompts; and the operations in which the exact recipe spends most time. All
+of it is at the first of --thresholds, 0 where every pair is trained on, as plan counts; at the others it has the ratios
+and the share of pairs that is kept, which means something of trained judges alone. Prompts are encoded anew in each
+iteration, as if none came twice.
 Quality is measured by bench/tinyworld/frontier.py.
 """
 
@@ -36,7 +37,7 @@ from strop.engine.plan.peak import seconds_on
 from strop.engine.runtime.stopwatch import Stopwatch
 
 ROOT = Path(__file__).parents[1]
-OTHERS = ("fast", "latent")  # sides beside the published and the exact one
+OTHERS = ("fast", "latent", "latent_fast")  # sides beside the published and the exact one
 
 
 @exit_on_user_error
@@ -84,9 +85,11 @@ def recipes(name: str, overrides: Sequence[str], names: Sequence[str]) -> tuple[
     if exact.judge.kind == "latent":
         raise UserError("judge.kind: found latent, expected a judge of images, which alone the published code has")
     latent = {"judge.kind": "latent", "judge.path": str(Path(exact.model.path).parent / "judge_latent")}
+    family = ROOT / "configs" / name.removesuffix("_released")
     make = {
-        "fast": lambda: load(ROOT / "configs" / f"{name.removesuffix('_released')}_fast.yaml", overrides),
+        "fast": lambda: load(f"{family}_fast.yaml", overrides),
         "latent": lambda: varied(exact, latent),
+        "latent_fast": lambda: load(f"{family}_latent_fast.yaml", overrides),
     }
     return exact, {each: make[each]() for each in OTHERS if each in names}
 

@@ -9,6 +9,7 @@ tiny form, so that nothing is met for the first time on the card, and its figure
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import signal
@@ -53,16 +54,16 @@ PARTS = (
     ),
     Part(
         "sd15",
-        190,
+        200,
         f"{STEP} sd15 --rounds 1 --thresholds 0 --no-profile --out {{results}}",
         f"{STEP} tinyworld --rounds 1 --thresholds 0 --no-profile --out {{results}} {FEW}",
     ),
     Part(
         "sdxl",
-        150,
-        f"{STEP} sdxl_released --rounds 1 --thresholds 0 --sides fast --no-profile --out {{results}} "
+        170,
+        f"{STEP} sdxl_released --rounds 1 --thresholds 0 --no-profile --out {{results}} "
         "rollout.prompts=1 model.gradient_checkpointing=false",
-        f"{STEP} tinyworld --rounds 1 --thresholds 0.3 --sides fast --out {{results}} {FEW}",
+        f"{STEP} tinyworld --rounds 1 --thresholds 0.3 --sides latent_fast --out {{results}} {FEW}",
     ),
     Part(
         "bandwidth",
@@ -101,8 +102,9 @@ def main(argv: Sequence[str]) -> None:
     logs = args.logs or Path("runs") / time.strftime("gpu-%Y%m%d-%H%M%S")
     logs.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    record = {"machine": machine(device), "torch": torch.__version__, "cuda": torch.version.cuda, "parts": {}}
+    record = {"machine": machine(device), "torch": torch.__version__, "cuda": torch.version.cuda}
     results = folder(record["machine"]) if device.type == "cuda" else logs
+    record["parts"] = parts_before(results, record) if args.parts else {}
     end = time.monotonic() + args.limit
     for part in PARTS:
         if part.name in (args.parts or names):
@@ -113,6 +115,13 @@ def main(argv: Sequence[str]) -> None:
     print(f"\n{table(record)}\n\nresults: {results}\nlogs: {logs}")
 
 
+def parts_before(results: Path, record: dict) -> dict:
+    """Returns what an earlier call found, with the same PyTorch, of the parts that this one may leave out."""
+    file = results / "gpu.json"
+    before = json.loads(file.read_text()) if file.exists() else {}
+    return before["parts"] if record.items() <= before.items() else {}
+
+
 def run(part: Part, on_gpu: bool, limit: float, logs: Path, results: Path) -> dict:
     """Runs a part for at most `limit` seconds and returns {"outcome", "seconds", and of tests "tests"}."""
     if limit < LEAST:
@@ -121,13 +130,14 @@ def run(part: Part, on_gpu: bool, limit: float, logs: Path, results: Path) -> di
     xml.unlink(missing_ok=True)
     words = (part.on_gpu if on_gpu else part.tiny).format(logs=logs, results=results, xml=xml)
     with open(log, "w") as terminal:
-        process = subprocess.Popen(
-            [sys.executable, *shlex.split(words)], cwd=ROOT, stdout=terminal, stderr=terminal, start_new_session=True
-        )
+        command = [sys.executable, "-X", "faulthandler", *shlex.split(words)]  # at SIGABRT it says where it was
+        process = subprocess.Popen(command, cwd=ROOT, stdout=terminal, stderr=terminal, start_new_session=True)
         try:
             code = process.wait(limit)
             outcome = "done" if code == 0 else f"failed with exit code {code}"
         except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)
+            time.sleep(1)
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             outcome = f"stopped at its limit of {limit:.0f} s"

@@ -42,9 +42,10 @@ from strop.engine.models.latent_diffusion import LatentDiffusion
 from strop.engine.runtime.metrics import read_records
 from strop.engine.runtime.run_folder import MAY_CHANGE
 
-EXACT, FAST, LATENT = (f"configs/tinyworld{name}.yaml" for name in ("", "_fast", "_latent"))
+EXACT, FAST, LATENT, LATENT_FAST = (
+    f"configs/tinyworld{name}.yaml" for name in ("", "_fast", "_latent", "_latent_fast")
+)
 SUREST = ("optim.keep_pairs=0.5", "optim.keep_by=surest", "optim.micro_batch=20")
-FASTER = ("rollout.num_steps=10", "optim.micro_batch=20", "optim.passes=2", "optim.guided=text", "run.iterations=8")
 TINY = "rollout.decoder=bench/tinyworld/weights/tiny_decoder"
 
 
@@ -74,7 +75,7 @@ VARIANTS = {
     "latent_text": Variant("latent judge, no gradient without the prompt", ("optim.guided=text",), LATENT),
     "latent_unguided": Variant("latent judge, unguided update", ("optim.guided=false",), LATENT),
     "latent_surest": Variant("latent judge, surest half of the pairs", SUREST, LATENT),
-    "latent_recipe": Variant("latent judge, fast recipe", FASTER, LATENT),
+    "latent_recipe": Variant("latent judge, fast recipe", (), LATENT_FAST),
 }
 # seconds: on one thread, from iterations timed separately; wall_seconds: of the run, with other programs beside it.
 COLUMNS = ("quality", "alignment", "optimizer_steps", "flop", "seconds", "wall_seconds")

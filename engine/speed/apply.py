@@ -22,18 +22,18 @@ GRAPHS = 64  # limit per network: rollout, evaluation and update have their own 
 def prepare(model: ModelConfig, unet: nn.Module, vae: nn.Module, judge: nn.Module) -> None:
     """Applies section `model` to loaded networks in place; to be called before the optimizer is created.
 
-    TF32 is a setting of PyTorch for the whole process.
+    TF32 and the limit of compiled graphs are settings of PyTorch for the whole process.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = model.uses_tf32
     remove_idle_work(unet, vae, model.fold_upsample)
     if model.channels_last:
         for network in (unet, vae):
             network.to(memory_format=torch.channels_last)
-    if model.compile == "all":
-        unet.compile(dynamic=False, recompile_limit=GRAPHS)
     if model.compile:
-        vae.decoder.compile(dynamic=False, recompile_limit=GRAPHS)
-        judge.compile(dynamic=False)
+        limits = torch._dynamo.config  # compile() takes a limit of its own from PyTorch 2.13 on
+        limits.recompile_limit = max(limits.recompile_limit, GRAPHS)
+        for network in (unet, vae.decoder, judge) if model.compile == "all" else (vae.decoder, judge):
+            network.compile(dynamic=False)
 
 
 def remove_idle_work(unet: nn.Module, vae: nn.Module, fold_upsample: bool) -> None:
