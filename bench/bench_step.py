@@ -17,7 +17,7 @@ import argparse
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -68,12 +68,13 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--thresholds: found {wrong[0]:g}, expected 0 or more and less than 1")
     exact, others = recipes(args.recipe, [*args.overrides, f"rollout.threshold={args.thresholds[0]}"], args.sides)
     device = start_bench("bench_step", exact)
-    measured = measure(exact, others, args.rounds, device, args.thresholds, not args.no_profile)
-    record = {"recipe": args.recipe, **measured}
+    for measured in measure(exact, others, args.rounds, device, args.thresholds, not args.no_profile):
+        record = {"recipe": args.recipe, **measured}
+        target = write(record, name_of(record), args.out)
     print(f"\n{table(record)}")
     if not args.no_profile:
         print(f"\nexact:\n\n{longest.table(record['sides']['exact']['profile'])}")
-    print(f"\nwritten to {write(record, name_of(record), args.out)}")
+    print(f"\nwritten to {target}")
 
 
 def recipes(name: str, overrides: Sequence[str], names: Sequence[str]) -> tuple[SPOConfig, dict[str, SPOConfig]]:
@@ -101,9 +102,10 @@ def measure(
     device: torch.device,
     thresholds: Sequence[float] = (),
     profiled: bool = True,
-) -> dict:
-    """Runs all sides `rounds` times in turn, after one iteration that counts operations, and returns the record.
+) -> Iterator[dict]:
+    """Runs all sides `rounds` times in turn, the first time after an iteration that counts operations.
 
+    Yields the record of what has been timed so far, from the exact recipe on, after each side and last of all.
     thresholds: at which the ratios are measured, beside that of `exact`. profiled: whether the exact recipe then runs
     once more, to find which of its operations take longest.
     """
@@ -112,23 +114,29 @@ def measure(
     plain = varied(exact, {"model.gradient_checkpointing": False})  # the authors' code keeps activations
     sides = {"published": Side(published, build(published.Published, plain, device), plain)}
     sides |= {name: Side(ours, build(ours.Ours, c, device), c) for name, c in ({"exact": exact} | others).items()}
-    for name, side in sides.items():
-        warm(side, prompts, device)
-        print(f"{name}: {side.pairs} pairs and {sum(side.flops.values()) / 1e12:.3g} TFLOP an iteration", flush=True)
     at = {threshold: at_threshold(sides, threshold) for threshold in thresholds if threshold != exact.rollout.threshold}
     at = {exact.rollout.threshold: sides} | at
-    time_in_turn(list(at.values()), rounds, prompts, device)
+    rate = matmul_rate(device, DTYPES[exact.model.dtype])
+    for _ in time_in_turn(list(at.values()), rounds, prompts, device):
+        if sides["exact"].rounds:
+            yield record_of(at, rounds, rate, device)
     if profiled:
         sides["exact"].profile = longest.longest(device, sides["exact"].run, prompts, nullcontext)
-    rate = matmul_rate(device, DTYPES[exact.model.dtype])
-    faster = compared(sides)["faster_per_prompt"]
+        yield record_of(at, rounds, rate, device)
+
+
+def record_of(at: dict[float, dict[str, Side]], rounds: int, rate: float, device: torch.device) -> dict:
+    """Returns the record of the sides that have been timed. at: sides by threshold; rate: FLOP/s of matrix products."""
+    at = {threshold: {name: side for name, side in group.items() if side.rounds} for threshold, group in at.items()}
+    threshold, sides = next(iter(at.items()))
+    exact, faster = sides["exact"].config, compared(sides)["faster_per_prompt"]
     return {
         "machine": machine(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "dtype": exact.model.dtype,
         "compile": exact.model.compile,
-        "threshold": exact.rollout.threshold,
+        "threshold": threshold,
         "rounds": rounds,
         "matmul_tflop_per_second": rate / 1e12,
         "sides": {name: summary(side, rate) for name, side in sides.items()},
@@ -137,7 +145,7 @@ def measure(
         "faster_per_run": {
             name: value * run_prompts(exact) / run_prompts(sides[name].config) for name, value in faster.items()
         },
-        "thresholds": {f"{threshold:g}": compared(each) for threshold, each in at.items()},
+        "thresholds": {f"{threshold:g}": compared(each) for threshold, each in at.items() if each},
     }
 
 
@@ -159,13 +167,22 @@ def at_threshold(sides: dict[str, Side], threshold: float) -> dict[str, Side]:
     return {name: Side(side.iteration, side.models, config(side)) for name, side in sides.items()}
 
 
-def time_in_turn(groups: list[dict[str, Side]], rounds: int, prompts: Sequence[str], device: torch.device) -> None:
-    """Times an iteration of every side of one group after the other, and all of that `rounds` times."""
+def time_in_turn(
+    groups: list[dict[str, Side]], rounds: int, prompts: Sequence[str], device: torch.device
+) -> Iterator[None]:
+    """Times an iteration of every side of one group after the other, and all of that `rounds` times.
+
+    Yields after each iteration. Before a side of the first group is timed for the first time, it is warmed up.
+    """
     begun = time.perf_counter()
     for done in range(1, rounds + 1):
         for group in groups:
-            for side in group.values():
+            for name, side in group.items():
+                if group is groups[0] and not side.rounds:
+                    warm(side, prompts, device)
+                    print(f"{name}: {side.pairs} pairs, {sum(side.flops.values()) / 1e12:.3g} TFLOP", flush=True)
                 time_one(side, prompts, device)
+                yield
         spent = time.perf_counter() - begun
         left = spent / done * (rounds - done)
         print(f"round {done} of {rounds}, {spent:.0f} s, {left:.0f} s to go", flush=True)

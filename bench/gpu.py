@@ -54,13 +54,13 @@ PARTS = (
     ),
     Part(
         "sd15",
-        200,
-        f"{STEP} sd15 --rounds 1 --thresholds 0 --no-profile --out {{results}}",
+        150,
+        f"{STEP} sd15 --rounds 1 --thresholds 0 --no-profile --out {{results}} rollout.prompts=4",
         f"{STEP} tinyworld --rounds 1 --thresholds 0 --no-profile --out {{results}} {FEW}",
     ),
     Part(
         "sdxl",
-        170,
+        200,
         f"{STEP} sdxl_released --rounds 1 --thresholds 0 --no-profile --out {{results}} "
         "rollout.prompts=1 model.gradient_checkpointing=false",
         f"{STEP} tinyworld --rounds 1 --thresholds 0.3 --sides latent_fast --out {{results}} {FEW}",

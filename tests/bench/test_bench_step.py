@@ -45,7 +45,9 @@ def recipe(tiny_folder, clip_folder, tmp_path):
 def test_a_record_of_all_sides(recipe, capsys):
     fast = recipe(rollout={"look_ahead": "text"}, optim={"passes": 2}, iterations=2)
     latent = varied(recipe(), {"judge.kind": "latent", "judge.path": "none"})
-    record = json.loads(json.dumps(measure(recipe(), {"fast": fast, "latent": latent}, 2, CPU)))
+    first, *_, record = json.loads(json.dumps([*measure(recipe(), {"fast": fast, "latent": latent}, 2, CPU)]))
+    assert list(first["sides"]) == ["published", "exact"]  # the record is there before all is measured
+    assert first["faster_per_prompt"] == {"exact": record["thresholds"]["0"]["rounds"]["exact"][0]}
     sides = record["sides"]
     assert [(name, side["pairs"]) for name, side in sides.items()] == [
         (name, 12)
@@ -79,7 +81,7 @@ def test_a_record_of_all_sides(recipe, capsys):
 
 def test_thresholds_leave_out_pairs_and_the_ratios_beside_them(recipe):
     """All pairs, those that the golden judge finds different enough, and none: 3 prompts at 4 steps."""
-    record = json.loads(json.dumps(measure(recipe(), {}, 2, CPU, (0, 0.02, 0.9), profiled=False)))
+    *_, record = json.loads(json.dumps([*measure(recipe(), {}, 2, CPU, (0, 0.02, 0.9), profiled=False)]))
     assert list(record["thresholds"]) == ["0", "0.02", "0.9"]
     at = record["thresholds"].values()
     for side in ("published", "exact"):
@@ -94,12 +96,13 @@ def test_thresholds_leave_out_pairs_and_the_ratios_beside_them(recipe):
 
 def test_the_recipes_that_are_compared(monkeypatch):
     monkeypatch.chdir(bench_step.ROOT)
-    exact, others = recipes("sdxl_released", ["rollout.prompts=3"], ["latent", "fast"])
-    assert list(others) == ["fast", "latent"]
+    exact, others = recipes("sdxl_released", ["rollout.prompts=3"], ["latent_fast", "latent", "fast"])
+    assert list(others) == ["fast", "latent", "latent_fast"]
     assert {each.rollout.prompts for each in (exact, *others.values())} == {3}
     assert others["latent"].judge.kind == "latent"
     assert others["latent"].rollout == exact.rollout
     assert others["fast"].rollout.look_ahead == "text"
+    assert (others["latent_fast"].judge.kind, others["latent_fast"].optim.guided) == ("latent", "text")
     assert not recipes("sd15", [], [])[1]
 
 
@@ -129,7 +132,8 @@ def test_networks_that_are_not_here_get_random_weights(recipe, tiny_families):
     """At the family's own size, here a tiny one; every stage does what it would do at full size."""
     config = recipe("nobody/sdxl", rollout={"k": 2, "t_range": (0, 201)})
     latent = varied(config, {"judge.kind": "latent"})
-    sides = measure(config, {"latent": latent}, 1, CPU)["sides"]
+    *_, record = measure(config, {"latent": latent}, 1, CPU)
+    sides = record["sides"]
     assert [side["pairs"] for side in sides.values()] == [3 * 2] * 3
     assert 0 < sides["exact"]["tflop"]["update"] < sides["published"]["tflop"]["update"]
 
@@ -162,7 +166,7 @@ def test_the_page_has_the_table_of_the_last_measurement():
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
 def test_full_size_on_a_gpu(name):
     exact, others = recipes(name, ["rollout.threshold=0"], bench_step.OTHERS)
-    record = measure(exact, others, 2, torch.device("cuda"))
+    *_, record = measure(exact, others, 2, torch.device("cuda"))
     assert record["faster_per_prompt"]["latent"] > record["faster_per_prompt"]["exact"]
     assert record["faster_per_prompt"]["fast"] > record["faster_per_prompt"]["exact"] > 1
     assert record["sides"]["exact"]["peak_bytes"] < record["sides"]["published"]["peak_bytes"]
