@@ -5,7 +5,8 @@ with the keys below changed. Gains are those on held-out prompts, by the examine
 loop, rollouts and updates, without evaluation, loading, and the texts, which are encoded before the loop. A saving has
 to beat the control, which spends less by having fewer prompts and nothing else.
 
-Finished runs are not run again. bench/results/frontier_tinyworld.json and .png are written of all runs in the folder.
+Finished runs are not run again. bench/results/frontier_tinyworld.json and .png are written of all runs in the folder;
+variants of which it has none stay in them as they were, relative to the exact recipe of their own time.
 """
 
 from __future__ import annotations
@@ -108,8 +109,8 @@ def main(argv: Sequence[str]) -> None:
     seeds = range(42, 42 + args.seeds)
     run_all([(name, seed) for name in VARIANTS if name in args.only for seed in seeds], args.out, args.jobs)
     measured = collect(args.out, seeds)
-    record = summarise(measured)
     target = ROOT / "bench" / "results" / "frontier_tinyworld.json"
+    record = with_earlier(summarise(measured), target)
     target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(record, indent=2) + "\n")
     plot(record, target.with_suffix(".png"))
@@ -224,6 +225,13 @@ def summarise(measured: dict[str, dict[int, dict[str, float]]]) -> dict:
         }
     machine = f"cpu, {os.cpu_count()} cores, 1 thread a run"
     return {"machine": machine, "torch": torch.__version__, "variants": variants}
+
+
+def with_earlier(record: dict, file: Path) -> dict:
+    """Returns the record with the variants of an earlier one, if the file is there, that this one has not."""
+    earlier = json.loads(file.read_text())["variants"] if file.exists() else {}
+    both = earlier | record["variants"]
+    return record | {"variants": {name: both[name] for name in VARIANTS if name in both}}
 
 
 def relative(row: dict[str, float], exact: dict[str, float]) -> dict[str, dict[str, float]]:

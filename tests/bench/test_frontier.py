@@ -109,6 +109,14 @@ def test_fewer_seeds_are_compared_with_the_same_of_the_exact_recipe():
     assert frontier.summarise(found)["variants"]["half"]["mean"]["relative"]["quality"] == 0.5
 
 
+def test_variants_of_an_earlier_record_stay(record, tmp_path):
+    (tmp_path / "earlier.json").write_text(json.dumps({"variants": {"exact": "older", "latent": "kept"}}))
+    found = frontier.with_earlier(record, tmp_path / "earlier.json")["variants"]
+    assert found == record["variants"] | {"latent": "kept"}
+    assert list(found) == [*record["variants"], "latent"]
+    assert frontier.with_earlier(record, tmp_path / "none.json") == record
+
+
 @pytest.mark.parametrize("exact", [{}, {"exact": {43: columns(0.3)}}], ids=["none", "another-seed"])
 def test_nothing_is_compared_without_the_exact_recipe(exact):
     with pytest.raises(UserError, match=r"control.* exact"):
