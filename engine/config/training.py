@@ -95,13 +95,13 @@ class ModelConfig(Section):
     channels_last: bool = Field(
         False,
         description="Whether UNet and VAE use the memory order NHWC. The numbers are the same but for rounding. It was "
-        "slower on a CPU and is not yet measured on a GPU.",
+        "slower on a CPU, and on an H200, where SD-1.5's decoder took 1.4 times as long.",
     )
     fold_upsample: bool = Field(
         True,
         description="Whether UNet and VAE compute an upsampling and the 3x3 convolution after it as one transposed "
         "convolution. It takes 4/9 of the operations and a second copy of these weights (0.1 GB of SD-1.5 in float16); "
-        "the numbers are the same but for rounding. It is faster on a CPU and not yet measured on a GPU.",
+        "the numbers are the same but for rounding. It is faster on a CPU; on an H200 SD-1.5's decoder took 0.92 of its time.",
     )
     compile: Literal[False, "judge_and_decoder", "all"] = Field(
         False,
