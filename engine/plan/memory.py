@@ -77,6 +77,7 @@ def memory_use(builder: ModelBuilder, counts: RowCounts, costs: Costs, ranks: in
     }
     absent = {"encode": not largest["encode"], "balance of pairs": ranks == 1 or not counts.exchanged}
     absent |= {phase: not counts.prompts for phase in phases if phase.startswith("rollout")}
+    absent["rollout: decode"] = not largest["decode"]
     return MemoryUse(parts, {phase: size for phase, size in phases.items() if not absent.get(phase)})
 
 

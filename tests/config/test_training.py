@@ -69,7 +69,16 @@ def test_a_fast_recipe_changes_the_rollout_and_how_its_pairs_are_used(name):
     rollout = {f"rollout.{key}" for key in ("num_steps", "inner_steps", "judge_every", "look_ahead", "decoder")}
     rest = {"rollout.merge_last", "optim.passes", "optim.micro_batch", "optim.accumulate", "run.dir", "run.iterations"}
     changed = {line.split(":")[0] for line in differences(exact, fast)}
-    assert {"rollout.num_steps", "rollout.look_ahead", "run.dir"} <= changed <= rollout | rest
+    assert {"rollout.num_steps", "rollout.look_ahead", "run.dir"} <= changed <= rollout | rest | {"model.merge_lora"}
+
+
+@pytest.mark.parametrize("name", ["tinyworld", "sd15", "sdxl"])
+def test_a_fast_recipe_with_a_latent_judge_changes_the_judge_and_the_gradient(name):
+    fast, latent = (load(RECIPES[0].parent / f"{name}_{file}.yaml") for file in ("fast", "latent_fast"))
+    changed = {line.split(":")[0] for line in differences(fast, latent)}
+    always = {"judge.path", "judge.kind", "rollout.look_ahead", "rollout.keep", "optim.guided"}
+    rest = {f"rollout.{key}" for key in ("threshold", "decoder", "inner_steps", "merge_last")}
+    assert always <= changed - {"run.dir"} <= always | rest | {"judge.guidance", "judge.components"}
 
 
 @pytest.mark.parametrize(
