@@ -111,6 +111,12 @@ def test_an_auditor_stays_and_has_a_phase(make_config, measure):
     assert after - before == 2 * GB + 1 * GB + (1.5 - 1) * GB  # weights, and a larger peak than of the other encoders
 
 
+def test_a_rollout_that_decodes_nothing_has_no_phase_of_it(make_config, measure):
+    counts = RowCounts(2, largest=Counter(guided=16, judge=8), trained_rows=32)
+    phases = measure(make_config(rollout={"prompts": 2}), counts=counts).phases
+    assert ("rollout: UNet" in phases, "rollout: decode" in phases) == (True, False)
+
+
 @pytest.mark.parametrize(
     "key, value, phase, less",
     [
