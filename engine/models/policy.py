@@ -70,9 +70,14 @@ class Policy(GuidedUNet):
             self._switch(True)
 
     def _switch(self, on: bool) -> None:
-        """Switches the LoRA on or off; PEFT's enable_adapters does so in a walk that takes 20 times as long."""
+        """Switches the LoRA on or off; PEFT's enable_adapters does so in a walk that takes 20 times as long.
+
+        Raises UserError for a version of PEFT whose layers have another switch.
+        """
         for layer in self._lora_layers:
             layer._disable_adapters = not on
+        if any(layer.disable_adapters == on for layer in self._lora_layers):
+            raise UserError("peft: this version switches a LoRA off in another way; install that of constraints.txt")
 
     def lora_state(self) -> dict[str, Tensor]:
         """Returns the LoRA's tensors under PEFT names."""

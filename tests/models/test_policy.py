@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from strop.engine.config.training import ModelConfig
 from strop.engine.errors import UserError
@@ -109,6 +110,13 @@ def test_the_reference_is_the_base_model_bit_for_bit(policy, base, inputs):
     assert torch.equal(before, after)
     assert (after - reference).abs().max() > 1e-3  # the LoRA does have an effect
     assert after.requires_grad
+
+
+def test_a_lora_that_cannot_be_switched_off_is_refused(policy, monkeypatch):
+    """As with a PEFT whose layers have another switch, where the reference would silently be the policy."""
+    monkeypatch.setattr(BaseTunerLayer, "disable_adapters", property(lambda layer: False))
+    with pytest.raises(UserError, match="peft: this version"), policy.reference():
+        pass
 
 
 @pytest.mark.parametrize("rows, forwards", [(None, [6]), (4, [4, 2]), (2, [2, 2, 2])], ids=str)
