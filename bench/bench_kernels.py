@@ -74,20 +74,6 @@ def branches(shape: tuple[int, int, int, int], k: int, dtype: torch.dtype) -> Ca
     return Case(kernels.ddim_branch, ddim.ddim_branch_ref, inputs, (), bytes_moved, 0)
 
 
-def log_probs(shape: tuple[int, int, int, int], s: int, r: int, ratio: bool, dtype: torch.dtype) -> Case:
-    """Makes a case of S latents x_prev to a row, with one x_t that they share (r = 1) or S of them (r = s)."""
-
-    def inputs(seed: int) -> list:
-        latents = [draw(seed + i, dtype, r, *shape) for i in range(5 if ratio else 3)]
-        return [draw(seed + 9, dtype, s, *shape), *latents, 5.0, table(shape[0])]
-
-    size = math.prod(shape) * dtype.itemsize
-    forward, backward = (s + (5 if ratio else 3) * r) * size, (s + 5 * r) * size
-    op = kernels.ddim_log_ratio if ratio else kernels.ddim_log_prob
-    reference = ddim.ddim_log_ratio_ref if ratio else ddim.ddim_log_prob_ref
-    return Case(op, reference, inputs, (2, 3), forward, backward)
-
-
 def cases() -> dict[str, Case]:
     half, single = torch.bfloat16 if GPU else torch.float32, torch.float32
     rows = [(40, 257, 1280), (8, 257, 1280)] if GPU else [(2, 17, 64)]
@@ -96,9 +82,6 @@ def cases() -> dict[str, Case]:
     by_name |= {f"gated_residual_adaln {shape}": modulated(shape, True, half) for shape in rows}
     for name, shape in latents.items():
         by_name |= {f"ddim_branch {name} k={k}": branches(shape, k, single) for k in (1, 4)}
-        by_name[f"ddim_log_prob {name}"] = log_probs(shape, 1, 1, False, single)  # of a trajectory
-        for s, r in ((2, 1), (2, 2)):  # a pair from one x_t, a pair of trajectories
-            by_name[f"ddim_log_ratio {name} R={r}"] = log_probs(shape, s, r, True, single)
     return by_name
 
 

@@ -11,7 +11,7 @@ from .backend import INTERPRETED, TRITON, use_reference
 from .ddim import DDIMCoefficients, ddim_branch, ddim_log_prob, ddim_log_ratio, ddim_x0_hat
 
 if TRITON and (INTERPRETED or torch.backends.cuda.is_built()):
-    from . import adaln_triton, ddim_triton, log_prob_triton  # noqa: F401
+    from . import adaln_triton, ddim_triton  # noqa: F401
 
 __all__ = [
     "DDIMCoefficients",

@@ -12,7 +12,8 @@ Shapes: x_t, eps_* (N, C, H, W); noise, branches (K, N, C, H, W); coefficients (
 x_prev (S, N, C, H, W), x_t, eps_* (R, N, C, H, W): R = 1 where the S latents x_prev of a row come from one x_t, R = S
 where each has its own.
 The functions `<op>_ref` are plain PyTorch and define the meaning of each op: float32 inside, float64 where an input is.
-They run everywhere but on CUDA tensors; those go to the kernels of ddim_triton.py and log_prob_triton.py.
+They run everywhere but on CUDA tensors; those go to the kernels of ddim_triton.py. The log-probabilities, which take
+microseconds of a micro-batch and which no kernel computed faster than torch.compile, are plain PyTorch everywhere.
 """
 
 import math
@@ -76,7 +77,7 @@ def guide_ref(eps_uncond: Tensor | None, eps_text: Tensor, guidance: float) -> T
     return text if eps_uncond is None else eps_uncond + guidance * (text - eps_uncond)
 
 
-def away_ref(x_prev: Tensor, x_t: Tensor, model_output: Tensor, from_x: Tensor, from_m: Tensor) -> Tensor:
+def away_from_mean(x_prev: Tensor, x_t: Tensor, model_output: Tensor, from_x: Tensor, from_m: Tensor) -> Tensor:
     """Computes x_prev - mean. from_x is nearly 1: subtracting x_t first keeps the digits that a small sigma needs."""
     x_prev, x_t = x_prev.to(from_x), x_t.to(from_x)
     return x_prev - x_t - (from_x - 1) * x_t - from_m * model_output
@@ -96,52 +97,6 @@ def ddim_branch_ref(
     model_output = guide_ref(eps_uncond, eps_text, guidance)
     branches = from_x * x_t + from_m * model_output + sigma * noise
     return branches.to(x_t.dtype), x0_from_x * x_t + x0_from_m * model_output
-
-
-def ddim_log_prob_ref(
-    x_prev: Tensor, x_t: Tensor, eps_uncond: Tensor | None, eps_text: Tensor, guidance: float, coefficients: Tensor
-) -> Tensor:
-    from_x, from_m, sigma = per_row(coefficients[2:], x_t, eps_text)
-    away = away_ref(x_prev, x_t, guide_ref(eps_uncond, eps_text, guidance), from_x, from_m)
-    log_density = -(away**2) / (2 * sigma**2) - sigma.log() - 0.5 * math.log(2 * math.pi)
-    return log_density.flatten(2).mean(-1)
-
-
-def ddim_log_ratio_ref(
-    x_prev: Tensor,
-    x_t: Tensor,
-    eps_uncond: Tensor | None,
-    eps_text: Tensor,
-    ref_uncond: Tensor | None,
-    ref_text: Tensor,
-    guidance: float,
-    coefficients: Tensor,
-) -> Tensor:
-    from_x, from_m, sigma = per_row(coefficients[2:], x_t, eps_text)
-    away = away_ref(x_prev, x_t, guide_ref(ref_uncond, ref_text, guidance), from_x, from_m)
-    off_uncond = None if eps_uncond is None else eps_uncond.to(from_m) - ref_uncond.to(from_m)
-    d = from_m * guide_ref(off_uncond, eps_text.to(from_m) - ref_text.to(from_m), guidance)  # mean - mean_ref
-    ratio = d * (away - d / 2) / sigma**2
-    return ratio.flatten(2).mean(-1)
-
-
-def ddim_log_prob_backward_ref(
-    grad: Tensor,
-    x_prev: Tensor,
-    x_t: Tensor,
-    eps_uncond: Tensor | None,
-    eps_text: Tensor,
-    guidance: float,
-    coefficients: Tensor,
-) -> tuple[Tensor, Tensor]:
-    from_x, from_m, sigma = per_row(coefficients[2:], x_t, eps_text)
-    away = away_ref(x_prev, x_t, guide_ref(eps_uncond, eps_text, guidance), from_x, from_m)
-    dm = per_row(grad, x_t, eps_text) * from_m / sigma**2 * away / away[0, 0].numel()  # (S, N, C, H, W)
-    if x_t.shape[0] == 1:
-        dm = dm.sum(0, keepdim=True)
-    if eps_uncond is None:
-        return eps_text.new_empty(0), dm.to(eps_text.dtype)
-    return ((1 - guidance) * dm).to(eps_text.dtype), (guidance * dm).to(eps_text.dtype)
 
 
 def ddim_x0_hat(
@@ -189,9 +144,10 @@ def ddim_log_prob(
     """
     _check_log_prob(x_prev, x_t, eps_uncond, eps_text, guidance, coefficients)
     _check_constant(x_prev=x_prev, x_t=x_t)
-    if on_triton(x_t, eps_text):
-        return torch.ops.strop.ddim_log_prob(x_prev, x_t, eps_uncond, eps_text, float(guidance), coefficients)
-    return ddim_log_prob_ref(x_prev, x_t, eps_uncond, eps_text, guidance, coefficients)
+    from_x, from_m, sigma = per_row(coefficients[2:], x_t, eps_text)
+    away = away_from_mean(x_prev, x_t, guide_ref(eps_uncond, eps_text, guidance), from_x, from_m)
+    log_density = -(away**2) / (2 * sigma**2) - sigma.log() - 0.5 * math.log(2 * math.pi)
+    return log_density.flatten(2).mean(-1)
 
 
 def ddim_log_ratio(
@@ -218,10 +174,12 @@ def ddim_log_ratio(
         if eps is not None and eps.shape != x_t.shape:
             raise ValueError(f"{name} has shape {tuple(eps.shape)}, expected that of x_t, {tuple(x_t.shape)}")
     check_alike(eps_text, "eps_text", ref_uncond=ref_uncond, ref_text=ref_text)
-    tensors = (x_prev, x_t, eps_uncond, eps_text, ref_uncond, ref_text)
-    if on_triton(x_t, eps_text):
-        return torch.ops.strop.ddim_log_ratio(*tensors, float(guidance), coefficients)
-    return ddim_log_ratio_ref(*tensors, guidance, coefficients)
+    from_x, from_m, sigma = per_row(coefficients[2:], x_t, eps_text)
+    away = away_from_mean(x_prev, x_t, guide_ref(ref_uncond, ref_text, guidance), from_x, from_m)
+    off_uncond = None if eps_uncond is None else eps_uncond.to(from_m) - ref_uncond.to(from_m)
+    d = from_m * guide_ref(off_uncond, eps_text.to(from_m) - ref_text.to(from_m), guidance)  # mean - mean_ref
+    ratio = d * (away - d / 2) / sigma**2
+    return ratio.flatten(2).mean(-1)
 
 
 def per_row(numbers: Tensor, *tensors: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from . import adaln_backward_triton, adaln_triton, ddim_triton, log_prob_triton
+from . import adaln_backward_triton, adaln_triton, ddim_triton
 from .backend import Launch, recording
 
 ARCHITECTURES = (80, 90)
@@ -69,20 +69,8 @@ def ddim_launches(dtype: torch.dtype, shape: tuple[int, int, int, int], k: int, 
     ddim_triton._branch(eps[0], uncond, eps[1], guidance, table, eps.new_empty((k, *shape)))
 
 
-def log_prob_launches(
-    dtype: torch.dtype, shape: tuple[int, int, int, int], s: int, r: int, guided: bool = True
-) -> None:
-    """Launches the log-probability, log-ratio and backward of S latents to a row and R that they come from."""
-    x_t, uncond, text = (torch.empty((2, r, *shape), dtype=dtype, device="meta")[i] for i in (0, 0, 1))
-    x_prev, table = x_t.new_empty((s, *shape)), torch.empty((5, shape[0]), device="meta")  # each row at its own step
-    guidance, uncond = (5.0, uncond) if guided else (1.0, None)
-    density = log_prob_triton._log_prob(x_prev, x_t, uncond, text, None, None, guidance, table)
-    log_prob_triton._log_prob(x_prev, x_t, uncond, text, uncond, text, guidance, table)
-    log_prob_triton._log_prob_backward(density, x_prev, x_t, uncond, text, guidance, table)
-
-
 TOWER, TOKEN = (40, 257, 1280), (40, 1, 1280)  # ViT-H's vision tower, and its class token alone
-LATENTS, PAIRS = (10, 4, 128, 128), (2, 4, 128, 128)  # SDXL's at 1024 pixels: of a rollout, and of a micro-batch
+LATENTS = (10, 4, 128, 128)  # a rollout of SDXL's at 1024 pixels
 SHAPES: tuple[tuple[str, Callable[[torch.dtype], None]], ...] = (
     (f"{TOWER}", partial(adaln_launches, shape=TOWER, gated=False)),
     (f"{TOWER}", partial(adaln_launches, shape=TOWER, gated=True)),
@@ -92,8 +80,6 @@ SHAPES: tuple[tuple[str, Callable[[torch.dtype], None]], ...] = (
     (f"{TOKEN} frozen", partial(adaln_launches, shape=TOKEN, gated=True, frozen=True)),
     *((f"{LATENTS} k={k}", partial(ddim_launches, shape=LATENTS, k=k)) for k in (4, 2, 1, 0)),
     (f"{LATENTS} k=1", partial(ddim_launches, shape=LATENTS, k=1, guided=False)),
-    *((f"{PAIRS} S={s} R={r}", partial(log_prob_launches, shape=PAIRS, s=s, r=r)) for s, r in ((2, 1), (2, 2), (1, 1))),
-    (f"{PAIRS} S=2 R=1", partial(log_prob_launches, shape=PAIRS, s=2, r=1, guided=False)),
 )
 
 

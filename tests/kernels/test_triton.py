@@ -21,11 +21,10 @@ from strop.kernels import adaln, backend, ddim, use_reference
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: every call goes to the reference")
 
-from strop.kernels import adaln_triton, ddim_triton, log_prob_triton  # noqa: E402
+from strop.kernels import adaln_triton, ddim_triton  # noqa: E402
 
-OPS = ("adaln_modulate", "gated_residual_adaln", "ddim_branch", "ddim_log_prob", "ddim_log_ratio")
-RESULTS = {"y", "h", "branches", "x0_hat", "log_prob", "log_ratio"}
-WIDE = ("ddim_log_prob", "ddim_log_ratio")  # their results are float32 whatever the inputs
+OPS = ("adaln_modulate", "gated_residual_adaln", "ddim_branch")
+RESULTS = {"y", "h", "branches", "x0_hat"}
 
 
 @pytest.fixture(
@@ -70,19 +69,10 @@ def test_narrow_types_are_as_good_as_pytorch_in_that_type(figures, op, dtype):
         assert ours < 1.5 * torch.finfo(getattr(torch, dtype)).eps, f"{name}: {ours}"
 
 
-def test_log_ratio_keeps_the_digits_that_two_log_probs_lose(figures):
-    """At early steps, where policy and reference nearly agree; the last step of the other shapes has a small sigma."""
-    for dtype, gain in (("float32", 10), ("bfloat16", 20), ("float16", 20)):
-        for name, ours, plain in errors(figures, "ddim_log_ratio", dtype):
-            if name.endswith("log_ratio") and "2x4x17x19" in name:
-                assert ours * gain < plain, f"{name}: {ours} against {plain}"
-
-
 def test_kernels_agree_with_the_published_numbers(figures):
-    bounds = {"branches": 4e-5, "x0_hat": 4e-5, "log_prob": 5e-6, "gradient": 2e-5}
     for case, found in figures["golden"].items():
-        for name, bound in bounds.items():
-            assert found[name] < bound, f"{case}: {name}"
+        for name, error in found.items():
+            assert error < 4e-5, f"{case}: {name}"
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -112,9 +102,6 @@ def samples(dtype=torch.float32):
         [draw(*shape, seed=i, dtype=dtype) for i in range(4)] for shape in ((2, 3, 8), (2, 8), (8,))
     )
     latents = [draw(2, 4, 3, 3, seed=i, dtype=dtype) for i in range(3)]
-    eps = [draw(1, 2, 4, 3, 3, seed=i, dtype=dtype) for i in range(5)]
-    x_prev = draw(3, 2, 4, 3, 3, seed=9, grad=False, dtype=dtype)
-    shared, reference = eps[4].detach(), (eps[2].detach(), eps[3].detach())
     table = torch.rand((5, 2), generator=torch.Generator().manual_seed(1)) + 0.5
     noise = draw(3, 2, 4, 3, 3, dtype=dtype)
     return {
@@ -122,11 +109,6 @@ def samples(dtype=torch.float32):
         "gated_residual_adaln": (*rows[:2], vector[2], *weight[:2], *vector[:2], 1e-5),
         "ddim_branch": (*latents, 5.0, table, noise),
         "ddim_branch-unguided": (latents[0], None, latents[1], 1.0, table, noise[:0]),
-        "ddim_log_prob": (x_prev, shared, *eps[:2], 5.0, table),
-        "ddim_log_prob-unguided": (x_prev, x_prev, None, x_prev.clone().requires_grad_(), 1.0, table),
-        "ddim_log_prob-alone": (x_prev[:1], shared, *eps[:2], 5.0, table),
-        "ddim_log_ratio": (x_prev, shared, *eps[:2], *reference, 5.0, table),
-        "ddim_log_ratio-unguided": (x_prev[:2], shared, None, eps[0], None, reference[0], 1.0, table),
     }
 
 
@@ -193,8 +175,6 @@ WRITTEN = {
         {"dshift_ptr", "dscale_ptr", "dgate_ptr", "scaled_ptr"},
     ],
     "ddim_branch": [{"branches_ptr", "x0_ptr"}],
-    "ddim_log_prob": [{"sums_ptr"}, {"out_ptr"}, {"duncond_ptr", "dtext_ptr"}],
-    "ddim_log_ratio": [{"sums_ptr"}, {"out_ptr"}, {"duncond_ptr", "dtext_ptr"}],
 }
 
 
@@ -209,7 +189,7 @@ def test_a_compiled_graph_holds_the_kernels_and_knows_what_they_write(name, dyna
 
     target = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0)
     monkeypatch.setattr(triton.runtime.driver, "_active", target)
-    for module in (adaln, adaln_triton, ddim, ddim_triton, log_prob_triton):
+    for module in (adaln, adaln_triton, ddim, ddim_triton):
         monkeypatch.setattr(module, "on_triton", lambda *tensors, **width: True)
     written = []
 
