@@ -46,6 +46,15 @@ def test_no_part_is_begun_that_has_no_time(record):
     assert parts["first"] == {"outcome": "not begun: no time was left", "seconds": 0.0}
 
 
+def test_parts_that_are_not_named_stay_as_they_were(record, tmp_path):
+    parts = [part("first", "-c pass"), part("second", "-c 'raise SystemExit(3)'")]
+    before = record(parts)
+    gpu.main(["second", "--logs", str(tmp_path)])
+    now = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert (now["first"], now["second"]["outcome"]) == (before["first"], "failed with exit code 3")
+    assert record(parts[1:]).keys() == {"second"}  # without names it is a new record
+
+
 def test_an_unknown_part_lists_the_known(capsys):
     with pytest.raises(SystemExit, match="2"):
         gpu.main(["nothing"])
