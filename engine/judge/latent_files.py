@@ -47,10 +47,7 @@ def load(judge: JudgeConfig, diffusion: LatentDiffusion, base: UNet2DConditionMo
     family, tensors, record = diffusion.family, _projections(folder), record_of(folder)
     rank = record.get("lora_rank")
     if rank:
-        if dtype != base.dtype:
-            raise UserError(
-                f"judge.dtype: {folder} is a LoRA on the base model and has its type; leave judge.dtype out"
-            )
+        check_type_of_lora(folder, dtype, base.dtype)
         unet, encoders = _sharing(base), diffusion.text_encoders
     else:
         unet = _unet(folder, diffusion).to(dtype)
@@ -64,6 +61,12 @@ def load(judge: JudgeConfig, diffusion: LatentDiffusion, base: UNet2DConditionMo
         _fill_lora(built, rank, tensors, folder)
     guidance = record["guidance"] if judge.guidance is None else judge.guidance
     return LatentJudge(built.to(diffusion.device), diffusion, guidance, record["t_of_step"])
+
+
+def check_type_of_lora(folder: Path, dtype: torch.dtype, base: torch.dtype) -> None:
+    """Raises UserError for a judge that is a LoRA and whose type is not the base model's, whose weights it shares."""
+    if dtype != base:
+        raise UserError(f"judge.dtype: {folder} is a LoRA on the base model and has its type; leave judge.dtype out")
 
 
 def begin(

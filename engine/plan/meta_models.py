@@ -24,7 +24,7 @@ from ..errors import UserError
 from ..judge.clip import TimeConditionedCLIP
 from ..judge.find import AnyJudge
 from ..judge.latent import LatentJudge, LatentNetwork, feature_width
-from ..judge.latent_files import record_of
+from ..judge.latent_files import check_type_of_lora, record_of
 from ..judge.model import StepAwarePreferenceModel
 from ..judge.pickscore import PICKSCORE
 from ..models.base_model import DTYPES, KINDS, latent_shape, network_kind
@@ -134,6 +134,7 @@ class ModelBuilder:
         network = LatentNetwork(unet, encoders, visual, text, scale)
         judge, record = self.config.judge, record_of(Path(self.config.judge.path))
         if record.get("lora_rank"):
+            check_type_of_lora(Path(judge.path), self.judge_dtype, self.dtype)
             network.add_lora(record["lora_rank"], 0)
         return LatentJudge(network, diffusion, record["guidance"] if judge.guidance is None else judge.guidance, True)
 

@@ -10,6 +10,7 @@ from strop.engine.config.find import load
 from strop.engine.config.judge_training import TrainedJudgeConfig
 from strop.engine.config.settings import varied
 from strop.engine.config.training import ModelConfig
+from strop.engine.errors import UserError
 from strop.engine.judge.latent_files import begin, save
 from strop.engine.models.base_model import BaseModel, load_unet
 from strop.engine.models.families.find import family_named
@@ -161,3 +162,6 @@ def test_a_judge_that_is_a_lora_has_no_networks_of_its_own(builder, tiny_folder,
     weights = Costs(built).weights
     assert weights["judge"] == sum(value.nbytes for value in real.network.own().values())
     assert weights["judge's text encoder"] == 0
+    other = replace(built, config=varied(built.config, {"judge.dtype": "bfloat16"}))
+    with pytest.raises(UserError, match=r"judge\.dtype: .* is a LoRA"):  # as a run says
+        other.latent_judge()
