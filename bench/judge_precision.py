@@ -1,32 +1,29 @@
 """Measures what half precision does to a judge's order: `python -m strop.bench.judge_precision`, on tinyworld.
 
 The base policy's branches are scored by each judge in float32, float16 and bfloat16, all in one rollout, so that every
-judge sees the same pools of k. On a CPU, in a few minutes. A latent judge that no folder of tinyworld's weights holds
-has random projections of the base model's own features. precision.py measures the policy's half precision.
+judge sees the same pools of k. On a CPU, in a few minutes. precision.py measures the policy's half precision.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
 from strop.engine.config.find import load
-from strop.engine.config.judge_training import TrainedJudgeConfig
 from strop.engine.config.methods.spo import SPOConfig
-from strop.engine.config.training import JudgeConfig, ModelConfig
+from strop.engine.config.training import JudgeConfig
 from strop.engine.data.prompts import read_prompts
 from strop.engine.errors import UserError, exit_on_user_error
 from strop.engine.judge.candidates import Candidates
 from strop.engine.judge.find import AnyJudge, load_judge
-from strop.engine.judge.latent_files import begin, save
+from strop.engine.methods.protocol import finite_mean
+from strop.engine.methods.spo.audit import kendall_tau
 from strop.engine.methods.spo.pairs import is_sure
 from strop.engine.methods.spo.rollout import Rollout, choose
 from strop.engine.models.base_model import DTYPES, load_unet, quiet_libraries
@@ -52,28 +49,14 @@ def main(argv: Sequence[str]) -> None:
     prompts = read_prompts(config.prompts.train, "prompts.train")
     if not 1 <= args.prompts <= len(prompts):
         raise UserError(f"--prompts: found {args.prompts}, expected 1 to {len(prompts)}, which tinyworld has")
-    with TemporaryDirectory() as folder:
-        latent = WEIGHTS / "judge_latent"
-        trained = latent.is_dir()
-        judges = {
-            "step-aware": config.judge,
-            "PickScore": JudgeConfig(path=str(WEIGHTS / "pickscore"), kind="pickscore"),
-            "latent" if trained else "latent, random projections": JudgeConfig(
-                path=str(latent if trained else write_random_judge(config.model, Path(folder))), kind="latent"
-            ),
-        }
-        record = measure(config, judges, prompts[: args.prompts])
+    judges = {
+        "step-aware": config.judge,
+        "PickScore": JudgeConfig(path=str(WEIGHTS / "pickscore"), kind="pickscore"),
+        "latent": JudgeConfig(path=str(WEIGHTS / "judge_latent"), kind="latent"),
+    }
+    record = measure(config, judges, prompts[: args.prompts])
     RESULT.write_text(json.dumps(record, indent=2) + "\n")
     print(f"\n{table(record)}\n\nwritten to {RESULT}")
-
-
-def write_random_judge(model: ModelConfig, folder: Path) -> Path:
-    """Writes a latent judge of a base model's own networks, with projections drawn at random; returns its folder."""
-    diffusion = LatentDiffusion.load(model, CPU)
-    judge = begin(TrainedJudgeConfig(kind="latent"), model, diffusion, torch.Generator().manual_seed(0))
-    judge.network.logit_scale.data.fill_(math.log(100))
-    save(folder, judge)
-    return folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,19 +114,17 @@ def measure(config: SPOConfig, judges: dict[str, JudgeConfig], prompts: Sequence
 def agreement(scores: Tensor, exact: Tensor, threshold: float) -> dict[str, float]:
     """Compares scores of N pools of K with those in float32, both (K, N).
 
-    best, worst: share of pools in which they are the same branch; tau: mean of Kendall's tau over pools, of which a tie
-    counts 0; kept: share of pools whose pair is above the threshold by `exact`; kept_pair: of these, the share in which
-    both branches of the pair are the same.
+    best, worst: share of pools in which they are the same branch; tau: mean of Kendall's tau over pools; kept: share
+    of pools whose pair is above the threshold by `exact`; kept_pair: of these, the share in which both branches of the
+    pair are the same.
     """
-    one, other = torch.triu_indices(len(exact), len(exact), 1)
-    order = lambda values: (values[one] - values[other]).sign()
     mean = lambda same: same.double().mean().item()
     chosen = choose(exact, "best_worst", None)  # (2, N)
     same, kept = choose(scores, "best_worst", None) == chosen, is_sure(exact, chosen, threshold)
     return {
         "best": mean(same[0]),
         "worst": mean(same[1]),
-        "tau": mean(order(scores) * order(exact)),
+        "tau": finite_mean(kendall_tau(scores, exact)).item(),
         "kept": mean(kept),
         "kept_pair": mean(same.all(0)[kept]),
     }

@@ -20,6 +20,12 @@ from strop.engine.evaluation.compare import paired_delta
 README = Path(__file__).parents[1] / "README.md"
 BEGIN = "<!-- measured: written by python -m strop.bench.readme --write, from bench/results/ -->\n"
 END = "<!-- measured: end -->\n"
+RECIPES = {  # of the frontier
+    "exact": "exact recipe (`make demo`)",
+    "recipe": "fast recipe",
+    "latent": "exact recipe with a latent judge",
+    "latent_recipe": "fast recipe with a latent judge",
+}
 
 
 @exit_on_user_error
@@ -56,7 +62,7 @@ def read(file: Path) -> dict:
 
 
 def quality_rows(results: Path) -> Iterator[tuple[str, str]]:
-    """Yields what tinyworld gained: of one run with intervals over prompts, and of the exact and the fast recipe."""
+    """Yields what tinyworld gained: of one run with intervals over prompts, and of RECIPES with every seed."""
     base, tuned = (read(results / "tables" / f"{name}.json") for name in ("base", "spo-42"))
     gained = {name: paired_delta(base["scores"][name], tuned["scores"][name]) for name in ("quality", "alignment")}
     quality, alignment = gained["quality"], gained["alignment"]
@@ -68,7 +74,7 @@ def quality_rows(results: Path) -> Iterator[tuple[str, str]]:
     )
     yield "alignment with their captions", f"{alignment['delta']:+.3f}, {interval.format(*alignment['ci95'])}"
     variants = read(results / "frontier_tinyworld.json")["variants"]
-    for name, title in (("exact", "exact recipe (`make demo`)"), ("recipe", "fast recipe")):
+    for name, title in RECIPES.items():
         mean, seeds = variants[name]["mean"], variants[name]["seeds"]
         each = ", ".join(f"{seed['quality']:+.3f}" for seed in seeds.values())
         cost = f"; with {mean['relative']['flop']:.2f} of the exact one's FLOP" if name != "exact" else ""

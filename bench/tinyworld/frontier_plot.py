@@ -25,7 +25,7 @@ def plot(record: dict, path: Path) -> None:
     points = {name: place(variant["mean"]) for name, variant in record["variants"].items()}
     seeds = []
     for name, variant in record["variants"].items():
-        colour = FAINT if name in ("exact", *CONTROL) else LIMIT if name.startswith("recipe") else LINE
+        colour = FAINT if name in ("exact", *CONTROL) else LIMIT if "recipe" in name else LINE
         dots = [place(row) for row in variant["seeds"].values()]
         axes.scatter(*zip(*dots, strict=True), s=12, color=colour, alpha=0.45, linewidths=0)
         axes.scatter(*points[name], s=60, color=colour, edgecolors="white", zorder=3)
