@@ -73,10 +73,10 @@ VARIANTS = {
     "decoder": Variant("tiny decoder", (TINY,)),
     "recipe_decoder": Variant("fast recipe, tiny decoder", (TINY,), FAST),
     "latent": Variant("latent judge", (), LATENT),
-    "latent_text": Variant("latent judge, no gradient without the prompt", ("optim.guided=text",), LATENT),
+    "latent_text": Variant("latent judge, text update", ("optim.guided=text",), LATENT),
     "latent_unguided": Variant("latent judge, unguided update", ("optim.guided=false",), LATENT),
-    "latent_surest": Variant("latent judge, surest half of the pairs", SUREST, LATENT),
-    "latent_recipe": Variant("latent judge, fast recipe", (), LATENT_FAST),
+    "latent_surest": Variant("latent judge, surest pairs", SUREST, LATENT),
+    "latent_recipe": Variant("latent fast recipe", (), LATENT_FAST),
 }
 # seconds: on one thread, from iterations timed separately; wall_seconds: of the run, with other programs beside it.
 COLUMNS = ("quality", "alignment", "optimizer_steps", "flop", "seconds", "wall_seconds")

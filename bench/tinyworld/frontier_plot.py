@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from matplotlib.text import Annotation
 from matplotlib.ticker import PercentFormatter
 from matplotlib.transforms import Bbox
 
@@ -73,13 +74,16 @@ def label(axes: Axes, points: dict[str, Point], titles: dict[str, str], others: 
     for name in sorted(points, key=lambda name: -points[name][1]):
         text = axes.annotate(titles[name], points[name], (0, 0), textcoords="offset pixels", color=INK, size=9)
         text.set(va="center", path_effects=[withStroke(linewidth=3, foreground="white")])
-        for side, rise in spots:
-            text.set_position((side, rise))
-            text.set_ha("left" if side > 0 else "right")
+
+        def crowded(spot: tuple[int, int], text: Annotation = text) -> tuple[bool, int]:
+            text.set_position(spot)
+            text.set_ha("left" if spot[0] > 0 else "right")
             box = text.get_window_extent()
             inside = axes.bbox.x0 < box.x0 and box.x1 < axes.figure.bbox.x1 and axes.bbox.y0 < box.y0
-            if inside and not any(box.overlaps(other) for other in taken):
-                break
+            return not inside, sum(box.overlaps(other) for other in taken)
+
+        side, rise = min(spots, key=crowded)
+        crowded((side, rise))  # which puts it there
         taken.append(text.get_window_extent())
         if rise:
             x, y = pixels[name]
