@@ -7,8 +7,8 @@ products reach in the same run; peak memory and pairs per second; how many times
 run, for which the fast recipes have fewer prompts; and the operations in which the exact recipe spends most time. All
 of it is at the first of --thresholds, 0 where every pair is trained on, as plan counts; at the others it has the ratios
 and the share of pairs that is kept, which means something of trained judges alone. Prompts are encoded anew in each
-iteration, as if none came twice.
-Quality is measured by bench/tinyworld/frontier.py.
+iteration, as if none came twice. The record is written after each side. Quality is measured by
+bench/tinyworld/frontier.py.
 """
 
 from __future__ import annotations
