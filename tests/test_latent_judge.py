@@ -1,6 +1,7 @@
 """Runs with a judge that reads noisy latents: what the rollout then leaves out, for both families and other methods."""
 
 import json
+import math
 import re
 import shutil
 
@@ -8,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from strop.bench.judge_precision import write_random_judge
 from strop.engine import train, train_judge
 from strop.engine.config.find import load
-from strop.engine.config.judge_training import JudgeTrainingConfig
+from strop.engine.config.judge_training import JudgeTrainingConfig, TrainedJudgeConfig
 from strop.engine.config.training import JudgeConfig, ModelConfig
 from strop.engine.errors import UserError
 from strop.engine.judge.find import load_judge
+from strop.engine.judge.latent_files import begin, save
 from strop.engine.judge_training import build
 from strop.engine.methods.spo.rollout import Rollout
 from strop.engine.models.latent_diffusion import LatentDiffusion
@@ -31,7 +32,12 @@ def judge_of(tmp_path_factory):
     """judge_of(folder) -> the folder of a latent judge of this base model, with random projections."""
 
     def make(folder):
-        return write_random_judge(ModelConfig(path=str(folder)), tmp_path_factory.mktemp("latent-judge"))
+        model, out = ModelConfig(path=str(folder)), tmp_path_factory.mktemp("latent-judge")
+        diffusion, rng = LatentDiffusion.load(model, CPU), torch.Generator().manual_seed(0)
+        judge = begin(TrainedJudgeConfig(kind="latent"), model, diffusion, rng)
+        judge.network.logit_scale.data.fill_(math.log(100))
+        save(out, judge)
+        return out
 
     return make
 
