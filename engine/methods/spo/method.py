@@ -75,7 +75,8 @@ class SPO(Method):
         self.judged_steps = sum(map(len, self.judged))
         thresholds, self.said = given_thresholds(config.rollout, schedule), ""
         if config.rollout.keep is not None:
-            thresholds, pairs = self.thresholds()
+            with session.clock(self.stage):
+                thresholds, pairs = self.thresholds()
             self.said = threshold_line(thresholds, self.judged, config.rollout.keep, pairs)
         self.rollout = replace(self.rollout, thresholds=thresholds)
         self.threshold = fmean(thresholds[segment.start] for segment in self.judged)

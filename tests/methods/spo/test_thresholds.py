@@ -69,6 +69,9 @@ def test_a_run_says_what_its_share_came_to(recipe, tmp_path, capsys):
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert records[-1]["kept"] == pytest.approx(0.5)
     assert f"threshold {records[-1]['threshold']:.3g}," in said
+    seconds = json.loads((tmp_path / "run" / "summary.json").read_text())["seconds"]
+    parts = [value for stage, value in seconds.items() if stage.startswith("rollout/")]
+    assert seconds["rollout"] >= sum(parts)  # those of the first look at the pairs too
 
 
 def test_the_line_shows_a_span_by_timestep():
