@@ -20,6 +20,7 @@ def part(name, words, limit=100):
 def record(monkeypatch, tmp_path):
     """record(parts, limit) -> what the run of these parts wrote."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # under which pytest-benchmark refuses to measure
 
     def make(parts, limit=100):
         monkeypatch.setattr(gpu, "PARTS", parts)
