@@ -36,7 +36,8 @@ class Policy(GuidedUNet):
     ):
         """Adds a fresh LoRA: A ~ N(0, 1/rank^2) from `seed`, B = 0, alpha = rank: policy and reference start equal.
 
-        latent_shape: (C, h, w) of a latent; None means the UNet's default resolution.
+        latent_shape: (C, h, w) of a latent; None means the UNet's default resolution. Raises UserError where no layer
+        is of target_modules, and for a version of PEFT whose layers have another switch.
         """
         super().__init__(unet, latent_shape, savings)
         self.rank = rank
@@ -47,6 +48,11 @@ class Policy(GuidedUNet):
             raise UserError(f"lora.target_modules: found {list(target_modules)}; {error}") from None
         cast_training_params(self.unet, torch.float32)
         self._lora_layers = [module for module in self.unet.modules() if isinstance(module, BaseTunerLayer)]
+        with self.reference():
+            if not all(layer.disable_adapters for layer in self._lora_layers):
+                raise UserError(
+                    "peft: this version switches a LoRA off in another way; install that of constraints.txt"
+                )
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -70,14 +76,9 @@ class Policy(GuidedUNet):
             self._switch(True)
 
     def _switch(self, on: bool) -> None:
-        """Switches the LoRA on or off; PEFT's enable_adapters does so in a walk that takes 20 times as long.
-
-        Raises UserError for a version of PEFT whose layers have another switch.
-        """
+        """Switches the LoRA on or off; PEFT's enable_adapters does so in a walk that takes 20 times as long."""
         for layer in self._lora_layers:
             layer._disable_adapters = not on
-        if any(layer.disable_adapters == on for layer in self._lora_layers):
-            raise UserError("peft: this version switches a LoRA off in another way; install that of constraints.txt")
 
     def lora_state(self) -> dict[str, Tensor]:
         """Returns the LoRA's tensors under PEFT names."""
