@@ -71,21 +71,25 @@ def label(axes: Axes, points: dict[str, Point], titles: dict[str, str], others: 
     taken = [Bbox.from_bounds(x - 9, y - 9, 18, 18) for x, y in pixels.values()]
     taken += [Bbox.from_bounds(x - 3, y - 3, 6, 6) for x, y in map(axes.transData.transform, others)]
     spots = [(side, rise) for rise in (0, 16, -16, 32, -32, 48, -48, 64, -64, 80, -80) for side in (14, -14)]
+
+    def crowding(box: Bbox) -> tuple[bool, int]:
+        inside = axes.bbox.x0 < box.x0 and box.x1 < axes.figure.bbox.x1 and axes.bbox.y0 < box.y0
+        return not inside, sum(map(box.overlaps, taken))
+
     for name in sorted(points, key=lambda name: -points[name][1]):
         text = axes.annotate(titles[name], points[name], (0, 0), textcoords="offset pixels", color=INK, size=9)
         text.set(va="center", path_effects=[withStroke(linewidth=3, foreground="white")])
-
-        def crowded(spot: tuple[int, int], text: Annotation = text) -> tuple[bool, int]:
-            text.set_position(spot)
-            text.set_ha("left" if spot[0] > 0 else "right")
-            box = text.get_window_extent()
-            inside = axes.bbox.x0 < box.x0 and box.x1 < axes.figure.bbox.x1 and axes.bbox.y0 < box.y0
-            return not inside, sum(box.overlaps(other) for other in taken)
-
-        side, rise = min(spots, key=crowded)
-        crowded((side, rise))  # which puts it there
-        taken.append(text.get_window_extent())
+        boxes = {spot: placed(text, *spot) for spot in spots}
+        side, rise = min(spots, key=lambda spot: crowding(boxes[spot]))
+        taken.append(placed(text, side, rise))
         if rise:
             x, y = pixels[name]
             ends = axes.transData.inverted().transform([(x, y), (x + side, y + rise)])
             axes.plot(*ends.T, color=FAINT, linewidth=0.6, zorder=2)
+
+
+def placed(text: Annotation, side: int, rise: int) -> Bbox:
+    """Puts a text so many pixels beside and above its point, and returns the box that it then takes."""
+    text.set_position((side, rise))
+    text.set_ha("left" if side > 0 else "right")
+    return text.get_window_extent()
