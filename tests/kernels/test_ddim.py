@@ -199,6 +199,19 @@ def test_gradients_by_finite_differences(table, s, r, guided):
     assert gradcheck(lambda *given: ddim_log_ratio(x_prev, x, *halves(given), *reference, 5.0, table), given)
 
 
+@every_axis
+def test_log_prob_and_log_ratio_compile_without_a_break(table, s, r, guided):
+    x_prev, x, uncond, text, *reference = drawn(s=s, r=r, guided=guided)
+    given = [each.requires_grad_() for each in (uncond, text) if each is not None]
+    for op, others in ((ddim_log_prob, ()), (ddim_log_ratio, reference)):
+        torch._dynamo.reset()
+        args = (x_prev, x, uncond, text, *others, 5.0, table)
+        found = [each(*args) for each in (torch.compile(op, fullgraph=True, backend="aot_eager"), op)]
+        torch.testing.assert_close(*found)
+        for ours, expected in zip(*(torch.autograd.grad(each.sum(), given) for each in found), strict=True):
+            torch.testing.assert_close(ours, expected)
+
+
 @pytest.mark.parametrize("latents", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("eps", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_narrow_types_lose_only_the_rounding_of_their_inputs_and_output(table, latents, eps):
