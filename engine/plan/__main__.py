@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import gc
 import json
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,8 @@ from .gpus import ASSUMED_SHARE, GPUS, gpu_at_share
 
 @contextmanager
 def garbage_kept() -> Iterator[None]:
-    """Opens a context in which Python looks for no garbage, which takes a tenth of a plan's time and finds little."""
+    """Opens a context in which Python looks for no garbage, nor when it exits: a fifth of a plan's time, for little."""
+    atexit.register(gc.freeze)
     gc.disable()
     try:
         yield
