@@ -42,7 +42,7 @@ def merged_lora(model: nn.Module) -> Iterator[bool]:
 
 
 def switch(layers: Iterable[BaseTunerLayer], on: bool) -> None:
-    """Switches LoRA layers on or off; PEFT's enable_adapters also sets what is trained, in 20 times as long."""
+    """Switches LoRA layers on or off; PEFT's enable_adapters also sets what is trained, and takes 20 times as long."""
     for layer in layers:
         layer._disable_adapters = not on
 
