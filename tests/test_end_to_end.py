@@ -38,7 +38,7 @@ def test_two_commands_go_from_pairs_to_a_lora(family, jsonl, tiny_folder, tiny_s
     brief = ["optim.steps=4", "optim.batch=4", "optim.warmup=1", "optim.lr=1e-4", f"run.dir={jsonl / 'judge-run'}"]
     train_judge.main([str(CONFIGS / f"judge_{family}.yaml"), *base, f"judge.path={clip_folder}", *pairs, *brief])
     rollout = ["rollout.prompts=2", "rollout.threshold=0", "lora.rank=4", "optim.lr=1e-2"]
-    brief = [f"prompts.train={jsonl / 'prompts.json'}", "evaluate.prompts=2", "run.iterations=1"]
+    brief = [f"prompts.train={jsonl / 'prompts.json'}", "evaluate.prompts=2", "evaluate.scorers=[]", "run.iterations=1"]
     judge = [f"judge.path={jsonl / 'judge-run' / 'judge'}", f"run.dir={jsonl / 'run'}"]
     train.main([str(CONFIGS / f"{family}.yaml"), *base, *judge, *rollout, *brief])
 

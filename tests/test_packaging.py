@@ -11,7 +11,8 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-DOORS = sorted(path.name for path in (ROOT / "engine").glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
+SCRIPT = 'if __name__ == "__main__":'
+DOORS = sorted(path.name for path in (ROOT / "engine").glob("*.py") if SCRIPT in path.read_text(encoding="utf-8"))
 
 
 def python(*arguments: str, cwd: Path, first_on_path: Path | None = None) -> str:
@@ -78,7 +79,8 @@ def wheel(tmp_path_factory):
 def test_wheel_holds_every_source_and_no_weights(wheel):
     copy = wheel.parent / "copy"
     sources = [path for part in ("engine", "kernels", "bench") for path in (copy / part).rglob("*.py")]
-    sources += [path for rest in ("*/py.typed", "configs/*.yaml", "engine/study/page.*") for path in copy.glob(rest)]
+    others = "*/py.typed", "configs/*.yaml", "engine/study/page.*", "engine/evaluation/gallery.*"
+    sources += [path for pattern in others for path in copy.glob(pattern)]
     inside = {str(path.relative_to(wheel / "strop")) for path in (wheel / "strop").rglob("*") if path.is_file()}
     assert inside == {str(path.relative_to(copy)) for path in sources}
 
@@ -87,7 +89,7 @@ def test_wheel_holds_every_source_and_no_weights(wheel):
 def test_wheel_runs_without_the_repository(wheel, tmp_path):
     """All that the trainer imports of strop comes from the wheel, though this environment knows the repository too."""
     code = """
-import sys, strop.engine.errors, strop.engine.config.training, strop.engine.train
+import sys, strop.engine.train, strop.engine.training
 print(*(m.__file__ for name, m in list(sys.modules.items()) if name.startswith("strop.")), sep="\\n")"""
     files = python("-c", code, cwd=tmp_path, first_on_path=wheel).splitlines()
     assert str(wheel / "strop/engine/methods/spo/rollout.py") in files
