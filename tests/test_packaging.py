@@ -52,7 +52,6 @@ def test_trainer_starts_from_any_folder(tmp_path, arguments):
     assert "usage: train.py" in python(*arguments, "--help", cwd=tmp_path)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("door", DOORS)
 def test_door_starts_as_a_file_of_the_repository(door):
     safe_path = ["-P"] if door == "train.py" and sys.version_info >= (3, 11) else []
@@ -75,7 +74,6 @@ def wheel(tmp_path_factory):
     return folder / "unzipped"
 
 
-@pytest.mark.slow
 def test_wheel_holds_every_source_and_no_weights(wheel):
     copy = wheel.parent / "copy"
     sources = [path for part in ("engine", "kernels", "bench") for path in (copy / part).rglob("*.py")]
