@@ -250,8 +250,8 @@ def test_your_own_run_works_when_it_is_typed_in_order(tiny_folder, clip_folder, 
     (tmp_path / "my-prompts.txt").write_text("\n".join("abcdefgh"))
     (tmp_path / "my-model").symlink_to(tiny_folder)
     judge = [f"judge.path={clip_folder}", "judge.kind=pickscore", "judge.components=null", "model.dtype=float32"]
-    brief = ["rollout.prompts=2", "rollout.num_steps=5", "rollout.threshold=0", "evaluate.prompts=2", "run.device=cpu"]
-    brief.append("evaluate.scorers=[]")  # which would be downloaded
+    brief = ["rollout.prompts=2", "rollout.num_steps=5", "rollout.threshold=0", "run.device=cpu"]
+    brief += ["evaluate.prompts=2", "evaluate.scorers=[]"]  # the recipe's scorers would be downloaded
     section = README.read_text(encoding="utf-8").partition("## Your own run")[2]
     lines = FENCE.search(section)[2].splitlines()
     typed = []
